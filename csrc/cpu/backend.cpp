@@ -1,0 +1,391 @@
+#include "backend.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+
+#include <unistd.h>
+
+#include "isa.hpp"
+#include "rows.hpp"
+#include "scratch.hpp"
+#include "threads.hpp"
+
+namespace fastmaf {
+
+namespace {
+
+constexpr int kRowPath = 2;  // up to this many rows go one by one, units in lanes
+constexpr double kHalfLog2Pi = 0.91893853320467274178;
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// How rows are cut: tiles of `rows`, a multiple of the vector width, few enough idle lanes and enough tiles for all threads.
+struct Cut {
+    int64_t rows, tiles;
+    Cut(int64_t total, int width, int64_t most) {
+        const int threads = num_threads();
+        int64_t count = (total + most - 1) / most;
+        if (count < 8 * threads) count = round_up(count, threads);
+        rows = std::max<int64_t>(width, std::min(most, round_up((total + count - 1) / std::max<int64_t>(1, count), width)));
+        tiles = (total + rows - 1) / rows;
+    }
+    int64_t begin(int64_t tile) const { return tile * rows; }
+    int64_t size(int64_t tile, int64_t total) const { return std::min(rows, total - begin(tile)); }
+};
+
+// Sub-tiles that share one pass over the tape: more than one only when a MADE's tape outgrows the cache, and then as many as keep the
+// activations in it.
+template <class T>
+int subtiles(const Program<T>& program, Direction direction, int lanes) {
+    static const long cache = [] {
+        const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+        return size > 0 ? size : 1l << 20;
+    }();
+    const double tape = double(program.tape(direction).data.size()) * sizeof(T) / double(std::max<size_t>(1, program.mades()));
+    if (tape < double(cache)) return 1;
+    size_t rows = 2 * size_t(program.features() + program.context());
+    for (size_t k = 0; k < program.mades(); ++k) {
+        size_t here = 2 * size_t(program.features() + program.context());
+        for (int width : program.widths(k)) here += size_t(width);
+        rows = std::max(rows, here);
+    }
+    return int(std::clamp(0.75 * double(cache) / (double(rows) * lanes * sizeof(T)), 1.0, 4.0));
+}
+
+// Scratch of a tile, carved the same way for measuring and for use.
+template <class T>
+struct Room {
+    Tile<T> tile;
+    std::vector<T*> units;
+    double* column;      // [lanes of all sub-tiles]
+    uint64_t* index;     // [lanes] counters of one sub-tile
+    uint32_t* context;
+
+    Room(Carver& carve, const Program<T>& program, int lanes, int subtiles) {
+        const size_t width = size_t(program.features() + program.context());
+        const size_t all = size_t(lanes) * size_t(subtiles);
+        tile.subtiles = subtiles;
+        tile.log_det = carve.take<double>(all);
+        column = carve.take<double>(all);
+        index = carve.take<uint64_t>(size_t(lanes));
+        context = carve.take<uint32_t>(size_t(lanes));
+        const size_t before = carve.used();
+        for (T*& x : tile.x) x = carve.take<T>(width * size_t(lanes));
+        std::vector<size_t> most;  // rows that map m needs in any MADE
+        for (size_t k = 0; k < program.mades(); ++k)
+            for (size_t m = 0; m < program.widths(k).size(); ++m) {
+                if (m == most.size()) most.push_back(0);
+                // Room for whole vectors of units, which the path of a single row uses.
+                most[m] = std::max(most[m], size_t(round_up(program.widths(k)[m], 16)));
+            }
+        for (size_t rows : most) units.push_back(carve.take<T>(rows * size_t(lanes)));
+        const size_t block = carve.used() - before;
+        tile.stride = int64_t(block / sizeof(T));
+        for (int s = 1; s < subtiles; ++s) carve.take<char>(block);
+        tile.units = units.data();
+        tile.rows = 0;
+        tile.folded = nullptr;
+    }
+};
+
+// Biases of the first maps with the shared context folded in.
+template <class T>
+struct Folded {
+    std::vector<AlignedVector<T>> storage;
+    std::vector<const T*> pointers;
+
+    Folded(const Program<T>& program, Direction direction, const Rows& context) {
+        const Kernels<T>& k = kernels<T>();
+        const int width = program.context();
+        AlignedVector<T> row(size_t(width), T(0));
+        const Columns& columns = program.spec().context_columns;
+        for (int c = 0; c < width; ++c) {
+            double value = read(context.data + c * context.column, context.dtype), unused = 0;
+            k.load(&value, 1, columns.kind[size_t(c)], columns.lower[size_t(c)], columns.upper[size_t(c)], columns.loc[size_t(c)],
+                   columns.scale[size_t(c)], &row[size_t(c)], &unused);
+        }
+        const auto& views = program.views(direction);
+        for (const MadeView<T>& made : views) {
+            storage.emplace_back(size_t(round_up(made.rows[0], 8)), T(0));
+            k.fold(made, row.data(), storage.back().data());
+        }
+        for (const auto& bias : storage) pointers.push_back(bias.data());
+    }
+};
+
+// Loads rows [begin, begin + n) of a batch: variables into x[0], contexts into the top of both tiles. log_det gets the bijections'.
+template <class T>
+void load_tile(const Program<T>& program, const RowReader& reader, int64_t begin, int64_t n, bool contexts, double* column, Tile<T>& tile) {
+    const Kernels<T>& k = kernels<T>();
+    const int lanes = 3 * k.width, context = program.context();
+    std::fill(tile.log_det, tile.log_det + int64_t(lanes) * tile.subtiles, 0.0);
+    auto each = [&](const Columns& columns, int c, int row, bool of_context) {
+        if (of_context)
+            reader.context_column(begin, n, c, column);
+        else
+            reader.column(begin, n, c, column);
+        for (int64_t s = 0; s * lanes < n; ++s) {
+            const int count = int(std::min<int64_t>(lanes, n - s * lanes));
+            T* out = tile.x[0] + s * tile.stride + row * lanes;
+            double unused[48];
+            k.load(column + s * lanes, count, columns.kind[size_t(c)], columns.lower[size_t(c)], columns.upper[size_t(c)],
+                   columns.loc[size_t(c)], columns.scale[size_t(c)], out, of_context ? unused : tile.log_det + s * lanes);
+            std::fill(out + count, out + round_up(count, k.width), out[count - 1]);
+            if (of_context) std::copy_n(out, round_up(count, k.width), tile.x[1] + s * tile.stride + row * lanes);
+        }
+    };
+    for (int v = 0; v < program.features(); ++v) each(program.spec().columns, v, context + program.first()[size_t(v)], false);
+    if (contexts)
+        for (int c = 0; c < context; ++c) each(program.spec().context_columns, c, c, true);
+}
+
+// A row at or outside a bound has no density; a NaN in it wins.
+template <class T>
+bool outside(const Program<T>& program, const RowReader& reader, int64_t row, double log_det) {
+    return log_det == -std::numeric_limits<double>::infinity() && !reader.has_nan(row, program.features(), program.context());
+}
+
+template <class T>
+double constant(const Program<T>& program) {
+    return program.log_det() - program.features() * kHalfLog2Pi;
+}
+
+// Density and noise share everything but what they write.
+template <class T>
+void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noise, const Poll& poll) {
+    const int64_t total = batch.rows();
+    if (total == 0) return;
+    const Kernels<T>& k = kernels<T>();
+    const auto& views = program.views(Direction::density);
+    const int lanes = 3 * k.width, features = program.features(), context = program.context(), count = int(views.size());
+    const RowReader reader(batch);
+    const bool shared = context > 0 && reader.shared_context();
+    std::unique_ptr<Folded<T>> folded;
+    if (shared) folded = std::make_unique<Folded<T>>(program, Direction::density, batch.context);
+    const int tiles_together = subtiles(program, Direction::density, lanes);
+    const Cut cut(total, k.width, int64_t(lanes) * tiles_together);
+    Carver measure;
+    Room<T>(measure, program, lanes, tiles_together);
+
+    auto run = [&](int64_t t) {
+        Carver carve(thread_scratch(measure.used()));
+        Room<T> room(carve, program, lanes, tiles_together);
+        Tile<T>& tile = room.tile;
+        const int64_t begin = cut.begin(t), n = cut.size(t, total);
+        tile.folded = shared ? folded->pointers.data() : nullptr;
+        auto write = [&](int64_t first, int64_t rows, const T* z, int64_t step, int64_t stride, double* log_det) {
+            for (int64_t r = 0; r < rows; ++r) {
+                const bool none = outside(program, reader, first + r, log_det[r]);
+                if (log_prob)
+                    log_prob[first + r] = none ? -std::numeric_limits<T>::infinity() : T(constant(program) + log_det[r]);
+                if (noise)
+                    for (int d = 0; d < features; ++d)
+                        noise[(first + r) * features + d] = none ? std::numeric_limits<T>::quiet_NaN() : z[d * stride + r * step];
+            }
+        };
+        if (n <= kRowPath) {
+            tile.subtiles = 1;
+            for (int64_t r = 0; r < n; ++r) {
+                load_tile(program, reader, begin + r, 1, context > 0 && !shared, room.column, tile);
+                // Lane 0 of the tile becomes a contiguous row.
+                T* const x[2] = {tile.x[0], tile.x[1]};
+                for (int i = 0; i < context + features; ++i) x[0][i] = x[0][i * lanes];
+                for (int i = 0; i < context; ++i) x[1][i] = x[1][i * lanes];
+                const int at = k.to_noise_row(views.data(), count, x, tile.units, tile.log_det, tile.folded);
+                const T* z = x[at] + context;
+                if (log_prob) k.base(z, features, 1, 1, tile.log_det);
+                write(begin + r, 1, z, 0, 1, tile.log_det);
+            }
+            return;
+        }
+        tile.rows = int(n);
+        tile.subtiles = int((n + lanes - 1) / lanes);
+        load_tile(program, reader, begin, n, context > 0 && !shared, room.column, tile);
+        const int at = k.to_noise(views.data(), count, tile);
+        for (int s = 0; s < tile.subtiles; ++s) {
+            const int64_t first = int64_t(s) * lanes, rows = std::min<int64_t>(lanes, n - first);
+            const T* z = tile.x[at] + s * tile.stride + context * lanes;
+            if (log_prob) k.base(z, features, lanes, int(rows), tile.log_det + first);
+            write(begin + first, rows, z, 1, lanes, tile.log_det + first);
+        }
+    };
+    parallel_for(cut.tiles, run, poll ? &poll : nullptr);
+}
+
+// The range of T strictly inside the bounds of a column.
+template <class T>
+void inner_range(const Columns& columns, size_t v, T& low, T& high) {
+    constexpr T infinity = std::numeric_limits<T>::infinity();
+    low = -infinity;
+    high = infinity;
+    const Bijection kind = columns.kind[v];
+    if (kind == Bijection::logit || kind == Bijection::log_above) {
+        low = T(columns.lower[v]);
+        while (!(double(low) > columns.lower[v])) low = std::nextafter(low, infinity);
+    }
+    if (kind == Bijection::logit || kind == Bijection::log_below) {
+        high = T(columns.upper[v]);
+        while (!(double(high) < columns.upper[v])) high = std::nextafter(high, -infinity);
+    }
+}
+
+// Sampling: noise from counters, or from the batch when `draw` is null.
+template <class T>
+void generate(const Program<T>& program, const Batch& batch, const Draw* draw, T* out, T* log_prob, const Poll& poll) {
+    const int64_t total = batch.rows();
+    if (total == 0) return;
+    const Kernels<T>& k = kernels<T>();
+    const auto& views = program.views(Direction::sampler);
+    const int lanes = 3 * k.width, features = program.features(), context = program.context(), count = int(views.size());
+    const RowReader reader(batch);
+    const bool shared = context > 0 && reader.shared_context();
+    std::unique_ptr<Folded<T>> folded;
+    if (shared) folded = std::make_unique<Folded<T>>(program, Direction::sampler, batch.context);
+    const int tiles_together = subtiles(program, Direction::sampler, lanes);
+    const Cut cut(total, k.width, int64_t(lanes) * tiles_together);
+    const Columns& columns = program.spec().columns;
+    std::vector<T> low(size_t(features), T(0)), high(size_t(features), T(0));
+    for (size_t v = 0; v < size_t(features); ++v) inner_range(columns, v, low[v], high[v]);
+    Carver measure;
+    Room<T>(measure, program, lanes, tiles_together);
+
+    auto run = [&](int64_t t) {
+        Carver carve(thread_scratch(measure.used()));
+        Room<T> room(carve, program, lanes, tiles_together);
+        Tile<T>& tile = room.tile;
+        const int64_t begin = cut.begin(t), n = cut.size(t, total);
+        tile.folded = shared ? folded->pointers.data() : nullptr;
+        tile.rows = int(n);
+        tile.subtiles = int((n + lanes - 1) / lanes);
+        std::fill(tile.log_det, tile.log_det + int64_t(lanes) * tile.subtiles, 0.0);
+        const Columns& of_context = program.spec().context_columns;
+        for (int s = 0; s < tile.subtiles; ++s) {
+            const int64_t first = begin + int64_t(s) * lanes, at_tile = s * tile.stride;
+            const int rows = int(std::min<int64_t>(lanes, begin + n - first)), padded = int(round_up(rows, k.width));
+            T* const noise = tile.x[count % 2] + at_tile + context * lanes;
+            if (draw) {
+                for (int r = 0; r < lanes; ++r) {
+                    const int64_t row = first + std::min(r, rows - 1);
+                    room.index[r] = uint64_t(row % batch.inner) + draw->offset;
+                    room.context[r] = uint32_t(row / batch.inner) + draw->context_offset;
+                }
+                k.normals(draw->seed, room.index, room.context, features, lanes, noise);
+            } else {
+                for (int d = 0; d < features; ++d) {
+                    reader.column(first, rows, d, room.column);
+                    T* lane = noise + d * lanes;
+                    for (int r = 0; r < padded; ++r) lane[r] = T(room.column[std::min(r, rows - 1)]);
+                }
+            }
+            if (context > 0 && !shared)
+                for (int c = 0; c < context; ++c) {
+                    double unused[48];
+                    reader.context_column(first, rows, c, room.column);
+                    T* lane = tile.x[0] + at_tile + c * lanes;
+                    k.load(room.column, rows, of_context.kind[size_t(c)], of_context.lower[size_t(c)], of_context.upper[size_t(c)],
+                           of_context.loc[size_t(c)], of_context.scale[size_t(c)], lane, unused);
+                    std::fill(lane + rows, lane + padded, lane[rows - 1]);
+                    std::copy_n(lane, padded, tile.x[1] + at_tile + c * lanes);
+                }
+            if (log_prob) k.base(noise, features, lanes, rows, tile.log_det + s * lanes);
+        }
+        k.from_noise(views.data(), count, tile);
+        for (int s = 0; s < tile.subtiles; ++s) {
+            const int64_t first = begin + int64_t(s) * lanes;
+            const int rows = int(std::min<int64_t>(lanes, begin + n - first));
+            double* log_det = tile.log_det + s * lanes;
+            T* const value = reinterpret_cast<T*>(room.column);
+            for (int v = 0; v < features; ++v) {
+                const size_t c = size_t(v);
+                k.store(tile.x[0] + s * tile.stride + (context + program.first()[c]) * lanes, rows, columns.kind[c], columns.lower[c],
+                        columns.upper[c], columns.loc[c], columns.scale[c], value, log_det);
+                for (int r = 0; r < rows; ++r) {
+                    const T x = value[r];
+                    out[(first + r) * features + v] = x < low[c] ? low[c] : x > high[c] ? high[c] : x;
+                }
+            }
+            if (log_prob)
+                for (int r = 0; r < rows; ++r) log_prob[first + r] = T(constant(program) + log_det[r]);
+        }
+    };
+    parallel_for(cut.tiles, run, poll ? &poll : nullptr);
+}
+
+}  // namespace
+
+template <class T>
+void log_prob(const Program<T>& program, const Batch& batch, T* out, const Poll& poll) {
+    evaluate<T>(program, batch, out, nullptr, poll);
+}
+
+template <class T>
+void to_noise(const Program<T>& program, const Batch& batch, T* out, const Poll& poll) {
+    evaluate<T>(program, batch, nullptr, out, poll);
+}
+
+template <class T>
+void from_noise(const Program<T>& program, const Batch& noise, T* out, const Poll& poll) {
+    generate<T>(program, noise, nullptr, out, nullptr, poll);
+}
+
+template <class T>
+void sample(const Program<T>& program, const Draw& draw, T* out, T* log_prob, const Poll& poll) {
+    Batch batch;
+    batch.outer = draw.contexts;
+    batch.inner = draw.rows;
+    batch.context = draw.context;
+    generate<T>(program, batch, &draw, out, log_prob, poll);
+}
+
+template <class T>
+Peak peak(double seconds) {
+    const Kernels<T>& k = kernels<T>();
+    auto rate = [&](bool registers) {
+        using Clock = std::chrono::steady_clock;
+        const int threads = num_threads();
+        std::vector<double> flop(size_t(threads), 0.0);
+        const auto start = Clock::now();
+        parallel_for(threads, [&](int64_t t) {
+            AlignedVector<T> scratch(16384, T(1e-3));
+            do flop[size_t(t)] += k.peak(2000, registers, scratch.data());
+            while (std::chrono::duration<double>(Clock::now() - start).count() < seconds);
+        });
+        const double elapsed = std::chrono::duration<double>(Clock::now() - start).count();
+        double total = 0;
+        for (double f : flop) total += f;
+        return total / elapsed * 1e-9;
+    };
+    return {rate(false), rate(true)};
+}
+
+char* thread_scratch(size_t bytes) {
+    thread_local AlignedVector<char> block;
+    if (block.size() < bytes) {
+        block = {};
+        block.resize(bytes);
+    }
+    if (poisoned()) std::memset(block.data(), 0xFF, block.size());
+    return block.data();
+}
+
+namespace {
+std::atomic<bool> poison{false};
+}
+void set_poison(bool on) { poison = on; }
+bool poisoned() { return poison.load(std::memory_order_relaxed); }
+
+#define FASTMAF_INSTANTIATE(T)                                                              \
+    template void log_prob<T>(const Program<T>&, const Batch&, T*, const Poll&);            \
+    template void to_noise<T>(const Program<T>&, const Batch&, T*, const Poll&);            \
+    template void from_noise<T>(const Program<T>&, const Batch&, T*, const Poll&);          \
+    template void sample<T>(const Program<T>&, const Draw&, T*, T*, const Poll&);           \
+    template Peak peak<T>(double);
+FASTMAF_INSTANTIATE(float)
+FASTMAF_INSTANTIATE(double)
+
+}  // namespace fastmaf

@@ -1,0 +1,85 @@
+// Whole operations on the CPU: rows are cut into tiles, tiles go to threads, kernels do the arithmetic.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../core/program.hpp"
+
+namespace fastmaf {
+
+// The rows of a call: outer x inner of them, row (o, i) at x.data + o * x.outer + i * x.inner, likewise its context. With an index,
+// row i is row index[i] of the arrays.
+struct Batch {
+    int64_t outer = 1, inner = 0;
+    Rows x, context;
+    const int64_t* index = nullptr;
+    int64_t rows() const { return outer * inner; }
+};
+
+struct Draw {
+    int64_t contexts = 1, rows = 0;  // rows per context
+    Rows context;
+    uint64_t seed = 0, offset = 0;
+    uint32_t context_offset = 0;
+};
+
+using Poll = std::function<void()>;
+
+template <class T>
+void log_prob(const Program<T>& program, const Batch& batch, T* out, const Poll& poll);  // out [rows]
+template <class T>
+void to_noise(const Program<T>& program, const Batch& batch, T* out, const Poll& poll);  // out [rows][features]
+template <class T>
+void from_noise(const Program<T>& program, const Batch& noise, T* out, const Poll& poll);  // out [rows][features]
+template <class T>
+void sample(const Program<T>& program, const Draw& draw, T* out, T* log_prob, const Poll& poll);  // log_prob may be null
+
+// value [rows]; d_x [rows][features], d_context [rows][context], d_parameters [parameters]: each may be null.
+template <class T>
+void vjp(const Program<T>& program, const Batch& batch, const T* cotangent, T* value, T* d_x, T* d_context, T* d_parameters,
+         const Poll& poll);
+
+struct AdamSettings {
+    double beta1 = 0.9, beta2 = 0.999, eps = 1e-8, l2 = 0, weight_decay = 0, clip_norm = 0;  // clip_norm 0: none
+};
+
+template <class T>
+struct TrainerState;
+
+// Owns a program and its optimizer's moments.
+template <class T>
+class Trainer {
+public:
+    Trainer(std::shared_ptr<Program<T>> program, AdamSettings settings);
+    ~Trainer();
+
+    // Steps over batch.index[0 .. rows) in batches; weights [all rows] may be null. Returns the sum of w_i nll_i; `done` counts the
+    // batches done, fewer than planned when the loss of the next one is not finite. Step s uses rates[s].
+    double epoch(const Batch& batch, const double* weights, int64_t batch_size, const double* rates, double mean_weight, int64_t& done,
+                 const Poll& poll);
+
+    Program<T>& program() { return *program_; }
+    AlignedVector<T>& first_moment();
+    AlignedVector<T>& second_moment();
+    int64_t steps() const;
+    void set_steps(int64_t steps);
+
+private:
+    std::shared_ptr<Program<T>> program_;
+    std::unique_ptr<TrainerState<T>> state_;
+};
+
+// GFLOP/s of the micro-kernel on a block in L1 and of fused multiply-adds in registers, on all threads for about `seconds` each.
+struct Peak {
+    double kernel, registers;
+};
+template <class T>
+Peak peak(double seconds);
+
+// Row order of an epoch: argsort of 64-bit Philox words of (row, epoch, stream).
+void shuffle(uint64_t seed, uint32_t stream, uint32_t epoch, int64_t rows, int64_t* order);
+
+}  // namespace fastmaf

@@ -1,0 +1,410 @@
+// Gradients and training. A pass over a chunk of rows has two phases: tiles of rows run forward and backward and leave, per map, delta
+// and the transposed inputs; then each panel of eight rows of weights sums its gradient over the chunk. Chunks have a size that
+// depends on the model alone, and each weight is summed by one thread in row order, so bits do not depend on threads.
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <limits>
+
+#include "backend.hpp"
+#include "isa.hpp"
+#include "rows.hpp"
+#include "scratch.hpp"
+#include "threads.hpp"
+
+namespace fastmaf {
+
+namespace {
+
+constexpr double kHalfLog2Pi = 0.91893853320467274178;
+constexpr int64_t kChunkBytes = int64_t(64) << 20;
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+bool keeps_argument(Activation a) { return a == Activation::gelu || a == Activation::silu; }
+
+// Where the maps of one MADE lie among the rows that a chunk keeps.
+struct Places {
+    std::vector<size_t> delta;   // first row of each map among a tile's deltas
+    std::vector<size_t> inputs;  // first row of each map's transposed inputs, in whole chunks of lanes
+};
+
+// One panel of weights.
+struct Task {
+    int made, map, row, rows;
+    int64_t cost;
+};
+
+template <class T>
+class Gradients {
+public:
+    Gradients(const Program<T>& program, bool parameters) : program_(program), parameters_(parameters) {
+        program.views(Direction::density);
+        program.views(Direction::backward);
+        lanes_ = 3 * kernels<T>().width;
+        for (size_t k = 0; k < program.mades(); ++k) {
+            Places places;
+            int inputs = program.features() + program.context();
+            for (int width : program.widths(k)) {
+                places.delta.push_back(delta_rows_);
+                places.inputs.push_back(input_rows_);
+                delta_rows_ += size_t(width);
+                input_rows_ += size_t(round_up(inputs, lanes_));
+                inputs = width;
+            }
+            places_.push_back(places);
+            for (size_t m = 0; m < program.widths(k).size(); ++m)
+                for (int row = 0; row < program.widths(k)[m]; row += 8) {
+                    const int rows = std::min(8, program.widths(k)[m] - row);
+                    tasks_.push_back({int(k), int(m), row, rows, program.sorted()[k].maps[m].limit[size_t(row + rows - 1)]});
+                }
+        }
+        std::stable_sort(tasks_.begin(), tasks_.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
+        // The unit of rows is one that every lane count divides.
+        const int64_t per_row = int64_t((delta_rows_ + input_rows_) * sizeof(T));
+        chunk_ = std::clamp<int64_t>(kChunkBytes / std::max<int64_t>(1, per_row) / 48 * 48, 48, 65536 / 48 * 48);
+    }
+
+    const std::vector<Task>& tasks() const { return tasks_; }
+    int64_t chunk() const { return chunk_; }
+
+    // Forward and backward of rows [begin, begin + n) of the batch, n <= chunk(). cotangent, value, d_x, d_context: per row of the chunk.
+    // If `parameters`, keeps what weight_gradients needs.
+    template <class V>
+    void tiles(const Batch& batch, int64_t begin, int64_t n, const T* cotangent, V* value, T* d_x, T* d_context, const Poll* poll) {
+        const int width = kernels<T>().width;
+        const int threads = num_threads();
+        int64_t count = (n + lanes_ - 1) / lanes_;
+        if (count < 8 * threads) count = round_up(count, threads);
+        const int64_t rows = std::max<int64_t>(width, round_up((n + count - 1) / count, width));
+        count = (n + rows - 1) / rows;
+        if (parameters_) {
+            capacity_ = round_up(n, 48) + 48;
+            deltas_.resize(size_t(count) * (delta_rows_ + 8) * size_t(lanes_));
+            inputs_.resize(input_rows_ * size_t(capacity_));
+            tile_begin_.resize(size_t(count));
+            tile_rows_.resize(size_t(count));
+        }
+        const RowReader reader(batch);
+        Carver measure;
+        Room(measure, *this, nullptr);
+        parallel_for(count, [&](int64_t t) {
+            Carver carve(thread_scratch(measure.used()));
+            Room room(carve, *this, parameters_ ? deltas_.data() + size_t(t) * (delta_rows_ + 8) * size_t(lanes_) : nullptr);
+            const int64_t first = t * rows;
+            const int here = int(std::min(rows, n - first));
+            if (parameters_) {
+                tile_begin_[size_t(t)] = first;
+                tile_rows_[size_t(t)] = here;
+            }
+            tile(room, reader, begin + first, here, cotangent + first, value ? value + first : nullptr,
+                 d_x ? d_x + first * program_.features() : nullptr, d_context ? d_context + first * program_.context() : nullptr, first);
+        }, poll);
+    }
+
+    // The gradient of one panel, into a vector laid out like the master.
+    void weight_gradient(const Task& task, bool add, T* gradient) const {
+        const Kernels<T>& k = kernels<T>();
+        const size_t made = size_t(task.made), map = size_t(task.map);
+        const Staircase& stairs = program_.sorted()[made].maps[map];
+        const size_t tile_count = tile_rows_.size();
+        std::vector<const T*> delta(tile_count);
+        for (size_t t = 0; t < tile_count; ++t)
+            delta[t] = deltas_.data() + (t * (delta_rows_ + 8) + places_[made].delta[map] + size_t(task.row)) * size_t(lanes_);
+        k.weight_gradient(delta.data(), tile_rows_.data(), tile_begin_.data(), int(tile_count), task.rows,
+                          inputs_.data() + places_[made].inputs[map] * size_t(capacity_), capacity_, stairs.limit.data() + task.row,
+                          stairs.offset.data() + task.row, add, gradient + program_.weight_offset(made, map));
+        k.bias_gradient(delta.data(), tile_rows_.data(), tile_begin_.data(), int(tile_count), task.rows, add,
+                        gradient + program_.bias_offset(made, map) + task.row);
+    }
+
+private:
+    // Scratch of one tile. Deltas lie in the chunk's memory when weights need them.
+    struct Room {
+        std::vector<Trace<T>> trace;
+        std::vector<std::vector<T*>> pointers;
+        T* dx[2];
+        T* cotangent;
+        double *log_det, *column;
+
+        Room(Carver& carve, const Gradients& owner, T* deltas) {
+            const Program<T>& program = owner.program_;
+            const size_t lanes = size_t(owner.lanes_), features = size_t(program.features());
+            const size_t width = features + size_t(program.context());
+            log_det = carve.take<double>(lanes);
+            column = carve.take<double>(lanes);
+            cotangent = carve.take<T>(lanes);
+            for (T*& d : dx) d = carve.take<T>(width * lanes);
+            T* own_deltas = deltas ? deltas : carve.take<T>((owner.delta_rows_ + 8) * lanes);
+            for (size_t k = 0; k <= program.mades(); ++k) {
+                Trace<T> kept{};
+                kept.x = carve.take<T>(width * lanes);
+                std::vector<T*> units, arguments, delta;
+                if (k < program.mades()) {
+                    kept.z = carve.take<T>(3 * features * lanes);
+                    const auto& widths = program.widths(k);
+                    const bool argument = keeps_argument(program.spec().mades[k].activation);
+                    for (size_t m = 0; m < widths.size(); ++m) {
+                        units.push_back(carve.take<T>(size_t(widths[m]) * lanes));
+                        arguments.push_back(argument && m + 1 < widths.size() ? carve.take<T>(size_t(widths[m]) * lanes) : nullptr);
+                        delta.push_back(own_deltas ? own_deltas + owner.places_[k].delta[m] * lanes : nullptr);
+                    }
+                }
+                pointers.push_back(units);
+                pointers.push_back(arguments);
+                pointers.push_back(delta);
+                trace.push_back(kept);
+            }
+            for (size_t k = 0; k < trace.size(); ++k) {
+                trace[k].units = pointers[3 * k].data();
+                trace[k].argument = pointers[3 * k + 1].data();
+                trace[k].delta = pointers[3 * k + 2].data();
+            }
+        }
+    };
+
+    template <class V>
+    void tile(Room& room, const RowReader& reader, int64_t begin, int n, const T* cotangent, V* value, T* d_x, T* d_context, int64_t place) {
+        const Kernels<T>& k = kernels<T>();
+        const int features = program_.features(), context = program_.context(), count = int(program_.mades());
+        const int padded = int(round_up(n, k.width)), lanes = lanes_;
+        std::fill(room.log_det, room.log_det + lanes, 0.0);
+        auto load = [&](const Columns& columns, int c, int row, double* log_det) {
+            k.load(room.column, n, columns.kind[size_t(c)], columns.lower[size_t(c)], columns.upper[size_t(c)], columns.loc[size_t(c)],
+                   columns.scale[size_t(c)], room.trace[0].x + row * lanes, log_det);
+            T* lane = room.trace[0].x + row * lanes;
+            std::fill(lane + n, lane + padded, lane[n - 1]);
+        };
+        for (int v = 0; v < features; ++v) {
+            reader.column(begin, n, v, room.column);
+            load(program_.spec().columns, v, context + program_.first()[size_t(v)], room.log_det);
+        }
+        double unused[48];
+        for (int c = 0; c < context; ++c) {
+            reader.context_column(begin, n, c, room.column);
+            load(program_.spec().context_columns, c, c, unused);
+            for (int j = 1; j <= count; ++j) std::copy_n(room.trace[0].x + c * lanes, padded, room.trace[size_t(j)].x + c * lanes);
+        }
+        std::vector<char> none(size_t(n), 0);
+        for (int r = 0; r < padded; ++r) {
+            room.cotangent[r] = r < n ? cotangent[r] : T(0);
+            if (r < n && room.log_det[r] == -std::numeric_limits<double>::infinity()) {
+                none[size_t(r)] = !reader.has_nan(begin + r, features, context);
+                room.cotangent[r] = T(0);
+            }
+        }
+        k.forward(program_.views(Direction::density).data(), count, room.trace.data(), padded, room.log_det);
+        const T* noise = room.trace[size_t(count)].x + context * lanes;
+        if (value) {
+            k.base(noise, features, lanes, n, room.log_det);
+            for (int r = 0; r < n; ++r)
+                value[r] = none[size_t(r)] ? -std::numeric_limits<V>::infinity() : V(program_.log_det() - features * kHalfLog2Pi + room.log_det[r]);
+        }
+        if (count) {
+            k.backward(program_.views(Direction::backward).data(), count, room.trace.data(), padded, room.cotangent, room.dx, !d_x && !d_context);
+        } else {
+            for (int v = 0; v < features; ++v)
+                for (int r = 0; r < padded; ++r) room.dx[0][(context + v) * lanes + r] = -noise[v * lanes + r] * room.cotangent[r];
+            std::fill(room.dx[0], room.dx[0] + context * lanes, T(0));
+        }
+        if (d_x)
+            for (int v = 0; v < features; ++v) {
+                reader.column(begin, n, v, room.column);
+                out_of(program_.spec().columns, v, room.dx[0] + (context + program_.first()[size_t(v)]) * lanes, room, n, true, d_x + v, features);
+            }
+        if (d_context)
+            for (int c = 0; c < context; ++c) {
+                reader.context_column(begin, n, c, room.column);
+                out_of(program_.spec().context_columns, c, room.dx[0] + c * lanes, room, n, false, d_context + c, context);
+            }
+        if (!parameters_) return;
+        for (int j = 0; j < count; ++j) {
+            const auto& widths = program_.widths(size_t(j));
+            const Trace<T>& kept = room.trace[size_t(j)];
+            for (size_t m = 0; m < widths.size(); ++m)
+                k.transpose(m ? kept.units[m - 1] : kept.x, m ? widths[m - 1] : features + context, padded,
+                            inputs_.data() + places_[size_t(j)].inputs[m] * size_t(capacity_), place, capacity_);
+        }
+    }
+
+    // d/dx through the affine and the bijection of a column; `density`: with the gradient of log|dz/dx|.
+    void out_of(const Columns& columns, int column, const T* dz, const Room& room, int n, bool density, T* out, int stride) const {
+        const size_t c = size_t(column);
+        const double lower = columns.lower[c], upper = columns.upper[c];
+        for (int r = 0; r < n; ++r) {
+            const double x = room.column[r], through = double(dz[r]) * columns.scale[c];
+            const double g = density ? double(room.cotangent[r]) : 0;
+            double slope = 1, bend = 0;  // dz/dx, d log|dz/dx| / dx
+            switch (columns.kind[c]) {
+                case Bijection::identity: break;
+                case Bijection::logit:
+                    slope = 1 / (x - lower) + 1 / (upper - x);
+                    bend = 1 / (upper - x) - 1 / (x - lower);
+                    break;
+                case Bijection::log_above:
+                    slope = 1 / (x - lower);
+                    bend = -slope;
+                    break;
+                case Bijection::log_below:
+                    slope = 1 / (upper - x);
+                    bend = slope;
+                    break;
+            }
+            const bool zero = room.cotangent[r] == 0 && !(slope - slope == 0);  // on a bound
+            out[int64_t(r) * stride] = zero ? T(0) : T(through * slope + g * bend);
+        }
+    }
+
+    const Program<T>& program_;
+    const bool parameters_;
+    int lanes_ = 0;
+    size_t delta_rows_ = 0, input_rows_ = 0;
+    std::vector<Places> places_;
+    std::vector<Task> tasks_;
+    int64_t chunk_ = 48, capacity_ = 0;
+    AlignedVector<T> deltas_, inputs_;  // [tile][delta rows][lanes], and per map [chunk of lanes][capacity][lanes]
+    std::vector<int> tile_rows_;
+    std::vector<int64_t> tile_begin_;
+};
+
+Batch part(const Batch& batch, const int64_t* index, int64_t rows) {
+    Batch result = batch;
+    result.index = index;
+    result.outer = 1;
+    result.inner = rows;
+    return result;
+}
+
+}  // namespace
+
+template <class T>
+void vjp(const Program<T>& program, const Batch& batch, const T* cotangent, T* value, T* d_x, T* d_context, T* d_parameters,
+         const Poll& poll) {
+    const int64_t total = batch.rows(), features = program.features(), context = program.context();
+    Gradients<T> gradients(program, d_parameters != nullptr);
+    AlignedVector<T> gradient(d_parameters ? program.master().size() : 0, T(0));
+    for (int64_t begin = 0; begin < total; begin += gradients.chunk()) {
+        const int64_t n = std::min(gradients.chunk(), total - begin);
+        gradients.tiles(batch, begin, n, cotangent + begin, value ? value + begin : nullptr, d_x ? d_x + begin * features : nullptr,
+                        d_context ? d_context + begin * context : nullptr, poll ? &poll : nullptr);
+        if (d_parameters)
+            parallel_for(int64_t(gradients.tasks().size()),
+                         [&](int64_t t) { gradients.weight_gradient(gradients.tasks()[size_t(t)], true, gradient.data()); });
+    }
+    if (!d_parameters) return;
+    std::fill(d_parameters, d_parameters + program.parameter_count(), T(0));
+    for (size_t i = 0; i < gradient.size(); ++i) d_parameters[program.index()[i]] = gradient[i];
+}
+
+template <class T>
+struct TrainerState {
+    TrainerState(const Program<T>& program, AdamSettings settings)
+        : settings(settings), gradients(program, true), m(program.master().size(), T(0)), v(program.master().size(), T(0)),
+          gradient(program.master().size(), T(0)) {}
+    AdamSettings settings;
+    Gradients<T> gradients;
+    AlignedVector<T> m, v, gradient;
+    std::vector<T> cotangent;
+    std::vector<double> value;
+    int64_t steps = 0;
+};
+
+template <class T>
+Trainer<T>::Trainer(std::shared_ptr<Program<T>> program, AdamSettings settings)
+    : program_(std::move(program)), state_(std::make_unique<TrainerState<T>>(*program_, settings)) {}
+template <class T>
+Trainer<T>::~Trainer() = default;
+template <class T>
+AlignedVector<T>& Trainer<T>::first_moment() { return state_->m; }
+template <class T>
+AlignedVector<T>& Trainer<T>::second_moment() { return state_->v; }
+template <class T>
+int64_t Trainer<T>::steps() const { return state_->steps; }
+template <class T>
+void Trainer<T>::set_steps(int64_t steps) { state_->steps = steps; }
+
+template <class T>
+double Trainer<T>::epoch(const Batch& batch, const double* weights, int64_t batch_size, const double* rates, double mean_weight,
+                         int64_t& done, const Poll& poll) {
+    TrainerState<T>& s = *state_;
+    Program<T>& program = *program_;
+    const Kernels<T>& k = kernels<T>();
+    const auto& tasks = s.gradients.tasks();
+    const int64_t total = batch.rows();
+    double sum = 0;
+    auto last_poll = std::chrono::steady_clock::now();
+    for (done = 0; done * batch_size < total; ++done) {
+        const int64_t begin = done * batch_size, size = std::min(batch_size, total - begin);
+        const Batch rows = part(batch, batch.index + begin, size);
+        auto weight = [&](int64_t i) { return weights ? weights[rows.index[i]] : 1.0; };
+        s.cotangent.resize(size_t(size));
+        s.value.resize(size_t(size));
+        for (int64_t i = 0; i < size; ++i) s.cotangent[size_t(i)] = T(-weight(i) / (double(size) * mean_weight));
+
+        auto gradient_of = [&](int64_t t, bool add) { s.gradients.weight_gradient(tasks[size_t(t)], add, s.gradient.data()); };
+        const int64_t chunks = (size + s.gradients.chunk() - 1) / s.gradients.chunk();
+        double loss = 0;
+        for (int64_t c = 0; c < chunks; ++c) {
+            const int64_t first = c * s.gradients.chunk(), n = std::min(s.gradients.chunk(), size - first);
+            s.gradients.tiles(rows, first, n, s.cotangent.data() + first, s.value.data() + first, static_cast<T*>(nullptr),
+                              static_cast<T*>(nullptr), nullptr);
+            for (int64_t i = first; i < first + n; ++i) loss -= weight(i) * s.value[size_t(i)];
+            if (chunks > 1) parallel_for(int64_t(tasks.size()), [&](int64_t t) { gradient_of(t, c > 0); });
+        }
+        if (!std::isfinite(loss)) return sum;
+
+        // Each panel's gradient, step and repacking are one task, unless the norm of all gradients must be known in between.
+        const AdamSettings& a = s.settings;
+        const int64_t step = s.steps + 1;
+        const double rate = rates[done] / (1 - std::pow(a.beta1, double(step)));
+        const double root_correction = 1 / std::sqrt(1 - std::pow(a.beta2, double(step)));
+        double scale = 1;
+        bool ready = chunks > 1;
+        if (a.clip_norm > 0) {
+            if (!ready) parallel_for(int64_t(tasks.size()), [&](int64_t t) { gradient_of(t, false); });
+            ready = true;
+            const double norm = std::sqrt(k.sum_squares(s.gradient.data(), program.master().data(), T(2 * a.l2), int64_t(s.gradient.size())));
+            scale = std::min(1.0, a.clip_norm / (norm + 1e-6));
+        }
+        parallel_for(int64_t(tasks.size()), [&](int64_t t) {
+            const Task& task = tasks[size_t(t)];
+            if (!ready) gradient_of(t, false);
+            const Staircase& stairs = program.sorted()[size_t(task.made)].maps[size_t(task.map)];
+            const int64_t weight_begin = program.weight_offset(size_t(task.made), size_t(task.map)) + stairs.offset[size_t(task.row)];
+            const int64_t bias_begin = program.bias_offset(size_t(task.made), size_t(task.map)) + task.row;
+            const int64_t count = stairs.offset[size_t(task.row + task.rows)] - stairs.offset[size_t(task.row)];
+            for (const auto& range : {std::pair<int64_t, int64_t>(weight_begin, count), std::pair<int64_t, int64_t>(bias_begin, task.rows)})
+                k.adam(program.master().data() + range.first, s.m.data() + range.first, s.v.data() + range.first,
+                       s.gradient.data() + range.first, range.second, T(scale), T(2 * a.l2), T(1 - rates[done] * a.weight_decay), T(a.beta1),
+                       T(a.beta2), T(rate), T(root_correction), T(a.eps));
+            program.repack_rows(size_t(task.made), size_t(task.map), task.row, task.rows);
+        });
+        program.drop_sampler();
+        s.steps = step;
+        sum += loss;
+        if (poll && std::chrono::steady_clock::now() - last_poll > std::chrono::milliseconds(100)) {
+            poll();
+            last_poll = std::chrono::steady_clock::now();
+        }
+    }
+    return sum;
+}
+
+void shuffle(uint64_t seed, uint32_t stream, uint32_t epoch, int64_t rows, int64_t* order) {
+    std::vector<std::pair<uint64_t, int64_t>> keys(static_cast<size_t>(rows));
+    for (int64_t i = 0; i < rows; i += 64) {
+        uint32_t words[4][64];
+        kernels<float>().words(seed, uint64_t(i), 64, epoch, stream << 24, words);
+        for (int64_t j = i; j < std::min(rows, i + 64); ++j) keys[size_t(j)] = {uint64_t(words[1][j - i]) << 32 | words[0][j - i], j};
+    }
+    std::sort(keys.begin(), keys.end());
+    for (int64_t i = 0; i < rows; ++i) order[i] = keys[size_t(i)].second;
+}
+
+#define FASTMAF_INSTANTIATE(T)                                                                                              \
+    template void vjp<T>(const Program<T>&, const Batch&, const T*, T*, T*, T*, T*, const Poll&);                           \
+    template class Trainer<T>;
+FASTMAF_INSTANTIATE(float)
+FASTMAF_INSTANTIATE(double)
+
+}  // namespace fastmaf

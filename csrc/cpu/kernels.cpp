@@ -1,0 +1,51 @@
+// The one file that is compiled once per instruction set, as namespace FASTMAF_ISA. Everything it includes below is local to it: no
+// standard containers, no inline function that another file shares, so no code of one set can be linked into another's path.
+#include "kernels.hpp"
+
+#include "columns.inl.hpp"
+#include "log_prob.inl.hpp"
+#include "masked_linear.inl.hpp"
+#include "optimizer.inl.hpp"
+#include "sample.inl.hpp"
+#include "vjp.inl.hpp"
+
+namespace fastmaf {
+namespace FASTMAF_ISA {
+
+// The micro-kernel on a block that fits in L1, or fused multiply-adds alone; returns the FLOP done.
+template <class T>
+static double peak(int repetitions, bool registers, T* scratch) {
+    constexpr int W = Lanes<T>::W, depth = 64;
+    constexpr int R = kRows;
+    T* const w = scratch;
+    T* const in = scratch + 8 * depth;
+    T* const out = in + depth * lanes_of<T>();
+    if (!registers) {
+        for (int i = 0; i < repetitions; ++i) panel<T>(3, 8, w, in, depth, 8, w, true, out);
+        return 2.0 * repetitions * 8 * depth * lanes_of<T>();
+    }
+    Vec<T> acc[R][kVectors] = {};
+    const Vec<T> a = at(in), b = at(in + W);
+    for (int i = 0; i < repetitions; ++i)
+        for (int k = 0; k < depth; ++k) {
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+                for (int j = 0; j < kVectors; ++j) acc[r][j] = fma(a, b, acc[r][j]);
+            __asm__ volatile("");
+        }
+    for (int r = 0; r < R; ++r)
+        for (int j = 0; j < kVectors; ++j) at(out + (r * kVectors + j) * W) = acc[r][j];
+    return 2.0 * repetitions * depth * R * lanes_of<T>();
+}
+
+#define FASTMAF_TABLE(T)                                                                                                            \
+    {                                                                                                                               \
+        Lanes<T>::W, fold<T>, load<T>, store<T>, to_noise<T>, to_noise_row<T>, from_noise<T>, base<T>, normals<T>, words, forward<T>, \
+            backward<T>, transpose<T>, weight_gradient<T>, bias_gradient<T>, adam<T>, sum_squares<T>, peak<T>                        \
+    }
+extern const Kernels<float> kernels_f32 = FASTMAF_TABLE(float);
+extern const Kernels<double> kernels_f64 = FASTMAF_TABLE(double);
+
+}  // namespace FASTMAF_ISA
+}  // namespace fastmaf

@@ -1,0 +1,124 @@
+// The micro-kernel and the panel step: up to 8 rows of a map times a range of its inputs, for the rows of one sub-tile.
+//
+//     acc[i][j] += w[k * KS + i * IS] * a[k * stride + j * W ...]      i < R rows of the panel, j < NV vectors of rows
+//
+// R x NV accumulators, NV vectors of inputs and one broadcast weight stay in registers: 8 x 3 with 32 registers, 4 x 3 with 16.
+// Each sum runs over k upwards with fused multiply-adds, whatever the tile, so a row's bits do not depend on where it stands.
+#pragma once
+
+#include "../cpu/tile.hpp"
+#include "../ops/activations.inl.hpp"
+
+namespace fastmaf {
+namespace FASTMAF_ISA {
+
+constexpr int kVectors = 3;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRows = 8;
+#else
+constexpr int kRows = 4;
+#endif
+
+template <class T>
+constexpr int lanes_of() {
+    return kVectors * Lanes<T>::W;
+}
+
+template <class T, int R, int NV, int KS, int IS>
+FASTMAF_INLINE void accumulate(Vec<T> (&acc)[R][NV], const T* w, const T* a, int stride, int n) {
+    constexpr int W = Lanes<T>::W;
+    for (int k = 0; k < n; ++k) {
+        Vec<T> in[NV];
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) in[j] = at(a + j * W);
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i) {
+            const Vec<T> weight = splat<T>(w[i * IS]);
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; ++j) acc[i][j] = fma(weight, in[j], acc[i][j]);
+        }
+        w += KS;
+        a += stride;
+    }
+}
+
+// One strip of R rows of a panel whose tape holds WIDTH rows. `bias` null: the sum continues what lies in out.
+template <class T, int R, int WIDTH, int NV>
+static void strip(const T* w, const T* in, int n, int rows, const T* bias, bool rectify, T* out) {
+    constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
+    Vec<T> acc[R][NV];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) acc[i][j] = bias ? splat<T>(bias[i]) : i < rows ? at(out + i * lanes + j * W) : Vec<T>{};
+    accumulate<T, R, NV, WIDTH, 1>(acc, w, in, lanes, n);
+    if (rectify) {
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; ++j) acc[i][j] = relu(acc[i][j]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i)
+        if (i < rows)
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; ++j) at(out + i * lanes + j * W) = acc[i][j];
+}
+
+template <class T, int WIDTH, int NV>
+static void strips(const T* w, const T* in, int n, int rows, const T* bias, bool rectify, T* out) {
+    constexpr int R = WIDTH < kRows ? WIDTH : kRows;
+#pragma GCC unroll 2
+    for (int i = 0; i < WIDTH; i += R)
+        if (i < rows) strip<T, R, WIDTH, NV>(w + i, in, n, rows - i, bias ? bias + i : nullptr, rectify, out + i * lanes_of<T>());
+}
+
+template <class T, int NV>
+static void panel(int width, const T* w, const T* in, int n, int rows, const T* bias, bool rectify, T* out) {
+    if (width == 8) return strips<T, 8, NV>(w, in, n, rows, bias, rectify, out);
+    if (width == 4) return strips<T, 4, NV>(w, in, n, rows, bias, rectify, out);
+    return strips<T, 2, NV>(w, in, n, rows, bias, rectify, out);
+}
+
+template <class T>
+FASTMAF_INLINE void panel(int vectors, int width, const T* w, const T* in, int n, int rows, const T* bias, bool rectify, T* out) {
+    if (vectors == 3) return panel<T, 3>(width, w, in, n, rows, bias, rectify, out);
+    if (vectors == 2) return panel<T, 2>(width, w, in, n, rows, bias, rectify, out);
+    return panel<T, 1>(width, w, in, n, rows, bias, rectify, out);
+}
+
+// A panel step of the density or the sampler. `in` is the tile of the map's inputs, `folded` as in Tile.
+template <class T>
+static void run_panel(const MadeView<T>& made, const Step& step, const T* in, T* out, int vectors, const T* folded) {
+    constexpr int lanes = lanes_of<T>();
+    const int skip = folded && step.map == 0 && step.begin == 0 ? made.context : 0;  // already in the folded bias
+    const T* bias = step.start == Start::partial ? nullptr : (skip ? folded : made.bias[step.map]) + step.row;
+    const bool activation = step.finish == Finish::activation, rectify = activation && made.activation == Activation::relu;
+    T* rows = out + step.row * lanes;
+    panel<T>(vectors, step.width, made.tape + step.tape + skip * step.width, in + (step.begin + skip) * lanes,
+             step.end - step.begin - skip, step.rows, bias, rectify, rows);
+    if (activation && !rectify) activate<T>(made.activation, rows, step.rows, vectors, lanes);
+}
+
+template <class T>
+static void fold(const MadeView<T>& made, const T* context, T* folded) {
+    for (int s = 0; s < made.step_count; ++s) {
+        const Step& step = made.steps[s];
+        if (step.kind != Kind::panel || step.map != 0 || step.start != Start::bias) continue;
+        for (int i = 0; i < step.rows; ++i) {
+            T sum = made.bias[0][step.row + i];
+            for (int k = 0; k < made.context; ++k) {
+                const T w = made.tape[step.tape + k * step.width + i];
+#if defined(__FMA__) || defined(__aarch64__)
+                sum = sizeof(T) == 4 ? T(__builtin_fmaf(float(w), float(context[k]), float(sum))) : T(__builtin_fma(w, context[k], sum));
+#else
+                sum = w * context[k] + sum;
+#endif
+            }
+            folded[step.row + i] = sum;
+        }
+    }
+}
+
+}  // namespace FASTMAF_ISA
+}  // namespace fastmaf

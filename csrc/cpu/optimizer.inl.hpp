@@ -1,0 +1,54 @@
+// Adam (Kingma and Ba 2015) with decoupled decay (Loshchilov and Hutter 2019), entry by entry over the master vector.
+#pragma once
+
+#include "vec.inl.hpp"
+
+namespace fastmaf {
+namespace FASTMAF_ISA {
+
+template <class T>
+static void adam(T* w, T* m, T* v, const T* g, int64_t n, T gradient_scale, T l2, T decay, T beta1, T beta2, T rate, T root_correction, T eps) {
+    auto step = [&](auto wi, auto mi, auto vi, auto gi, auto sqrt, auto write) {
+        const auto gradient = (gi + l2 * wi) * gradient_scale;
+        const auto first = mi + (1 - beta1) * (gradient - mi);
+        const auto second = beta2 * vi + (1 - beta2) * (gradient * gradient);
+        write(wi * decay - rate * first / (sqrt(second) * root_correction + eps), first, second);
+    };
+    int64_t i = 0;
+    for (; i + Lanes<T>::W <= n; i += Lanes<T>::W)
+        step(load_loose(w + i), load_loose(m + i), load_loose(v + i), load_loose(g + i), [](Vec<T> x) { return root(x); },
+             [&](Vec<T> a, Vec<T> b, Vec<T> c) {
+                 store_loose<T>(w + i, a);
+                 store_loose<T>(m + i, b);
+                 store_loose<T>(v + i, c);
+             });
+    for (; i < n; ++i)
+        step(w[i], m[i], v[i], g[i], [](T x) { return sizeof(T) == 4 ? T(__builtin_sqrtf(float(x))) : T(__builtin_sqrt(x)); },
+             [&](T a, T b, T c) {
+                 w[i] = a;
+                 m[i] = b;
+                 v[i] = c;
+             });
+}
+
+// Sum of (g + l2 w)^2 in double, eight interleaved sums.
+template <class T>
+static double sum_squares(const T* g, const T* w, T l2, int64_t n) {
+    double sums[8] = {};
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        for (int j = 0; j < 8; ++j) {
+            const T x = g[i + j] + l2 * w[i + j];
+            sums[j] += double(x) * double(x);
+        }
+    for (; i < n; ++i) {
+        const T x = g[i] + l2 * w[i];
+        sums[0] += double(x) * double(x);
+    }
+    double total = 0;
+    for (double sum : sums) total += sum;
+    return total;
+}
+
+}  // namespace FASTMAF_ISA
+}  // namespace fastmaf

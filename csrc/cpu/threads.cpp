@@ -1,0 +1,182 @@
+#include "threads.hpp"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdlib>
+#include <exception>
+#include <fstream>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <thread>
+
+namespace fastmaf {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr auto kSpin = std::chrono::microseconds(50);
+constexpr auto kPollInterval = std::chrono::milliseconds(100);
+
+int from_environment(const char* name) {
+    const char* text = std::getenv(name);
+    if (!text) return 0;
+    char* end = nullptr;
+    const long value = std::strtol(text, &end, 10);
+    return end != text && value >= 1 && value <= 4096 ? int(value) : 0;
+}
+
+int available_cores() {
+    int cores = int(std::max(1u, std::thread::hardware_concurrency()));
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) cores = std::max(1, CPU_COUNT(&set));
+    std::ifstream quota_file("/sys/fs/cgroup/cpu.max");
+    std::string quota;
+    double period = 0;
+    if (quota_file >> quota >> period && quota != "max" && period > 0)
+        cores = std::min(cores, std::max(1, int(std::strtod(quota.c_str(), nullptr) / period + 0.5)));
+    return cores;
+}
+
+int default_threads() {
+    for (const char* name : {"FASTMAF_NUM_THREADS", "OMP_NUM_THREADS"})
+        if (const int value = from_environment(name)) return value;
+    return available_cores();
+}
+
+std::atomic<int> chosen_threads{0};
+
+struct Loop {
+    Loop(const std::function<void(int64_t)>& body, int64_t tasks) : body(body), tasks(tasks) {}
+
+    const std::function<void(int64_t)>& body;
+    const int64_t tasks;
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
+    std::mutex mutex;
+    std::exception_ptr error;
+
+    // Takes tasks until none is left. Only the caller polls.
+    void work(const std::function<void()>* poll) {
+        try {
+            Clock::time_point last = poll ? Clock::now() : Clock::time_point();
+            for (int64_t task; !failed.load(std::memory_order_relaxed) && (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+                body(task);
+                if (poll && Clock::now() - last > kPollInterval) {
+                    (*poll)();
+                    last = Clock::now();
+                }
+            }
+        } catch (...) {
+            std::lock_guard<std::mutex> lock(mutex);
+            if (!failed.exchange(true)) error = std::current_exception();
+        }
+    }
+};
+
+class Pool {
+public:
+    bool acquire() { return !busy_.exchange(true, std::memory_order_acquire); }
+    void release() { busy_.store(false, std::memory_order_release); }
+
+    void run(Loop& loop, int helpers, const std::function<void()>* poll) {
+        while (workers_ < helpers) {
+            std::thread(&Pool::live, this, workers_).detach();
+            ++workers_;
+        }
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            loop_ = &loop;
+            helpers_ = helpers;
+            running_.store(helpers, std::memory_order_relaxed);
+            generation_.fetch_add(1, std::memory_order_release);
+        }
+        wake_.notify_all();
+        loop.work(poll);
+        const auto until = Clock::now() + kSpin;
+        while (running_.load(std::memory_order_acquire) > 0) {
+            if (Clock::now() < until) continue;
+            std::unique_lock<std::mutex> lock(mutex_);
+            done_.wait(lock, [&] { return running_.load(std::memory_order_acquire) == 0; });
+        }
+    }
+
+private:
+    void live(int number) {
+        uint64_t seen = 0;
+        for (;;) {
+            const auto until = Clock::now() + kSpin;
+            while (generation_.load(std::memory_order_acquire) == seen && Clock::now() < until) {
+            }
+            Loop* loop = nullptr;
+            {
+                std::unique_lock<std::mutex> lock(mutex_);
+                wake_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
+                seen = generation_.load(std::memory_order_relaxed);
+                if (number < helpers_) loop = loop_;
+            }
+            if (!loop) continue;
+            loop->work(nullptr);
+            if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+                std::lock_guard<std::mutex> lock(mutex_);
+                done_.notify_one();
+            }
+        }
+    }
+
+    std::atomic<bool> busy_{false};
+    std::atomic<uint64_t> generation_{0};
+    std::atomic<int> running_{0};
+    std::mutex mutex_;
+    std::condition_variable wake_, done_;
+    Loop* loop_ = nullptr;
+    int helpers_ = 0, workers_ = 0;
+};
+
+// Never destroyed: its threads may outlive static destructors. After a fork the child's copy has no threads, so it gets a new pool.
+Pool* pool = nullptr;
+
+Pool& the_pool() {
+    static std::once_flag once;
+    std::call_once(once, [] {
+        pool = new Pool;
+        pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+    });
+    return *pool;
+}
+
+}  // namespace
+
+int num_threads() {
+    int threads = chosen_threads.load(std::memory_order_relaxed);
+    if (threads) return threads;
+    static const int fallback = default_threads();
+    return fallback;
+}
+
+void set_num_threads(int threads) {
+    if (threads < 1) throw std::invalid_argument("the number of threads is " + std::to_string(threads) + "; it must be at least 1");
+    chosen_threads = threads;
+}
+
+void parallel_for(int64_t tasks, const std::function<void(int64_t)>& body, const std::function<void()>* poll) {
+    Loop loop(body, tasks);
+    const int helpers = int(std::min<int64_t>(num_threads(), tasks)) - 1;
+    if (helpers > 0 && the_pool().acquire()) {
+        struct Release {
+            ~Release() { the_pool().release(); }
+        } release;
+        the_pool().run(loop, helpers, poll);
+    } else {
+        loop.work(poll);
+    }
+    if (loop.error) std::rethrow_exception(loop.error);
+}
+
+}  // namespace fastmaf

@@ -1,0 +1,18 @@
+// One small pool of threads per process. It holds no OpenMP, survives fork (the child starts a new one), and never makes a caller
+// wait for another: a caller that finds it busy does its work alone. With one thread it is never touched.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace fastmaf {
+
+// FASTMAF_NUM_THREADS, else OMP_NUM_THREADS, else what affinity and the cgroup's quota allow; or the number set last.
+int num_threads();
+void set_num_threads(int threads);  // throws std::invalid_argument below 1
+
+// Calls body(task) for every task, each exactly once, on several threads. `poll`, if any, is called by the calling thread about every
+// 100 ms; what it throws, and what a body throws, stops the loop and reaches the caller.
+void parallel_for(int64_t tasks, const std::function<void(int64_t)>& body, const std::function<void()>* poll = nullptr);
+
+}  // namespace fastmaf

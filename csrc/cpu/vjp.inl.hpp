@@ -1,0 +1,200 @@
+// Gradients of log_prob. Forward keeps of every MADE its variables, units and law; backward runs the transposed staircases, from the
+// last map to the first, with the same panels: delta of a map's inputs = W^T delta of its outputs, times act'.
+//
+// With g the cotangent of a row and gz that of z:  dm = -gz e^-a,  da = -gz z - g,  dr = da (da/dr),  dx = gz e^-a + W_1^T delta_1.
+// Weight gradients: rows of the batch are the inner index. Units lie in lanes, which needs the inputs of each map transposed, and
+// delta is read where backward left it; the sum runs over rows in index order, so its bits do not depend on threads or tiles.
+#pragma once
+
+#include "log_prob.inl.hpp"
+
+namespace fastmaf {
+namespace FASTMAF_ISA {
+
+template <class T>
+static void forward(const MadeView<T>* mades, int count, const Trace<T>* trace, int lanes, double* log_det) {
+    constexpr int W = Lanes<T>::W, L = lanes_of<T>();
+    const int vectors = (lanes + W - 1) / W;
+    for (int k = 0; k < count; ++k) {
+        const MadeView<T>& made = mades[k];
+        const Trace<T>& kept = trace[k];
+        for (int i = 0; i < made.step_count; ++i) {
+            Step step = made.steps[i];
+            if (step.kind == Kind::law) break;
+            T* argument = step.map + 1 < made.maps ? kept.argument[step.map] : nullptr;
+            const T* in = step.map ? kept.units[step.map - 1] : kept.x;
+            if (argument) {
+                step.finish = Finish::raw;
+                run_panel<T>(made, step, in, argument, vectors, nullptr);
+                T* out = kept.units[step.map] + step.row * L;
+                for (int r = 0; r < step.rows; ++r)
+                    for (int j = 0; j < vectors; ++j) at(out + r * L + j * W) = at(argument + (step.row + r) * L + j * W);
+                activate<T>(made.activation, out, step.rows, vectors, L);
+            } else {
+                run_panel<T>(made, step, in, kept.units[step.map], vectors, nullptr);
+            }
+        }
+        const T* parameters = kept.units[made.maps - 1];
+        const T* x = kept.x + made.context * L;
+        T* next = trace[k + 1].x + made.context * L;
+        T* const inverse_scale = kept.z + made.features * L;
+        T* const slope = inverse_scale + made.features * L;
+        for (int j = 0; j < vectors; ++j) {
+            typename Lanes<T>::Wide sum{};
+            for (int s = 0; s < made.features; ++s) {
+                const int at_s = s * L + j * W;
+                const T* row = parameters + 2 * s * L + j * W;
+                const Vec<T> a = log_scale<T>(made.law, made.clip, at(row + L));
+                const Vec<T> e = exp<T>(-a), z = (at(x + at_s) - at(row)) * e;
+                at(kept.z + at_s) = z;
+                at(inverse_scale + at_s) = e;
+                at(slope + at_s) = log_scale_slope<T>(made.law, made.clip, a);
+                at(next + made.next[s] * L + j * W) = made.scale ? (z - made.loc[s]) * made.scale[s] : z;
+                sum -= widen(a);
+            }
+            add_to<T>(log_det + j * W, sum);
+        }
+    }
+}
+
+template <class T>
+static void backward(const MadeView<T>* mades, int count, const Trace<T>* trace, int lanes, const T* cotangent, T* const dx[2], bool inner) {
+    constexpr int W = Lanes<T>::W, L = lanes_of<T>();
+    const int vectors = (lanes + W - 1) / W;
+    const int features = mades[0].features, context = mades[0].context;
+    T* const of_noise = dx[count % 2];
+    const T* noise = trace[count].x + context * L;
+    for (int i = 0; i < context; ++i)
+        for (int j = 0; j < vectors; ++j) at(of_noise + i * L + j * W) = Vec<T>{};
+    for (int s = 0; s < features; ++s)
+        for (int j = 0; j < vectors; ++j) at(of_noise + (context + s) * L + j * W) = -at(noise + s * L + j * W) * at(cotangent + j * W);
+    for (int k = count; k-- > 0;) {
+        const MadeView<T>& made = mades[k];
+        const Trace<T>& kept = trace[k];
+        const T* above = dx[(k + 1) % 2];
+        T* const below = dx[k % 2];
+        T* const d_parameters = kept.delta[made.maps - 1];
+        const T* const inverse_scale = kept.z + features * L;
+        const T* const slope = inverse_scale + features * L;
+        for (int i = 0; i < context; ++i)
+            for (int j = 0; j < vectors; ++j) at(below + i * L + j * W) = at(above + i * L + j * W);
+        for (int s = 0; s < features; ++s)
+            for (int j = 0; j < vectors; ++j) {
+                const int at_s = s * L + j * W;
+                Vec<T> gz = at(above + (context + made.next[s]) * L + j * W);
+                if (made.scale) gz *= made.scale[s];
+                const Vec<T> direct = gz * at(inverse_scale + at_s);
+                const Vec<T> da = -gz * at(kept.z + at_s) - at(cotangent + j * W);
+                at(d_parameters + 2 * s * L + j * W) = -direct;
+                at(d_parameters + (2 * s + 1) * L + j * W) = da * at(slope + at_s);
+                at(below + (context + s) * L + j * W) = direct;
+            }
+        for (int i = 0; i < made.step_count; ++i) {
+            const Step& step = made.steps[i];
+            if (step.map == 0 && inner && (k == 0 || step.row < context)) continue;
+            T* out = (step.map ? kept.delta[step.map - 1] : below) + step.row * L;
+            if (step.map)  // hidden units: the sum begins at zero
+                for (int r = 0; r < step.rows; ++r)
+                    for (int j = 0; j < vectors; ++j) at(out + r * L + j * W) = Vec<T>{};
+            panel<T>(vectors, step.width, made.tape + step.tape, kept.delta[step.map] + step.begin * L, step.end - step.begin, step.rows,
+                     static_cast<const T*>(nullptr), false, out);
+            if (step.map) {
+                const T* argument = kept.argument[step.map - 1];
+                times_derivative<T>(made.activation, out, (argument ? argument : kept.units[step.map - 1]) + step.row * L, step.rows,
+                                    vectors, L);
+            }
+        }
+    }
+}
+
+// One stage of a transpose: swap the off-diagonal blocks of size B of a W x W matrix held in W vectors.
+template <class T, int B>
+FASTMAF_INLINE void swap_blocks(Vec<T> (&v)[Lanes<T>::W]) {
+    constexpr int W = Lanes<T>::W;
+    if constexpr (B < W) {
+        Bits<T> low, high;
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) {
+            low[i] = i & B ? W + i - B : i;
+            high[i] = i & B ? W + i : i + B;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i)
+            if (!(i & B)) {
+                const Vec<T> a = v[i], b = v[i + B];
+                v[i] = __builtin_shuffle(a, b, low);
+                v[i + B] = __builtin_shuffle(a, b, high);
+            }
+        swap_blocks<T, 2 * B>(v);
+    }
+}
+
+template <class T>
+static void transpose(const T* in, int units, int lanes, T* out, int64_t row, int64_t capacity) {
+    constexpr int W = Lanes<T>::W, L = lanes_of<T>();
+    for (int u = 0; u < units; u += W) {
+        T* chunk = out + (u / L) * capacity * L + u % L;
+        for (int r = 0; r < lanes; r += W) {
+            Vec<T> v[W];
+#pragma GCC unroll 16
+            for (int i = 0; i < W; ++i) v[i] = u + i < units ? at(in + (u + i) * L + r) : Vec<T>{};
+            swap_blocks<T, 1>(v);
+#pragma GCC unroll 16
+            for (int i = 0; i < W; ++i) at(chunk + (row + r + i) * L) = v[i];
+        }
+    }
+}
+
+template <class T, int NV>
+static void weight_gradient_chunk(const T* const* delta, const int* tile_rows, const int64_t* tile_begin, int tiles, int rows, const T* inputs,
+                                  const int* limit, const int64_t* offset, int first, bool add, T* gradient) {
+    constexpr int W = Lanes<T>::W, L = lanes_of<T>();
+    for (int top = 0; top < rows; top += kRows) {
+        Vec<T> acc[kRows][NV] = {};
+        for (int t = 0; t < tiles; ++t)
+            accumulate<T, kRows, NV, 1, L>(acc, delta[t] + top * L, inputs + tile_begin[t] * L, L, tile_rows[t]);
+        T block[kRows][NV * W] __attribute__((aligned(64)));
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; ++j) at(&block[i][j * W]) = acc[i][j];
+        for (int i = 0; i < kRows && top + i < rows; ++i) {
+            T* out = gradient + offset[top + i] + first;
+            const int count = limit[top + i] - first < NV * W ? limit[top + i] - first : NV * W;
+            if (add)
+                for (int k = 0; k < count; ++k) out[k] += block[i][k];
+            else
+                for (int k = 0; k < count; ++k) out[k] = block[i][k];
+        }
+    }
+}
+
+template <class T>
+static void weight_gradient(const T* const* delta, const int* tile_rows, const int64_t* tile_begin, int tiles, int rows, const T* inputs,
+                            int64_t capacity, const int* limit, const int64_t* offset, bool add, T* gradient) {
+    constexpr int W = Lanes<T>::W, L = lanes_of<T>();
+    const int end = limit[rows - 1];
+    for (int first = 0; first < end; first += L) {
+        const T* chunk = inputs + (first / L) * capacity * L;
+        const int left = end - first;
+        auto run = left > 2 * W ? weight_gradient_chunk<T, 3> : left > W ? weight_gradient_chunk<T, 2> : weight_gradient_chunk<T, 1>;
+        run(delta, tile_rows, tile_begin, tiles, rows, chunk, limit, offset, first, add, gradient);
+    }
+}
+
+template <class T>
+static void bias_gradient(const T* const* delta, const int* tile_rows, const int64_t* tile_begin, int tiles, int rows, bool add, T* gradient) {
+    constexpr int W = Lanes<T>::W, L = lanes_of<T>(), sums = 64 / int(sizeof(T)), parts = sums / W;
+    for (int i = 0; i < rows; ++i) {
+        Vec<T> acc[parts] = {};
+        for (int t = 0; t < tiles; ++t)
+            for (int r = 0; r < tile_rows[t]; r += W) acc[(tile_begin[t] + r) / W % parts] += at(delta[t] + i * L + r);
+        T total = 0;
+        for (int p = 0; p < parts; ++p)
+            for (int r = 0; r < W; ++r) total += acc[p][r];
+        gradient[i] = add ? gradient[i] + total : total;
+    }
+}
+
+}  // namespace FASTMAF_ISA
+}  // namespace fastmaf

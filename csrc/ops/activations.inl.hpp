@@ -1,0 +1,55 @@
+// Each activation: its value, and its derivative as a function of the value (relu, tanh, elu) or of the argument (gelu, silu).
+#pragma once
+
+#include "../core/types.hpp"
+#include "math.inl.hpp"
+
+namespace fastmaf {
+namespace FASTMAF_ISA {
+
+// Whether the derivative needs the argument, so that backward has to keep it.
+FASTMAF_INLINE bool keeps_argument(Activation a) { return a == Activation::gelu || a == Activation::silu; }
+
+template <class T, class F>
+FASTMAF_INLINE void each(T* p, int rows, int vectors, int stride, F f) {
+    for (int r = 0; r < rows; ++r)
+        for (int j = 0; j < vectors; ++j) at(p + r * stride + j * Lanes<T>::W) = f(at(p + r * stride + j * Lanes<T>::W));
+}
+
+// Applied in place to `rows` x `vectors` vectors; rows lie `stride` apart.
+template <class T>
+static void activate(Activation activation, T* p, int rows, int vectors, int stride) {
+    using V = Vec<T>;
+    switch (activation) {
+        case Activation::relu: return each<T>(p, rows, vectors, stride, [](V x) { return relu(x); });
+        case Activation::tanh: return each<T>(p, rows, vectors, stride, [](V x) { return tanh<T>(x); });
+        case Activation::elu: return each<T>(p, rows, vectors, stride, [](V x) { return x > 0 ? x : expm1<T>(at_most<T>(x, 0)); });
+        case Activation::gelu: return each<T>(p, rows, vectors, stride, [](V x) { return x * normal_cdf<T>(x); });
+        case Activation::silu: return each<T>(p, rows, vectors, stride, [](V x) { return x * sigmoid<T>(x); });
+    }
+}
+
+// delta *= derivative; `unit` holds values or arguments, see keeps_argument.
+template <class T>
+static void times_derivative(Activation activation, T* delta, const T* unit, int rows, int vectors, int stride) {
+    using V = Vec<T>;
+    auto apply = [&](auto derivative) {
+        for (int r = 0; r < rows; ++r)
+            for (int j = 0; j < vectors; ++j) at(delta + r * stride + j * Lanes<T>::W) *= derivative(at(unit + r * stride + j * Lanes<T>::W));
+    };
+    switch (activation) {
+        case Activation::relu: return apply([](V h) { return h > 0 ? splat<T>(1) : V{}; });
+        case Activation::tanh: return apply([](V h) { return fma(-h, h, splat<T>(1)); });
+        case Activation::elu: return apply([](V h) { return h > 0 ? splat<T>(1) : h + 1; });
+        case Activation::gelu:
+            return apply([](V x) { return fma(x, T(0.39894228040143268) * exp<T>(T(-0.5) * x * x), normal_cdf<T>(x)); });
+        case Activation::silu:
+            return apply([](V x) {
+                const V s = sigmoid<T>(x);
+                return s * fma(x, 1 - s, splat<T>(1));
+            });
+    }
+}
+
+}  // namespace FASTMAF_ISA
+}  // namespace fastmaf

@@ -1,0 +1,85 @@
+// NumPy arrays to the core's descriptions. Shapes were judged in Python (fastmaf/_arrays.py); here only what would be unsafe.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "../cpu/backend.hpp"
+
+namespace fastmaf {
+
+namespace py = pybind11;
+
+inline DType dtype_of(const py::array& array) {
+    const py::dtype dtype = array.dtype();
+    const char kind = dtype.kind();
+    const auto size = dtype.itemsize();
+    if (dtype.byteorder() != '>') {
+        if (kind == 'f' && size == 2) return DType::f16;
+        if (kind == 'f' && size == 4) return DType::f32;
+        if (kind == 'f' && size == 8) return DType::f64;
+        if (kind == 'b') return DType::boolean;
+        if (kind == 'i') return size == 1 ? DType::i8 : size == 2 ? DType::i16 : size == 4 ? DType::i32 : DType::i64;
+        if (kind == 'u') return size == 1 ? DType::u8 : size == 2 ? DType::u16 : size == 4 ? DType::u32 : DType::u64;
+    }
+    throw std::invalid_argument("an array has dtype " + std::string(py::str(dtype)) + ", which the compiled core does not read");
+}
+
+// An array (n, w), (c, n, w), or (w,) for a row that all share; grows outer and inner to what it spans.
+inline Rows rows_of(const py::array& array, int64_t& outer, int64_t& inner) {
+    Rows rows;
+    rows.data = static_cast<const char*>(array.data());
+    rows.dtype = dtype_of(array);
+    const auto ndim = array.ndim();
+    if (ndim < 1 || ndim > 3) throw std::invalid_argument("an array has " + std::to_string(ndim) + " dimensions");
+    rows.column = array.strides(ndim - 1);
+    auto axis = [&](py::ssize_t back, int64_t& extent, int64_t& stride) {
+        if (ndim < back) return;
+        const int64_t size = array.shape(ndim - back);
+        if (size != 1) {
+            extent = size;
+            stride = array.strides(ndim - back);
+        }
+    };
+    axis(2, inner, rows.inner);
+    axis(3, outer, rows.outer);
+    return rows;
+}
+
+inline Batch batch_of(const py::array& x, const py::object& context) {
+    Batch batch;
+    batch.outer = batch.inner = 1;
+    batch.x = rows_of(x, batch.outer, batch.inner);
+    if (!context.is_none()) batch.context = rows_of(py::reinterpret_borrow<py::array>(context), batch.outer, batch.inner);
+    return batch;
+}
+
+// The elements of an output that Python allocated: C-contiguous, of the flow's dtype, `count` long; null for None.
+template <class T>
+T* output(const py::object& object, int64_t count) {
+    if (object.is_none()) return nullptr;
+    auto array = py::reinterpret_borrow<py::array>(object);
+    if (!py::isinstance<py::array_t<T>>(object) || !(array.flags() & py::array::c_style) || !array.writeable() || array.size() != count)
+        throw std::invalid_argument("an output of " + std::to_string(array.size()) + " elements does not fit " + std::to_string(count) +
+                                    " contiguous ones of the flow's dtype");
+    return static_cast<T*>(array.mutable_data());
+}
+
+template <class T>
+const T* input(const py::array& array, int64_t count) {
+    if (!py::isinstance<py::array_t<T>>(array) || !(array.flags() & py::array::c_style) || array.size() != count)
+        throw std::invalid_argument("an input of " + std::to_string(array.size()) + " elements does not fit " + std::to_string(count) +
+                                    " contiguous ones of the flow's dtype");
+    return static_cast<const T*>(array.data());
+}
+
+// Lets Ctrl-C through during long calls.
+inline void check_signals() {
+    py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+}  // namespace fastmaf

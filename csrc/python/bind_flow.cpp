@@ -1,0 +1,147 @@
+#include <pybind11/stl.h>
+
+#include "flow.hpp"
+
+namespace fastmaf {
+
+namespace {
+
+template <class E>
+E index_in(const std::string& name, std::initializer_list<const char*> names) {
+    int i = 0;
+    for (const char* each : names) {
+        if (name == each) return E(i);
+        ++i;
+    }
+    throw std::invalid_argument("the compiled core does not know '" + name + "'");
+}
+
+Columns read_columns(const py::dict& d) {
+    Columns columns;
+    for (const auto& kind : d["kinds"].cast<std::vector<std::string>>())
+        columns.kind.push_back(index_in<Bijection>(kind, {"identity", "logit", "log_above", "log_below"}));
+    columns.lower = d["lower"].cast<std::vector<double>>();
+    columns.upper = d["upper"].cast<std::vector<double>>();
+    columns.loc = d["loc"].cast<std::vector<double>>();
+    columns.scale = d["scale"].cast<std::vector<double>>();
+    return columns;
+}
+
+MadeSpec read_made(const py::dict& d) {
+    MadeSpec made;
+    made.ranks = d["ranks"].cast<std::vector<int64_t>>();
+    made.variable = d["variable"].cast<std::vector<int>>();
+    made.loc = d["loc"].cast<std::vector<double>>();
+    made.scale = d["scale"].cast<std::vector<double>>();
+    made.activation = index_in<Activation>(d["activation"].cast<std::string>(), {"relu", "tanh", "elu", "gelu", "silu"});
+    made.law = index_in<Law>(d["law"].cast<std::string>(), {"exp", "exp_soft"});
+    made.clip = d["clip"].cast<double>();
+    for (const auto& item : d["maps"].cast<py::list>()) {
+        const auto map = item.cast<py::dict>();
+        made.maps.push_back({map["rows"].cast<int>(), map["inputs"].cast<int>(), map["degrees"].cast<std::vector<int64_t>>(),
+                             map["context"].cast<bool>()});
+    }
+    return made;
+}
+
+PackedFlow pack(const py::dict& description, const py::array& parameters) {
+    FlowSpec spec;
+    spec.features = description["features"].cast<int>();
+    spec.context = description["context_features"].cast<int>();
+    spec.columns = read_columns(description["columns"].cast<py::dict>());
+    spec.context_columns = read_columns(description["context_columns"].cast<py::dict>());
+    spec.noise_variable = description["noise_variable"].cast<std::vector<int>>();
+    for (const auto& made : description["mades"].cast<py::list>()) spec.mades.push_back(read_made(made.cast<py::dict>()));
+    PackedFlow flow;
+    auto make = [&](auto zero) {
+        using T = decltype(zero);
+        const T* values = input<T>(parameters, parameters.size());
+        auto program = std::make_shared<Program<T>>(spec);
+        if (parameters.size() != program->parameter_count())
+            throw std::invalid_argument("the flow has " + std::to_string(program->parameter_count()) + " parameters; " +
+                                        std::to_string(parameters.size()) + " are given");
+        program->set_parameters(values);
+        flow.program = std::move(program);
+    };
+    if (py::isinstance<py::array_t<float>>(parameters))
+        make(0.0f);
+    else
+        make(0.0);
+    return flow;
+}
+
+}  // namespace
+
+void bind_flow(py::module_& module) {
+    const Poll poll = check_signals;
+    py::class_<PackedFlow>(module, "Flow")
+        .def(py::init(&pack), py::arg("description"), py::arg("parameters"))
+        .def("log_prob",
+             [poll](const PackedFlow& self, const py::array& x, const py::object& context, const py::object& out) {
+                 const Batch batch = batch_of(x, context);
+                 self.visit([&](const auto& program) {
+                     using T = typename std::decay_t<decltype(program)>::Value;
+                     T* result = output<T>(out, batch.rows());
+                     py::gil_scoped_release release;
+                     log_prob<T>(program, batch, result, poll);
+                 });
+             })
+        .def("to_noise",
+             [poll](const PackedFlow& self, const py::array& x, const py::object& context, const py::object& out) {
+                 const Batch batch = batch_of(x, context);
+                 self.visit([&](const auto& program) {
+                     using T = typename std::decay_t<decltype(program)>::Value;
+                     T* result = output<T>(out, batch.rows() * program.features());
+                     py::gil_scoped_release release;
+                     to_noise<T>(program, batch, result, poll);
+                 });
+             })
+        .def("from_noise",
+             [poll](const PackedFlow& self, const py::array& noise, const py::object& context, const py::object& out) {
+                 const Batch batch = batch_of(noise, context);
+                 self.visit([&](const auto& program) {
+                     using T = typename std::decay_t<decltype(program)>::Value;
+                     T* result = output<T>(out, batch.rows() * program.features());
+                     py::gil_scoped_release release;
+                     from_noise<T>(program, batch, result, poll);
+                 });
+             })
+        .def("sample",
+             [poll](const PackedFlow& self, int64_t contexts, int64_t rows, const py::object& context, uint64_t seed, uint64_t offset,
+                    uint64_t context_offset, const py::object& out, const py::object& log_prob_out) {
+                 Draw draw;
+                 draw.contexts = contexts;
+                 draw.rows = rows;
+                 draw.seed = seed;
+                 draw.offset = offset;
+                 draw.context_offset = uint32_t(context_offset);
+                 if (!context.is_none()) {
+                     int64_t outer = 1, inner = 1;  // (C,) or (contexts, C)
+                     draw.context = rows_of(py::reinterpret_borrow<py::array>(context), outer, inner);
+                     std::swap(draw.context.outer, draw.context.inner);
+                 }
+                 self.visit([&](const auto& program) {
+                     using T = typename std::decay_t<decltype(program)>::Value;
+                     T* x = output<T>(out, contexts * rows * program.features());
+                     T* density = output<T>(log_prob_out, contexts * rows);
+                     py::gil_scoped_release release;
+                     sample<T>(program, draw, x, density, poll);
+                 });
+             })
+        .def("vjp", [poll](const PackedFlow& self, const py::array& x, const py::object& context, const py::array& cotangent,
+                           const py::object& value, const py::object& d_x, const py::object& d_context, const py::object& d_parameters) {
+            const Batch batch = batch_of(x, context);
+            self.visit([&](const auto& program) {
+                using T = typename std::decay_t<decltype(program)>::Value;
+                const T* g = input<T>(cotangent, batch.rows());
+                T* const values = output<T>(value, batch.rows());
+                T* const of_x = output<T>(d_x, batch.rows() * program.features());
+                T* const of_context = output<T>(d_context, batch.rows() * program.context());
+                T* const of_parameters = output<T>(d_parameters, program.parameter_count());
+                py::gil_scoped_release release;
+                vjp<T>(program, batch, g, values, of_x, of_context, of_parameters, poll);
+            });
+        });
+}
+
+}  // namespace fastmaf

@@ -1,0 +1,575 @@
+"""The layer record: what a flow is, as data.
+
+A flow is ``context_layers`` (elementwise, applied to the context), ``layers`` read from data to noise, and a ``base``.  The classes here
+hold read-only arrays and compute nothing: they are what is saved, what importers produce and what packing consumes.  What each
+of them means is defined, operation by operation, in ``fastmaf._reference``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
+from typing import Any, Union
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = [
+    "ACTIVATIONS",
+    "CONDITIONALS",
+    "CONTEXT_MODES",
+    "LAWS",
+    "Affine",
+    "Autoregressive",
+    "BatchNorm",
+    "Block",
+    "Conditioner",
+    "Dense",
+    "Elementwise",
+    "FlowLayer",
+    "Law",
+    "Linear",
+    "Normal",
+    "Permutation",
+    "Terminal",
+]
+
+Array = NDArray[Any]
+
+ACTIVATIONS = ("relu", "tanh", "elu", "gelu", "silu")
+"""Activations of the hidden units; gelu is the exact one, x Phi(x)."""
+
+ELEMENTWISE = ("identity", "logit", "log_above", "log_below")
+
+CONTEXT_MODES = ("none", "added", "activated", "gated")
+"""How a context enters a Dense: W_c c + b_c added; passed through the activation and added; or as a factor sigmoid(W_c c + b_c)."""
+
+LAWS: Mapping[str, Mapping[str, float]] = MappingProxyType(
+    {
+        "exp": MappingProxyType({}),
+        "exp_soft": MappingProxyType({"clip": math.log(1000.0)}),
+        "softplus": MappingProxyType({"eps": 1e-3}),
+        "sigmoid": MappingProxyType({"eps": 1e-3, "shift": 2.0}),
+        "log_precision": MappingProxyType({}),
+        "clamp": MappingProxyType({"low": -5.0, "high": 3.0}),
+    }
+)
+"""Scale laws and their constants with defaults."""
+
+CONDITIONALS = ("mixture", "bernoulli", "categorical")
+
+
+def _frozen(name: str, value: ArrayLike, ndim: int, kind: str = "f") -> Array:
+    """A read-only C-ordered copy of `value`; floats keep float32 or become float64."""
+    array = np.array(value, order="C")
+    if kind == "i":
+        if array.dtype.kind not in "iu" and array.size:
+            raise ValueError(f"{name} has dtype {array.dtype}; it must hold integers")
+        array = array.astype(np.int64)
+    elif array.dtype != np.float32:
+        if array.dtype.kind not in "fiub":
+            raise ValueError(f"{name} has dtype {array.dtype}; it must hold real numbers")
+        array = array.astype(np.float64)
+    if array.ndim != ndim:
+        raise ValueError(f"{name} has shape {array.shape}; it must have {ndim} dimension{'s' * (ndim != 1)}")
+    array.flags.writeable = False
+    return array
+
+
+def _expect(name: str, array: Array, shape: tuple[int, ...]) -> None:
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape}; expected {shape}")
+
+
+def _one_of(name: str, value: str, allowed: Any) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
+
+
+class _Record:
+    """Mix-in: assign to a frozen dataclass inside ``__post_init__``; compare by content."""
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        return all(_same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))  # type: ignore[arg-type]
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=True)
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return bool(a == b)
+
+
+@dataclass(frozen=True, eq=False)
+class Elementwise(_Record):
+    """A fixed bijection per column, from a bounded range to the real line.
+
+    Parameters
+    ----------
+    kinds : tuple of str, length n
+        ``"identity"``; ``"logit"`` on (lower, upper): z = log((x - lower) / (upper - x)); ``"log_above"``: z = log(x - lower);
+        ``"log_below"``: z = -log(upper - x).
+    lower, upper : (n,) arrays, float64
+        The bounds; infinite where the kind does not use them.
+
+    Examples
+    --------
+    >>> Elementwise.from_bounds([(0, 1), None, (0, None)]).kinds
+    ('logit', 'identity', 'log_above')
+    """
+
+    kinds: tuple[str, ...]
+    lower: Array
+    upper: Array
+
+    def __post_init__(self) -> None:
+        kinds = tuple(self.kinds)
+        lower = _frozen("lower", self.lower, 1).astype(np.float64)
+        upper = _frozen("upper", self.upper, 1).astype(np.float64)
+        _expect("lower", lower, (len(kinds),))
+        _expect("upper", upper, (len(kinds),))
+        for j, kind in enumerate(kinds):
+            _one_of(f"kinds[{j}]", kind, ELEMENTWISE)
+            below = kind in ("logit", "log_above")
+            above = kind in ("logit", "log_below")
+            bad = (below and not math.isfinite(lower[j])) or (above and not math.isfinite(upper[j]))
+            if bad or (kind == "logit" and not lower[j] < upper[j]):
+                raise ValueError(f"column {j} has bounds ({lower[j]}, {upper[j]}), which do not fit {kind!r}")
+        lower.flags.writeable = upper.flags.writeable = False
+        self._set(kinds=kinds, lower=lower, upper=upper)
+
+    @classmethod
+    def from_bounds(cls, bounds: Any) -> Elementwise:
+        """From one entry per column: ``None``, or a pair (lower, upper) in which either may be ``None`` or infinite."""
+        kinds, lower, upper = [], [], []
+        for j, bound in enumerate(bounds):
+            try:
+                low, high = (None, None) if bound is None else bound
+                low = -math.inf if low is None else float(low)
+                high = math.inf if high is None else float(high)
+            except (TypeError, ValueError):
+                raise ValueError(f"bounds[{j}] is {bound!r}; it must be None or a pair (lower, upper)") from None
+            kinds.append(("identity", "log_above", "log_below", "logit")[(low > -math.inf) + 2 * (high < math.inf)])
+            lower.append(low)
+            upper.append(high)
+        return cls(tuple(kinds), np.array(lower), np.array(upper))
+
+
+@dataclass(frozen=True, eq=False)
+class Affine(_Record):
+    """z = (x - loc) * scale, column by column: standardisation, act-norm, frozen batch norm.
+
+    Parameters
+    ----------
+    loc, scale : (n,) arrays
+        Kept in float64 whatever the dtype of the flow. Scales are positive or negative, never zero.
+
+    Examples
+    --------
+    >>> Affine([1.0, 2.0], [0.5, 4.0]).scale.tolist()
+    [0.5, 4.0]
+    """
+
+    loc: Array
+    scale: Array
+
+    def __post_init__(self) -> None:
+        loc = _frozen("loc", self.loc, 1).astype(np.float64)
+        scale = _frozen("scale", self.scale, 1).astype(np.float64)
+        _expect("scale", scale, loc.shape)
+        for name, array in (("loc", loc), ("scale", scale)):
+            wrong = ~np.isfinite(array) | ((array == 0) if name == "scale" else False)
+            if wrong.any():
+                j = int(np.argmax(wrong))
+                raise ValueError(f"{name}[{j}] is {array[j]}; it must be finite" + (" and not zero" if name == "scale" else ""))
+        loc.flags.writeable = scale.flags.writeable = False
+        self._set(loc=loc, scale=scale)
+
+
+@dataclass(frozen=True, eq=False)
+class BatchNorm(_Record):
+    """The batch norm of Papamakarios et al. 2017, section 3.3: z = exp(log_gamma) (x - mean) / sqrt(var + eps) + beta.
+
+    Parameters
+    ----------
+    log_gamma, beta, mean, var : (n,) arrays
+    eps : float
+    """
+
+    log_gamma: Array
+    beta: Array
+    mean: Array
+    var: Array
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        arrays = {name: _frozen(name, getattr(self, name), 1) for name in ("log_gamma", "beta", "mean", "var")}
+        for name, array in arrays.items():
+            _expect(name, array, arrays["log_gamma"].shape)
+        self._set(**arrays, eps=float(self.eps))
+
+
+@dataclass(frozen=True, eq=False)
+class Permutation(_Record):
+    """z = x[:, perm].
+
+    Parameters
+    ----------
+    perm : (n,) array of int
+    """
+
+    perm: Array
+
+    def __post_init__(self) -> None:
+        perm = _frozen("perm", self.perm, 1, "i")
+        if not np.array_equal(np.sort(perm), np.arange(perm.size)):
+            raise ValueError(f"perm {perm.tolist()} is not a permutation of 0..{perm.size - 1}")
+        self._set(perm=perm)
+
+
+@dataclass(frozen=True, eq=False)
+class Linear(_Record):
+    """z = (L U) x + bias, L unit lower and U upper triangular.
+
+    Parameters
+    ----------
+    lower : (n, n) array
+        Its strictly lower triangle is L; the rest is ignored.
+    upper : (n, n) array
+        Its upper triangle, the diagonal included, is U; the rest is ignored.
+    bias : (n,) array
+    """
+
+    lower: Array
+    upper: Array
+    bias: Array
+
+    def __post_init__(self) -> None:
+        bias = _frozen("bias", self.bias, 1)
+        lower, upper = _frozen("lower", self.lower, 2), _frozen("upper", self.upper, 2)
+        _expect("lower", lower, (bias.size, bias.size))
+        _expect("upper", upper, (bias.size, bias.size))
+        self._set(lower=lower, upper=upper, bias=bias)
+
+
+@dataclass(frozen=True, eq=False)
+class Law(_Record):
+    """How the parameters of one variable, a shift m and a raw log-scale r, act on it.
+
+    ``form="standardize"`` is z = (x - m) / s, ``form="affine"`` is z = s x + m, with the scale s by `kind`:
+
+    - ``exp``: s = e^r
+    - ``exp_soft``: s = e^a, a = r / (1 + abs(r) / clip), so that abs(a) < clip
+    - ``softplus``: s = log(1 + e^r) + eps
+    - ``sigmoid``: s = 1 / (1 + e^-(r + shift)) + eps
+    - ``log_precision``: s = e^(-r / 2) when standardising, e^(r / 2) otherwise (r is the log of the inverse variance)
+    - ``clamp``: s = e^min(max(r, low), high)
+
+    Parameters
+    ----------
+    kind : str
+        A key of `LAWS`.
+    form : {"standardize", "affine"}
+    constants : mapping of str to float
+        Overrides of the constants in `LAWS`.
+
+    Examples
+    --------
+    >>> Law("softplus", constants={"eps": 0.01}).constants["eps"]
+    0.01
+    """
+
+    kind: str = "exp_soft"
+    form: str = "standardize"
+    constants: Mapping[str, float] = field(default_factory=dict)
+
+    parameters = 2
+    """P: shift in row i * P, raw log-scale in row i * P + 1."""
+
+    def __post_init__(self) -> None:
+        _one_of("law", self.kind, LAWS)
+        _one_of("form", self.form, ("standardize", "affine"))
+        unknown = set(self.constants) - set(LAWS[self.kind])
+        if unknown:
+            raise ValueError(f"law {self.kind!r} has no constant {sorted(unknown)[0]!r}")
+        constants = {name: float(self.constants.get(name, default)) for name, default in LAWS[self.kind].items()}
+        for name, value in constants.items():
+            if not math.isfinite(value) or (name in ("clip", "eps") and value <= 0):
+                raise ValueError(f"constant {name!r} of law {self.kind!r} is {value}")
+        self._set(constants=MappingProxyType(constants))
+
+    def __reduce__(self) -> Any:
+        return Law, (self.kind, self.form, dict(self.constants))
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(_Record):
+    """One masked linear map, y = W h + b, with the units in any order.
+
+    Parameters
+    ----------
+    weight : (n, m) array
+        Masked entries are zero.
+    bias : (n,) array
+    degrees : (n,) array of int or None
+        Degrees of the outputs, in the sense of `fastmaf.masks`; None in a final layer, where the ranks say it.
+    context : {"none", "added", "activated", "gated"}
+        How the context enters here, see `CONTEXT_MODES`.
+    context_weight : (n, C) array or None
+    context_bias : (n,) array or None
+    norm_scale, norm_shift : (m,) arrays or None
+        A frozen inner batch norm: h * norm_scale + norm_shift is taken before the activation in front of this map.
+    """
+
+    weight: Array
+    bias: Array
+    degrees: Array | None = None
+    context: str = "none"
+    context_weight: Array | None = None
+    context_bias: Array | None = None
+    norm_scale: Array | None = None
+    norm_shift: Array | None = None
+
+    def __post_init__(self) -> None:
+        weight, bias = _frozen("weight", self.weight, 2), _frozen("bias", self.bias, 1)
+        _expect("bias", bias, weight.shape[:1])
+        _one_of("context", self.context, CONTEXT_MODES)
+        values: dict[str, Any] = {"weight": weight, "bias": bias}
+        if self.degrees is not None:
+            values["degrees"] = _frozen("degrees", self.degrees, 1, "i")
+            _expect("degrees", values["degrees"], bias.shape)
+        if (self.context == "none") != (self.context_weight is None):
+            raise ValueError(f"context is {self.context!r}, but context_weight is {'absent' if self.context_weight is None else 'given'}")
+        if self.context_weight is not None:
+            values["context_weight"] = _frozen("context_weight", self.context_weight, 2)
+            _expect("context_weight", values["context_weight"], (bias.size, values["context_weight"].shape[1]))
+        for name, shape in (("context_bias", bias.shape), ("norm_scale", weight.shape[1:]), ("norm_shift", weight.shape[1:])):
+            if getattr(self, name) is not None:
+                values[name] = _frozen(name, getattr(self, name), 1)
+                _expect(name, values[name], shape)
+        self._set(**values)
+
+
+@dataclass(frozen=True, eq=False)
+class Block(_Record):
+    """A stage between the first and the last map of a conditioner.
+
+    Parameters
+    ----------
+    kind : {"plain", "residual"}
+        ``plain``: act, one map. ``residual``: h + map2(act(map1(act(h)))), pre-activation.
+    maps : tuple of Dense
+        One for a plain block, two for a residual one.
+    """
+
+    kind: str
+    maps: tuple[Dense, ...]
+
+    def __post_init__(self) -> None:
+        _one_of("block", self.kind, ("plain", "residual"))
+        maps = tuple(self.maps)
+        if len(maps) != (1 if self.kind == "plain" else 2):
+            raise ValueError(f"a {self.kind} block has {len(maps)} maps")
+        if self.kind == "residual" and maps[1].weight.shape[0] != maps[0].weight.shape[1]:
+            raise ValueError(f"a residual block maps {maps[0].weight.shape[1]} units to {maps[1].weight.shape[0]}")
+        self._set(maps=maps)
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioner(_Record):
+    """The masked network that gives each variable its parameters.
+
+    initial map, blocks, activation, final map; without `initial` there are no hidden units and the final map reads the variables.
+    A plain block begins with the activation of what came before, so initial -> plain -> plain -> final has three hidden layers.
+
+    Parameters
+    ----------
+    initial : Dense or None
+    blocks : tuple of Block
+    final : Dense
+        Rows ``i * P + p``.
+    activation : str
+    final_activation : bool
+        Whether the activation stands in front of the final map (not so in a residual network of nflows or zuko).
+    skip : (D * P, D) array or None
+        Direct weights from variables to parameters.
+    """
+
+    initial: Dense | None
+    blocks: tuple[Block, ...]
+    final: Dense
+    activation: str = "relu"
+    final_activation: bool = True
+    skip: Array | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("activation", self.activation, ACTIVATIONS)
+        blocks = tuple(self.blocks)
+        if self.initial is None and blocks:
+            raise ValueError("a conditioner with blocks needs an initial map")
+        chain = ([] if self.initial is None else [self.initial]) + [m for b in blocks for m in b.maps]
+        for number, dense in enumerate(chain):
+            if dense.degrees is None:
+                raise ValueError(f"hidden map {number} has no degrees")
+            if number and dense.weight.shape[1] != chain[number - 1].weight.shape[0]:
+                raise ValueError(f"hidden map {number} reads {dense.weight.shape[1]} units of {chain[number - 1].weight.shape[0]}")
+        if chain and self.final.weight.shape[1] != chain[-1].weight.shape[0]:
+            raise ValueError(f"the final map reads {self.final.weight.shape[1]} units of {chain[-1].weight.shape[0]}")
+        values: dict[str, Any] = {"blocks": blocks, "final_activation": bool(self.final_activation)}
+        if self.skip is not None:
+            values["skip"] = _frozen("skip", self.skip, 2)
+        self._set(**values)
+
+    @property
+    def hidden(self) -> tuple[Dense, ...]:
+        """All maps but the final one, in order."""
+        return (() if self.initial is None else (self.initial,)) + tuple(m for block in self.blocks for m in block.maps)
+
+
+def _check_made(ranks: Array, conditioner: Conditioner, rows: int) -> None:
+    """The widths fit, and every non-zero weight lies inside the staircase of its degrees."""
+    features = ranks.size
+    if features == 0 or ranks.min() < 1:
+        raise ValueError(f"ranks {ranks.tolist()} must be positive, one per variable")
+    first = conditioner.initial or conditioner.final
+    if first.weight.shape[1] != features:
+        raise ValueError(f"the first map reads {first.weight.shape[1]} variables; there are {features} ranks")
+    if conditioner.final.weight.shape[0] != rows:
+        raise ValueError(f"the final map has {conditioner.final.weight.shape[0]} rows; {features} variables need {rows}")
+    inputs = ranks
+    for number, dense in enumerate(conditioner.hidden):
+        assert dense.degrees is not None
+        _inside(f"hidden map {number}", dense.weight, dense.degrees[:, None] >= inputs[None, :])
+        inputs = dense.degrees
+    counts = np.repeat(ranks, rows // features) if rows % features == 0 else None
+    if counts is not None:
+        allowed = counts[:, None] > inputs[None, :]
+        _inside("the final map", conditioner.final.weight, allowed)
+        if conditioner.skip is not None:
+            _expect("skip", conditioner.skip, (rows, features))
+            _inside("skip", conditioner.skip, counts[:, None] > ranks[None, :])
+
+
+def _inside(name: str, weight: Array, allowed: Array) -> None:
+    outside = (weight != 0) & ~allowed
+    if outside.any():
+        row, column = (int(v) for v in np.argwhere(outside)[0])
+        raise ValueError(f"{name} has a weight at ({row}, {column}) that its degrees forbid")
+
+
+@dataclass(frozen=True, eq=False)
+class Autoregressive(_Record):
+    """A conditioner network and the law that its outputs feed: one MADE of a flow.
+
+    Parameters
+    ----------
+    ranks : (D,) array of int
+        Place of each column in the order, from 1; columns may share a rank.
+    conditioner : Conditioner
+    law : Law
+    direction : {"data", "noise"}
+        The side that the network reads: ``"data"`` is MAF, ``"noise"`` is IAF.
+    """
+
+    ranks: Array
+    conditioner: Conditioner
+    law: Law = field(default_factory=Law)
+    direction: str = "data"
+
+    def __post_init__(self) -> None:
+        ranks = _frozen("ranks", self.ranks, 1, "i")
+        _one_of("direction", self.direction, ("data", "noise"))
+        _check_made(ranks, self.conditioner, ranks.size * self.law.parameters)
+        self._set(ranks=ranks)
+
+
+@dataclass(frozen=True, eq=False)
+class Normal(_Record):
+    """The standard normal base.
+
+    Parameters
+    ----------
+    features : int
+    """
+
+    features: int
+
+
+@dataclass(frozen=True, eq=False)
+class Terminal(_Record):
+    """A MADE as the base: the density of the last variables themselves instead of a map to noise.
+
+    Parameters
+    ----------
+    ranks : (D,) array of int
+    conditioner : Conditioner
+    conditional : {"mixture", "bernoulli", "categorical"}
+        Rows per variable: ``3 * components`` (weight logits, means, raw log-scales, each of length `components`), 1 logit, or
+        ``categories[i]`` logits.
+    components : int
+        Of a mixture of Gaussians.
+    categories : tuple of int
+        Number of values of each categorical variable.
+    constants : mapping of str to float
+        Of the scale law of the mixture, as in `Law`.
+    """
+
+    ranks: Array
+    conditioner: Conditioner
+    conditional: str
+    components: int = 1
+    categories: tuple[int, ...] = ()
+    constants: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        ranks = _frozen("ranks", self.ranks, 1, "i")
+        _one_of("conditional", self.conditional, CONDITIONALS)
+        categories = tuple(int(c) for c in self.categories)
+        if self.conditional == "categorical" and (len(categories) != ranks.size or min(categories, default=0) < 2):
+            raise ValueError(f"categories {categories} must give at least 2 values for each of {ranks.size} variables")
+        if self.components < 1:
+            raise ValueError(f"components is {self.components}")
+        rows = {"mixture": 3 * self.components * ranks.size, "bernoulli": ranks.size, "categorical": sum(categories)}[self.conditional]
+        _check_made(ranks, self.conditioner, rows)
+        self._set(ranks=ranks, categories=categories, constants=MappingProxyType({k: float(v) for k, v in self.constants.items()}))
+
+    @property
+    def features(self) -> int:
+        """Number of variables D."""
+        return int(self.ranks.size)
+
+    def __reduce__(self) -> Any:
+        arguments = (self.ranks, self.conditioner, self.conditional, self.components, self.categories, dict(self.constants))
+        return Terminal, arguments
+
+
+FlowLayer = Union[Elementwise, Affine, BatchNorm, Permutation, Linear, Autoregressive]
+
+
+def astype(record: Any, dtype: Any) -> Any:
+    """A copy of a layer whose network weights have `dtype`; Elementwise and Affine stay float64."""
+    if isinstance(record, (Elementwise, Affine)):
+        return record
+    if isinstance(record, tuple):
+        return tuple(astype(r, dtype) for r in record)
+    if not isinstance(record, _Record):
+        return record
+    changes: dict[str, Any] = {}
+    for f in fields(record):  # type: ignore[arg-type]
+        value = getattr(record, f.name)
+        if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+            changes[f.name] = value.astype(dtype)
+        elif isinstance(value, (_Record, tuple)):
+            changes[f.name] = astype(value, dtype)
+    return replace(record, **changes)  # type: ignore[type-var]

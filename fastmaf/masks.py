@@ -1,0 +1,131 @@
+"""Degrees, orders and the masks they imply.
+
+The rule is that of MADE (Germain et al. 2015, section 4), written with ranks that start at 1: variable *j* carries the rank
+``r[j]`` of its place in the order, a hidden unit carries a degree *m* and may read variables of rank ``<= m`` and units of degree
+``<= m``, and the parameters of variable *i* read units of degree ``< r[i]``.  Units sorted by degree make every mask a staircase.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["hidden_degrees", "hidden_mask", "layer_ranks", "output_mask"]
+
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+
+
+def layer_ranks(order: str | Sequence[int] | Sequence[Sequence[int]], features: int, transforms: int, seed: int) -> list[IntArray]:
+    """Ranks of the variables in each autoregressive layer.
+
+    Parameters
+    ----------
+    order : {"sequential", "reverse", "random"} or sequence of int or sequence of sequences of int
+        ``"sequential"``: column order in every layer. ``"reverse"``: column order, turned around in every second layer.
+        ``"random"``: an independent permutation per layer. A permutation of ``0..features-1`` lists the columns in the order in
+        which they are generated, in every layer; a sequence of them gives one per layer.
+    features : int
+        Number of variables D.
+    transforms : int
+        Number of layers K.
+    seed : int
+        Seed of the random orders.
+
+    Returns
+    -------
+    list of (D,) int64 arrays
+        For each layer, the rank 1..D of each column.
+
+    Raises
+    ------
+    ValueError
+        If `order` is not one of the above.
+
+    Examples
+    --------
+    >>> [r.tolist() for r in layer_ranks("reverse", 3, 2, seed=0)]
+    [[1, 2, 3], [3, 2, 1]]
+    >>> [r.tolist() for r in layer_ranks([2, 0, 1], 3, 1, seed=0)]
+    [[2, 3, 1]]
+    """
+    forward = np.arange(1, features + 1, dtype=np.int64)
+    if isinstance(order, str):
+        if order == "sequential":
+            return [forward.copy() for _ in range(transforms)]
+        if order == "reverse":
+            return [(forward if k % 2 == 0 else forward[::-1]).copy() for k in range(transforms)]
+        if order == "random":
+            rng = np.random.default_rng([seed, 0x6F72])
+            return [rng.permutation(forward) for _ in range(transforms)]
+        raise ValueError(f"order is {order!r}; it must be 'sequential', 'reverse', 'random' or a permutation of the columns")
+    given = [order] * transforms if np.ndim(order) == 1 else list(order)
+    if len(given) != transforms:
+        raise ValueError(f"order lists {len(given)} permutations; the flow has {transforms} transforms")
+    ranks = []
+    for permutation in given:
+        columns = np.asarray(permutation)
+        if columns.shape != (features,) or columns.dtype.kind not in "iu" or not np.array_equal(np.sort(columns), forward - 1):
+            raise ValueError(f"order {np.asarray(permutation).tolist()} is not a permutation of 0..{features - 1}")
+        rank = np.empty(features, np.int64)
+        rank[columns] = forward
+        ranks.append(rank)
+    return ranks
+
+
+def hidden_degrees(width: int, features: int, conditional: bool) -> IntArray:
+    """Degrees of a hidden layer: sorted, balanced over 1..D-1, or over 0..D-1 when there is a context.
+
+    A layer narrower than the number of degrees takes degrees evenly spaced over the range.  Units of degree 0 read the context
+    alone; without them the first variable would not depend on it.
+
+    Parameters
+    ----------
+    width : int
+        Number of units H.
+    features : int
+        Number of variables D.
+    conditional : bool
+        Whether the flow has a context.
+
+    Returns
+    -------
+    (H,) int64 array
+        Nondecreasing degrees.
+
+    Examples
+    --------
+    >>> hidden_degrees(7, 4, False).tolist()
+    [1, 1, 1, 2, 2, 3, 3]
+    >>> hidden_degrees(3, 8, True).tolist()
+    [0, 4, 7]
+    """
+    lowest = 0 if conditional or features == 1 else 1
+    count = features - lowest
+    if width >= count:
+        return lowest + np.sort(np.arange(width, dtype=np.int64) % count)
+    return lowest + np.round(np.linspace(0, count - 1, width)).astype(np.int64)
+
+
+def hidden_mask(degrees: IntArray, inputs: IntArray) -> BoolArray:
+    """Mask (H, n) of a hidden layer: unit reads input where ``degrees >= inputs`` (ranks of variables, or degrees of units).
+
+    Examples
+    --------
+    >>> hidden_mask(np.array([1, 2]), np.array([1, 2, 3])).astype(int).tolist()
+    [[1, 0, 0], [1, 1, 0]]
+    """
+    return np.asarray(degrees)[:, None] >= np.asarray(inputs)[None, :]
+
+
+def output_mask(ranks: IntArray, inputs: IntArray, parameters: int) -> BoolArray:
+    """Mask (D * P, H) of an output layer: row ``i * P + p`` reads units of degree below ``ranks[i]``.
+
+    Examples
+    --------
+    >>> output_mask(np.array([1, 2]), np.array([0, 1]), 2).astype(int).tolist()
+    [[1, 0], [1, 0], [1, 1], [1, 1]]
+    """
+    return np.repeat(np.asarray(ranks)[:, None] > np.asarray(inputs)[None, :], parameters, axis=0)
