@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -42,6 +42,8 @@ ACTIVATIONS = ("relu", "tanh", "elu", "gelu", "silu")
 """Activations of the hidden units; gelu is the exact one, x Phi(x)."""
 
 ELEMENTWISE = ("identity", "logit", "log_above", "log_below")
+
+BLOCKS = ("plain", "linear", "residual", "linear_residual")
 
 CONTEXT_MODES = ("none", "added", "activated", "gated")
 """How a context enters a Dense: W_c c + b_c added; passed through the activation and added; or as a factor sigmoid(W_c c + b_c)."""
@@ -143,7 +145,8 @@ class Elementwise(_Record):
             _one_of(f"kinds[{j}]", kind, ELEMENTWISE)
             below = kind in ("logit", "log_above")
             above = kind in ("logit", "log_below")
-            bad = (below and not math.isfinite(lower[j])) or (above and not math.isfinite(upper[j]))
+            bad = math.isnan(lower[j]) or math.isnan(upper[j])
+            bad = bad or (below and not math.isfinite(lower[j])) or (above and not math.isfinite(upper[j]))
             if bad or (kind == "logit" and not lower[j] < upper[j]):
                 raise ValueError(f"column {j} has bounds ({lower[j]}, {upper[j]}), which do not fit {kind!r}")
         lower.flags.writeable = upper.flags.writeable = False
@@ -217,6 +220,10 @@ class BatchNorm(_Record):
         arrays = {name: _frozen(name, getattr(self, name), 1) for name in ("log_gamma", "beta", "mean", "var")}
         for name, array in arrays.items():
             _expect(name, array, arrays["log_gamma"].shape)
+        wrong = ~(arrays["var"] + float(self.eps) > 0)
+        if wrong.any():
+            j = int(np.argmax(wrong))
+            raise ValueError(f"var[{j}] is {arrays['var'][j]} and eps {self.eps}; their sum must be positive")
         self._set(**arrays, eps=float(self.eps))
 
 
@@ -260,6 +267,8 @@ class Linear(_Record):
         lower, upper = _frozen("lower", self.lower, 2), _frozen("upper", self.upper, 2)
         _expect("lower", lower, (bias.size, bias.size))
         _expect("upper", upper, (bias.size, bias.size))
+        if not np.diagonal(upper).all():
+            raise ValueError(f"upper has a zero in row {int(np.argmin(np.diagonal(upper) != 0))} of its diagonal")
         self._set(lower=lower, upper=upper, bias=bias)
 
 
@@ -307,6 +316,8 @@ class Law(_Record):
         for name, value in constants.items():
             if not math.isfinite(value) or (name in ("clip", "eps") and value <= 0):
                 raise ValueError(f"constant {name!r} of law {self.kind!r} is {value}")
+        if self.kind == "clamp" and not constants["low"] < constants["high"]:
+            raise ValueError(f"law 'clamp' has low {constants['low']} and high {constants['high']}")
         self._set(constants=MappingProxyType(constants))
 
     def __reduce__(self) -> Any:
@@ -329,7 +340,7 @@ class Dense(_Record):
     context_weight : (n, C) array or None
     context_bias : (n,) array or None
     norm_scale, norm_shift : (m,) arrays or None
-        A frozen inner batch norm: h * norm_scale + norm_shift is taken before the activation in front of this map.
+        A frozen inner batch norm: h * norm_scale + norm_shift is taken before the activation in front of this map. Both or neither.
     """
 
     weight: Array
@@ -351,6 +362,10 @@ class Dense(_Record):
             _expect("degrees", values["degrees"], bias.shape)
         if (self.context == "none") != (self.context_weight is None):
             raise ValueError(f"context is {self.context!r}, but context_weight is {'absent' if self.context_weight is None else 'given'}")
+        if self.context == "none" and self.context_bias is not None:
+            raise ValueError("context is 'none', but context_bias is given")
+        if (self.norm_scale is None) != (self.norm_shift is None):
+            raise ValueError(f"norm_{'shift' if self.norm_shift is None else 'scale'} is missing")
         if self.context_weight is not None:
             values["context_weight"] = _frozen("context_weight", self.context_weight, 2)
             _expect("context_weight", values["context_weight"], (bias.size, values["context_weight"].shape[1]))
@@ -367,23 +382,29 @@ class Block(_Record):
 
     Parameters
     ----------
-    kind : {"plain", "residual"}
-        ``plain``: act, one map. ``residual``: h + map2(act(map1(act(h)))), pre-activation.
+    kind : {"plain", "linear", "residual", "linear_residual"}
+        ``plain``: act, one map. ``residual``: h + map2(act(map1(act(h)))), as in nflows. ``linear`` and ``linear_residual``: without the
+        first activation, as in the residual networks of zuko.
     maps : tuple of Dense
-        One for a plain block, two for a residual one.
+        One, or two for a residual block.
     """
 
     kind: str
     maps: tuple[Dense, ...]
 
     def __post_init__(self) -> None:
-        _one_of("block", self.kind, ("plain", "residual"))
+        _one_of("block", self.kind, BLOCKS)
         maps = tuple(self.maps)
-        if len(maps) != (1 if self.kind == "plain" else 2):
+        if len(maps) != 1 + self.residual:
             raise ValueError(f"a {self.kind} block has {len(maps)} maps")
-        if self.kind == "residual" and maps[1].weight.shape[0] != maps[0].weight.shape[1]:
+        if self.residual and maps[1].weight.shape[0] != maps[0].weight.shape[1]:
             raise ValueError(f"a residual block maps {maps[0].weight.shape[1]} units to {maps[1].weight.shape[0]}")
         self._set(maps=maps)
+
+    @property
+    def residual(self) -> bool:
+        """Whether the units of the block are added to those in front of it."""
+        return self.kind in ("residual", "linear_residual")
 
 
 @dataclass(frozen=True, eq=False)
@@ -392,6 +413,7 @@ class Conditioner(_Record):
 
     initial map, blocks, activation, final map; without `initial` there are no hidden units and the final map reads the variables.
     A plain block begins with the activation of what came before, so initial -> plain -> plain -> final has three hidden layers.
+    The last units of a residual block have at least the degrees of those that they are added to.
 
     Parameters
     ----------
@@ -401,7 +423,8 @@ class Conditioner(_Record):
         Rows ``i * P + p``.
     activation : str
     final_activation : bool
-        Whether the activation stands in front of the final map (not so in a residual network of nflows or zuko).
+        Whether the activation stands in front of the final map (not so in a residual network of nflows or zuko, and never without
+        hidden units).
     skip : (D * P, D) array or None
         Direct weights from variables to parameters.
     """
@@ -437,28 +460,32 @@ class Conditioner(_Record):
         return (() if self.initial is None else (self.initial,)) + tuple(m for block in self.blocks for m in block.maps)
 
 
-def _check_made(ranks: Array, conditioner: Conditioner, rows: int) -> None:
-    """The widths fit, and every non-zero weight lies inside the staircase of its degrees."""
+def _check_made(ranks: Array, conditioner: Conditioner, rows: tuple[int, ...]) -> None:
+    """The widths fit, and every non-zero weight lies inside the staircase of its degrees; `rows` of the final map for each variable."""
     features = ranks.size
     if features == 0 or ranks.min() < 1:
         raise ValueError(f"ranks {ranks.tolist()} must be positive, one per variable")
     first = conditioner.initial or conditioner.final
     if first.weight.shape[1] != features:
         raise ValueError(f"the first map reads {first.weight.shape[1]} variables; there are {features} ranks")
-    if conditioner.final.weight.shape[0] != rows:
-        raise ValueError(f"the final map has {conditioner.final.weight.shape[0]} rows; {features} variables need {rows}")
+    if conditioner.final.weight.shape[0] != sum(rows):
+        raise ValueError(f"the final map has {conditioner.final.weight.shape[0]} rows; {features} variables need {sum(rows)}")
     inputs = ranks
     for number, dense in enumerate(conditioner.hidden):
         assert dense.degrees is not None
         _inside(f"hidden map {number}", dense.weight, dense.degrees[:, None] >= inputs[None, :])
         inputs = dense.degrees
-    counts = np.repeat(ranks, rows // features) if rows % features == 0 else None
-    if counts is not None:
-        allowed = counts[:, None] > inputs[None, :]
-        _inside("the final map", conditioner.final.weight, allowed)
-        if conditioner.skip is not None:
-            _expect("skip", conditioner.skip, (rows, features))
-            _inside("skip", conditioner.skip, counts[:, None] > ranks[None, :])
+    before = None if conditioner.initial is None else conditioner.initial.degrees
+    for number, block in enumerate(conditioner.blocks):
+        after = block.maps[-1].degrees
+        if block.residual and (after < before).any():  # type: ignore[operator]
+            raise ValueError(f"block {number} adds units to others of higher degree")
+        before = after
+    outputs = np.repeat(ranks, rows)[:, None]
+    _inside("the final map", conditioner.final.weight, outputs > inputs[None, :])
+    if conditioner.skip is not None:
+        _expect("skip", conditioner.skip, (sum(rows), features))
+        _inside("skip", conditioner.skip, outputs > ranks[None, :])
 
 
 def _inside(name: str, weight: Array, allowed: Array) -> None:
@@ -490,7 +517,7 @@ class Autoregressive(_Record):
     def __post_init__(self) -> None:
         ranks = _frozen("ranks", self.ranks, 1, "i")
         _one_of("direction", self.direction, ("data", "noise"))
-        _check_made(ranks, self.conditioner, ranks.size * self.law.parameters)
+        _check_made(ranks, self.conditioner, (self.law.parameters,) * ranks.size)
         self._set(ranks=ranks)
 
 
@@ -520,9 +547,11 @@ class Terminal(_Record):
     components : int
         Of a mixture of Gaussians.
     categories : tuple of int
-        Number of values of each categorical variable.
+        Number of values, 0, 1, ..., of each categorical variable.
     constants : mapping of str to float
-        Of the scale law of the mixture, as in `Law`.
+        Overrides of the constants of the law.
+    law : str
+        The scale law of the mixture, a key of `LAWS`, in the form "standardize".
     """
 
     ranks: Array
@@ -531,6 +560,7 @@ class Terminal(_Record):
     components: int = 1
     categories: tuple[int, ...] = ()
     constants: Mapping[str, float] = field(default_factory=dict)
+    law: str = "exp_soft"
 
     def __post_init__(self) -> None:
         ranks = _frozen("ranks", self.ranks, 1, "i")
@@ -540,21 +570,27 @@ class Terminal(_Record):
             raise ValueError(f"categories {categories} must give at least 2 values for each of {ranks.size} variables")
         if self.components < 1:
             raise ValueError(f"components is {self.components}")
-        rows = {"mixture": 3 * self.components * ranks.size, "bernoulli": ranks.size, "categorical": sum(categories)}[self.conditional]
-        _check_made(ranks, self.conditioner, rows)
-        self._set(ranks=ranks, categories=categories, constants=MappingProxyType({k: float(v) for k, v in self.constants.items()}))
+        self._set(ranks=ranks, categories=categories, constants=Law(self.law, constants=self.constants).constants)
+        _check_made(ranks, self.conditioner, self.rows)
 
     @property
     def features(self) -> int:
         """Number of variables D."""
         return int(self.ranks.size)
 
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Number of rows of the final map for each variable."""
+        if self.conditional == "categorical":
+            return self.categories
+        return (3 * self.components if self.conditional == "mixture" else 1,) * self.features
+
     def __reduce__(self) -> Any:
-        arguments = (self.ranks, self.conditioner, self.conditional, self.components, self.categories, dict(self.constants))
+        arguments = (self.ranks, self.conditioner, self.conditional, self.components, self.categories, dict(self.constants), self.law)
         return Terminal, arguments
 
 
-FlowLayer = Union[Elementwise, Affine, BatchNorm, Permutation, Linear, Autoregressive]
+FlowLayer = Elementwise | Affine | BatchNorm | Permutation | Linear | Autoregressive
 
 
 def astype(record: Any, dtype: Any) -> Any:

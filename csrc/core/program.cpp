@@ -10,7 +10,7 @@ namespace fastmaf {
 namespace {
 
 constexpr int kPanel = 8;
-constexpr int kBlockUnits = 32;   // a sampler block gathers groups until it has this many units ...
+constexpr int kBlockUnits = 48;   // a sampler block gathers groups until it has this many units ...
 constexpr int kBlockGroups = 16;  // ... or this many groups;
 constexpr int kLoneUnits = 16;    // a group of this many fills panels by itself and stays alone
 
@@ -203,14 +203,32 @@ void Program<T>::pack_step(const Step& step, size_t made, Direction direction, T
     if (step.kind != Kind::panel) return;
     const Staircase& stairs = sorted_[made].maps[size_t(step.map)];
     const T* weights = master_.data() + weight_offset_[made][size_t(step.map)];
-    T* out = data + step.tape;
-    for (int k = step.begin; k < step.end; ++k)
-        for (int i = 0; i < step.width; ++i, ++out) {
-            const int row = direction == Direction::backward ? k : step.row + i;
-            const int input = direction == Direction::backward ? step.row + i : k;
-            const bool inside = i < step.rows && input < stairs.limit[size_t(row)];
-            *out = inside ? weights[stairs.offset[size_t(row)] + input] : T(0);
-        }
+    T* const out = data + step.tape;
+    if (direction == Direction::backward) {
+        for (int row = step.begin; row < step.end; ++row) pack_transposed(step, stairs, weights, row, out);
+        return;
+    }
+    for (int i = 0; i < step.width; ++i) {
+        const int row = step.row + i;
+        const int inside = i < step.rows ? std::clamp(stairs.limit[size_t(row)], step.begin, step.end) : step.begin;
+        const T* in = i < step.rows ? weights + stairs.offset[size_t(row)] : weights;
+        T* column = out + i;
+        for (int k = step.begin; k < inside; ++k, column += step.width) *column = in[k];
+        for (int k = inside; k < step.end; ++k, column += step.width) *column = T(0);
+    }
+}
+
+// One row of a transposed panel: the weights with which `row` reads the panel's inputs, one vector.
+template <class T>
+void Program<T>::pack_transposed(const Step& step, const Staircase& stairs, const T* weights, int row, T* panel) const {
+    T* out = panel + int64_t(row - step.begin) * step.width;
+    const T* in = weights + stairs.offset[size_t(row)] + step.row;
+    const int count = std::clamp(stairs.limit[size_t(row)] - step.row, 0, step.rows);
+    if (count == kPanel) {
+        std::copy_n(in, kPanel, out);
+        return;
+    }
+    for (int i = 0; i < step.width; ++i) out[i] = i < count ? in[i] : T(0);
 }
 
 template <class T>
@@ -285,19 +303,13 @@ void Program<T>::repack_rows(size_t made, size_t map, int row, int rows) {
     Tape<T>& density = *tapes_[int(Direction::density)];
     pack_step(density.steps[made][size_t(density_panel_[made][map] + row / kPanel)], made, Direction::density, density.data.data());
 
-    // In the transposed panels a row is one vector per strip of inputs.
     Tape<T>& backward = *tapes_[int(Direction::backward)];
     const Staircase& stairs = sorted_[made].maps[map];
     const T* weights = master_.data() + weight_offset_[made][map];
     const auto& steps = backward.steps[made];
     for (size_t s = size_t(backward_panel_[made][map]); s < steps.size() && steps[s].map == int(map); ++s) {
         const Step& step = steps[s];
-        for (int j = std::max(row, step.begin); j < row + rows; ++j) {
-            T* out = backward.data.data() + step.tape + int64_t(j - step.begin) * step.width;
-            const T* in = weights + stairs.offset[size_t(j)] + step.row;
-            const int count = std::min(step.rows, stairs.limit[size_t(j)] - step.row);
-            for (int i = 0; i < step.width; ++i) out[i] = i < count ? in[i] : T(0);
-        }
+        for (int j = std::max(row, step.begin); j < row + rows; ++j) pack_transposed(step, stairs, weights, j, backward.data.data() + step.tape);
     }
 }
 

@@ -101,6 +101,7 @@ public:
 private:
     void lay_out(Direction direction) const;
     void pack_step(const Step& step, size_t made, Direction direction, T* data) const;
+    void pack_transposed(const Step& step, const Staircase& stairs, const T* weights, int row, T* panel) const;
     void copy_bias(size_t made, size_t map, int row, int rows) const;
 
     FlowSpec spec_;

@@ -24,15 +24,17 @@ static double peak(int repetitions, bool registers, T* scratch) {
         for (int i = 0; i < repetitions; ++i) panel<T>(3, 8, w, in, depth, 8, w, true, out);
         return 2.0 * repetitions * 8 * depth * lanes_of<T>();
     }
-    Vec<T> acc[R][kVectors] = {};
-    const Vec<T> a = at(in), b = at(in + W);
+    Vec<T> acc[R][kVectors];
+    for (int r = 0; r < R; ++r)
+        for (int j = 0; j < kVectors; ++j) acc[r][j] = at(in + (r * kVectors + j) * W);
+    Vec<T> a = at(in), b = at(in + W);
     for (int i = 0; i < repetitions; ++i)
         for (int k = 0; k < depth; ++k) {
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
                 for (int j = 0; j < kVectors; ++j) acc[r][j] = fma(a, b, acc[r][j]);
-            __asm__ volatile("");
+            __asm__ volatile("" : "+v"(a), "+v"(b));
         }
     for (int r = 0; r < R; ++r)
         for (int j = 0; j < kVectors; ++j) at(out + (r * kVectors + j) * W) = acc[r][j];

@@ -14,7 +14,7 @@ FASTMAF_INLINE Lanes<double>::Wide widen(Vec<double> v) { return v; }
 // Log-determinants are summed in double, lane by lane.
 template <class T>
 FASTMAF_INLINE void add_to(double* sums, typename Lanes<T>::Wide v) {
-    typedef typename Lanes<T>::Wide Loose __attribute__((aligned(64), may_alias));
+    typedef typename Lanes<T>::Wide Loose __attribute__((aligned(8), may_alias));
     *reinterpret_cast<Loose*>(sums) += v;
 }
 

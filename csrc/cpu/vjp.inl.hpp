@@ -62,6 +62,7 @@ static void backward(const MadeView<T>* mades, int count, const Trace<T>* trace,
     constexpr int W = Lanes<T>::W, L = lanes_of<T>();
     const int vectors = (lanes + W - 1) / W;
     const int features = mades[0].features, context = mades[0].context;
+    const T zeros[8] = {};
     T* const of_noise = dx[count % 2];
     const T* noise = trace[count].x + context * L;
     for (int i = 0; i < context; ++i)
@@ -93,11 +94,9 @@ static void backward(const MadeView<T>* mades, int count, const Trace<T>* trace,
             const Step& step = made.steps[i];
             if (step.map == 0 && inner && (k == 0 || step.row < context)) continue;
             T* out = (step.map ? kept.delta[step.map - 1] : below) + step.row * L;
-            if (step.map)  // hidden units: the sum begins at zero
-                for (int r = 0; r < step.rows; ++r)
-                    for (int j = 0; j < vectors; ++j) at(out + r * L + j * W) = Vec<T>{};
+            // Sums of hidden units begin at zero, those of the variables with what the law gave.
             panel<T>(vectors, step.width, made.tape + step.tape, kept.delta[step.map] + step.begin * L, step.end - step.begin, step.rows,
-                     static_cast<const T*>(nullptr), false, out);
+                     step.map ? zeros : nullptr, false, out);
             if (step.map) {
                 const T* argument = kept.argument[step.map - 1];
                 times_derivative<T>(made.activation, out, (argument ? argument : kept.units[step.map - 1]) + step.row * L, step.rows,
@@ -153,18 +152,20 @@ static void weight_gradient_chunk(const T* const* delta, const int* tile_rows, c
         Vec<T> acc[kRows][NV] = {};
         for (int t = 0; t < tiles; ++t)
             accumulate<T, kRows, NV, 1, L>(acc, delta[t] + top * L, inputs + tile_begin[t] * L, L, tile_rows[t]);
-        T block[kRows][NV * W] __attribute__((aligned(64)));
 #pragma GCC unroll 8
-        for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 4
-            for (int j = 0; j < NV; ++j) at(&block[i][j * W]) = acc[i][j];
-        for (int i = 0; i < kRows && top + i < rows; ++i) {
+        for (int i = 0; i < kRows; ++i) {
+            if (top + i >= rows) break;
             T* out = gradient + offset[top + i] + first;
-            const int count = limit[top + i] - first < NV * W ? limit[top + i] - first : NV * W;
-            if (add)
-                for (int k = 0; k < count; ++k) out[k] += block[i][k];
-            else
-                for (int k = 0; k < count; ++k) out[k] = block[i][k];
+            const int count = limit[top + i] - first;
+            if (count >= NV * W) {
+#pragma GCC unroll 4
+                for (int j = 0; j < NV; ++j) store_loose<T>(out + j * W, add ? load_loose(out + j * W) + acc[i][j] : acc[i][j]);
+                continue;
+            }
+            T row[NV * W] __attribute__((aligned(64)));
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; ++j) at(row + j * W) = acc[i][j];
+            for (int k = 0; k < count; ++k) out[k] = add ? out[k] + row[k] : row[k];
         }
     }
 }

@@ -1,0 +1,1 @@
+"""Speed, error, memory and quality of fastmaf beside zuko, nflows and flowjax; run ``python -m benchmarks --help``."""

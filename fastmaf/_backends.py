@@ -1,0 +1,136 @@
+"""What computes: the registry of backends, each with its state or the reason why it is absent."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from fastmaf.flow import Flow
+
+__all__ = ["Backend", "active", "choose", "get_backend", "names", "reason", "set_backend"]
+
+
+class Backend(Protocol):
+    """What a backend offers; shapes and meaning are those of the methods of `fastmaf.Flow`.
+
+    Arrays come validated: rows of any real dtype and strides, results in C order and in the dtype of the flow.
+    """
+
+    name: str
+
+    def unsupported(self, flow: Flow) -> str | None:
+        """The layer or feature of the flow that has no kernel here, or None."""
+
+    def log_prob(self, flow: Flow, x: Any, context: Any, out: Any) -> None:
+        """Fill `out`, (n,) or (c, n)."""
+
+    def to_noise(self, flow: Flow, x: Any, context: Any, out: Any) -> None:
+        """Fill `out`, (n, D) or (c, n, D)."""
+
+    def from_noise(self, flow: Flow, u: Any, context: Any, out: Any) -> None:
+        """Fill `out`, (n, D) or (c, n, D)."""
+
+    def sample(
+        self, flow: Flow, c: int, n: int, context: Any, seed: int, offset: int, context_offset: int, out: Any, log_prob_out: Any
+    ) -> None:
+        """Fill `out`, (c, n, D), and `log_prob_out`, (c, n) or None."""
+
+    def vjp(self, flow: Flow, x: Any, context: Any, cotangent: Any, value: Any, dx: Any, dcontext: Any, dparameters: Any) -> None:
+        """Fill those of the last four that are not None; `dcontext` has one row for each of x."""
+
+    def trainer(self, flow: Flow, **options: Any) -> Any:
+        """An engine of `fastmaf.train`."""
+
+
+_MODULES = {"cpu": "fastmaf._cpu", "numba": "fastmaf._numba", "reference": "fastmaf._reference"}
+_REMEDIES = {
+    "cpu": "install fastmaf from source with a C++17 compiler: pip install .",
+    "numba": "pip install 'fastmaf[numba]'",
+    "reference": "reinstall fastmaf",
+}
+_ABSENT = {"cuda": "this version of fastmaf has no CUDA kernels"}
+
+names = (*_MODULES, *_ABSENT)
+"""All backends, best first; the first that is there becomes the default."""
+
+active: Backend | None = None
+"""The backend in use; None until the first evaluation chooses one."""
+
+_loaded: dict[str, Backend | str] = {}
+
+
+def _load(name: str) -> Backend | str:
+    """The backend, or why it is absent."""
+    if name not in names:
+        raise ValueError(f"backend is {name!r}; it must be one of {', '.join(map(repr, names))}")
+    if name in _ABSENT:
+        return _ABSENT[name]
+    if name not in _loaded:
+        try:
+            _loaded[name] = importlib.import_module(_MODULES[name]).backend
+        except ImportError as error:
+            _loaded[name] = f"{error}; to get it: {_REMEDIES[name]}"
+    return _loaded[name]
+
+
+def reason(name: str) -> str | None:
+    """Why a backend is absent, and what would bring it; None if it is there.
+
+    Examples
+    --------
+    >>> reason("reference") is None
+    True
+    """
+    loaded = _load(name)
+    return loaded if isinstance(loaded, str) else None
+
+
+def choose() -> Backend:
+    """The backend in use; the first call settles it."""
+    global active
+    if active is None:
+        active = next(loaded for loaded in map(_load, _MODULES) if not isinstance(loaded, str))
+    return active
+
+
+def get_backend() -> str:
+    """Name of the backend in use.
+
+    Examples
+    --------
+    >>> import fastmaf
+    >>> fastmaf.get_backend() in ("cpu", "numba", "reference")
+    True
+    """
+    return choose().name
+
+
+def set_backend(name: str | None) -> None:
+    """Choose what computes, for all flows of this process.
+
+    Parameters
+    ----------
+    name : {"cpu", "numba", "reference"} or None
+        None goes back to the default: the first of these that is there.
+
+    Raises
+    ------
+    ValueError
+        If there is no backend of this name.
+    RuntimeError
+        If it is absent here; the text says why and what would bring it.
+
+    Examples
+    --------
+    >>> import fastmaf
+    >>> fastmaf.set_backend("reference")
+    >>> fastmaf.get_backend()
+    'reference'
+    >>> fastmaf.set_backend(None)
+    """
+    global active
+    loaded = None if name is None else _load(name)
+    if isinstance(loaded, str):
+        raise RuntimeError(f"the {name} backend is absent: {loaded}")
+    active = loaded

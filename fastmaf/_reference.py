@@ -1,0 +1,890 @@
+"""The NumPy backend: the definition of every operation.
+
+A layer is a function from rows and contexts to its results, the log det of each row, and a pullback: a function that takes the gradients
+in the results and in the log dets to those in what went in.  Rows run through all layers in chunks.  Samplers evaluate a network once per
+rank: where the variables of lower rank are known, so are the parameters of the next ones.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastmaf import masks
+from fastmaf.layers import Affine, Autoregressive, BatchNorm, Block, Conditioner, Dense, Elementwise, Law, Linear, Permutation, Terminal
+
+if TYPE_CHECKING:
+    from fastmaf.flow import Flow
+
+__all__ = ["backend", "normals", "philox", "quantile", "shuffle"]
+
+Array = NDArray[Any]
+Weights = Sequence[Sequence[Array]]
+Pull = Callable[[Array, Array], Array]
+Passed = tuple[Array, Array, Pull]
+
+BUDGET = 1 << 21
+"""Numbers that a chunk of rows may hold in the units of all layers."""
+
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+
+# Random numbers
+
+NOISE, REFINEMENT, COMPONENT = 0, 1, 2
+"""Random streams of the noise, of its lower bits in float64, and of the draws among components or values."""
+
+LOW, HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
+
+
+def philox(counter: Sequence[Any], seed: int) -> tuple[Array, Array, Array, Array]:
+    """Philox4x32-10 (Salmon et al. 2011).
+
+    Parameters
+    ----------
+    counter : four arrays of 32-bit words
+        Least significant first.
+    seed : int
+        The key, 64 bits.
+
+    Returns
+    -------
+    four arrays of 32-bit words, held in uint64
+
+    Examples
+    --------
+    >>> [hex(word) for word in philox((0, 0, 0, 0), 0)]
+    ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
+    """
+    c0, c1, c2, c3 = (np.asarray(word, np.uint64) for word in counter)
+    k0, k1 = seed & 0xFFFFFFFF, seed >> 32
+    for _ in range(10):
+        a, b = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = (b >> HALF) ^ c1 ^ np.uint64(k0), b & LOW, (a >> HALF) ^ c3 ^ np.uint64(k1), a & LOW
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def _words(seed: int, index: Array, row: Array, columns: int, stream: int) -> Array:
+    """Words (n, columns) of the samples `index` under the context rows `row`, (n,) uint64 both."""
+    block = np.arange(-(-columns // 4), dtype=np.uint64) | np.uint64(stream << 24)
+    index, row = index[:, None], row[:, None]
+    words = philox((index & LOW, index >> HALF, row & LOW, block), seed)
+    return np.stack(words, axis=2).reshape(len(index), -1)[:, :columns]
+
+
+def shuffle(seed: int, stream: int, epoch: int, rows: int) -> Array:
+    """An order of `rows` rows, int64: that of the 64-bit keys which the generator gives them.
+
+    Examples
+    --------
+    >>> sorted(shuffle(0, 3, 1, 5).tolist())
+    [0, 1, 2, 3, 4]
+    """
+    index = np.arange(rows, dtype=np.uint64)
+    low, high, _, _ = philox((index & LOW, index >> HALF, epoch, stream << 24), seed)
+    return np.argsort((high << HALF) | low, kind="stable")
+
+
+def _uniforms(seed: int, index: Array, row: Array, columns: int) -> Array:
+    """Uniform numbers (n, columns) in (0, 1), float64."""
+    return (_words(seed, index, row, columns, COMPONENT).astype(np.float64) + 0.5) * 2.0**-32
+
+
+def normals(seed: int, index: Array, row: Array, columns: int, dtype: np.dtype[Any]) -> Array:
+    """Standard normal noise.
+
+    The lowest bit of a word is the sign; the other 31 are the lower tail probability, to which float64 adds the 32 bits of a second word.
+
+    Parameters
+    ----------
+    seed : int
+        64 bits.
+    index, row : (n,) uint64 arrays
+        Index of each sample and of its context.
+    columns : int
+    dtype : numpy.dtype
+
+    Returns
+    -------
+    (n, columns) array
+
+    Examples
+    --------
+    >>> index = np.arange(3, dtype=np.uint64)
+    >>> single, double = (normals(1, index, 0 * index, 5, np.dtype(t)) for t in ("f4", "f8"))
+    >>> bool(np.allclose(single, double, atol=1e-5))
+    True
+    """
+    words = _words(seed, index, row, columns, NOISE)
+    tail = words >> np.uint64(1)
+    if dtype == np.float32:  # a fused multiply-add: float64 holds the sum exactly
+        p: Array = (tail.astype(np.float32) * 2.0**-32 + np.float64(2.0**-33)).astype(np.float32)
+    else:
+        finer = _words(seed, index, row, columns, REFINEMENT)
+        p = (tail.astype(np.float64) + (finer.astype(np.float64) + 0.5) * 2.0**-32) * 2.0**-32
+    z = quantile(p)
+    return np.where(words & np.uint64(1), -z, z).astype(dtype)
+
+
+QUANTILE = {
+    4: (
+        ((3.3871327179, 5.0434271938e1, 1.5929113202e2, 5.9109374720e1), (1.0, 1.7895169469e1, 7.8757757664e1, 6.7187563600e1)),
+        ((1.4234372777, 2.7568153900, 1.3067284816, 1.7023821103e-1), (1.0, 7.3700164250e-1, 1.2021132975e-1)),
+        ((6.6579051150, 3.0812263860, 4.2868294337e-1, 1.7337203997e-2), (1.0, 2.4197894225e-1, 1.2258202635e-2)),
+    ),
+    8: (
+        (
+            (3.3871328727963666080e0, 1.3314166789178437745e2, 1.9715909503065514427e3, 1.3731693765509461125e4)
+            + (4.5921953931549871457e4, 6.7265770927008700853e4, 3.3430575583588128105e4, 2.5090809287301226727e3),
+            (1.0, 4.2313330701600911252e1, 6.8718700749205790830e2, 5.3941960214247511077e3)
+            + (2.1213794301586595867e4, 3.9307895800092710610e4, 2.8729085735721942674e4, 5.2264952788528545610e3),
+        ),
+        (
+            (1.42343711074968357734e0, 4.63033784615654529590e0, 5.76949722146069140550e0, 3.64784832476320460504e0)
+            + (1.27045825245236838258e0, 2.41780725177450611770e-1, 2.27238449892691845833e-2, 7.74545014278341407640e-4),
+            (1.0, 2.05319162663775882187e0, 1.67638483018380384940e0, 6.89767334985100004550e-1)
+            + (1.48103976427480074590e-1, 1.51986665636164571966e-2, 5.47593808499534494600e-4, 1.05075007164441684324e-9),
+        ),
+        (
+            (6.65790464350110377720e0, 5.46378491116411436990e0, 1.78482653991729133580e0, 2.96560571828504891230e-1)
+            + (2.65321895265761230930e-2, 1.24266094738807843860e-3, 2.71155556874348757815e-5, 2.01033439929228813265e-7),
+            (1.0, 5.99832206555887937690e-1, 1.36929880922735805310e-1, 1.48753612908506148525e-2)
+            + (7.86869131145613259100e-4, 1.84631831751005468180e-5, 1.42151175831644588870e-7, 2.04426310338993978564e-15),
+        ),
+    ),
+}
+"""AS241 (Wichura 1988), PPND7 and PPND16 by item size: centre, middle and tail, numerator and denominator in ascending powers."""
+
+
+def _ratio(table: Sequence[Sequence[float]], x: Array) -> Array:
+    """A rational function."""
+    above, below = (np.full_like(x, coefficients[-1]) for coefficients in table)
+    for a in table[0][-2::-1]:
+        above = above * x + a
+    for b in table[1][-2::-1]:
+        below = below * x + b
+    return above / below
+
+
+@np.errstate(all="ignore")
+def quantile(p: Array) -> Array:
+    """The normal quantile of lower tail probabilities.
+
+    Parameters
+    ----------
+    p : array of float32 or float64
+        In (0, 1/2].
+
+    Returns
+    -------
+    array of the shape and dtype of p
+
+    Examples
+    --------
+    >>> quantile(np.array([0.5])).tolist()
+    [0.0]
+    """
+    centre, middle, far = QUANTILE[p.dtype.itemsize]
+    q, r = p - 0.5, np.sqrt(-np.log(p))
+    outer = np.where(r <= 5, _ratio(middle, r - 1.6), _ratio(far, r - 5))
+    return np.where(q >= -0.425, q * _ratio(centre, 0.180625 - q * q), -outer)
+
+
+# Functions of one variable
+
+
+def _sigmoid(x: Array) -> Array:
+    tail = np.exp(-np.abs(x))
+    return np.where(x >= 0, 1 / (1 + tail), tail / (1 + tail))
+
+
+def _normal_cdf(x: Array) -> Array:
+    values = [0.5 * math.erfc(v) for v in (-math.sqrt(0.5) * x).ravel().tolist()]
+    return np.array(values, x.dtype).reshape(x.shape)
+
+
+def _normal_pdf(x: Array) -> Array:
+    return np.asarray(np.exp(-0.5 * x * x - HALF_LOG_2PI))
+
+
+def _log_sum_exp(x: Array) -> Array:
+    """Over the last axis, which stays."""
+    highest = x.max(axis=-1, keepdims=True)
+    return np.asarray(highest + np.log(np.exp(x - highest).sum(axis=-1, keepdims=True)))
+
+
+def _activate(kind: str, h: Array) -> Array:
+    """NaN stays NaN."""
+    if kind == "relu":
+        return np.where(h < 0, 0, h)
+    if kind == "tanh":
+        return np.asarray(np.tanh(h))
+    if kind == "elu":
+        return np.where(h > 0, h, np.expm1(np.minimum(h, 0)))
+    return h * (_normal_cdf(h) if kind == "gelu" else _sigmoid(h))
+
+
+def _slope(kind: str, h: Array) -> Array:
+    """The derivative of `_activate`."""
+    if kind == "relu":
+        return (h > 0).astype(h.dtype)
+    if kind == "tanh":
+        return 1 - np.tanh(h) ** 2
+    if kind == "elu":
+        return np.exp(np.minimum(h, 0))
+    slope: Array = _normal_cdf(h) + h * _normal_pdf(h) if kind == "gelu" else _sigmoid(h) * (1 + h * _sigmoid(-h))
+    return slope
+
+
+def _log_scale(law: Law, r: Array) -> tuple[Array, Array]:
+    """Logarithm of the scale s, and its derivative, at raw log-scales r."""
+    constants = law.constants
+    if law.kind == "exp":
+        return r, np.ones_like(r)
+    if law.kind == "exp_soft":
+        bend = 1 / (1 + np.abs(r) / constants["clip"])
+        return r * bend, bend * bend
+    if law.kind == "softplus":
+        s = np.logaddexp(0, r).astype(r.dtype) + constants["eps"]
+        return np.log(s), _sigmoid(r) / s
+    if law.kind == "sigmoid":
+        r = r + constants["shift"]
+        s = _sigmoid(r) + constants["eps"]
+        return np.log(s), _sigmoid(r) * _sigmoid(-r) / s
+    if law.kind == "log_precision":
+        half = -0.5 if law.form == "standardize" else 0.5
+        return half * r, np.full_like(r, half)
+    low, high = constants["low"], constants["high"]
+    return np.clip(r, low, high), ((r > low) & (r < high)).astype(r.dtype)
+
+
+def _to_noise(law: Law, x: Array, shift: Array, a: Array) -> tuple[Array, Array]:
+    """By the law, given log-scales a: z, and log|dz/dx|."""
+    return ((x - shift) * np.exp(-a), -a) if law.form == "standardize" else (x * np.exp(a) + shift, a)
+
+
+def _to_data(law: Law, z: Array, shift: Array, a: Array) -> tuple[Array, Array]:
+    """By the law, given log-scales a: x, and log|dz/dx|."""
+    return (z * np.exp(a) + shift, -a) if law.form == "standardize" else ((z - shift) * np.exp(-a), a)
+
+
+def _total(log_slopes: Array) -> Array:
+    """Sums over columns, in double."""
+    return np.asarray(log_slopes.sum(axis=1, dtype=np.promote_types(log_slopes.dtype, np.float64)))
+
+
+# Layers without a network: (layer, x) -> z, log det, pullback, and (layer, z) -> x, log det of the way to z
+
+
+def _elementwise(layer: Elementwise, x: Array) -> Passed:
+    """Rows at or outside a bound go on as zeros, with log det -inf and gradient 0."""
+    from_lower, from_upper, logit = _bounded(layer)
+    lower, upper = layer.lower.astype(x.dtype), layer.upper.astype(x.dtype)
+    below, above = np.where(from_lower, x - lower, 1), np.where(from_upper, upper - x, 1)
+    z = np.where(from_lower | from_upper, np.log(below) - np.log(above), x)
+    log_det = _total(np.where(logit, np.log(upper - lower), 0) - np.log(below) - np.log(above))
+    outside = ((below <= 0) | (above <= 0) | np.isinf(below) | np.isinf(above)).any(axis=1)
+    z[outside], log_det[outside] = 0, -np.inf
+
+    def pull(dz: Array, g: Array) -> Array:
+        up, down = np.where(from_lower, 1 / below, 0), np.where(from_upper, 1 / above, 0)
+        dx: Array = np.where(from_lower | from_upper, dz * (up + down), dz) + g[:, None] * (down - up)
+        dx[outside] = 0
+        return dx
+
+    return z, log_det, pull
+
+
+def _elementwise_inverse(layer: Elementwise, z: Array) -> tuple[Array, Array]:
+    from_lower, from_upper, logit = _bounded(layer)
+    lower, upper = layer.lower.astype(z.dtype), layer.upper.astype(z.dtype)
+    tail = np.exp(-np.abs(z))
+    step = (upper - lower) * (tail / (1 + tail))
+    x = np.where(from_lower, lower + np.exp(z), np.where(from_upper, upper - np.exp(-z), z))
+    log_slope = np.where(from_lower, -z, np.where(from_upper, z, 0))
+    x = np.where(logit, np.where(z < 0, lower + step, upper - step), x)
+    log_slope = np.where(logit, np.abs(z) + 2 * np.log1p(tail) - np.log(upper - lower), log_slope)
+    return _inside(layer, x), _total(log_slope)
+
+
+def _bounded(layer: Elementwise) -> tuple[Array, Array, Array]:
+    """Which columns have a lower bound, an upper bound, and both."""
+    kinds = np.array(layer.kinds)
+    return np.isin(kinds, ("logit", "log_above")), np.isin(kinds, ("logit", "log_below")), kinds == "logit"
+
+
+def _inside(layer: Elementwise, x: Array) -> Array:
+    """The nearest values strictly inside the bounds."""
+    from_lower, from_upper, _ = _bounded(layer)
+    low, high = layer.lower.astype(x.dtype), layer.upper.astype(x.dtype)
+    low = np.where(low > layer.lower, low, np.nextafter(low, np.inf, dtype=x.dtype))
+    high = np.where(high < layer.upper, high, np.nextafter(high, -np.inf, dtype=x.dtype))
+    return np.clip(x, np.where(from_lower, low, -np.inf), np.where(from_upper, high, np.inf)).astype(x.dtype)
+
+
+def _affine(layer: Affine, x: Array) -> Passed:
+    loc, scale = layer.loc.astype(x.dtype), layer.scale.astype(x.dtype)
+    return (x - loc) * scale, np.full(len(x), np.log(np.abs(layer.scale)).sum()), lambda dz, g: dz * scale
+
+
+def _affine_inverse(layer: Affine, z: Array) -> tuple[Array, Array]:
+    return z / layer.scale.astype(z.dtype) + layer.loc.astype(z.dtype), np.full(len(z), np.log(np.abs(layer.scale)).sum())
+
+
+def _batch_norm(layer: BatchNorm, x: Array) -> Passed:
+    scale = np.exp(layer.log_gamma) / np.sqrt(layer.var + layer.eps)
+    log_det = np.full(len(x), (layer.log_gamma - 0.5 * np.log(layer.var + layer.eps)).sum(dtype=np.float64))
+    return (x - layer.mean) * scale + layer.beta, log_det, lambda dz, g: dz * scale
+
+
+def _batch_norm_inverse(layer: BatchNorm, z: Array) -> tuple[Array, Array]:
+    scale = np.exp(layer.log_gamma) / np.sqrt(layer.var + layer.eps)
+    return (z - layer.beta) / scale + layer.mean, _batch_norm(layer, z)[1]
+
+
+def _permutation(layer: Permutation, x: Array) -> Passed:
+    return x[:, layer.perm], np.zeros(len(x)), lambda dz, g: dz[:, np.argsort(layer.perm)]
+
+
+def _permutation_inverse(layer: Permutation, z: Array) -> tuple[Array, Array]:
+    return z[:, np.argsort(layer.perm)], np.zeros(len(z))
+
+
+def _linear(layer: Linear, x: Array) -> Passed:
+    lower, upper = _factors(layer)
+    log_det = np.full(len(x), np.log(np.abs(np.diagonal(upper))).sum(dtype=np.float64))
+    return x @ upper.T @ lower.T + layer.bias, log_det, lambda dz, g: dz @ lower @ upper
+
+
+def _linear_inverse(layer: Linear, z: Array) -> tuple[Array, Array]:
+    lower, upper = _factors(layer)
+    return np.linalg.solve(upper, np.linalg.solve(lower, (z - layer.bias).T)).T, _linear(layer, z)[1]
+
+
+def _factors(layer: Linear) -> tuple[Array, Array]:
+    lower = np.tril(layer.lower, -1)
+    np.fill_diagonal(lower, 1)
+    return lower, np.triu(layer.upper)
+
+
+FORWARD: dict[type, Callable[[Any, Array], Passed]] = {
+    Elementwise: _elementwise,
+    Affine: _affine,
+    BatchNorm: _batch_norm,
+    Permutation: _permutation,
+    Linear: _linear,
+}
+INVERSE: dict[type, Callable[[Any, Array], tuple[Array, Array]]] = {
+    Elementwise: _elementwise_inverse,
+    Affine: _affine_inverse,
+    BatchNorm: _batch_norm_inverse,
+    Permutation: _permutation_inverse,
+    Linear: _linear_inverse,
+}
+
+
+# Networks.  A pullback gives the gradients in the units, in the contexts, and in the weights, in the order of `_weights`
+
+Back = Callable[[Array], tuple[Array, Any, list[Array]]]
+
+
+def _weights(net: Conditioner) -> list[Array]:
+    """The trainable arrays of a network, in the order of `Flow.parameters`."""
+    arrays = [a for dense in (*net.hidden, net.final) for a in (dense.weight, dense.bias, dense.context_weight, dense.context_bias)]
+    return [array for array in (*arrays, net.skip) if array is not None]
+
+
+def _masks(net: Conditioner, ranks: Array, rows: Sequence[int]) -> Iterator[Array | bool]:
+    """Which entries of `_weights` are free; `rows` of the final map for each variable."""
+    reads, outputs = ranks, np.repeat(ranks, rows)[:, None]
+    for dense in (*net.hidden, net.final):
+        yield outputs > reads if dense.degrees is None or dense is net.final else masks.hidden_mask(dense.degrees, reads)
+        yield from (True,) * (1 + (dense.context_weight is not None) + (dense.context_bias is not None))
+        reads = dense.degrees if dense.degrees is not None else reads
+    if net.skip is not None:
+        yield outputs > ranks
+
+
+def _dense(dense: Dense, take: Iterator[Array], activation: str, active: bool, h: Array, c: Array) -> tuple[Array, Back]:
+    """One map of a network, with the norm, and if `active` the activation, in front of it."""
+    weight, bias = next(take), next(take)
+    normed = h if dense.norm_scale is None or dense.norm_shift is None else h * dense.norm_scale + dense.norm_shift
+    inputs = _activate(activation, normed) if active else normed
+    y = inputs @ weight.T + bias
+    if dense.context_weight is not None:
+        context_weight = next(take)
+        t = c @ context_weight.T + (0 if dense.context_bias is None else next(take))
+    own = y
+    if dense.context == "added":
+        y = y + t
+    elif dense.context == "activated":
+        y = y + _activate(activation, t)
+    elif dense.context == "gated":
+        y = y * _sigmoid(t)
+
+    def pull(dy: Array) -> tuple[Array, Any, list[Array]]:
+        dt, dc = dy, None
+        if dense.context == "activated":
+            dt = dy * _slope(activation, t)
+        elif dense.context == "gated":
+            dt, dy = dy * own * _sigmoid(t) * _sigmoid(-t), dy * _sigmoid(t)
+        gradients = [dy.T @ inputs, dy.sum(axis=0)]
+        if dense.context_weight is not None:
+            dc = dt @ context_weight
+            gradients += [dt.T @ c] + [dt.sum(axis=0)] * (dense.context_bias is not None)
+        dh = dy @ weight
+        if active:
+            dh = dh * _slope(activation, normed)
+        return dh if dense.norm_scale is None else dh * dense.norm_scale, 0 if dc is None else dc, gradients
+
+    return y, pull
+
+
+def _block(block: Block, take: Iterator[Array], activation: str, h: Array, c: Array) -> tuple[Array, Back]:
+    y, first = _dense(block.maps[0], take, activation, block.kind in ("plain", "residual"), h, c)
+    if not block.residual:
+        return y, first
+    y, second = _dense(block.maps[1], take, activation, True, y, c)
+
+    def pull(dy: Array) -> tuple[Array, Any, list[Array]]:
+        dh, dc, later = second(dy)
+        dh, dc_first, gradients = first(dh)
+        return dy + dh, dc + dc_first, gradients + later
+
+    return h + y, pull
+
+
+def _network(layer: Autoregressive | Terminal, weights: Sequence[Array], x: Array, c: Array) -> tuple[Array, Back]:
+    """The parameters of all variables, (n, rows of the final map)."""
+    net, take = layer.conditioner, iter(weights)
+    h, steps = x, []
+    if net.initial is not None:
+        h, pull = _dense(net.initial, take, net.activation, False, h, c)
+        steps.append(pull)
+    for block in net.blocks:
+        h, pull = _block(block, take, net.activation, h, c)
+        steps.append(pull)
+    y, pull = _dense(net.final, take, net.activation, net.final_activation and net.initial is not None, h, c)
+    steps.append(pull)
+    skip = None if net.skip is None else next(take)
+    if skip is not None:
+        y = y + x @ skip.T
+
+    def back(dy: Array) -> tuple[Array, Any, list[Array]]:
+        dx, dc, gradients = dy, 0, [] if skip is None else [dy.T @ x]
+        for step in reversed(steps):
+            dx, dc_here, here = step(dx)
+            dc, gradients = dc + dc_here, here + gradients
+        rows = layer.rows if isinstance(layer, Terminal) else (Law.parameters,) * layer.ranks.size
+        free = _masks(net, layer.ranks, rows)
+        return dx if skip is None else dx + dy @ skip, dc, [np.where(m, g, 0) for m, g in zip(free, gradients, strict=True)]
+
+    return y, back
+
+
+def _autoregressive(layer: Autoregressive, weights: Sequence[Array], x: Array, c: Array) -> tuple[Array, Array, Any]:
+    """From data to noise; the pullback gives the gradients in x, in the contexts and in the weights."""
+    if layer.direction == "noise":
+        return *_by_rank(layer, weights, x, c, _to_noise), _no_gradient("an Autoregressive layer of direction 'noise'")
+    parameters, back = _network(layer, weights, x, c)
+    shift, (a, slope) = parameters[:, 0::2], _log_scale(layer.law, parameters[:, 1::2])
+    z, log_slope = _to_noise(layer.law, x, shift, a)
+
+    def pull(dz: Array, g: Array) -> tuple[Array, Any, list[Array]]:
+        d = np.empty_like(parameters)
+        if layer.law.form == "standardize":
+            direct = dz * np.exp(-a)
+            d[:, 0::2], d[:, 1::2] = -direct, (-dz * z - g[:, None]) * slope
+        else:
+            direct = dz * np.exp(a)
+            d[:, 0::2], d[:, 1::2] = dz, (direct * x + g[:, None]) * slope
+        dx, dc, gradients = back(d)
+        return direct + dx, dc, gradients
+
+    return z, _total(log_slope), pull
+
+
+def _autoregressive_inverse(layer: Autoregressive, weights: Sequence[Array], z: Array, c: Array) -> tuple[Array, Array]:
+    if layer.direction == "data":
+        return _by_rank(layer, weights, z, c, _to_data)
+    parameters, _ = _network(layer, weights, z, c)
+    x, log_slope = _to_data(layer.law, z, parameters[:, 0::2], _log_scale(layer.law, parameters[:, 1::2])[0])
+    return x, _total(log_slope)
+
+
+def _by_rank(layer: Autoregressive, weights: Sequence[Array], given: Array, c: Array, solve: Callable[..., Any]) -> tuple[Array, Array]:
+    """Solve for the side that the network reads, rank by rank; the columns yet to come are zero."""
+    found, log_slope = np.zeros_like(given), np.zeros_like(given)
+    for rank in np.unique(layer.ranks):
+        own = np.flatnonzero(layer.ranks == rank)
+        parameters, _ = _network(layer, weights, found, c)
+        a, _ = _log_scale(layer.law, parameters[:, 2 * own + 1])
+        found[:, own], log_slope[:, own] = solve(layer.law, given[:, own], parameters[:, 2 * own], a)
+    return found, _total(log_slope)
+
+
+# Bases
+
+
+def _base_log_prob(flow: Flow, z: Array, c: Array) -> Array:
+    """Log-density of the results of the layers, in double."""
+    base = flow.base
+    if isinstance(base, Terminal):
+        return _total(_terminal(base, _network(base, _weights(base.conditioner), z, c)[0], z))
+    return -0.5 * _total(z * z) - flow.features * HALF_LOG_2PI
+
+
+def _terminal(base: Terminal, parameters: Array, x: Array) -> Array:
+    """Log-densities or log-probabilities (n, D) of the variables; those of values that a discrete variable does not have are -inf."""
+    if base.conditional == "mixture":
+        logits, shift, a = _mixture(base, parameters)
+        z = (x[:, :, None] - shift) * np.exp(-a)
+        return _log_sum_exp(logits - _log_sum_exp(logits) - a - 0.5 * z * z - HALF_LOG_2PI)[:, :, 0]
+    if base.conditional == "bernoulli":
+        return np.where((x == 0) | (x == 1), -np.logaddexp(0, np.where(x == 1, -parameters, parameters)), -np.inf)
+    columns = []
+    for j, (first, count) in enumerate(zip(np.cumsum((0, *base.rows)), base.rows, strict=False)):
+        logits = parameters[:, first : first + count]
+        known = (x[:, j] >= 0) & (x[:, j] < count) & (x[:, j] == np.floor(x[:, j]))
+        value = np.where(known, x[:, j], 0).astype(np.int64)
+        chosen = np.take_along_axis(logits - _log_sum_exp(logits), value[:, None], axis=1)[:, 0]
+        columns.append(np.where(known, chosen, -np.inf))
+    return np.stack(columns, axis=1)
+
+
+def _mixture(base: Terminal, parameters: Array) -> tuple[Array, Array, Array]:
+    """Logits, shifts and log-scales, (n, D, components) each."""
+    logits, shift, r = np.moveaxis(parameters.reshape(-1, base.features, 3, base.components), 2, 0)
+    return logits, shift, _log_scale(Law(base.law, constants=base.constants), r)[0]
+
+
+def _draw(base: Terminal, noise: Array, uniforms: Array, c: Array) -> Array:
+    """Rows of a terminal MADE, rank by rank: a component or value from a uniform number, and the Gaussian of a component from the noise."""
+    x, first = np.zeros_like(noise), np.cumsum((0, *base.rows))
+    for rank in np.unique(base.ranks):
+        parameters, _ = _network(base, _weights(base.conditioner), x, c)
+        for j in np.flatnonzero(base.ranks == rank):
+            own = parameters[:, first[j] : first[j + 1]]
+            if base.conditional == "bernoulli":
+                own = np.concatenate([np.zeros_like(own), own], axis=1)
+            logits = own[:, : base.components] if base.conditional == "mixture" else own
+            cumulative = np.cumsum(np.exp((logits - _log_sum_exp(logits)).astype(np.float64)), axis=1)
+            choice = (cumulative[:, :-1] <= uniforms[:, j, None]).sum(axis=1)
+            if base.conditional == "mixture":
+                _, shift, a = (part[np.arange(len(x)), j, choice] for part in _mixture(base, parameters))
+                x[:, j] = noise[:, j] * np.exp(a) + shift
+            else:
+                x[:, j] = np.where(np.isnan(cumulative[:, -1]), np.nan, choice)
+    return x
+
+
+# Flows
+
+
+def _all_weights(flow: Flow, vector: Array | None = None) -> Weights:
+    """The arrays of each autoregressive layer: its own, or views of a vector in the order of `Flow.parameters`."""
+    own = [_weights(layer.conditioner) for layer in flow.layers if isinstance(layer, Autoregressive)]
+    if vector is None:
+        return own
+    pieces = iter(np.split(vector, np.cumsum([array.size for arrays in own for array in arrays])))
+    return [[next(pieces).reshape(array.shape) for array in arrays] for arrays in own]
+
+
+def _context(flow: Flow, context: Array) -> tuple[Array, Pull]:
+    """Contexts as the networks see them, NaN at or outside a bound; the pullback ignores its second argument."""
+    steps = []
+    c = context.astype(np.promote_types(flow.dtype, np.float64))
+    for layer in flow.context_layers:
+        c, log_det, step = FORWARD[type(layer)](layer, c)
+        c[np.isneginf(log_det)] = np.nan
+        steps.append(step)
+
+    def pull(dc: Array, g: Array) -> Array:
+        for step in reversed(steps):
+            dc = step(dc, np.zeros_like(g))
+        return dc
+
+    return c.astype(flow.dtype), pull
+
+
+def _front(flow: Flow) -> int:
+    """How many layers are in front of the first that is neither Elementwise nor Affine: those compute in float64."""
+    return next((k for k, layer in enumerate(flow.layers) if not isinstance(layer, (Elementwise, Affine))), len(flow.layers))
+
+
+def _forward(flow: Flow, weights: Weights, x: Array, context: Array) -> tuple[Array, Array, Any]:
+    """Noise, log det and, given the gradient in noise and log det, the gradients in x, in the context and in all weights."""
+    c, pull_context = _context(flow, context)
+    steps, networks, front = [], iter(weights), _front(flow)
+    z = x.astype(np.promote_types(flow.dtype, np.float64))
+    log_det = np.zeros(len(x), z.dtype)
+    for k, layer in enumerate(flow.layers):
+        if k == front:
+            z = z.astype(flow.dtype)
+        if isinstance(layer, Autoregressive):
+            z, here, step = _autoregressive(layer, next(networks), z, c)
+        else:
+            z, here, step = FORWARD[type(layer)](layer, z)
+        log_det = log_det + here
+        steps.append(step)
+
+    def pull(dz: Array, g: Array) -> tuple[Array, Array, list[Array]]:
+        dc = np.zeros_like(c)
+        gradients: list[Array] = []
+        for layer, step in zip(reversed(flow.layers), reversed(steps), strict=True):
+            if isinstance(layer, Autoregressive):
+                dz, dc_here, here = step(dz, g)
+                dc, gradients = dc + dc_here, here + gradients
+            else:
+                dz = step(dz, g)
+        return dz, pull_context(dc, g), gradients
+
+    return z.astype(flow.dtype), log_det, pull
+
+
+def _inverse(flow: Flow, z: Array, context: Array) -> tuple[Array, Array]:
+    """Rows strictly inside the bounds of the first layer, and the log det of the way back."""
+    c, _ = _context(flow, context)
+    networks, front = iter(_all_weights(flow)[::-1]), _front(flow)
+    wide = np.promote_types(flow.dtype, np.float64)
+    x, log_det = z.astype(flow.dtype), np.zeros(len(z), wide)
+    for k, layer in reversed(list(enumerate(flow.layers))):
+        if k < front:
+            x = x.astype(wide)
+        if isinstance(layer, Autoregressive):
+            x, here = _autoregressive_inverse(layer, next(networks), x, c)
+        else:
+            x, here = INVERSE[type(layer)](layer, x)
+        log_det = log_det + here
+    x = x.astype(flow.dtype)
+    return _inside(flow.layers[0], x) if flow.layers and isinstance(flow.layers[0], Elementwise) else x, log_det
+
+
+def _log_prob(flow: Flow, x: Array, context: Array, z: Array, log_det: Array) -> Array:
+    """Log-density of rows that became z: NaN for a row or context with a NaN, else -inf at or outside a bound."""
+    outside = np.isneginf(log_det)
+    value = np.where(outside, -np.inf, log_det + _base_log_prob(flow, z, _context(flow, context)[0]))
+    missing = np.isnan(x).any(axis=1) | np.isnan(context).any(axis=1)
+    return np.where(missing, np.nan, value).astype(flow.dtype)
+
+
+def _no_gradient(what: str) -> Callable[..., Any]:
+    def pull(*_: Any) -> Any:
+        raise ValueError(f"the reference backend has no gradient of {what}")
+
+    return pull
+
+
+def _vjp(flow: Flow, weights: Weights, x: Array, context: Array, cotangent: Array) -> tuple[Array, Array, Array, list[Array]]:
+    """Log-density, and the gradients of its sum times `cotangent` in x, in the context and in all weights."""
+    if isinstance(flow.base, Terminal):
+        _no_gradient(f"a {flow.base.conditional} base")()
+    z, log_det, pull = _forward(flow, weights, x, context)
+    g = np.where(np.isneginf(log_det), 0, cotangent).astype(flow.dtype)
+    return _log_prob(flow, x, context, z, log_det), *pull(-z * g[:, None], g)
+
+
+def _chunks(flow: Flow, total: int) -> Iterator[slice]:
+    """Rows that are computed together."""
+    nets = [layer.conditioner for layer in (*flow.layers, flow.base) if isinstance(layer, (Autoregressive, Terminal))]
+    widths = sum(dense.bias.size for net in nets for dense in (*net.hidden, net.final)) + flow.context_features
+    size = max(1, BUDGET // (widths + flow.features * (1 + len(flow.layers))))
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+def _take(array: Array | None, shape: tuple[int, ...], rows: slice) -> Array:
+    """Rows, counted over (n,) or (c, n), of an array that broadcasts to that shape and its own columns; no columns if it is None."""
+    if array is None:
+        return np.empty((rows.stop - rows.start, 0))
+    repeated = np.broadcast_to(array, (*shape, array.shape[-1]))
+    return repeated[rows] if len(shape) == 1 else repeated[np.unravel_index(np.arange(rows.start, rows.stop), shape)]
+
+
+class _Reference:
+    """What `fastmaf._backends.Backend` asks for."""
+
+    name = "reference"
+
+    def unsupported(self, flow: Flow) -> str | None:
+        """Nothing: every layer of the record is defined here."""
+        return None
+
+    @np.errstate(all="ignore")
+    def log_prob(self, flow: Flow, x: Array, context: Array | None, out: Array) -> None:
+        """Log-density of rows."""
+        weights = _all_weights(flow)
+        for rows in _chunks(flow, out.size):
+            xs, cs = _take(x, out.shape, rows), _take(context, out.shape, rows)
+            out.reshape(-1)[rows] = _log_prob(flow, xs, cs, *_forward(flow, weights, xs, cs)[:2])
+
+    @np.errstate(all="ignore")
+    def to_noise(self, flow: Flow, x: Array, context: Array | None, out: Array) -> None:
+        """Noise of rows; NaN for a row at or outside a bound."""
+        if isinstance(flow.base, Terminal) and flow.base.conditional != "mixture":
+            raise ValueError(f"a flow with a {flow.base.conditional} base has no noise")
+        weights = _all_weights(flow)
+        for rows in _chunks(flow, out.size // flow.features):
+            xs, cs = _take(x, out.shape[:-1], rows), _take(context, out.shape[:-1], rows)
+            z, log_det, _ = _forward(flow, weights, xs, cs)
+            out.reshape(-1, flow.features)[rows] = np.where(np.isneginf(log_det)[:, None], np.nan, z)
+
+    @np.errstate(all="ignore")
+    def from_noise(self, flow: Flow, u: Array, context: Array | None, out: Array) -> None:
+        """Rows of noise."""
+        if isinstance(flow.base, Terminal) and flow.base.conditional != "mixture":
+            raise ValueError(f"a flow with a {flow.base.conditional} base has no noise")
+        for rows in _chunks(flow, out.size // flow.features):
+            us, cs = _take(u, out.shape[:-1], rows), _take(context, out.shape[:-1], rows)
+            out.reshape(-1, flow.features)[rows] = _inverse(flow, us, cs)[0]
+
+    @np.errstate(all="ignore")
+    def sample(
+        self, flow: Flow, c: int, n: int, context: Array | None, seed: int, offset: int, context_offset: int, out: Array, log_prob_out: Any
+    ) -> None:
+        """Samples, and their log-density."""
+        if context is not None and context.ndim == 2:
+            context = context[:, None]
+        for rows in _chunks(flow, c * n):
+            group, index = np.divmod(np.arange(rows.start, rows.stop, dtype=np.uint64), np.uint64(n))
+            group, index = group + np.uint64(context_offset), index + np.uint64(offset)
+            cs = _take(context, (c, n), rows)
+            z = normals(seed, index, group, flow.features, flow.dtype)
+            if isinstance(flow.base, Terminal):
+                z = _draw(flow.base, z, _uniforms(seed, index, group, flow.features), _context(flow, cs)[0])
+            out.reshape(-1, flow.features)[rows], log_det = _inverse(flow, z, cs)
+            if log_prob_out is not None:
+                log_prob_out.reshape(-1)[rows] = log_det + _base_log_prob(flow, z, _context(flow, cs)[0])
+
+    @np.errstate(all="ignore")
+    def vjp(
+        self, flow: Flow, x: Array, context: Array | None, cotangent: Array, value: Any, dx: Any, dcontext: Any, dparameters: Any
+    ) -> None:
+        """Log-density and its gradients; `dparameters` is summed over rows."""
+        weights = _all_weights(flow)
+        total = None if dparameters is None else np.zeros_like(dparameters)
+        for rows in _chunks(flow, cotangent.size):
+            xs, cs = _take(x, cotangent.shape, rows), _take(context, cotangent.shape, rows)
+            *results, gradients = _vjp(flow, weights, xs, cs, cotangent.reshape(-1)[rows])
+            for out, result in zip((value, dx, dcontext), results, strict=True):
+                if out is not None:
+                    out.reshape(-1, *out.shape[cotangent.ndim :])[rows] = result
+            if total is not None:
+                total += _flat(gradients, total.dtype)
+        if dparameters is not None:
+            dparameters[:] = total
+
+    def trainer(self, flow: Flow, **options: Any) -> _Engine:
+        """An engine of `fastmaf.train`."""
+        return _Engine(flow, **options)
+
+
+def _flat(gradients: Sequence[Array], dtype: np.dtype[Any]) -> Array:
+    return np.concatenate([np.empty(0, dtype), *(gradient.ravel() for gradient in gradients)])
+
+
+class _Engine:
+    """Adam (Kingma and Ba 2015), with decoupled weight decay (Loshchilov and Hutter 2019), on the weights of a flow."""
+
+    def __init__(
+        self,
+        flow: Flow,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        l2: float = 0.0,
+        weight_decay: float = 0.0,
+        clip_norm: float | None = None,
+    ) -> None:
+        self._flow, self._betas, self._eps = flow, betas, eps
+        self._l2, self._weight_decay, self._clip_norm = l2, weight_decay, clip_norm
+        self._master = _flat([array for arrays in _all_weights(flow) for array in arrays], flow.dtype)
+        self._weights = _all_weights(flow, self._master)
+        self._first, self._second, self._step = np.zeros_like(self._master), np.zeros_like(self._master), 0
+
+    @np.errstate(all="ignore")
+    def epoch(
+        self,
+        x: Array,
+        context: Array | None,
+        weights: Array | None,
+        rows: Array,
+        batch_size: int,
+        lr: Array,
+        mean_weight: float,
+        poll: Callable[[], None] | None = None,
+    ) -> tuple[float, int]:
+        """One step per batch of `rows`; the loss summed over rows, and the number of steps, fewer where a loss is not finite."""
+        polled, loss_sum = time.monotonic(), 0.0
+        for step, rate in enumerate(lr):
+            batch = rows[step * batch_size : (step + 1) * batch_size]
+            w = np.ones(len(batch)) if weights is None else weights[batch]
+            loss, gradient = self._gradient(x[batch], None if context is None else context[batch], w, w / (len(batch) * mean_weight))
+            if not math.isfinite(loss):
+                return loss_sum, step
+            self._apply(gradient, float(rate))
+            loss_sum += loss
+            if poll is not None and time.monotonic() - polled > 0.1:
+                poll()
+                polled = time.monotonic()
+        return loss_sum, len(lr)
+
+    def _gradient(self, x: Array, context: Array | None, w: Array, factor: Array) -> tuple[float, Array]:
+        """The sum of w_i nll_i, and the gradient of the sum of factor_i nll_i."""
+        loss, gradient = 0.0, np.zeros_like(self._master)
+        for rows in _chunks(self._flow, len(x)):
+            values, _, _, gradients = _vjp(self._flow, self._weights, x[rows], _take(context, (len(x),), rows), -factor[rows])
+            loss -= float((w[rows] * values.astype(np.float64)).sum())
+            gradient += _flat(gradients, gradient.dtype)
+        return loss, gradient
+
+    def _apply(self, gradient: Array, rate: float) -> None:
+        beta1, beta2 = self._betas
+        gradient += 2 * self._l2 * self._master
+        if self._clip_norm is not None:
+            gradient *= min(1.0, self._clip_norm / (math.sqrt(float((gradient.astype(np.float64) ** 2).sum())) + 1e-6))
+        self._step += 1
+        self._first += (1 - beta1) * (gradient - self._first)
+        self._second[:] = beta2 * self._second + (1 - beta2) * gradient**2
+        root = np.sqrt(self._second) / math.sqrt(1 - beta2**self._step)
+        self._master *= 1 - rate * self._weight_decay
+        self._master -= rate / (1 - beta1**self._step) * self._first / (root + self._eps)
+
+    @np.errstate(all="ignore")
+    def log_prob(self, x: Array, context: Array | None) -> Array:
+        """Log-density (n,) under the current weights."""
+        out = np.empty(len(x), self._flow.dtype)
+        for rows in _chunks(self._flow, len(x)):
+            xs, cs = x[rows], _take(context, (len(x),), rows)
+            out[rows] = _log_prob(self._flow, xs, cs, *_forward(self._flow, self._weights, xs, cs)[:2])
+        return out
+
+    def parameters(self) -> Array:
+        """A copy of the weights."""
+        return np.array(self._master)
+
+    def set_parameters(self, parameters: Array) -> None:
+        """Replace the weights; moments and step stay."""
+        self._master[:] = parameters
+
+    def state(self) -> dict[str, Array]:
+        """Everything that the next step depends on."""
+        return {
+            "parameters": self._master.copy(),
+            "first_moment": self._first.copy(),
+            "second_moment": self._second.copy(),
+            "step": np.array(self._step),
+        }
+
+    def load_state(self, state: dict[str, Array]) -> None:
+        """Go on from a state."""
+        self._master[:], self._first[:], self._second[:] = state["parameters"], state["first_moment"], state["second_moment"]
+        self._step = int(state["step"])
+
+
+backend = _Reference()

@@ -1,0 +1,810 @@
+"""The flow: a chain of layers with a density, samples, gradients and a file of its own."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from fastmaf import _arrays, _backends, masks
+from fastmaf import layers as _layers
+from fastmaf.layers import Affine, Autoregressive, BatchNorm, Conditioner, Dense, Elementwise, Linear, Normal, Permutation, Terminal
+
+if TYPE_CHECKING:
+    import os
+
+    from fastmaf.train import History
+
+__all__ = ["Flow"]
+
+Array = NDArray[Any]
+
+_PRECISIONS = ("highest", "high", "medium")
+
+
+class Flow:
+    """A normalizing flow: layers read from data to noise, and a base density.
+
+    Most flows come from `fastmaf.MAF`, `fastmaf.MADE` or `fastmaf.load`; this constructor takes the layers themselves.
+
+    Parameters
+    ----------
+    layers : sequence of layers of `fastmaf.layers`
+        From data to noise, all of the same width D.
+    base : Normal or Terminal, optional
+        The density at the end of the chain; a standard normal if None.
+    features : int, optional
+        D; read off the layers if None.
+    context_features : int
+        C; 0 for a flow without context.
+    context_layers : sequence of Elementwise or Affine
+        Applied to the context first, each of width C.
+    dtype : {"float32", "float64"}
+        Of the arithmetic and of the results.
+    names : sequence of str, optional
+        One name for each of the D variables.
+    training : mapping, optional
+        How the flow came to its weights; kept with it and in its file. Numbers, text, lists and mappings only.
+
+    Attributes
+    ----------
+    features, context_features : int
+    layers, context_layers : tuple
+    base : Normal or Terminal
+    dtype : numpy.dtype
+    names : tuple of str or None
+    training : dict
+    device : str
+
+    Raises
+    ------
+    ValueError
+        If the layers do not fit together, or the dtype or the names do not fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastmaf.layers import Affine
+    >>> flow = Flow([Affine([1.0], [2.0])], dtype="float64")
+    >>> np.allclose(flow.log_prob(np.array([[1.0]])), np.log(2) - 0.5 * np.log(2 * np.pi))
+    True
+    """
+
+    device = "cpu"
+
+    def __init__(
+        self,
+        layers: Iterable[_layers.FlowLayer],
+        base: Normal | Terminal | None = None,
+        *,
+        features: int | None = None,
+        context_features: int = 0,
+        context_layers: Iterable[Elementwise | Affine] = (),
+        dtype: DTypeLike = "float32",
+        names: Sequence[str] | None = None,
+        training: Mapping[str, Any] | None = None,
+    ) -> None:
+        layers = tuple(layers)
+        self.dtype = _arrays.float_dtype(dtype)
+        self.context_features = _arrays.count("context_features", context_features)
+        if not isinstance(base, (Normal, Terminal, type(None))):
+            raise ValueError(f"base is of type {type(base).__name__}; it must be Normal or Terminal")
+        if features is None:
+            if base is None and not layers:
+                raise ValueError("a flow without layers and without base needs features")
+            features = base.features if base is not None else _width("layers[0]", layers[0])
+        self.features = _arrays.count("features", features, lowest=1)
+        self.base = self._checked_base(base or Normal(self.features))
+        self.layers = layers
+        self.context_layers = tuple(context_layers)
+        self.names = _names(names, self.features)
+        self.training: dict[str, Any] = plain(dict(training or {}))
+
+    # The record
+
+    @property
+    def layers(self) -> tuple[_layers.FlowLayer, ...]:
+        """The layers, from data to noise."""
+        return self._flow_layers
+
+    @layers.setter
+    def layers(self, layers: Iterable[_layers.FlowLayer]) -> None:
+        layers = tuple(layers)
+        for k, layer in enumerate(layers):
+            self._check_width(f"layers[{k}]", _width(f"layers[{k}]", layer), self.features, "features")
+            if isinstance(layer, Autoregressive):
+                self._check_conditioner(f"layers[{k}]", layer.conditioner)
+        self._flow_layers: tuple[_layers.FlowLayer, ...] = _layers.astype(layers, self.dtype)
+        self._forget()
+
+    @property
+    def context_layers(self) -> tuple[Elementwise | Affine, ...]:
+        """The layers that the context passes through first."""
+        return self._flow_context_layers
+
+    @context_layers.setter
+    def context_layers(self, layers: Iterable[Elementwise | Affine]) -> None:
+        layers = tuple(layers)
+        for k, layer in enumerate(layers):
+            if not isinstance(layer, (Elementwise, Affine)):
+                raise ValueError(f"context_layers[{k}] is of type {type(layer).__name__}; it must be Elementwise or Affine")
+            self._check_width(f"context_layers[{k}]", _width("", layer), self.context_features, "context features")
+        self._flow_context_layers: tuple[Elementwise | Affine, ...] = layers
+        self._forget()
+
+    def _checked_base(self, base: Normal | Terminal) -> Normal | Terminal:
+        self._check_width("base", base.features, self.features, "features")
+        if isinstance(base, Terminal):
+            self._check_conditioner("base", base.conditioner)
+        result: Normal | Terminal = _layers.astype(base, self.dtype)
+        return result
+
+    def _check_width(self, name: str, width: int, expected: int, what: str) -> None:
+        if width != expected:
+            raise ValueError(f"{name} has width {width}; the flow has {expected} {what}")
+
+    def _check_conditioner(self, name: str, conditioner: Conditioner) -> None:
+        for dense in (*conditioner.hidden, conditioner.final):
+            if not dense.bias.size:
+                raise ValueError(f"{name} has a hidden layer without units")
+            if dense.context_weight is not None:
+                self._check_width(f"the context of {name}", dense.context_weight.shape[1], self.context_features, "context features")
+
+    def _forget(self) -> None:
+        self._approved: _backends.Backend | None = None  # the backend that can run these layers
+        self._packed: dict[str, Any] = {}  # what backends derive from the layers, by the name of the backend
+
+    def _with(self, **changes: Any) -> Flow:
+        values = {name: getattr(self, name) for name in ("features", "context_features", "context_layers", "dtype", "names", "training")}
+        values.update(changes)
+        return Flow(values.pop("layers", self.layers), self.base, **values)
+
+    # Evaluation
+
+    def _backend(self) -> _backends.Backend:
+        backend = _backends.active
+        if backend is None or backend is not self._approved:
+            backend = _backends.choose()
+            missing = backend.unsupported(self)
+            if missing is not None:
+                raise NotImplementedError(f"the {backend.name} backend has no kernel for {missing}")
+            self._approved = backend
+        return backend
+
+    def log_prob(self, x: ArrayLike, context: ArrayLike | None = None, out: Array | None = None) -> Array:
+        """Log-density of rows, in nats.
+
+        Parameters
+        ----------
+        x : (n, D) or (c, n, D) array
+            Of any real dtype and any strides.
+        context : (C,), (n, C), (c, 1, C) or (c, n, C) array, optional
+            One for all rows; one per row; one per group of n rows; one per row of (c, n, D).
+        out : (n,) or (c, n) array, optional
+            Filled and returned; C-contiguous, in the dtype of the flow.
+
+        Returns
+        -------
+        (n,) or (c, n) array
+            (c, n) where x or the context has three dimensions: rows (n, D) under contexts (c, 1, C) are evaluated c times. A row with
+            a NaN gives NaN; a row at or outside a bound gives -inf.
+
+        Raises
+        ------
+        ValueError
+            If a shape or dtype does not fit.
+
+        Examples
+        --------
+        >>> import fastmaf, numpy as np
+        >>> fastmaf.MAF(features=3).log_prob(np.zeros((5, 3))).shape
+        (5,)
+        """
+        x, context, shape = _arrays.rows("x", x, context, self.features, self.context_features)
+        result = np.empty(shape, self.dtype) if out is None else _arrays.output(out, shape, self.dtype, x, context)
+        backend = self._backend()
+        if result.size:
+            backend.log_prob(self, x, context, result)
+        return result
+
+    def to_noise(self, x: ArrayLike, context: ArrayLike | None = None) -> Array:
+        """The noise that rows come from: the layers applied, the base left out.
+
+        Parameters
+        ----------
+        x, context : arrays
+            As in `log_prob`.
+
+        Returns
+        -------
+        (n, D) or (c, n, D) array
+            Standard normal where the flow fits the data. A column at its bound gives -inf or inf.
+
+        Raises
+        ------
+        ValueError
+            If a shape or dtype does not fit.
+
+        Examples
+        --------
+        >>> import fastmaf, numpy as np
+        >>> flow = fastmaf.MAF(features=3, dtype="float64")
+        >>> x = np.ones((5, 3))
+        >>> np.allclose(flow.from_noise(flow.to_noise(x)), x)
+        True
+        """
+        x, context, shape = _arrays.rows("x", x, context, self.features, self.context_features)
+        result = np.empty((*shape, self.features), self.dtype)
+        backend = self._backend()
+        if result.size:
+            backend.to_noise(self, x, context, result)
+        return result
+
+    def from_noise(self, u: ArrayLike, context: ArrayLike | None = None) -> Array:
+        """The rows that noise turns into: the inverse of `to_noise`.
+
+        Parameters
+        ----------
+        u : (n, D) or (c, n, D) array
+        context : array, optional
+            As in `log_prob`.
+
+        Returns
+        -------
+        (n, D) or (c, n, D) array
+            Strictly inside the bounds, if there are any.
+
+        Raises
+        ------
+        ValueError
+            If a shape or dtype does not fit.
+
+        Examples
+        --------
+        >>> import fastmaf, numpy as np
+        >>> fastmaf.MAF(features=2, bounds=[(0, 1), None]).from_noise(np.zeros((4, 2))).shape
+        (4, 2)
+        """
+        u, context, shape = _arrays.rows("u", u, context, self.features, self.context_features)
+        result = np.empty((*shape, self.features), self.dtype)
+        backend = self._backend()
+        if result.size:
+            backend.from_noise(self, u, context, result)
+        return result
+
+    def sample(
+        self,
+        n: int,
+        context: ArrayLike | None = None,
+        seed: int | None = None,
+        offset: int = 0,
+        context_offset: int = 0,
+        out: Array | None = None,
+    ) -> Array:
+        """Draw from the flow.
+
+        Every number depends only on the seed, on its place and on its column: for one seed, ``sample(n)`` equals
+        ``sample(k)`` followed by ``sample(n - k, offset=k)``, and likewise over contexts with `context_offset`.
+
+        Parameters
+        ----------
+        n : int
+            Rows to draw under each context.
+        context : (C,) or (c, C) array, optional
+        seed : int, optional
+            Below 2**64. None draws afresh in every call.
+        offset, context_offset : int
+            Index of the first row and of the first context in the stream of the seed; need a seed.
+        out : (n, D) or (c, n, D) array, optional
+            Filled and returned; C-contiguous, in the dtype of the flow.
+
+        Returns
+        -------
+        (n, D) array, or (c, n, D) under contexts (c, C)
+            The contexts come first (in zuko and sbi the samples do).
+
+        Raises
+        ------
+        ValueError
+            If a shape, dtype, seed or offset does not fit.
+
+        Examples
+        --------
+        >>> import fastmaf, numpy as np
+        >>> flow = fastmaf.MAF(features=3)
+        >>> np.array_equal(flow.sample(10, seed=1)[6:], flow.sample(4, seed=1, offset=6))
+        True
+        """
+        return self._sample(n, context, seed, offset, context_offset, out, False)[0]
+
+    def sample_and_log_prob(
+        self, n: int, context: ArrayLike | None = None, seed: int | None = None, offset: int = 0, context_offset: int = 0
+    ) -> tuple[Array, Array]:
+        """Draw from the flow, and give the log-density of each row drawn at no further cost.
+
+        Parameters
+        ----------
+        n, context, seed, offset, context_offset
+            As in `sample`.
+
+        Returns
+        -------
+        samples : (n, D) or (c, n, D) array
+            Those of `sample`.
+        log_prob : (n,) or (c, n) array
+
+        Raises
+        ------
+        ValueError
+            As in `sample`.
+
+        Examples
+        --------
+        >>> import fastmaf, numpy as np
+        >>> flow = fastmaf.MAF(features=3, dtype="float64")
+        >>> x, log_prob = flow.sample_and_log_prob(10, seed=1)
+        >>> np.allclose(log_prob, flow.log_prob(x))
+        True
+        """
+        samples, log_prob = self._sample(n, context, seed, offset, context_offset, None, True)
+        assert log_prob is not None
+        return samples, log_prob
+
+    def _sample(
+        self, n: int, context: ArrayLike | None, seed: int | None, offset: int, context_offset: int, out: Array | None, density: bool
+    ) -> tuple[Array, Array | None]:
+        n = _arrays.count("n", n)
+        context, c = _arrays.contexts(context, self.context_features)
+        seed, offset, context_offset = _arrays.seed_and_offsets(seed, offset, context_offset, n, c)
+        groups = (c,) if context is not None and context.ndim == 2 else ()
+        shape = (*groups, n, self.features)
+        samples = np.empty(shape, self.dtype) if out is None else _arrays.output(out, shape, self.dtype, context)
+        log_prob = np.empty((*groups, n), self.dtype) if density else None
+        backend = self._backend()
+        if samples.size:
+            log_prob_out = None if log_prob is None else log_prob.reshape(c, n)
+            backend.sample(self, c, n, context, seed, offset, context_offset, samples.reshape(c, n, self.features), log_prob_out)
+        return samples, log_prob
+
+    # Gradients
+
+    def log_prob_and_grad(self, x: ArrayLike, context: ArrayLike | None = None) -> tuple[Array, Array, Array | None]:
+        """Log-density and its gradients in x and in the context.
+
+        Parameters
+        ----------
+        x, context : arrays
+            As in `log_prob`.
+
+        Returns
+        -------
+        value : (n,) or (c, n) array
+        dx : array of the shape of x
+            For rows (n, D) under contexts (c, 1, C), summed over the c contexts.
+        dcontext : array of the shape of the context, or None
+            Summed over the rows that share a context.
+
+        Raises
+        ------
+        ValueError
+            If a shape or dtype does not fit.
+
+        Examples
+        --------
+        >>> import fastmaf, numpy as np
+        >>> value, dx, _ = fastmaf.MAF(features=3).log_prob_and_grad(np.zeros((5, 3)))
+        >>> value.shape, dx.shape
+        ((5,), (5, 3))
+        """
+        return self._backward(x, context, None, None)
+
+    def vjp(self, x: ArrayLike, context: ArrayLike | None, cotangent: ArrayLike) -> tuple[Array, Array | None, Array]:
+        """Gradients of ``sum(cotangent * log_prob(x, context))``.
+
+        Parameters
+        ----------
+        x, context : arrays
+            As in `log_prob`.
+        cotangent : (n,) or (c, n) array
+            Of the shape of log_prob.
+
+        Returns
+        -------
+        dx, dcontext
+            As in `log_prob_and_grad`.
+        dparameters : (p,) array
+            In the order of `parameters`; exactly zero for masked weights.
+
+        Raises
+        ------
+        ValueError
+            If a shape or dtype does not fit.
+
+        Examples
+        --------
+        >>> import fastmaf, numpy as np
+        >>> flow = fastmaf.MAF(features=3)
+        >>> dx, _, dparameters = flow.vjp(np.zeros((5, 3)), None, np.ones(5))
+        >>> dparameters.shape == flow.parameters().shape
+        True
+        """
+        dparameters = np.zeros(sum(array.size for array in self._parameter_arrays()), self.dtype)
+        _, dx, dcontext = self._backward(x, context, cotangent, dparameters)
+        return dx, dcontext, dparameters
+
+    def _backward(
+        self, x: ArrayLike, context: ArrayLike | None, cotangent: ArrayLike | None, dparameters: Array | None
+    ) -> tuple[Array, Array, Array | None]:
+        x, context, shape = _arrays.rows("x", x, context, self.features, self.context_features)
+        factor = np.ones(shape, self.dtype) if cotangent is None else _arrays.cotangents(cotangent, shape, self.dtype)
+        value = np.empty(shape, self.dtype)
+        dx = np.empty((*shape, self.features), self.dtype)
+        dcontext = None if context is None else np.empty((*shape, self.context_features), self.dtype)
+        backend = self._backend()
+        if value.size:
+            backend.vjp(self, np.broadcast_to(x, dx.shape), context, factor, value, dx, dcontext, dparameters)
+        if dcontext is not None and context is not None:
+            dcontext = _sum_to(dcontext, context.shape)
+        return value, _sum_to(dx, x.shape), dcontext
+
+    # Parameters
+
+    def _parameter_arrays(self) -> Iterator[Array]:
+        for layer in self.layers:
+            if isinstance(layer, Autoregressive):
+                for dense in (*layer.conditioner.hidden, layer.conditioner.final):
+                    for array in (dense.weight, dense.bias, dense.context_weight, dense.context_bias):
+                        if array is not None:
+                            yield array
+                if layer.conditioner.skip is not None:
+                    yield layer.conditioner.skip
+
+    def parameters(self) -> Array:
+        """All weights and biases in one vector, masked weights (which are zero) included.
+
+        For each autoregressive layer and each of its maps: weight, bias, weight and bias of the context if there are any; then
+        the direct weights from inputs to outputs if there are any. Matrices row by row.
+
+        Returns
+        -------
+        (p,) array
+
+        Examples
+        --------
+        >>> import fastmaf
+        >>> fastmaf.MADE(features=2, hidden_features=(3,)).parameters().shape  # (3 * 2 + 3) + (4 * 3 + 4)
+        (25,)
+        """
+        return np.concatenate([np.empty(0, self.dtype), *(array.ravel() for array in self._parameter_arrays())])
+
+    def with_parameters(self, parameters: ArrayLike) -> Flow:
+        """A flow with other weights and biases.
+
+        Parameters
+        ----------
+        parameters : (p,) array
+            In the order of `parameters`, zero for masked weights.
+
+        Returns
+        -------
+        Flow
+
+        Raises
+        ------
+        ValueError
+            If the vector has another length, or a masked weight is not zero.
+
+        Examples
+        --------
+        >>> import fastmaf
+        >>> flow = fastmaf.MAF(features=3)
+        >>> flow.with_parameters(0.5 * flow.parameters()).features
+        3
+        """
+        vector = _arrays.real("parameters", parameters)
+        size = sum(array.size for array in self._parameter_arrays())
+        if vector.shape != (size,):
+            raise ValueError(f"parameters has shape {vector.shape}; the flow has {size} parameters")
+        vector = vector.astype(self.dtype)
+        position = 0
+
+        def take(array: Array | None) -> Array | None:
+            nonlocal position
+            if array is None:
+                return None
+            position += array.size
+            return vector[position - array.size : position].reshape(array.shape)
+
+        return self._with(layers=[_refill(layer, take) if isinstance(layer, Autoregressive) else layer for layer in self.layers])
+
+    def astype(self, dtype: DTypeLike) -> Flow:
+        """The same flow in another precision.
+
+        Parameters
+        ----------
+        dtype : {"float32", "float64"}
+
+        Returns
+        -------
+        Flow
+
+        Raises
+        ------
+        ValueError
+            For any other dtype.
+
+        Examples
+        --------
+        >>> import fastmaf
+        >>> fastmaf.MAF(features=3).astype("float64").dtype
+        dtype('float64')
+        """
+        return self._with(dtype=_arrays.float_dtype(dtype))
+
+    def to(self, device: str, precision: str = "high") -> Flow:
+        """The same flow on another device.
+
+        Parameters
+        ----------
+        device : {"cpu", "cuda"}
+        precision : {"highest", "high", "medium"}
+            Of matrix products on a GPU; the CPU always computes in the dtype of the flow.
+
+        Returns
+        -------
+        Flow
+
+        Raises
+        ------
+        ValueError
+            If there is no device or precision of this name.
+        RuntimeError
+            If the device is absent here; the text says why.
+
+        Examples
+        --------
+        >>> import fastmaf
+        >>> fastmaf.MAF(features=3).to("cpu").device
+        'cpu'
+        """
+        if precision not in _PRECISIONS:
+            raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(map(repr, _PRECISIONS))}")
+        if device == "cpu":
+            return self._with()
+        if device != "cuda":
+            raise ValueError(f"device is {device!r}; it must be 'cpu' or 'cuda'")
+        raise RuntimeError(f"the cuda backend is absent: {_backends.reason('cuda')}")
+
+    # Training
+
+    def fit(
+        self,
+        x: Any,
+        context: Any = None,
+        weights: ArrayLike | None = None,
+        *,
+        validation: Any = 0.1,
+        batch_size: int = 256,
+        optimizer: str = "adam",
+        lr: float = 1e-3,
+        schedule: Any = "constant",
+        l2: float = 0.0,
+        weight_decay: float = 0.0,
+        clip_norm: float | None = None,
+        patience: int = 30,
+        max_epochs: int = 1000,
+        max_seconds: float | None = None,
+        standardize: bool = True,
+        device: str = "auto",
+        seed: int = 0,
+        checkpoint: str | os.PathLike[str] | None = None,
+        resume: bool = False,
+        callback: Callable[..., Any] | None = None,
+        progress: Any = None,
+    ) -> History:
+        """Train the flow in place by maximum likelihood; see `fastmaf.train.fit` for the parameters and the result.
+
+        Examples
+        --------
+        >>> import fastmaf, numpy as np
+        >>> flow = fastmaf.MADE(features=2, hidden_features=(8,))
+        >>> x = np.random.default_rng(0).normal(size=(500, 2))
+        >>> history = flow.fit(x, max_epochs=2, progress=False)
+        """
+        from fastmaf import train
+
+        return train.fit(
+            self,
+            x,
+            context,
+            weights,
+            validation=validation,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            lr=lr,
+            schedule=schedule,
+            l2=l2,
+            weight_decay=weight_decay,
+            clip_norm=clip_norm,
+            patience=patience,
+            max_epochs=max_epochs,
+            max_seconds=max_seconds,
+            standardize=standardize,
+            device=device,
+            seed=seed,
+            checkpoint=checkpoint,
+            resume=resume,
+            callback=callback,
+            progress=progress,
+        )
+
+    # Files and words
+
+    def save(self, path_or_file: str | os.PathLike[str] | IO[bytes]) -> None:
+        """Write the flow to one .safetensors file; `fastmaf.load` reads it.
+
+        Parameters
+        ----------
+        path_or_file : path or binary file
+            A path is written under a temporary name and then renamed, so that it never holds half a flow.
+
+        Examples
+        --------
+        >>> import fastmaf, io
+        >>> file = io.BytesIO()
+        >>> fastmaf.MAF(features=3).save(file)
+        >>> fastmaf.load(file.getvalue()).features
+        3
+        """
+        from fastmaf import io
+
+        io.save(self, path_or_file)
+
+    def __reduce__(self) -> Any:
+        from fastmaf import io
+
+        return io.load, (io.to_bytes(self),)
+
+    def __repr__(self) -> str:
+        groups = [(name, len(list(group))) for name, group in itertools.groupby(map(_describe, self.layers))]
+        words = [name if times == 1 else f"{times} x {name}" for name, times in groups]
+        context = f", context_features={self.context_features}" if self.context_features else ""
+        return f"Flow(features={self.features}{context}, dtype={self.dtype}): {' -> '.join([*words, _describe(self.base)])}"
+
+    def summary(self) -> str:
+        """A table of the layers, with what each does and how many weights it has.
+
+        Returns
+        -------
+        str
+            One line per layer; masked weights are not counted.
+
+        Examples
+        --------
+        >>> import fastmaf
+        >>> print(fastmaf.MADE(features=2, hidden_features=(3,)).summary())
+        layer           what                                    weights
+        Affine          2 columns                                     0
+        Autoregressive  2 -> 3 -> 4, relu, exp_soft, order 0 1       16
+        Normal          2 columns                                     0
+        total           2 features, float32                          16
+        """
+        lines = [("layer", "what", "weights")]
+        total = 0
+        for prefix, record in [("context ", r) for r in self.context_layers] + [("", r) for r in (*self.layers, self.base)]:
+            weights = _free_weights(record) if isinstance(record, (Autoregressive, Terminal)) else 0
+            total += weights
+            lines.append((prefix + type(record).__name__, _details(record), f"{weights:,}"))
+        context = f", {self.context_features} context features" if self.context_features else ""
+        lines.append(("total", f"{self.features} features{context}, {self.dtype}", f"{total:,}"))
+        first, second, third = (max(len(line[i]) for line in lines) for i in range(3))
+        return "\n".join(f"{a:<{first}}  {b:<{second}}  {c:>{third}}" for a, b, c in lines)
+
+
+def _width(name: str, layer: Any) -> int:
+    """Number of columns that a layer works on."""
+    if isinstance(layer, Elementwise):
+        return len(layer.kinds)
+    if isinstance(layer, Affine):
+        return layer.loc.size
+    if isinstance(layer, BatchNorm):
+        return layer.beta.size
+    if isinstance(layer, Permutation):
+        return layer.perm.size
+    if isinstance(layer, Linear):
+        return layer.bias.size
+    if isinstance(layer, Autoregressive):
+        return layer.ranks.size
+    raise ValueError(f"{name} is of type {type(layer).__name__}, which is no layer")
+
+
+def _names(names: Sequence[str] | None, features: int) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"names is {names!r}; it must be a sequence of strings")
+    if len(names) != features or len(set(names)) != features:
+        raise ValueError(f"names lists {len(set(names))} different names; the flow has {features} features")
+    return tuple(names)
+
+
+def plain(value: Any) -> Any:
+    """The value in types that JSON knows; numbers that are not finite become None."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, (float, np.floating)):
+        return float(value) if np.isfinite(value) else None
+    if isinstance(value, (np.bool_, np.integer)):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [plain(item) for item in value]
+    raise ValueError(f"training holds a value of type {type(value).__name__}; it must hold numbers, text, lists and mappings")
+
+
+def _refill(layer: Autoregressive, take: Callable[[Array | None], Array | None]) -> Autoregressive:
+    """The layer with its arrays replaced by what `take` gives for each, in the order of `Flow.parameters`."""
+
+    def refill(dense: Dense) -> Dense:
+        weight, bias = take(dense.weight), take(dense.bias)
+        assert weight is not None and bias is not None
+        return replace(dense, weight=weight, bias=bias, context_weight=take(dense.context_weight), context_bias=take(dense.context_bias))
+
+    old = layer.conditioner
+    initial = None if old.initial is None else refill(old.initial)
+    blocks = tuple(replace(block, maps=tuple(map(refill, block.maps))) for block in old.blocks)
+    return replace(layer, conditioner=replace(old, initial=initial, blocks=blocks, final=refill(old.final), skip=take(old.skip)))
+
+
+def _sum_to(gradient: Array, shape: tuple[int, ...]) -> Array:
+    """Sum over the axes along which an array of this shape was repeated."""
+    if gradient.shape == shape:
+        return gradient
+    own = (1,) * (gradient.ndim - len(shape)) + shape
+    axes = tuple(axis for axis, (length, kept) in enumerate(zip(gradient.shape, own, strict=True)) if length != kept)
+    return np.asarray(gradient.sum(axis=axes, dtype=np.float64)).reshape(shape).astype(gradient.dtype)
+
+
+def _describe(record: Any) -> str:
+    """A layer in a word."""
+    if isinstance(record, (Autoregressive, Terminal)):
+        widths = ", ".join(str(dense.bias.size) for dense in record.conditioner.hidden)
+        law = record.law.kind if isinstance(record, Autoregressive) else record.conditional
+        return f"{type(record).__name__}(({widths}), {record.conditioner.activation}, {law})"
+    return type(record).__name__
+
+
+def _details(record: Any) -> str:
+    """A layer in a line."""
+    if isinstance(record, (Autoregressive, Terminal)):
+        net = record.conditioner
+        widths = [record.ranks.size, *(dense.bias.size for dense in net.hidden), net.final.bias.size]
+        law = record.law.kind if isinstance(record, Autoregressive) else record.conditional
+        words = [" -> ".join(map(str, widths)), net.activation, law]
+        words += ["residual"] * any(block.kind == "residual" for block in net.blocks) + ["direct"] * (net.skip is not None)
+        words += ["reads noise"] * (isinstance(record, Autoregressive) and record.direction == "noise")
+        order = np.argsort(record.ranks, kind="stable")
+        shown = " ".join(map(str, order[:8])) + " ..." * (order.size > 8)
+        return ", ".join([*words, f"order {shown}"])
+    if isinstance(record, Elementwise):
+        return ", ".join(f"{record.kinds.count(kind)} {kind}" for kind in dict.fromkeys(record.kinds))
+    return f"{record.features if isinstance(record, Normal) else _width('', record)} columns"
+
+
+def _free_weights(record: Autoregressive | Terminal) -> int:
+    """Weights and biases that no mask holds at zero."""
+    net, inputs = record.conditioner, record.ranks
+    maps = (*net.hidden, net.final)
+    total = sum(array.size for dense in maps for array in (dense.bias, dense.context_weight, dense.context_bias) if array is not None)
+    for dense in net.hidden:
+        assert dense.degrees is not None
+        total += int(masks.hidden_mask(dense.degrees, inputs).sum())
+        inputs = dense.degrees
+    per_variable = getattr(record, "categories", ()) or net.final.bias.size // record.ranks.size
+    output_ranks = np.repeat(record.ranks, per_variable)[:, None]
+    return total + int((output_ranks > inputs).sum()) + (0 if net.skip is None else int((output_ranks > record.ranks).sum()))

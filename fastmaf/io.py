@@ -1,0 +1,280 @@
+"""Files: one flow is one .safetensors file.
+
+Tensors go by the path of their place in the record (``layers.1.conditioner.initial.weight``).  The metadata key ``fastmaf`` is JSON that
+spells out the record itself: every layer with its ``type`` and its fields, an array standing as the name of its tensor, an absent one as
+null.  Reading follows the fields of the classes in `fastmaf.layers`; a tensor is used once, and none may be left over.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import fields
+from typing import IO, Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastmaf import layers as _layers
+from fastmaf.flow import Flow, plain
+
+__all__ = ["FORMAT", "load", "save", "write"]
+
+Array = NDArray[Any]
+
+FORMAT = 1
+"""Version of the format that is written; older ones are read."""
+
+_CODES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8")}
+_INTEGER_FIELDS = ("ranks", "perm", "degrees")
+_DOUBLE_RECORDS = (_layers.Elementwise, _layers.Affine)
+_KEYS = ("format", "dtype", "features", "context_features", "names", "context_layers", "layers", "base", "training")
+_RECORDS = {cls.__name__: cls for cls in (*get_args(_layers.FlowLayer), _layers.Normal, _layers.Terminal)}
+_PARTS = {cls.__name__: cls for cls in (_layers.Conditioner, _layers.Block, _layers.Dense, _layers.Law)}
+
+
+def save(flow: Flow, path_or_file: str | os.PathLike[str] | IO[bytes]) -> None:
+    """Write a flow to a path or to a binary file; see `Flow.save`.
+
+    Examples
+    --------
+    >>> import fastmaf, io
+    >>> file = io.BytesIO()
+    >>> save(fastmaf.MAF(features=3), file)
+    >>> load(file.getvalue()).features
+    3
+    """
+    data = to_bytes(flow)
+    if isinstance(path_or_file, (str, os.PathLike)):
+        write(path_or_file, data)
+    else:
+        path_or_file.write(data)
+
+
+def write(path: str | os.PathLike[str], data: bytes) -> None:
+    """Put bytes into a file that holds either all of them or what it held before.
+
+    Examples
+    --------
+    >>> import os, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write(os.path.join(folder, "x"), b"123")
+    ...     os.listdir(folder)
+    ['x']
+    """
+    target = os.path.realpath(path)
+    temporary = f"{target}.{secrets.token_hex(4)}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def load(source: str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes]) -> Flow:
+    """Read a flow.
+
+    Parameters
+    ----------
+    source : path, binary file or bytes
+        What `Flow.save` wrote.
+
+    Returns
+    -------
+    Flow
+
+    Raises
+    ------
+    ValueError
+        If this is no flow, is damaged, or was written by a newer fastmaf.
+    OSError
+        If the file cannot be read.
+
+    Examples
+    --------
+    >>> import fastmaf, io
+    >>> file = io.BytesIO()
+    >>> fastmaf.MAF(features=3).save(file)
+    >>> fastmaf.load(file.getvalue())
+    Flow(features=3, dtype=float32): Affine -> 5 x Autoregressive((100, 100), relu, exp_soft) -> Normal
+    """
+    if isinstance(source, (str, os.PathLike)):
+        name = os.fspath(source)
+        with open(source, "rb") as file:
+            data = file.read()
+    elif isinstance(source, (bytes, bytearray, memoryview)):
+        name, data = "the data", bytes(source)
+    else:
+        name, data = str(getattr(source, "name", "the file")), source.read()
+        if not isinstance(data, bytes):
+            raise ValueError(f"{name} gives {type(data).__name__}, not bytes; open it in binary mode")
+    try:
+        return _from_bytes(data)
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{name} cannot be read as a flow: {error}") from None
+
+
+def to_bytes(flow: Flow) -> bytes:
+    """The bytes of the file of a flow."""
+    from safetensors.numpy import save as serialize
+
+    tensors: dict[str, Array] = {}
+    record = {
+        "format": FORMAT,
+        "dtype": flow.dtype.name,
+        "features": flow.features,
+        "context_features": flow.context_features,
+        "names": flow.names,
+        "context_layers": _encode(flow.context_layers, "context_layers", tensors),
+        "layers": _encode(flow.layers, "layers", tensors),
+        "base": _encode(flow.base, "base", tensors),
+        "training": plain(flow.training),
+    }
+    return bytes(serialize(tensors, {"fastmaf": json.dumps(record, allow_nan=False)}))
+
+
+def _encode(value: Any, path: str, tensors: dict[str, Array]) -> Any:
+    if isinstance(value, np.ndarray):
+        tensors[path] = value
+        return path
+    if isinstance(value, tuple):
+        return [_encode(item, f"{path}.{k}", tensors) for k, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        return dict(value)
+    name = type(value).__name__
+    if name in _RECORDS or name in _PARTS:
+        return {"type": name, **{f.name: _encode(getattr(value, f.name), f"{path}.{f.name}", tensors) for f in fields(value)}}
+    return value
+
+
+def _from_bytes(data: bytes) -> Flow:
+    tensors, metadata = _read_tensors(data)
+    if "fastmaf" not in metadata:
+        raise ValueError("it is a safetensors file without the metadata of fastmaf")
+    record = _object("the metadata", _parse(metadata["fastmaf"]))
+    version = record.get("format")
+    if not isinstance(version, int) or version < 1:
+        raise ValueError(f"its format is {version!r}")
+    if version > FORMAT:
+        raise ValueError(f"it has format {version}; this version of fastmaf reads formats up to {FORMAT}: update fastmaf")
+    _keys("the metadata", record, _KEYS)
+    decoder = _Decoder(tensors, str(record["dtype"]))
+    flow = Flow(
+        decoder.decode("tuple[FlowLayer, ...]", record["layers"], "layers"),
+        decoder.decode("FlowLayer", record["base"], "base"),
+        features=decoder.decode("int", record["features"], "features"),
+        context_features=decoder.decode("int", record["context_features"], "context_features"),
+        context_layers=decoder.decode("tuple[FlowLayer, ...]", record["context_layers"], "context_layers"),
+        dtype=record["dtype"],
+        names=decoder.decode("tuple[str, ...] | None", record["names"], "names"),
+        training=_object("training", record["training"]),
+    )
+    if tensors:
+        raise ValueError(f"no layer has the tensor {min(tensors)!r}")
+    return flow
+
+
+def _read_tensors(data: bytes) -> tuple[dict[str, Array], dict[str, str]]:
+    """The tensors of a safetensors file, and its metadata."""
+    import safetensors
+
+    try:
+        entries: list[tuple[str, Any]] = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"it is damaged or no safetensors file ({error})") from None
+    tensors = {}
+    for name, entry in entries:
+        dtype = _CODES.get(entry["dtype"])
+        if dtype is None:
+            raise ValueError(f"tensor {name!r} has dtype {entry['dtype']}; it must be one of {', '.join(_CODES)}")
+        tensors[name] = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return tensors, header.get("__metadata__") or {}
+
+
+class _Decoder:
+    """From JSON and tensors to the classes of `fastmaf.layers`, guided by the annotations of their fields."""
+
+    def __init__(self, tensors: dict[str, Array], dtype: str) -> None:
+        self.tensors = tensors
+        self.weights = {"float32": _CODES["F32"], "float64": _CODES["F64"]}.get(dtype)
+        if self.weights is None:
+            raise ValueError(f"its dtype is {dtype!r}")
+
+    def decode(self, kind: str, node: Any, path: str, owner: type | None = None) -> Any:
+        """The value that a node stands for, given the annotation of its field."""
+        if kind.endswith(" | None"):
+            return None if node is None else self.decode(kind[:-7], node, path, owner)
+        if kind.startswith("tuple["):
+            if not isinstance(node, list):
+                raise ValueError(f"{path} must be a list")
+            return tuple(self.decode(kind[6:-6], item, f"{path}.{k}", owner) for k, item in enumerate(node))
+        if kind == "Array":
+            return self.tensor(node, path, owner)
+        if kind == "Mapping[str, float]":
+            return {key: self.decode("float", value, f"{path}.{key}") for key, value in _object(path, node).items()}
+        if kind in _SCALARS:
+            if not _is(node, *_SCALARS[kind]) or (kind == "float" and not math.isfinite(node)):
+                raise ValueError(f"{path} is {node!r}; it must be a{' finite' * (kind == 'float')} {kind}")
+            return node
+        return self.record(kind, node, path)
+
+    def tensor(self, node: Any, path: str, owner: type | None) -> Array:
+        if node != path or path not in self.tensors:
+            raise ValueError(f"the tensor {path!r} is missing")
+        array = self.tensors.pop(path)
+        integers = path.rsplit(".", 1)[-1] in _INTEGER_FIELDS
+        dtype = _CODES["I64"] if integers else _CODES["F64"] if owner in _DOUBLE_RECORDS else self.weights
+        if array.dtype != dtype:
+            raise ValueError(f"tensor {path!r} has dtype {array.dtype}; it must have {dtype}")
+        return array
+
+    def record(self, kind: str, node: Any, path: str) -> Any:
+        node = dict(_object(path, node))
+        name = node.pop("type", None)
+        allowed = _RECORDS if kind == "FlowLayer" else {kind: _PARTS[kind]}
+        if not isinstance(name, str) or name not in allowed:
+            raise ValueError(f"{path} has type {name!r}; this version of fastmaf knows {', '.join(allowed)}")
+        cls = allowed[name]
+        _keys(path, node, [f.name for f in fields(cls)])
+        values = {f.name: self.decode(str(f.type), node[f.name], f"{path}.{f.name}", cls) for f in fields(cls)}
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+_SCALARS: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool,), "int": (int,), "float": (int, float)}
+
+
+def _is(value: Any, *types: type) -> bool:
+    """Whether the value is of one of the types; a bool is no number."""
+    return isinstance(value, types) and (not isinstance(value, bool) or bool in types)
+
+
+def _object(name: str, node: Any) -> dict[str, Any]:
+    if not isinstance(node, dict):
+        raise ValueError(f"{name} is not a JSON object")
+    return node
+
+
+def _keys(path: str, node: dict[str, Any], expected: Any) -> None:
+    if set(node) != set(expected):
+        wrong = sorted(set(node) ^ set(expected))[0]
+        raise ValueError(f"{path} {'lacks' if wrong in expected else 'has an unknown field'} {wrong!r}")
+
+
+def _parse(text: str) -> Any:
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"its metadata holds {constant}")
+
+    return json.loads(text, parse_constant=refuse)

@@ -1,0 +1,290 @@
+"""Pictures of a fitted flow, made with matplotlib (``pip install 'fastmaf[plot]'``).
+
+Each function draws into a new figure, or into the (sub)figure that it is given, and returns it; nothing is shown or saved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import FigureBase
+
+__all__ = ["corner", "noise", "redshift"]
+
+Array = NDArray[Any]
+
+DATA, FLOW, INK, QUIET = "#0072B2", "#D55E00", "#222222", "#8A8A8A"
+"""Blue and vermilion of Okabe and Ito, which colour-blind readers tell apart, and two greys."""
+
+MASS = (0.5, 0.8, 0.95, 0.99)
+"""Share of the rows inside each contour."""
+
+
+def _figure(figure: FigureBase | None, width: float, height: float) -> FigureBase:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"fastmaf.plot needs matplotlib ({error}); to get it: pip install 'fastmaf[plot]'") from None
+    return Figure(figsize=(width, height), dpi=120) if figure is None else figure
+
+
+def _table(name: str, value: ArrayLike, columns: int | None = None) -> Array:
+    """Finite rows (n, D) in float64."""
+    array = np.asarray(value, np.float64)
+    if array.ndim != 2 or (columns is not None and array.shape[1] != columns):
+        raise ValueError(f"{name} has shape {array.shape}; it must be (n, {'D' if columns is None else columns})")
+    array = array[np.isfinite(array).all(axis=1)]
+    if not len(array):
+        raise ValueError(f"{name} has no finite rows")
+    return array
+
+
+def _labels(names: Sequence[str] | None, columns: int) -> Sequence[str]:
+    if names is not None and len(names) != columns:
+        raise ValueError(f"names lists {len(names)} names; there are {columns} columns")
+    return names if names is not None else [f"$x_{{{j + 1}}}$" for j in range(columns)]
+
+
+def _density(x: Array, y: Array, x_edges: Array, y_edges: Array, blur: float = 1.2) -> Array:
+    """A histogram of mass 1 over (y, x), smoothed by a Gaussian of `blur` bins."""
+    counts = np.histogram2d(y, x, (y_edges, x_edges))[0]
+    reach = math.ceil(3 * blur)
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / blur) ** 2)
+    for axis in (0, 1):
+        counts = np.apply_along_axis(np.convolve, axis, counts, kernel, mode="same")
+    density: Array = counts / max(counts.sum(), 1e-300)
+    return density
+
+
+def _levels(density: Array) -> list[float]:
+    """Heights of the contours that hold `MASS`, from low to high."""
+    heights = np.sort(density.ravel())[::-1]
+    held = np.cumsum(heights)
+    return sorted({float(heights[min(int(np.searchsorted(held, mass)), heights.size - 1)]) for mass in MASS})
+
+
+def _frame(axes: Axes, left: bool, bottom: bool) -> None:
+    """Thin grey frame, few ticks, and labels only where the grid ends."""
+    from matplotlib.ticker import MaxNLocator
+
+    for spine in axes.spines.values():
+        spine.set(color=QUIET, linewidth=0.6)
+    axes.tick_params(length=2.5, width=0.6, labelsize=8, color=QUIET, labelcolor=INK, labelleft=left, labelbottom=bottom)
+    axes.xaxis.set_major_locator(MaxNLocator(3, prune="both"))
+    axes.yaxis.set_major_locator(MaxNLocator(3, prune="both"))
+
+
+def corner(data: ArrayLike, samples: ArrayLike, names: Sequence[str] | None = None, figure: FigureBase | None = None) -> FigureBase:
+    """Data against samples of a flow: all pairs of columns, and histograms of each.
+
+    Filled blue is the data, orange lines the samples. Contours hold 50, 80, 95 and 99 per cent of the rows.
+
+    Parameters
+    ----------
+    data, samples : (n, D), (m, D) arrays
+        Rows that are not finite are left out.
+    names : sequence of str, optional
+        One label per column.
+    figure : Figure or SubFigure, optional
+        Where to draw; a new figure if None.
+
+    Returns
+    -------
+    Figure or SubFigure
+        With D (D + 1) / 2 axes.
+
+    Raises
+    ------
+    ValueError
+        If the shapes or the number of names do not fit.
+    ImportError
+        Without matplotlib.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.random.default_rng(0).normal(size=(2, 1000, 3))
+    >>> len(corner(x[0], x[1]).axes)
+    6
+    """
+    data = _table("data", data)
+    columns = data.shape[1]
+    samples = _table("samples", samples, columns)
+    names = _labels(names, columns)
+    figure = _figure(figure, 1.4 * columns + 0.6, 1.4 * columns + 0.6)
+    low, high = np.quantile(data, [0.001, 0.999], axis=0)
+    margin = 0.06 * (high - low) + 1e-12
+    edges = [np.linspace(a, b, 61) for a, b in zip(low - margin, high + margin, strict=True)]
+    centres = [0.5 * (edge[1:] + edge[:-1]) for edge in edges]
+    grid = figure.subplots(columns, columns, squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.06})
+    for i in range(columns):
+        for j in range(columns):
+            axes = grid[i, j]
+            if j > i:
+                axes.remove()
+                continue
+            axes.set_xlim(edges[j][0], edges[j][-1])
+            if i == j:
+                axes.hist(data[:, j], edges[j], density=True, histtype="stepfilled", color=DATA, alpha=0.35, linewidth=0)
+                axes.hist(samples[:, j], edges[j], density=True, histtype="step", color=FLOW, linewidth=1.2)
+            else:
+                for rows, filled in ((data, True), (samples, False)):
+                    density = _density(rows[:, j], rows[:, i], edges[j], edges[i])
+                    levels = _levels(density)
+                    if filled:
+                        shades = [_shade(DATA, 0.25 + 0.6 * k / len(levels)) for k in range(len(levels))]
+                        axes.contourf(centres[j], centres[i], density, [*levels, density.max() * 1.001], colors=shades)
+                    else:
+                        axes.contour(centres[j], centres[i], density, levels, colors=FLOW, linewidths=0.8)
+                axes.set_ylim(edges[i][0], edges[i][-1])
+            _frame(axes, left=j == 0 and i > 0, bottom=i == columns - 1)
+            if i == j:
+                axes.set_yticks([])
+            if i == columns - 1:
+                axes.set_xlabel(names[j], fontsize=10, color=INK)
+            if j == 0 and i > 0:
+                axes.set_ylabel(names[i], fontsize=10, color=INK)
+    figure.align_labels()
+    return figure
+
+
+def _shade(colour: str, strength: float) -> tuple[float, ...]:
+    """A colour mixed with white."""
+    parts = np.array([int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)])
+    return tuple(1 - strength * (1 - parts))
+
+
+def noise(u: ArrayLike, names: Sequence[str] | None = None, figure: FigureBase | None = None) -> FigureBase:
+    """The noise that data become under a flow, which should be N(0, I): uncorrelated, round, and normal in each column.
+
+    Blue is the noise; the orange curves are the standard normal density, and circles that should hold 50, 80, 95 and 99 per cent.
+
+    Parameters
+    ----------
+    u : (n, D) array
+        From `Flow.to_noise`.
+    names : sequence of str, optional
+        One label per column.
+    figure : Figure or SubFigure, optional
+        Where to draw; a new figure if None.
+
+    Returns
+    -------
+    Figure or SubFigure
+        With D (D + 1) / 2 axes.
+
+    Raises
+    ------
+    ValueError
+        If the shape or the number of names does not fit.
+    ImportError
+        Without matplotlib.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> len(noise(np.random.default_rng(0).normal(size=(1000, 2))).axes)
+    3
+    """
+    u = _table("u", u)
+    columns = u.shape[1]
+    names = _labels(names, columns)
+    figure = _figure(figure, 0.9 * columns + 0.6, 0.9 * columns + 0.6)
+    edges = np.linspace(-3.6, 3.6, 49)
+    centres = 0.5 * (edges[1:] + edges[:-1])
+    angle = np.linspace(0, 2 * np.pi, 97)
+    grid = figure.subplots(columns, columns, squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.06})
+    for i in range(columns):
+        for j in range(columns):
+            axes = grid[i, j]
+            if j > i:
+                axes.remove()
+                continue
+            axes.set_xlim(edges[0], edges[-1])
+            if i == j:
+                axes.hist(u[:, j], edges, density=True, histtype="stepfilled", color=DATA, alpha=0.35, linewidth=0)
+                axes.plot(centres, np.exp(-0.5 * centres**2) / math.sqrt(2 * math.pi), color=FLOW, linewidth=1.0)
+            else:
+                density = _density(u[:, j], u[:, i], edges, edges)
+                levels = _levels(density)
+                shades = [_shade(DATA, 0.2 + 0.55 * k / len(levels)) for k in range(len(levels))]
+                axes.contourf(centres, centres, density, [*levels, density.max() * 1.001], colors=shades)
+                for mass in MASS:
+                    radius = math.sqrt(-2 * math.log(1 - mass))
+                    axes.plot(radius * np.cos(angle), radius * np.sin(angle), color=FLOW, linewidth=0.7)
+                axes.set_ylim(edges[0], edges[-1])
+            _frame(axes, left=False, bottom=False)
+            axes.set(xticks=[], yticks=[])
+            if i == columns - 1:
+                axes.set_xlabel(names[j], fontsize=9, color=INK)
+            if j == 0 and i > 0:
+                axes.set_ylabel(names[i], fontsize=9, color=INK)
+    figure.align_labels()
+    return figure
+
+
+def redshift(
+    truth: ArrayLike, estimate: ArrayLike, pit: ArrayLike | None = None, note: str | None = None, figure: FigureBase | None = None
+) -> FigureBase:
+    """Estimated redshifts against true ones, with the bounds |dz| = 0.15 (1 + z) beyond which an estimate counts as an outlier.
+
+    Parameters
+    ----------
+    truth, estimate : (n,) arrays
+    pit : (n,) array, optional
+        Probability that the estimated distribution gives to redshifts below the true one: uniform if it is calibrated. Drawn in a corner.
+    note : str, optional
+        A few words for the upper left corner.
+    figure : Figure or SubFigure, optional
+        Where to draw; a new figure if None.
+
+    Returns
+    -------
+    Figure or SubFigure
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ.
+    ImportError
+        Without matplotlib.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> z = np.linspace(0.1, 2, 500)
+    >>> len(redshift(z, z + 0.01).axes)
+    1
+    """
+    if np.ndim(truth) != 1 or np.shape(truth) != np.shape(estimate):
+        raise ValueError(f"truth has shape {np.shape(truth)}, estimate {np.shape(estimate)}; both must be (n,)")
+    both = _table("truth and estimate", np.column_stack([np.asarray(truth), np.asarray(estimate)]))
+    figure = _figure(figure, 5.0, 5.0)
+    axes = figure.subplots()
+    top = 1.04 * float(np.quantile(both[:, 0], 0.9995))
+    line = np.array([0.0, top])
+    axes.plot(line, line, color=FLOW, linewidth=1.2, zorder=3)
+    for sign in (-1, 1):
+        axes.plot(line, line + sign * 0.15 * (1 + line), color=FLOW, linewidth=0.9, linestyle=(0, (4, 3)), zorder=3)
+    axes.hexbin(both[:, 0], both[:, 1], gridsize=90, extent=(0, top, 0, top), bins="log", mincnt=1, cmap="Blues", vmin=0.3, linewidths=0.1)
+    axes.set(xlim=(0, top), ylim=(0, top), aspect="equal")
+    _frame(axes, left=True, bottom=True)
+    axes.set_xlabel("true redshift", fontsize=10, color=INK)
+    axes.set_ylabel("estimated redshift", fontsize=10, color=INK)
+    if note is not None:
+        axes.text(0.03, 0.97, note, transform=axes.transAxes, va="top", fontsize=9, color=INK, linespacing=1.5)
+    if pit is not None:
+        small = axes.inset_axes((0.66, 0.09, 0.3, 0.2))
+        small.hist(np.asarray(pit), np.linspace(0, 1, 21).tolist(), density=True, histtype="stepfilled", color=DATA, alpha=0.35, linewidth=0)
+        small.axhline(1, color=FLOW, linewidth=1.0)
+        _frame(small, left=False, bottom=True)
+        small.set(xlim=(0, 1), ylim=(0, 2), xticks=[0, 1], yticks=[])
+        small.set_title("PIT", fontsize=8, color=INK, pad=2)
+    return figure

@@ -1,0 +1,56 @@
+"""Fixtures: every backend and instruction set that this machine has, and both dtypes.
+
+What is missing is skipped with its reason, unless ``FASTMAF_EXPECT`` (a comma-separated list of names) says that it must be there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+import fastmaf
+from fastmaf import _backends, config
+
+BACKENDS = ("reference", "numba", "cpu-baseline", "cpu-avx2", "cpu-avx512")
+EXPECTED = frozenset(filter(None, os.environ.get("FASTMAF_EXPECT", "").split(",")))
+
+
+def absence(case: str) -> str | None:
+    """Why a backend, or an instruction set of one, cannot be tested here."""
+    name, _, isa = case.partition("-")
+    reason = _backends.reason(name)
+    if reason is None and isa and isa not in config.available_isas():
+        reason = f"this CPU or this build lacks {isa}"
+    return reason
+
+
+def pytest_report_header() -> list[str]:
+    unknown = EXPECTED - set(BACKENDS)
+    if unknown:
+        raise pytest.UsageError(f"FASTMAF_EXPECT names {sorted(unknown)}; known are {', '.join(BACKENDS)}")
+    return repr(fastmaf.show_config()).splitlines()
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of the backend in use, for every backend and instruction set."""
+    reason = absence(request.param)
+    if reason is not None:
+        (pytest.fail if request.param in EXPECTED else pytest.skip)(f"{request.param}: {reason}")
+    name, _, isa = request.param.partition("-")
+    previous, previous_isa = _backends.active, config.get_isa() if isa else ""
+    fastmaf.set_backend(name)
+    if isa:
+        fastmaf.set_isa(isa)
+    yield request.param
+    if isa:
+        fastmaf.set_isa(previous_isa)
+    _backends.active = previous
+
+
+@pytest.fixture(params=("float32", "float64"))
+def dtype(request: pytest.FixtureRequest) -> str:
+    """Both dtypes of a flow."""
+    return str(request.param)

@@ -1,0 +1,109 @@
+"""`MAF`: the layers, masks and first weights of the flows that it builds."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+import fastmaf
+from fastmaf.layers import Affine, Autoregressive, Elementwise
+
+
+def mades(flow):
+    return [layer for layer in flow.layers if isinstance(layer, Autoregressive)]
+
+
+def test_layers_in_order():
+    flow = fastmaf.MAF(features=3, context_features=2, transforms=4, bounds=[(0, 1), None, (0, None)])
+    assert [type(layer) for layer in flow.layers] == [Elementwise, Affine] + [Autoregressive] * 4
+    assert [type(layer) for layer in flow.context_layers] == [Affine]
+    assert flow.layers[0].kinds == ("logit", "identity", "log_above")
+    assert flow.layers[1] == Affine(np.zeros(3), np.ones(3))
+    assert all(made.law.kind == "exp_soft" and made.direction == "data" for made in mades(flow))
+
+
+@pytest.mark.parametrize(
+    ("order", "ranks"),
+    [
+        ("sequential", [[1, 2, 3]] * 3),
+        ("reverse", [[1, 2, 3], [3, 2, 1], [1, 2, 3]]),
+        ([2, 0, 1], [[2, 3, 1]] * 3),
+        ([[0, 1, 2], [1, 0, 2], [2, 1, 0]], [[1, 2, 3], [2, 1, 3], [3, 2, 1]]),
+    ],
+)
+def test_orders(order, ranks):
+    assert [made.ranks.tolist() for made in mades(fastmaf.MAF(features=3, transforms=3, order=order))] == ranks
+
+
+def test_random_orders_follow_the_seed():
+    orders = [[made.ranks.tolist() for made in mades(fastmaf.MAF(features=8, order="random", seed=seed))] for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
+
+
+@pytest.mark.parametrize("hidden", [(), (1,), (3,), (16, 5), (7, 7, 7)])
+@pytest.mark.parametrize("features", [1, 2, 6])
+@pytest.mark.parametrize("context_features", [0, 2])
+def test_weights_fill_their_bounds_and_nothing_else(hidden, features, context_features):
+    flow = fastmaf.MAF(features, context_features, hidden_features=hidden, transforms=2)
+    for made in mades(flow):
+        net = made.conditioner
+        assert tuple(dense.bias.size for dense in net.hidden) == hidden
+        assert net.final.bias.size == 2 * features
+        for k, dense in enumerate((*net.hidden, net.final)):
+            c = context_features if k == 0 else 0
+            assert (dense.context == "added") == (c > 0) == (dense.context_weight is not None)
+            bound = 1 / np.sqrt(dense.weight.shape[1] + c)
+            for array in (dense.weight, dense.bias, dense.context_weight):
+                assert array is None or np.all(np.abs(array) <= bound)
+            assert np.all(dense.bias != 0)
+
+
+def test_the_first_variable_sees_the_context():
+    made = mades(fastmaf.MAF(features=4, context_features=2, hidden_features=(8,)))[0]
+    first = made.conditioner.final.weight[:2]
+    assert np.any(first != 0)
+    assert not np.any(first[:, made.conditioner.initial.degrees > 0])
+
+
+def test_seeds_and_dtypes():
+    single, double, other = (fastmaf.MAF(features=3, dtype=d, seed=s) for d, s in (("float32", 1), ("float64", 1), ("float64", 2)))
+    assert single.dtype == np.float32 and double.dtype == np.float64
+    assert np.array_equal(single.parameters(), double.parameters().astype(np.float32))
+    assert not np.array_equal(double.parameters(), other.parameters())
+    assert not np.array_equal(fastmaf.MAF(features=3, seed=None).parameters(), fastmaf.MAF(features=3, seed=None).parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"features": 0}, "features is 0; it must be at least 1"),
+        ({"features": 2.5}, "features is 2.5; it must be an integer"),
+        ({"context_features": -1}, "context_features is -1"),
+        ({"transforms": 0}, "transforms is 0; it must be at least 1"),
+        ({"hidden_features": 100}, "hidden_features is 100; it must be a sequence"),
+        ({"hidden_features": (10, 0)}, "hidden_features[1] is 0; it must be at least 1"),
+        ({"hidden_features": "12"}, "hidden_features[0] is '1'; it must be an integer"),
+        ({"activation": "swish"}, "activation is 'swish'; it must be one of 'relu'"),
+        ({"order": "backwards"}, "order is 'backwards'"),
+        ({"order": [0, 1, 1]}, "order [0, 1, 1] is not a permutation of 0..2"),
+        ({"order": 5}, "order is 5; it must be a sequence"),
+        ({"order": [[0, 1, 2]]}, "order lists 1 permutations; the flow has 5 transforms"),
+        ({"residual": True}, "residual=True is not there yet"),
+        ({"batch_norm": True}, "batch_norm=True is not there yet"),
+        ({"components": 10}, "components=10 is not there yet"),
+        ({"bounds": [(0, 1)]}, "bounds has 1 entries; the flow has 3 features"),
+        ({"bounds": [(0, 1), 3, None]}, "bounds[1] is 3; it must be None or a pair"),
+        ({"bounds": [(1, 0), None, None]}, "column 0 has bounds (1.0, 0.0)"),
+        ({"bounds": 1}, "bounds is 1; it must be a sequence"),
+        ({"names": ["a", "b"]}, "names lists 2 different names; the flow has 3 features"),
+        ({"names": ["a", "b", "a"]}, "names lists 2 different names; the flow has 3 features"),
+        ({"names": "abc"}, "names is 'abc'; it must be a sequence of strings"),
+        ({"dtype": "float16"}, "dtype is 'float16'; it must be 'float32' or 'float64'"),
+        ({"seed": -1}, "seed is -1; it must be at least 0"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fastmaf.MAF(**{"features": 3, **arguments})

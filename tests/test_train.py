@@ -1,0 +1,555 @@
+"""The training loop: what it reaches, what it refuses, and how it stops, goes on and comes back."""
+
+from __future__ import annotations
+
+import _thread
+import json
+import math
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import fastmaf
+from fastmaf import _backends, config
+from fastmaf.layers import Affine
+from fastmaf.train import History, shuffle
+
+MEAN = np.array([3.0, -200.0])
+COVARIANCE = np.array([[4.0, 9.0], [9.0, 25.0]])
+
+
+@pytest.fixture
+def x() -> np.ndarray:
+    return np.random.default_rng(7).multivariate_normal(MEAN, COVARIANCE, 2000)
+
+
+def linear(features=2, **options):
+    """A flow of one transform without hidden units: fast, and able to hold any Gaussian."""
+    return fastmaf.MAF(features, transforms=1, hidden_features=(), **options)
+
+
+def gaussian(x, mean=MEAN, covariance=COVARIANCE):
+    y = np.linalg.solve(np.linalg.cholesky(covariance), (x - mean).T)
+    return -0.5 * (y**2).sum(axis=0) - 0.5 * np.linalg.slogdet(2 * np.pi * covariance)[1]
+
+
+def same(a, b):
+    """The same weights and Affines, bit for bit."""
+    return a.layers == b.layers and a.context_layers == b.context_layers
+
+
+def at(epoch, action):
+    """A callback that acts after that epoch."""
+
+    def callback(record):
+        return action() if record["epoch"] == epoch else None
+
+    return callback
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+# What it reaches
+
+
+def test_reaches_the_gaussian(x, backend, dtype):
+    flow = linear(dtype=dtype)
+    before = flow.log_prob(x).mean()
+    history = flow.fit(x, lr=1e-2, schedule="cosine", max_epochs=40)
+    held = np.random.default_rng(8).multivariate_normal(MEAN, COVARIANCE, 4000)
+    assert flow.log_prob(held).mean() > before + 1
+    assert flow.log_prob(held).mean() == pytest.approx(gaussian(held).mean(), abs=0.01)
+    assert history.validation[history.best_epoch - 1] == max(history.validation) > history.validation[0]
+    assert history.train[-1] == pytest.approx(flow.log_prob(x).mean(dtype=float), abs=0.02)
+
+
+def test_hidden_units_and_context(backend):
+    rng = np.random.default_rng(0)
+    context = rng.normal([5.0], [100.0], (3000, 1))
+    x = np.sin(context / 50) + 0.1 * rng.normal(size=(3000, 1))
+    flow = fastmaf.MAF(1, 1, transforms=1, hidden_features=(32, 32))
+    history = flow.fit(x, context, lr=5e-3, max_epochs=60)
+    assert max(history.validation) > -0.5 * math.log(2 * math.pi * math.e * x.var()) + 0.8
+    loc, scale = flow.context_layers[0].loc, flow.context_layers[0].scale
+    assert loc == pytest.approx(context.mean(axis=0), abs=6) and 1 / scale == pytest.approx(context.std(axis=0), rel=0.05)
+
+
+def test_best_weights_are_kept(x, backend):
+    flow = linear(dtype="float64")
+    kept = {}
+    history = flow.fit(x, validation=(x[:500],), lr=0.3, max_epochs=25, callback=lambda record: kept.update({record["epoch"]: record}))
+    assert 0 < history.best_epoch < 25, "a step size this large must not end at its best"
+    assert flow.log_prob(x[:500]).mean() == pytest.approx(max(history.validation), rel=1e-12)
+    assert [kept[e]["validation"] for e in sorted(kept)] == history.validation
+    assert kept[25]["best_epoch"] == history.best_epoch
+
+
+def test_start_is_kept_when_nothing_is_better(x):
+    flow = linear()
+    flow.fit(x, lr=1e-2, max_epochs=40)
+    trained = flow.layers
+    history = flow.fit(x, lr=50.0, patience=3)
+    assert (history.best_epoch, history.stopped, len(history.train)) == (0, "patience", 3)
+    assert flow.layers == trained
+
+
+def test_no_validation_keeps_the_last(x):
+    flow = linear()
+    history = flow.fit(x, validation=0, max_epochs=3)
+    assert (history.best_epoch, history.validation, history.stopped) == (3, [], "max_epochs")
+    assert flow.training["rows"] == 2000 and flow.training["validation"] is None
+
+
+def test_continuing(x):
+    flow = linear()
+    flow.fit(x, max_epochs=5)
+    affine, first = flow.layers[0], flow.training["validation"]
+    history = flow.fit(1.1 * x + 1, max_epochs=1, validation=(x,))
+    assert flow.layers[0] == affine
+    assert history.validation[0] > first - 1
+
+
+def test_same_arguments_same_bits(x):
+    flows = [linear(), linear()]
+    histories = [flow.fit(x, max_epochs=3, seed=5) for flow in flows]
+    assert same(*flows)
+    assert histories[0].train == histories[1].train
+    other = linear()
+    other.fit(x, max_epochs=3, seed=6)
+    assert not same(other, flows[0])
+
+
+def test_same_bits_for_every_thread_count(x, backend):
+    if not backend.startswith("cpu"):
+        pytest.skip(f"{backend} has no threads of its own in training")
+    flows = []
+    for threads in (1, 2, 7):
+        flows.append(fastmaf.MAF(2, transforms=2, hidden_features=(20,)))
+        with fastmaf.num_threads(threads):
+            flows[-1].fit(x, max_epochs=3)
+    assert same(flows[0], flows[1]) and same(flows[0], flows[2])
+
+
+def test_avx2_and_avx512_train_to_the_same_bits(x):
+    if _backends.reason("cpu") is not None or not {"avx2", "avx512"} <= set(config.available_isas()):
+        pytest.skip("needs the compiled core on a CPU with avx512")
+    flows, active, isa = [], _backends.active, config.get_isa()
+    fastmaf.set_backend("cpu")
+    try:
+        for name in ("avx2", "avx512"):
+            fastmaf.set_isa(name)
+            flows.append(fastmaf.MAF(2, transforms=2, hidden_features=(20,)))
+            flows[-1].fit(x, max_epochs=3)
+    finally:
+        fastmaf.set_isa(isa)
+        _backends.active = active
+    assert same(*flows)
+
+
+# The data
+
+
+def test_standardisation():
+    rng = np.random.default_rng(0)
+    x = np.column_stack([rng.uniform(2, 5, 4000), 1e6 + rng.normal(size=4000), rng.exponential(size=4000)])
+    weights = rng.integers(0, 3, 4000).astype(float)
+    flow = linear(3, bounds=[(2, 5), None, (0, None)])
+    flow.fit(x, weights=weights, validation=0, max_epochs=1)
+    y = np.column_stack([np.log((x[:, 0] - 2) / (5 - x[:, 0])), x[:, 1], np.log(x[:, 2])])
+    mean = np.average(y, axis=0, weights=weights)
+    deviation = np.sqrt(np.average((y - mean) ** 2, axis=0, weights=weights))
+    affine = flow.layers[1]
+    assert isinstance(affine, Affine)
+    np.testing.assert_allclose(affine.loc, mean, rtol=1e-11)
+    np.testing.assert_allclose(1 / affine.scale, deviation, rtol=1e-9)
+
+    plain = linear()
+    plain.fit(x[:, :2], standardize=False, max_epochs=1)
+    assert plain.layers[0] == Affine(np.zeros(2), np.ones(2))
+
+
+def test_standardisation_in_blocks(x, monkeypatch):
+    whole, parts = linear(), linear()
+    whole.fit(x, max_epochs=1)
+    monkeypatch.setattr("fastmaf.train.BLOCK", 74)
+    parts.fit(x, max_epochs=1)
+    np.testing.assert_allclose(parts.layers[0].loc, whole.layers[0].loc, rtol=1e-13)
+    np.testing.assert_allclose(parts.layers[0].scale, whole.layers[0].scale, rtol=1e-13)
+
+
+def test_weights_equal_repeated_rows(x, backend):
+    weights = np.random.default_rng(1).integers(0, 4, len(x))
+    options = {"validation": (x[:100], None, 1 + weights[:100]), "batch_size": 10_000, "max_epochs": 4, "lr": 1e-2}
+    weighted, repeated = linear(dtype="float64"), linear(dtype="float64")
+    a = weighted.fit(x, weights=weights, **options)
+    b = repeated.fit(np.repeat(x, weights, axis=0), **options)
+    np.testing.assert_allclose(a.train, b.train, rtol=1e-12)
+    np.testing.assert_allclose(a.validation, b.validation, rtol=1e-9)
+    np.testing.assert_allclose(weighted.parameters(), repeated.parameters(), rtol=1e-9)
+
+
+def test_weights_have_no_scale(x):
+    flows = [linear(dtype="float64"), linear(dtype="float64")]
+    weights = np.random.default_rng(1).uniform(size=len(x))
+    a, b = (flow.fit(x, weights=factor * weights, max_epochs=3) for flow, factor in zip(flows, (1, 1024), strict=True))
+    assert a.train == b.train and a.validation == b.validation and same(*flows)
+
+
+def test_validation_fraction(x):
+    fraction, given = linear(), linear()
+    order = shuffle(3, 4, 0, len(x))
+    held = np.sort(order[:400])
+    a = fraction.fit(x, validation=0.2, max_epochs=3, seed=3)
+    b = given.fit(np.delete(x, held, axis=0), validation=(x[held],), max_epochs=3, seed=3)
+    assert same(fraction, given)
+    assert a.train == b.train and a.validation == b.validation
+    assert fraction.training["validation_rows"] == 400 and fraction.training["rows"] == 1600
+
+
+def test_validation_tuple_is_weighted(x):
+    context = np.random.default_rng(0).normal(size=(2000, 3))
+    weights = np.random.default_rng(1).uniform(size=2000)
+    flow = linear(2, context_features=3, dtype="float64")
+    history = flow.fit(x[:1000], context[:1000], validation=(x[1000:], context[1000:], weights[1000:]), max_epochs=2)
+    expected = np.average(flow.log_prob(x[1000:], context[1000:]), weights=weights[1000:])
+    assert history.validation[history.best_epoch - 1] == pytest.approx(expected, rel=1e-12)
+
+
+def test_memmap_and_layouts(x, tmp_path):
+    x = x.astype(np.float32)
+    path = tmp_path / "x.npy"
+    np.save(path, x)
+    flows = []
+    for data in (x, np.load(path, mmap_mode="r"), np.asfortranarray(x), np.column_stack([x, x])[:, :2]):
+        flows.append(linear())
+        flows[-1].fit(data, max_epochs=2)
+    assert all(same(flows[0], flow) for flow in flows[1:])
+
+
+def test_callable_x(x):
+    epochs = []
+
+    def draw(epoch):
+        epochs.append(epoch)
+        return np.floor(x) + np.random.default_rng(epoch).uniform(size=x.shape)
+
+    flow, fixed = linear(dtype="float64"), linear(dtype="float64")
+    history = flow.fit(draw, max_epochs=3)
+    assert epochs == [0, 1, 2, 3]
+    held = np.sort(shuffle(0, 4, 0, len(x))[:200])
+    assert max(history.validation) == pytest.approx(flow.log_prob(draw(0)[held]).mean(), rel=1e-12)
+    fixed.fit(draw(0), max_epochs=3)
+    assert fixed.layers[0] == flow.layers[0] and fixed.layers[1] != flow.layers[1]
+
+
+@pytest.mark.parametrize(
+    ("fresh", "message"),
+    [
+        (lambda x: x[:-1], r"x\(2\) has shape \(1999, 2\); x\(0\) has shape \(2000, 2\)"),
+        (lambda x: np.where(np.arange(2000)[:, None] == 17, np.nan, x), r"x\(2\) has nan in row 17, column 0"),
+    ],
+)
+def test_callable_x_is_judged(x, fresh, message):
+    flow = linear()
+    layers = flow.layers
+    with pytest.raises(ValueError, match=message):
+        flow.fit(lambda epoch: fresh(x) if epoch == 2 else x, max_epochs=3)
+    assert flow.layers == layers and not flow.training
+
+
+# What it refuses
+
+
+def put(x, row, column, value):
+    x = x.copy()
+    x[row, column] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (lambda x: x[:, :1], {}, r"x has shape \(2000, 1\); the flow has 2 features"),
+        (lambda x: x[0], {}, r"x has shape \(2,\)"),
+        (lambda x: x.astype(complex), {}, "x has dtype complex128"),
+        (lambda x: x[:0], {}, "no training rows"),
+        (lambda x: x[:4], {}, "no validation rows"),
+        (lambda x: x, {"validation": 1.0}, "no training rows"),
+        (lambda x: put(x, 1234, 1, np.nan), {}, "x has nan in row 1234, column 1; it must be finite"),
+        (lambda x: put(x, 1999, 0, -np.inf), {}, "x has -inf in row 1999, column 0"),
+        (lambda x: put(x, slice(None), 1, 0.1), {}, "x is constant in column 1: 0.1"),
+        (lambda x: x, {"context": np.zeros((2000, 1))}, r"context has shape \(2000, 1\); the flow has 0 context features"),
+        (lambda x: x, {"weights": np.ones(3)}, "weights has 3 rows; x has 2000"),
+        (lambda x: x, {"weights": np.ones((2000, 1))}, r"weights has shape \(2000, 1\)"),
+        (lambda x: x, {"weights": -np.arange(2000.0)}, "weights has -1.0 in row 1"),
+        (lambda x: x, {"weights": np.full(2000, np.inf)}, "weights has inf in row 0"),
+        (lambda x: x, {"weights": np.zeros(2000)}, "no training rows"),
+        (lambda x: x, {"validation": (np.zeros((5, 3)),)}, r"validation x has shape \(5, 3\)"),
+        (lambda x: x, {"validation": (np.full((5, 2), np.nan),)}, "validation x has nan in row 0"),
+        (lambda x: x, {"validation": (np.zeros((0, 2)),)}, "no validation rows"),
+        (lambda x: x, {"validation": (np.zeros((5, 2)), None, np.zeros(5))}, "no validation rows"),
+        (lambda x: x, {"validation": ()}, "validation must be a fraction, or a tuple"),
+        (lambda x: x, {"validation": "some"}, "validation is 'some'"),
+        (lambda x: x, {"validation": -0.1}, "validation is -0.1"),
+        (lambda x: x, {"batch_size": 0}, "batch_size is 0"),
+        (lambda x: x, {"batch_size": 2.5}, "batch_size is 2.5"),
+        (lambda x: x, {"optimizer": "sgd"}, "optimizer is 'sgd'"),
+        (lambda x: x, {"schedule": "steps"}, "schedule is 'steps'"),
+        (lambda x: x, {"schedule": lambda epochs: -epochs}, r"schedule\(0.125\) makes the learning rate -"),
+        (lambda x: x, {"lr": 0}, "lr is 0"),
+        (lambda x: x, {"lr": math.nan}, "lr is nan"),
+        (lambda x: x, {"l2": -1}, "l2 is -1"),
+        (lambda x: x, {"weight_decay": math.inf}, "weight_decay is inf"),
+        (lambda x: x, {"clip_norm": 0}, "clip_norm is 0"),
+        (lambda x: x, {"patience": 0}, "patience is 0"),
+        (lambda x: x, {"max_epochs": 0}, "max_epochs is 0"),
+        (lambda x: x, {"max_seconds": 0}, "max_seconds is 0"),
+        (lambda x: x, {"seed": -1}, "seed is -1"),
+        (lambda x: x, {"device": "tpu"}, "device is 'tpu'"),
+        (lambda x: x, {"resume": True}, "resume is True, but no checkpoint is named"),
+    ],
+)
+def test_refusals_leave_the_flow_as_it_was(x, change, options, message):
+    flow = linear()
+    layers = flow.layers
+    with pytest.raises(ValueError, match=message):
+        flow.fit(change(x), **options)
+    assert flow.layers == layers and not flow.training
+
+
+@pytest.mark.parametrize(("value", "bound"), [(1.0, "1"), (-1.0, "-1"), (7.0, "1")])
+def test_refuses_data_on_or_outside_a_bound(value, bound):
+    x = np.random.default_rng(0).uniform(-0.5, 0.5, (50, 2))
+    flow = linear(bounds=[None, (-1, 1)])
+    with pytest.raises(ValueError, match=f"x has {value} in row 31, column 1; it must lie strictly between -1.0 and 1.0"):
+        flow.fit(put(x, 31, 1, value))
+    with pytest.raises(ValueError, match=f"validation x has {value} in row 3, column 1"):
+        flow.fit(x, validation=(put(x, 3, 1, value),))
+
+
+@pytest.mark.parametrize(
+    ("context", "message"),
+    [
+        (None, "context is missing; the flow has 2 context features"),
+        (np.zeros((2000, 3)), r"context has shape \(2000, 3\); the flow has 2 context features"),
+        (np.zeros(2), r"context has shape \(2,\)"),
+        (np.arange(3998.0).reshape(1999, 2), "context has 1999 rows; x has 2000"),
+        (np.arange(4000.0).reshape(2000, 2) * [1, 0], "context is constant in column 1: 0.0"),
+        (put(np.arange(4000.0).reshape(2000, 2), 8, 1, np.inf), "context has inf in row 8, column 1"),
+    ],
+)
+def test_refuses_contexts(x, context, message):
+    flow = linear(context_features=2)
+    with pytest.raises(ValueError, match=message):
+        flow.fit(x, context)
+
+
+# How it stops
+
+
+def test_patience_and_callback_and_time(x):
+    history = linear().fit(x, lr=1e-9, patience=4, validation=(x,), callback=at(2, lambda: True))
+    assert (history.stopped, len(history.train)) == ("callback", 2)
+    history = linear().fit(x, max_seconds=1e-9)
+    assert (history.stopped, len(history.train)) == ("max_seconds", 0)
+    history = linear().fit(x, lr=1.0, patience=4, max_epochs=10_000)
+    assert history.stopped == "patience" and len(history.train) == history.best_epoch + 4
+
+
+def test_interruption_keeps_the_best(x, tmp_path):
+    flow, reference = linear(), linear()
+    history = flow.fit(x, max_epochs=9, callback=at(4, interrupt), checkpoint=tmp_path / "c")
+    assert history.stopped == "interrupted" and len(history.train) == 4
+    reference.fit(x, max_epochs=4)
+    assert same(flow, reference)
+    assert flow.training["stopped"] == "interrupted"
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_interruption_between_callbacks(x):
+    flow, reference = linear(), linear()
+    history = flow.fit(lambda epoch: interrupt() if epoch == 3 else x, max_epochs=9)
+    assert history.stopped == "interrupted" and len(history.train) == 2
+    reference.fit(x, max_epochs=2)
+    assert same(flow, reference)
+
+
+def test_signal_within_an_epoch(backend):
+    x = np.random.default_rng(0).normal(size=(400_000, 2))
+    timer = threading.Timer(0.2, _thread.interrupt_main)
+
+    def draw(epoch):
+        if epoch:
+            timer.start()
+        return x
+
+    flow = linear()
+    start = time.perf_counter()
+    history = flow.fit(draw, validation=(x[:9],), batch_size=1)
+    assert (history.stopped, history.train) == ("interrupted", [])
+    assert time.perf_counter() - start < 5
+    timer.join()
+
+
+def test_loss_that_is_not_finite(x, backend):
+    flow, reference = linear(), linear()
+    history = flow.fit(x, batch_size=200, schedule=lambda epochs: 1.0 if epochs < 2 + 3 / 9 else 1e200, max_epochs=20)
+    assert history.stopped == "loss not finite in epoch 3, batch 5 of 9"
+    assert len(history.train) == 2
+    reference.fit(x, batch_size=200, max_epochs=2)
+    assert same(flow, reference)
+
+
+def test_weights_that_are_not_finite_are_never_the_best(x):
+    flow = linear()
+    flow.fit(x, validation=0, batch_size=2000, schedule=lambda epochs: 1.0 if epochs < 2 else 1e300, max_epochs=3)
+    assert np.isfinite(flow.parameters()).all() and flow.training["best_epoch"] == 2
+
+
+def test_schedules(x):
+    constant, cosine, custom = (
+        linear().fit(x, lr=0.1, schedule=schedule, max_epochs=4, batch_size=900).lr
+        for schedule in ("constant", "cosine", lambda epochs: 1 / (1 + epochs))
+    )
+    assert constant == [0.1] * 4
+    assert cosine == pytest.approx([0.05 * (1 + math.cos(math.pi * (e + 0.5) / 4)) for e in range(4)])
+    assert custom == pytest.approx([0.1 / (e + 1.5) for e in range(4)])
+
+
+def test_regularisation_shrinks(x):
+    sizes = []
+    for options in ({}, {"l2": 1.0}, {"weight_decay": 30.0}, {"clip_norm": 1e-12}):
+        flow = linear()
+        start = flow.parameters()
+        flow.fit(x, validation=0, max_epochs=10, lr=1e-2, **options)
+        sizes.append(np.linalg.norm(flow.parameters()))
+    assert sizes[1] < 0.8 * sizes[0] and sizes[2] < 0.8 * sizes[0]
+    assert sizes[3] == pytest.approx(np.linalg.norm(start), rel=0.1)
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+@pytest.mark.parametrize("same_object", [False, True])
+def test_resume_gives_the_same_bits(x, backend, tmp_path, stop, same_object):
+    context, weights = x[:, :1] ** 2, np.random.default_rng(0).uniform(size=2000)
+    options = {"context": context, "weights": weights, "max_epochs": 7, "lr": 0.05, "schedule": "cosine", "weight_decay": 0.01}
+    whole, parts = linear(context_features=1), linear(context_features=1)
+    history = whole.fit(x, **options)
+    parts.fit(x, **options, checkpoint=tmp_path / "c", callback=at(stop, interrupt))
+    if not same_object:
+        parts = linear(context_features=1, seed=99)
+    resumed = parts.fit(x, **options, checkpoint=tmp_path / "c", resume=True)
+    assert same(whole, parts)
+    assert (resumed.train, resumed.validation, resumed.lr) == (history.train, history.validation, history.lr)
+    assert (resumed.best_epoch, resumed.stopped) == (history.best_epoch, history.stopped)
+    assert resumed.seconds == sorted(resumed.seconds)
+
+
+def test_resume_of_a_callable(x, tmp_path):
+    def draw(epoch):
+        return np.floor(x) + np.random.default_rng(epoch).uniform(size=x.shape)
+
+    whole, parts = linear(), linear()
+    whole.fit(draw, max_epochs=5)
+    parts.fit(draw, max_epochs=3, checkpoint=tmp_path / "c")
+    parts.fit(draw, max_epochs=5, checkpoint=tmp_path / "c", resume=True)
+    assert same(whole, parts)
+
+
+def test_resume_after_the_end(x, tmp_path):
+    flow = linear()
+    options = {"lr": 1.0, "patience": 3, "checkpoint": tmp_path / "c"}
+    first = flow.fit(x, **options)
+    again = linear().fit(x, **options, resume=True)
+    assert (again.stopped, again.train) == ("patience", first.train)
+
+
+def test_resume_without_a_file_starts(x, tmp_path):
+    flow, reference = linear(), linear()
+    flow.fit(x, max_epochs=2, checkpoint=tmp_path / "c", resume=True)
+    reference.fit(x, max_epochs=2)
+    assert same(flow, reference)
+    flow = linear()
+    flow.fit(x, max_epochs=2, checkpoint=tmp_path / "c")
+    assert same(flow, reference), "without resume, a checkpoint is overwritten"
+
+
+@pytest.mark.parametrize(
+    ("other", "options", "message"),
+    [
+        ({}, {"lr": 2e-3}, r"lr: 0.001 there, 0.002 here"),
+        ({}, {"batch_size": 100}, "batch_size: 256 there, 100 here"),
+        ({}, {"seed": 1}, "seed: 0 there, 1 here"),
+        ({}, {"validation": 0.2}, "validation: 0.1 there, 0.2 here"),
+        ({}, {"clip_norm": 1.0}, "clip_norm: None there, 1.0 here"),
+        ({}, {"weights": np.ones(2000)}, r"the data \(weights\)"),
+        ({"hidden_features": (3,)}, {}, "the flow"),
+        ({"dtype": "float64"}, {}, "the flow"),
+        ({"order": [1, 0]}, {}, "the flow"),
+        ({"bounds": [None, (-1e3, None)]}, {}, "the flow"),
+    ],
+)
+def test_resume_refuses_another_fit(x, tmp_path, other, options, message):
+    linear().fit(x, max_epochs=1, checkpoint=tmp_path / "c")
+    flow = fastmaf.MAF(2, **{"transforms": 1, "hidden_features": (), **other})
+    with pytest.raises(ValueError, match=f"belongs to another fit: it differs in {message}"):
+        flow.fit(x, **options, checkpoint=tmp_path / "c", resume=True)
+    assert not flow.training
+
+
+def test_resume_refuses_other_data(x, tmp_path):
+    linear().fit(x, max_epochs=1, checkpoint=tmp_path / "c")
+    with pytest.raises(ValueError, match=r"the data \(x\)"):
+        linear().fit(put(x, 5, 0, 1.0), checkpoint=tmp_path / "c", resume=True)
+    linear().fit(x, max_epochs=2, checkpoint=tmp_path / "c", schedule="cosine")
+    with pytest.raises(ValueError, match="max_epochs: 2 there, 3 here"):
+        linear().fit(x, max_epochs=3, checkpoint=tmp_path / "c", schedule="cosine", resume=True)
+    linear().fit(x, max_epochs=1, checkpoint=tmp_path / "c", validation=(x[:9],))
+    with pytest.raises(ValueError, match=r"the data \(validation\)"):
+        linear().fit(x, max_epochs=1, checkpoint=tmp_path / "c", validation=(x[:8],), resume=True)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b"", lambda data: b"\xff" * 200])
+def test_damaged_checkpoint(x, tmp_path, damage):
+    path = tmp_path / "c"
+    linear().fit(x, max_epochs=1, checkpoint=path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+        linear().fit(x, checkpoint=path, resume=True)
+    linear().save(path)
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+        linear().fit(x, checkpoint=path, resume=True)
+
+
+# What it tells
+
+
+def test_training_summary(x):
+    flow = linear()
+    history = flow.fit(x, max_epochs=3, seed=11)
+    assert json.loads(json.dumps(flow.training, allow_nan=False)) == flow.training
+    assert flow.training["epochs"] == 3 and flow.training["settings"]["seed"] == 11
+    assert flow.training["validation"] == max(history.validation)
+    assert flow.training["seconds"] == history.seconds[-1] > 0
+
+
+def test_progress(x, capfd):
+    linear().fit(x, max_epochs=2)
+    assert capfd.readouterr() == ("", "")
+    linear().fit(x, max_epochs=2, progress=True)
+    out, err = capfd.readouterr()
+    assert out == "" and "2/2" in err and "train -" in err and "validation -" in err and "nats" in err
+    linear().fit(x, max_epochs=2, progress=False)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_history_repr():
+    assert repr(History()) == "History(0 epochs, best 0, stopped: )"
+    history = History(train=[-2.0, -1.0], lr=[1.0, 1.0], seconds=[0.0, 1.0], best_epoch=2, stopped="max_epochs")
+    assert repr(history) == "History(2 epochs, best 2: train -1.0000, stopped: max_epochs)"

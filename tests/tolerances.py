@@ -1,0 +1,39 @@
+"""How far a backend may be from the reference in float64, by operation; for the flows of `make`, whose numbers are of order one."""
+
+from __future__ import annotations
+
+import numpy as np
+
+LIMITS = {
+    "log_prob": (40, 10),
+    "to_noise": (40, 20),
+    "from_noise": (40, 40),
+    "sample": (40, 40),
+    "normals": (2, 8),
+    "gradient": (1000, 200),
+    "parameters": (1000, 100),
+}
+"""For each operation (a, k): an error is at most ``(a + k |reference|) eps`` of the dtype."""
+
+
+def tolerance(operation, dtype, reference):
+    """The largest allowed error of each number."""
+    a, k = LIMITS[operation]
+    return (a + k * np.abs(reference)) * np.finfo(dtype).eps
+
+
+def assert_close(operation, dtype, actual, reference, factor=1.0):
+    """Equal to tolerance where the reference is finite, and equal where it is not; `factor` for flows with steep or summed results."""
+    actual, reference = np.asarray(actual), np.asarray(reference)
+    assert actual.shape == reference.shape, f"shape {actual.shape}, expected {reference.shape}"
+    if not actual.size:
+        return
+    finite = np.isfinite(reference)
+    np.testing.assert_array_equal(actual[~finite], reference[~finite].astype(actual.dtype))
+    error = np.abs(actual.astype(np.float64)[finite] - reference[finite])
+    allowed = factor * tolerance(operation, dtype, reference[finite])
+    worst = np.argmax(np.where(np.isnan(error), np.inf, error / allowed)) if error.size else 0
+    assert not error.size or error[worst] <= allowed[worst], (
+        f"{operation} in {dtype}: {actual[finite][worst]!r}, expected {reference[finite][worst]!r}; "
+        f"error {error[worst]:.3g}, allowed {allowed[worst]:.3g}"
+    )
