@@ -31,8 +31,9 @@ def _missing_in(layer: Autoregressive, context_features: int) -> str | None:
         return f"direction {layer.direction!r} of an Autoregressive layer"
     if law.kind not in LAWS or law.form != "standardize":
         return f"law {law.kind!r} in form {law.form!r}"
-    if any(block.kind == "residual" for block in conditioner.blocks):
-        return "residual blocks"
+    for block in conditioner.blocks:
+        if block.kind != "plain":
+            return f"{block.kind} blocks"
     if conditioner.hidden and not conditioner.final_activation:
         return "a conditioner without activation in front of its final map"
     if conditioner.skip is not None:

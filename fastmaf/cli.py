@@ -26,7 +26,7 @@ __all__ = ["main"]
 Array = NDArray[Any]
 T = TypeVar("T")
 
-EPOCHS, BATCH_SIZE, LEARNING_RATE, CLIP_NORM = 150, 256, 4e-3, 5.0
+EPOCHS, BATCH_SIZE, LEARNING_RATE, CLIP_NORM = 200, 256, 4e-3, 1.0
 HELD_OUT = 10_000
 SAMPLES = 1_000_000
 EDGES = np.linspace(0.0, 2.4, 201)
@@ -122,7 +122,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     if importlib.util.find_spec("matplotlib") is None:
         _line("figure", "skipped: there is no matplotlib; to get it: pip install 'fastmaf[plot]'")
     else:
-        _figure(flow, held, samples, found, quality.replace(", ", "\n")).savefig(arguments.output)
+        _figure(flow, held, samples, found, quality).savefig(arguments.output)
         _line("figure", str(arguments.output))
     return 0
 
@@ -183,9 +183,9 @@ def _gaussian(train: Array, x: Array) -> Array:
     """Log-density of rows under the Gaussian with mean and covariance of the training rows."""
     train = train.astype(np.float64)
     factor = np.linalg.cholesky(np.cov(train, rowvar=False))
-    z = np.linalg.solve(factor, (x - train.mean(axis=0)).T)
-    result: Array = -0.5 * (z**2).sum(axis=0) - np.log(np.diag(factor)).sum() - 0.5 * len(z) * math.log(2 * math.pi)
-    return result
+    z: Array = np.linalg.solve(factor, (x - train.mean(axis=0)).T)
+    log_prob: Array = -0.5 * (z**2).sum(axis=0) - np.log(np.diag(factor)).sum() - 0.5 * len(z) * math.log(2 * math.pi)
+    return log_prob
 
 
 class _Redshifts(NamedTuple):
@@ -196,7 +196,8 @@ class _Redshifts(NamedTuple):
 
     @property
     def error(self) -> Array:
-        return (self.estimate - self.truth) / (1 + self.truth)
+        error: Array = (self.estimate - self.truth) / (1 + self.truth)
+        return error
 
     @property
     def scatter(self) -> float:
@@ -243,10 +244,10 @@ def _figure(flow: Flow, x: Array, samples: Array, found: _Redshifts, note: str) 
 
     from fastmaf import plot
 
-    figure = Figure(figsize=(16, 9.6), dpi=130)
-    left, right = np.ravel(figure.subfigures(1, 2, width_ratios=(9.9, 6.1)))
-    top, bottom = np.ravel(right.subfigures(2, 1))
+    figure = Figure(figsize=(14.5, 9.6), dpi=130)
+    left, right = figure.subfigures(1, 2, width_ratios=(9.6, 4.9), squeeze=False)[0]
+    top, bottom = right.subfigures(2, 1, squeeze=False)[:, 0]
     plot.corner(x, samples, flow.names, left)
-    plot.redshift(found.truth, found.estimate, found.pit, note, top)
+    plot.redshift(found.truth, found.estimate, found.pit, note.replace(", ", "\n"), top)
     plot.noise(flow.to_noise(x), None, bottom)
     return figure

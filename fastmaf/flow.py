@@ -222,7 +222,7 @@ class Flow:
         Returns
         -------
         (n, D) or (c, n, D) array
-            Standard normal where the flow fits the data. A column at its bound gives -inf or inf.
+            Standard normal where the flow fits the data; NaN in rows that lie on or outside a bound.
 
         Raises
         ------

@@ -23,6 +23,9 @@ Array = NDArray[Any]
 DATA, FLOW, INK, QUIET = "#0072B2", "#D55E00", "#222222", "#8A8A8A"
 """Blue and vermilion of Okabe and Ito, which colour-blind readers tell apart, and two greys."""
 
+FILLED: dict[str, Any] = {"density": True, "histtype": "stepfilled", "color": DATA, "alpha": 0.35, "linewidth": 0}
+GRID = {"left": 0.085, "right": 0.985, "bottom": 0.085, "top": 0.985, "wspace": 0.06, "hspace": 0.06}
+
 MASS = (0.5, 0.8, 0.95, 0.99)
 """Share of the rows inside each contour."""
 
@@ -46,10 +49,17 @@ def _table(name: str, value: ArrayLike, columns: int | None = None) -> Array:
     return array
 
 
-def _labels(names: Sequence[str] | None, columns: int) -> Sequence[str]:
+def _legend(figure: FigureBase, columns: int, *words: str) -> None:
+    """Words in ink, blue and vermilion, one below the other, in the upper right of a grid, which is empty."""
+    for k, (text, colour) in enumerate(zip(words, (INK, DATA, FLOW), strict=True)):
+        if columns > 1:
+            figure.text(0.98, 0.98, "\n" * k + text, ha="right", va="top", fontsize=10, color=colour, linespacing=1.5)
+
+
+def _labels(names: Sequence[str] | None, columns: int, letter: str) -> Sequence[str]:
     if names is not None and len(names) != columns:
         raise ValueError(f"names lists {len(names)} names; there are {columns} columns")
-    return names if names is not None else [f"$x_{{{j + 1}}}$" for j in range(columns)]
+    return names if names is not None else [f"${letter}_{{{j + 1}}}$" for j in range(columns)]
 
 
 def _density(x: Array, y: Array, x_edges: Array, y_edges: Array, blur: float = 1.2) -> Array:
@@ -70,21 +80,21 @@ def _levels(density: Array) -> list[float]:
     return sorted({float(heights[min(int(np.searchsorted(held, mass)), heights.size - 1)]) for mass in MASS})
 
 
-def _frame(axes: Axes, left: bool, bottom: bool) -> None:
+def _frame(axes: Axes, left: bool, bottom: bool, ticks: int = 3) -> None:
     """Thin grey frame, few ticks, and labels only where the grid ends."""
     from matplotlib.ticker import MaxNLocator
 
     for spine in axes.spines.values():
         spine.set(color=QUIET, linewidth=0.6)
     axes.tick_params(length=2.5, width=0.6, labelsize=8, color=QUIET, labelcolor=INK, labelleft=left, labelbottom=bottom)
-    axes.xaxis.set_major_locator(MaxNLocator(3, prune="both"))
-    axes.yaxis.set_major_locator(MaxNLocator(3, prune="both"))
+    axes.xaxis.set_major_locator(MaxNLocator(ticks, prune="both"))
+    axes.yaxis.set_major_locator(MaxNLocator(ticks, prune="both"))
 
 
 def corner(data: ArrayLike, samples: ArrayLike, names: Sequence[str] | None = None, figure: FigureBase | None = None) -> FigureBase:
     """Data against samples of a flow: all pairs of columns, and histograms of each.
 
-    Filled blue is the data, orange lines the samples. Contours hold 50, 80, 95 and 99 per cent of the rows.
+    Filled blue is the data, vermilion lines are the samples. Contours hold 50, 80, 95 and 99 per cent of the rows.
 
     Parameters
     ----------
@@ -117,13 +127,13 @@ def corner(data: ArrayLike, samples: ArrayLike, names: Sequence[str] | None = No
     data = _table("data", data)
     columns = data.shape[1]
     samples = _table("samples", samples, columns)
-    names = _labels(names, columns)
+    names = _labels(names, columns, "x")
     figure = _figure(figure, 1.4 * columns + 0.6, 1.4 * columns + 0.6)
     low, high = np.quantile(data, [0.001, 0.999], axis=0)
     margin = 0.06 * (high - low) + 1e-12
     edges = [np.linspace(a, b, 61) for a, b in zip(low - margin, high + margin, strict=True)]
     centres = [0.5 * (edge[1:] + edge[:-1]) for edge in edges]
-    grid = figure.subplots(columns, columns, squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.06})
+    grid = figure.subplots(columns, columns, squeeze=False, gridspec_kw=GRID)
     for i in range(columns):
         for j in range(columns):
             axes = grid[i, j]
@@ -132,7 +142,7 @@ def corner(data: ArrayLike, samples: ArrayLike, names: Sequence[str] | None = No
                 continue
             axes.set_xlim(edges[j][0], edges[j][-1])
             if i == j:
-                axes.hist(data[:, j], edges[j], density=True, histtype="stepfilled", color=DATA, alpha=0.35, linewidth=0)
+                axes.hist(data[:, j], edges[j], **FILLED)
                 axes.hist(samples[:, j], edges[j], density=True, histtype="step", color=FLOW, linewidth=1.2)
             else:
                 for rows, filled in ((data, True), (samples, False)):
@@ -152,6 +162,7 @@ def corner(data: ArrayLike, samples: ArrayLike, names: Sequence[str] | None = No
             if j == 0 and i > 0:
                 axes.set_ylabel(names[i], fontsize=10, color=INK)
     figure.align_labels()
+    _legend(figure, columns, "data space", "data", "samples")
     return figure
 
 
@@ -164,7 +175,7 @@ def _shade(colour: str, strength: float) -> tuple[float, ...]:
 def noise(u: ArrayLike, names: Sequence[str] | None = None, figure: FigureBase | None = None) -> FigureBase:
     """The noise that data become under a flow, which should be N(0, I): uncorrelated, round, and normal in each column.
 
-    Blue is the noise; the orange curves are the standard normal density, and circles that should hold 50, 80, 95 and 99 per cent.
+    Filled blue is the noise; the vermilion lines are the standard normal density, and circles that should hold 50, 80, 95 and 99 per cent.
 
     Parameters
     ----------
@@ -195,12 +206,12 @@ def noise(u: ArrayLike, names: Sequence[str] | None = None, figure: FigureBase |
     """
     u = _table("u", u)
     columns = u.shape[1]
-    names = _labels(names, columns)
+    names = _labels(names, columns, "u")
     figure = _figure(figure, 0.9 * columns + 0.6, 0.9 * columns + 0.6)
     edges = np.linspace(-3.6, 3.6, 49)
     centres = 0.5 * (edges[1:] + edges[:-1])
     angle = np.linspace(0, 2 * np.pi, 97)
-    grid = figure.subplots(columns, columns, squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.06})
+    grid = figure.subplots(columns, columns, squeeze=False, gridspec_kw=GRID)
     for i in range(columns):
         for j in range(columns):
             axes = grid[i, j]
@@ -209,7 +220,7 @@ def noise(u: ArrayLike, names: Sequence[str] | None = None, figure: FigureBase |
                 continue
             axes.set_xlim(edges[0], edges[-1])
             if i == j:
-                axes.hist(u[:, j], edges, density=True, histtype="stepfilled", color=DATA, alpha=0.35, linewidth=0)
+                axes.hist(u[:, j], edges, **FILLED)
                 axes.plot(centres, np.exp(-0.5 * centres**2) / math.sqrt(2 * math.pi), color=FLOW, linewidth=1.0)
             else:
                 density = _density(u[:, j], u[:, i], edges, edges)
@@ -227,13 +238,14 @@ def noise(u: ArrayLike, names: Sequence[str] | None = None, figure: FigureBase |
             if j == 0 and i > 0:
                 axes.set_ylabel(names[i], fontsize=9, color=INK)
     figure.align_labels()
+    _legend(figure, columns, "noise space", "data", "N(0, I)")
     return figure
 
 
 def redshift(
     truth: ArrayLike, estimate: ArrayLike, pit: ArrayLike | None = None, note: str | None = None, figure: FigureBase | None = None
 ) -> FigureBase:
-    """Estimated redshifts against true ones, with the bounds |dz| = 0.15 (1 + z) beyond which an estimate counts as an outlier.
+    """Estimated redshifts against true ones, and their errors; dashed, the bounds beyond which an estimate counts as an outlier.
 
     Parameters
     ----------
@@ -261,30 +273,39 @@ def redshift(
     >>> import numpy as np
     >>> z = np.linspace(0.1, 2, 500)
     >>> len(redshift(z, z + 0.01).axes)
-    1
+    2
     """
     if np.ndim(truth) != 1 or np.shape(truth) != np.shape(estimate):
         raise ValueError(f"truth has shape {np.shape(truth)}, estimate {np.shape(estimate)}; both must be (n,)")
     both = _table("truth and estimate", np.column_stack([np.asarray(truth), np.asarray(estimate)]))
-    figure = _figure(figure, 5.0, 5.0)
-    axes = figure.subplots()
+    error = (both[:, 1] - both[:, 0]) / (1 + both[:, 0])
+    figure = _figure(figure, 5.0, 5.2)
+    upper, lower = figure.subplots(
+        2, 1, sharex=True, gridspec_kw={"left": 0.15, "right": 0.97, "bottom": 0.11, "top": 0.97, "hspace": 0.05, "height_ratios": (3, 1)}
+    )
     top = 1.04 * float(np.quantile(both[:, 0], 0.9995))
     line = np.array([0.0, top])
-    axes.plot(line, line, color=FLOW, linewidth=1.2, zorder=3)
+    reach = max(6 * float(np.median(np.abs(error))), 1e-3)
+    for axes, y in ((upper, both[:, 1]), (lower, error)):
+        axes.plot(both[:, 0], y, ".", color=DATA, markersize=2, alpha=0.3, markeredgewidth=0, rasterized=True)
+        _frame(axes, left=True, bottom=axes is lower, ticks=6 if axes is upper else 4)
+    upper.plot(line, line, color=FLOW, linewidth=0.8)
     for sign in (-1, 1):
-        axes.plot(line, line + sign * 0.15 * (1 + line), color=FLOW, linewidth=0.9, linestyle=(0, (4, 3)), zorder=3)
-    axes.hexbin(both[:, 0], both[:, 1], gridsize=90, extent=(0, top, 0, top), bins="log", mincnt=1, cmap="Blues", vmin=0.3, linewidths=0.1)
-    axes.set(xlim=(0, top), ylim=(0, top), aspect="equal")
-    _frame(axes, left=True, bottom=True)
-    axes.set_xlabel("true redshift", fontsize=10, color=INK)
-    axes.set_ylabel("estimated redshift", fontsize=10, color=INK)
+        upper.plot(line, line + sign * 0.15 * (1 + line), color=FLOW, linewidth=0.8, linestyle=(0, (4, 3)))
+    lower.axhline(0, color=FLOW, linewidth=0.8)
+    upper.set(xlim=(0, top), ylim=(0, top))
+    lower.set(ylim=(-reach, reach))
+    upper.set_ylabel("estimated redshift", fontsize=10, color=INK)
+    lower.set_ylabel("error / (1 + z)", fontsize=10, color=INK)
+    lower.set_xlabel("true redshift z", fontsize=10, color=INK)
     if note is not None:
-        axes.text(0.03, 0.97, note, transform=axes.transAxes, va="top", fontsize=9, color=INK, linespacing=1.5)
+        upper.text(0.03, 0.97, note, transform=upper.transAxes, va="top", fontsize=9, color=INK, linespacing=1.5)
     if pit is not None:
-        small = axes.inset_axes((0.66, 0.09, 0.3, 0.2))
-        small.hist(np.asarray(pit), np.linspace(0, 1, 21).tolist(), density=True, histtype="stepfilled", color=DATA, alpha=0.35, linewidth=0)
-        small.axhline(1, color=FLOW, linewidth=1.0)
+        small = upper.inset_axes((0.66, 0.12, 0.31, 0.22))
+        small.hist(np.asarray(pit), np.linspace(0, 1, 21).tolist(), **FILLED)
+        small.axhline(1, color=FLOW, linewidth=0.8)
         _frame(small, left=False, bottom=True)
         small.set(xlim=(0, 1), ylim=(0, 2), xticks=[0, 1], yticks=[])
         small.set_title("PIT", fontsize=8, color=INK, pad=2)
+    figure.align_labels()
     return figure

@@ -91,7 +91,7 @@ def test_without_context_there_is_no_gradient_in_it(backend):
 
 def test_numba_says_that_it_has_no_gradients_in_parameters(backend):
     if backend == "numba":
-        with pytest.raises(ValueError, match="numba backend has no gradients in parameters"):
+        with pytest.raises(ValueError, match="numba backend has no gradient in parameters"):
             make(context_features=0).vjp(inputs(4, D), None, np.ones(4))
 
 

@@ -101,6 +101,7 @@ struct Folded {
             double value = read(context.data + c * context.column, context.dtype), unused = 0;
             k.load(&value, 1, columns.kind[size_t(c)], columns.lower[size_t(c)], columns.upper[size_t(c)], columns.loc[size_t(c)],
                    columns.scale[size_t(c)], &row[size_t(c)], &unused);
+            spoil_outside(&unused, 1, &row[size_t(c)]);
         }
         const auto& views = program.views(direction);
         for (const MadeView<T>& made : views) {
@@ -125,9 +126,10 @@ void load_tile(const Program<T>& program, const RowReader& reader, int64_t begin
         for (int64_t s = 0; s * lanes < n; ++s) {
             const int count = int(std::min<int64_t>(lanes, n - s * lanes));
             T* out = tile.x[0] + s * tile.stride + row * lanes;
-            double unused[48];
+            double of_bound[48] = {};
             k.load(column + s * lanes, count, columns.kind[size_t(c)], columns.lower[size_t(c)], columns.upper[size_t(c)],
-                   columns.loc[size_t(c)], columns.scale[size_t(c)], out, of_context ? unused : tile.log_det + s * lanes);
+                   columns.loc[size_t(c)], columns.scale[size_t(c)], out, of_context ? of_bound : tile.log_det + s * lanes);
+            if (of_context) spoil_outside(of_bound, count, out);
             std::fill(out + count, out + round_up(count, k.width), out[count - 1]);
             if (of_context) std::copy_n(out, round_up(count, k.width), tile.x[1] + s * tile.stride + row * lanes);
         }
@@ -277,11 +279,12 @@ void generate(const Program<T>& program, const Batch& batch, const Draw* draw, T
             }
             if (context > 0 && !shared)
                 for (int c = 0; c < context; ++c) {
-                    double unused[48];
+                    double of_bound[48] = {};
                     reader.context_column(first, rows, c, room.column);
                     T* lane = tile.x[0] + at_tile + c * lanes;
                     k.load(room.column, rows, of_context.kind[size_t(c)], of_context.lower[size_t(c)], of_context.upper[size_t(c)],
-                           of_context.loc[size_t(c)], of_context.scale[size_t(c)], lane, unused);
+                           of_context.loc[size_t(c)], of_context.scale[size_t(c)], lane, of_bound);
+                    spoil_outside(of_bound, rows, lane);
                     std::fill(lane + rows, lane + padded, lane[rows - 1]);
                     std::copy_n(lane, padded, tile.x[1] + at_tile + c * lanes);
                 }

@@ -179,10 +179,11 @@ private:
             reader.column(begin, n, v, room.column);
             load(program_.spec().columns, v, context + program_.first()[size_t(v)], room.log_det);
         }
-        double unused[48];
         for (int c = 0; c < context; ++c) {
+            double of_bound[48] = {};
             reader.context_column(begin, n, c, room.column);
-            load(program_.spec().context_columns, c, c, unused);
+            load(program_.spec().context_columns, c, c, of_bound);
+            spoil_outside(of_bound, padded, room.trace[0].x + c * lanes);
             for (int j = 1; j <= count; ++j) std::copy_n(room.trace[0].x + c * lanes, padded, room.trace[size_t(j)].x + c * lanes);
         }
         std::vector<char> none(size_t(n), 0);

@@ -47,6 +47,13 @@ inline double read(const char* p, DType dtype) {
     return value;
 }
 
+// A context at or outside a bound has no meaning: NaN, which spoils its own row and no other.
+template <class T>
+inline void spoil_outside(const double* log_det, int64_t n, T* lane) {
+    for (int64_t r = 0; r < n; ++r)
+        if (log_det[r] == -INFINITY) lane[r] = T(NAN);
+}
+
 class RowReader {
 public:
     explicit RowReader(const Batch& batch) : batch_(batch) {}

@@ -116,6 +116,19 @@ FASTMAF_INLINE Vec<T> at_least(Vec<T> x, T low) {
     return x < low ? splat<T>(low) : x;
 }
 
+// Lanes of a and b side by side, picked by index.
+template <class T>
+FASTMAF_INLINE Vec<T> shuffle(Vec<T> a, Vec<T> b, Bits<T> index) {
+#if defined(__clang__)
+    Vec<T> result;
+#pragma unroll
+    for (int i = 0; i < Lanes<T>::W; ++i) result[i] = index[i] < Lanes<T>::W ? a[index[i]] : b[index[i] - Lanes<T>::W];
+    return result;
+#else
+    return __builtin_shuffle(a, b, index);
+#endif
+}
+
 // 32 x 32 -> 64 bit products of every lane: low and high words.
 typedef uint32_t Words __attribute__((vector_size(FASTMAF_VECTOR_BYTES), may_alias));
 FASTMAF_INLINE void multiply(Words a, uint32_t m, Words& low, Words& high) {

@@ -121,8 +121,8 @@ FASTMAF_INLINE void swap_blocks(Vec<T> (&v)[Lanes<T>::W]) {
         for (int i = 0; i < W; ++i)
             if (!(i & B)) {
                 const Vec<T> a = v[i], b = v[i + B];
-                v[i] = __builtin_shuffle(a, b, low);
-                v[i + B] = __builtin_shuffle(a, b, high);
+                v[i] = shuffle<T>(a, b, low);
+                v[i + B] = shuffle<T>(a, b, high);
             }
         swap_blocks<T, 2 * B>(v);
     }
