@@ -84,12 +84,15 @@ def markdown(where: dict[str, Any], lines: list[Line], quick: bool) -> str:
     """The goals, then everything that was measured."""
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items() if version)
     models = ", ".join(map(str, MODELS.values()))
+    taken = max((line.values.get("CPUs taken by others", 0.0) for line in lines), default=0.0)
+    busy = f"**Not a quiet machine:** other processes took up to {taken:.2f} CPUs; pools that wait at barriers (torch's) suffer most."
     text = [
         "# fastmaf beside its peers",
         "",
         f"{where['cpu']}, {where['threads']} threads, {where['isa']}, {where['date']}, commit {where['commit'][:12]}; {versions}.",
         f"Models (variables, hidden layers, MADEs): {models}; relu, float32.",
         *(["", "A quick run: it shows that the benchmark works, not how fast anything is."] if quick else []),
+        *(["", busy] if taken > 0.1 else []),
         "",
         "## Goals",
         "",
@@ -106,9 +109,6 @@ def markdown(where: dict[str, Any], lines: list[Line], quick: bool) -> str:
         text += ["", f"## {operation}", "", *HEADER, *rows]
         notes = {f"- {name}: {why}" for line in lines if line.operation == operation for name, why in line.skipped.items()}
         text += ["", "Not there:", "", *sorted(notes)] if notes else []
-    taken = max((line.values.get("CPUs taken by others", 0.0) for line in lines), default=0.0)
-    if taken > 0.1:
-        text += ["", f"**Not a quiet machine:** other processes took up to {taken:.2f} CPUs; the OpenMP pools of the peers suffer most."]
     return "\n".join(text) + "\n"
 
 

@@ -29,8 +29,8 @@ def _missing_in(layer: Autoregressive, context_features: int) -> str | None:
     maps = (*conditioner.hidden, conditioner.final)
     if layer.direction != "data":
         return f"direction {layer.direction!r} of an Autoregressive layer"
-    if law.kind not in LAWS or law.form != "standardize":
-        return f"law {law.kind!r} in form {law.form!r}"
+    if law.kind not in LAWS:
+        return f"law {law.kind!r}"
     for block in conditioner.blocks:
         if block.kind != "plain":
             return f"{block.kind} blocks"
@@ -111,6 +111,7 @@ def _describe_made(layer: Autoregressive, variable: Array) -> dict[str, Any]:
         "variable": variable.tolist(),
         "activation": layer.conditioner.activation,
         "law": layer.law.kind,
+        "form": layer.law.form,
         "clip": layer.law.constants.get("clip", 1.0),
         "loc": [],
         "scale": [],

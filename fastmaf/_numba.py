@@ -7,8 +7,8 @@ sampler run the same jobs and differ only in which side of the law they solve fo
 
 Layout: work arrays are (unit, lane) with `LANES` rows of data in lanes; unit 0..D-1 are the variables in the order of their ranks, then
 come the hidden layers, then shift and raw log-scale of each variable.  The context enters the first map as a bias per row, computed
-by NumPy.  Kernels release the GIL and run in plain threads, a tile of rows each: numba's own threading layers survive neither fork
-nor calls from several threads.
+beforehand.  Kernels release the GIL and run in plain threads, a tile of rows each: of numba's own threading layers one dies in a
+forked process and another when two threads call it.
 """
 
 from __future__ import annotations

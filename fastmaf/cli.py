@@ -26,7 +26,10 @@ __all__ = ["main"]
 Array = NDArray[Any]
 T = TypeVar("T")
 
-EPOCHS, BATCH_SIZE, LEARNING_RATE, CLIP_NORM = 200, 256, 4e-3, 1.0
+EPOCHS = 200
+FIT: dict[str, Any] = {"batch_size": 256, "lr": 4e-3, "clip_norm": 0.5, "weight_decay": 0.05}
+"""The decay keeps the density of rare galaxies from falling off a cliff; it costs a little of that of the others."""
+
 HELD_OUT = 10_000
 SAMPLES = 1_000_000
 EDGES = np.linspace(0.0, 2.4, 201)
@@ -156,20 +159,18 @@ def _fit(train: Array, names: Sequence[str], arguments: argparse.Namespace) -> t
     start = time.perf_counter()
 
     def cosine(epoch: float) -> float:
-        """Falls to zero at the last epoch, or at the end of the time where that comes first."""
-        done = max(epoch / epochs, (time.perf_counter() - start) / arguments.seconds)
+        """Falls to zero over the epochs, or over the second half of the time where that comes first."""
+        done = max(epoch / epochs, 2 * (time.perf_counter() - start) / arguments.seconds - 1)
         return 0.5 * (1 + math.cos(math.pi * min(done, 1)))
 
     flow.fit(
         train,
-        batch_size=BATCH_SIZE,
-        lr=LEARNING_RATE,
         schedule=cosine,
-        clip_norm=CLIP_NORM,
         patience=epochs,
         max_epochs=epochs,
         max_seconds=arguments.seconds,
         seed=arguments.seed,
+        **FIT,
     )
     return flow, flow.training["epochs"] * flow.training["rows"] / flow.training["seconds"]
 

@@ -288,7 +288,7 @@ def redshift(
     reach = max(6 * float(np.median(np.abs(error))), 1e-3)
     for axes, y in ((upper, both[:, 1]), (lower, error)):
         axes.plot(both[:, 0], y, ".", color=DATA, markersize=2, alpha=0.3, markeredgewidth=0, rasterized=True)
-        _frame(axes, left=True, bottom=axes is lower, ticks=6 if axes is upper else 4)
+        _frame(axes, left=True, bottom=axes is lower, ticks=5)
     upper.plot(line, line, color=FLOW, linewidth=0.8)
     for sign in (-1, 1):
         upper.plot(line, line + sign * 0.15 * (1 + line), color=FLOW, linewidth=0.8, linestyle=(0, (4, 3)))

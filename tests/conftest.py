@@ -33,21 +33,32 @@ def pytest_report_header() -> list[str]:
     return repr(fastmaf.show_config()).splitlines()
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name of the backend in use, for every backend and instruction set."""
-    reason = absence(request.param)
+def use(case: str) -> Iterator[str]:
+    """Make a backend active, and an instruction set of it, for the time of a test."""
+    reason = absence(case)
     if reason is not None:
-        (pytest.fail if request.param in EXPECTED else pytest.skip)(f"{request.param}: {reason}")
-    name, _, isa = request.param.partition("-")
+        (pytest.fail if case in EXPECTED else pytest.skip)(f"{case}: {reason}")
+    name, _, isa = case.partition("-")
     previous, previous_isa = _backends.active, config.get_isa() if isa else ""
     fastmaf.set_backend(name)
     if isa:
         fastmaf.set_isa(isa)
-    yield request.param
+    yield case
     if isa:
         fastmaf.set_isa(previous_isa)
     _backends.active = previous
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of the backend in use, for every backend and instruction set."""
+    yield from use(request.param)
+
+
+@pytest.fixture(params=[case for case in BACKENDS if case.startswith("cpu")])
+def core(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The same for the compiled core alone."""
+    yield from use(request.param)
 
 
 @pytest.fixture(params=("float32", "float64"))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
+from types import SimpleNamespace
+
 import numpy as np
 
 import fastmaf
-from fastmaf import masks
-from fastmaf.layers import Affine, Autoregressive, Block, Conditioner, Dense, Elementwise, Law, Permutation
+from fastmaf import _backends, _reference, masks
+from fastmaf.layers import ACTIVATIONS, Affine, Autoregressive, Block, Conditioner, Dense, Elementwise, Law, Permutation
 
 SHAPES = (
     (1, (), 0),
@@ -66,10 +71,11 @@ def flow(
     affine=False,
     bounds=None,
     between=False,
+    ranks=None,
 ):
     """A flow of plain MADEs.
 
-    `law` is a kind or a `Law`; `affine` puts random Affines in front of the layers and of the context; `bounds` are those of `MAF`, or True
+    `ranks`, one vector for all MADEs, goes before `order`; `law` is a kind or a `Law`; `affine` puts random Affines in front of the layers and of the context; `bounds` are those of `MAF`, or True
     for a bit of everything; `between` puts a Permutation and an Affine behind every MADE.
     """
     rng = np.random.default_rng([seed, features, len(hidden), context_features])
@@ -79,9 +85,9 @@ def flow(
     if affine:
         layers.append(random_affine(rng, features))
         context_layers += [random_affine(rng, context_features)] * (context_features > 0)
-    for ranks in masks.layer_ranks(order, features, transforms, seed):
-        net = conditioner(rng, ranks, hidden, context_features, activation)
-        layers.append(Autoregressive(ranks, net, law if isinstance(law, Law) else Law(law)))
+    for own in masks.layer_ranks(order, features, transforms, seed) if ranks is None else [np.array(ranks)] * transforms:
+        net = conditioner(rng, own, hidden, context_features, activation)
+        layers.append(Autoregressive(own, net, law if isinstance(law, Law) else Law(law)))
         if between:
             layers += [Permutation(rng.permutation(features)), random_affine(rng, features)]
     return fastmaf.Flow(layers, features=features, context_features=context_features, context_layers=context_layers, dtype=dtype)
@@ -114,3 +120,102 @@ def numerical_gradient(function, x, step=1e-5):
         moved[(1, *place)] -= step
         gradient[place] = (function(moved[0]) - function(moved[1])) / (moved[(0, *place)] - moved[(1, *place)])
     return gradient
+
+
+# What every backend is held against
+
+ROWS = 101
+
+FIXED = [
+    Elementwise.from_bounds(BOUNDS),
+    random_affine(np.random.default_rng(0), 6),
+    Permutation([3, 1, 5, 0, 2, 4]),
+    random_affine(np.random.default_rng(1), 6),
+    random_affine(np.random.default_rng(2), 6),
+]
+
+CASES = {
+    **{
+        f"{features} {hidden} {c}": {"features": features, "hidden": hidden, "context_features": c, "activation": activation}
+        for (features, hidden, c), activation in zip(SHAPES, itertools.cycle(ACTIVATIONS), strict=False)
+    },
+    **{
+        f"{activation}-{law}": {"features": 6, "hidden": (9, 7), "activation": activation, "law": law, "transforms": 3, "affine": True}
+        for activation, law in itertools.product(ACTIVATIONS, ("exp", "exp_soft"))
+    },
+    "clip": {"features": 4, "law": Law("exp_soft", constants={"clip": 0.1})},
+    "blocks": {"features": 6, "hidden": (9, 8), "context_features": 2, "ranks": (2, 1, 3, 3, 1, 2)},
+    "one block": {"features": 3, "hidden": (4,), "context_features": 1, "ranks": (1, 1, 1)},
+    "front": {"features": 6, "hidden": (9,), "context_features": 2, "affine": True, "bounds": True, "between": True, "activation": "silu"},
+    "front of 1": {"features": 1, "hidden": (4,), "context_features": 1, "affine": True, "bounds": True, "between": True},
+    "front of 9": {"features": 9, "hidden": (7, 6, 5), "affine": True, "bounds": True, "between": True, "activation": "tanh"},
+    "without hidden layers": {"features": 5, "hidden": (), "context_features": 2, "affine": True, "between": True, "transforms": 3},
+    "larger than a cache": {"features": 3, "hidden": (900, 900), "transforms": 1, "context_features": 1},
+    "no layer": [],
+    "fixed layers": FIXED,
+    "fixed layers in front": [*FIXED, *flow(6, (9,), 1).layers, *FIXED[2:]],
+}
+"""Arguments of `flow`, or layers of a flow of six columns."""
+
+
+@contextlib.contextmanager
+def reference():
+    """The reference is the backend in use."""
+    previous, _backends.active = _backends.active, _reference.backend
+    try:
+        yield
+    finally:
+        _backends.active = previous
+
+
+@functools.cache
+def case(name, dtype):
+    """A flow of `CASES`, what to call it with, and what the reference gives in float64 for the same weights and numbers."""
+    arguments = CASES[name]
+    own = fastmaf.Flow(arguments, features=6, dtype=dtype) if isinstance(arguments, list) else flow(**arguments, dtype=dtype)
+    rng = np.random.default_rng(3)
+    noise = rng.normal(size=(ROWS, own.features)).astype(dtype)
+    cotangent = rng.normal(size=ROWS).astype(dtype)
+    context = contexts(own, ROWS)
+    with reference():
+        x = own.from_noise(noise, context)
+        exact = own.astype("float64")
+        expected = {
+            "log_prob": exact.log_prob(x, context),
+            "to_noise": exact.to_noise(x, context),
+            "from_noise": exact.from_noise(noise, context),
+            "gradients": exact.log_prob_and_grad(x, context)[1:],
+            "vjp": exact.vjp(x, context, cotangent),
+        }
+    return SimpleNamespace(flow=own, x=x, context=context, noise=noise, cotangent=cotangent, expected=expected)
+
+
+def calm_rows(given, n):
+    """Rows of a `case` where log_prob bends least, for finite differences: far from bounds."""
+    return np.argsort(np.abs(given.expected["gradients"][0]).max(axis=1))[:n]
+
+
+def results(given, rows=slice(None), parameters=True):
+    """The bits of every operation, on some of the rows of a `case`."""
+    x, noise, cotangent = given.x[rows], given.noise[rows], given.cotangent[rows]
+    context = None if given.context is None else given.context[rows]
+    value, dx, dcontext = given.flow.log_prob_and_grad(x, context)
+    arrays = {
+        "log_prob": given.flow.log_prob(x, context),
+        "to_noise": given.flow.to_noise(x, context),
+        "from_noise": given.flow.from_noise(noise, context),
+        "value": value,
+        "dx": dx,
+        "dcontext": dcontext,
+    }
+    if parameters:
+        arrays["weighted dx"], arrays["weighted dcontext"], arrays["dparameters"] = given.flow.vjp(x, context, cotangent)
+        arrays["samples"], arrays["density"] = given.flow.sample_and_log_prob(37, None if context is None else context[:3], seed=5)
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def assert_same_bits(actual, expected):
+    """Equal, NaN where the other is NaN; zeros may differ in sign."""
+    assert actual.keys() == expected.keys()
+    for name, array in actual.items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name, strict=True)

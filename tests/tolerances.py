@@ -10,10 +10,28 @@ LIMITS = {
     "from_noise": (40, 40),
     "sample": (40, 40),
     "normals": (2, 8),
+    "round trip": (400, 200),
+    "density of samples": (400, 100),
+    "refinement": (20, 40),
     "gradient": (1000, 200),
     "parameters": (1000, 100),
+    "differences": (2e8, 2e8),
+    "derivatives": (1e8, 1e8),
 }
 """For each operation (a, k): an error is at most ``(a + k |reference|) eps`` of the dtype."""
+
+FLOAT32_LOG_PROB = {
+    (6, (100, 100), 0): (1e-6, 3e-6),
+    (6, (100, 100), -2): (2e-6, 6e-6),
+    (43, (512, 512), -2): (1e-5, 3e-5),
+}
+"""Root mean square and largest error of log_prob in float32, by features, hidden layers and offset of the log-scale."""
+
+P_VALUE = 1e-3
+"""A test of samples with a fixed seed fails below this."""
+
+MOVED = 1e-4
+"""A change that rounding in float32 cannot hide."""
 
 
 def tolerance(operation, dtype, reference):

@@ -257,7 +257,7 @@ void Program<T>::lay_out(Direction direction) const {
         const MadeSpec& made = spec_.mades[k];
         const bool affine = !post_scale_[k].empty();
         views.push_back({spec_.features, spec_.context, int(sorted_[k].maps.size()), widths_[k].data(), made.activation, made.law,
-                         T(made.clip), next_[k].data(), affine ? post_loc_[k].data() : nullptr,
+                         made.form, T(made.clip), next_[k].data(), affine ? post_loc_[k].data() : nullptr,
                          affine ? post_scale_[k].data() : nullptr, bias_pointers_[k].data(), tape->steps[k].data(),
                          int(tape->steps[k].size()), tape->data.data()});
     }

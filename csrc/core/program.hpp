@@ -49,6 +49,7 @@ struct MadeView {
     const int* rows;            // [maps] rows of each map, the units that nobody reads left out
     Activation activation;
     Law law;
+    Form form;
     T clip;
     const int* next;            // [features] row of the next tile that takes the s-th variable
     const T* loc;               // [features] the Affine that follows, or null

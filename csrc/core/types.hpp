@@ -8,6 +8,7 @@ namespace fastmaf {
 
 enum class Activation : int { relu, tanh, elu, gelu, silu };
 enum class Law : int { exp, exp_soft };
+enum class Form : int { standardize, affine };
 enum class Bijection : int { identity, logit, log_above, log_below };
 enum class DType : int { f16, f32, f64, i8, i16, i32, i64, u8, u16, u32, u64, boolean };
 
@@ -32,6 +33,7 @@ struct MadeSpec {
     std::vector<double> loc, scale;  // an Affine after this layer, by coordinate; empty if there is none
     Activation activation = Activation::relu;
     Law law = Law::exp_soft;
+    Form form = Form::affine;
     double clip = 0;
 };
 

@@ -135,14 +135,13 @@ void load_tile(const Program<T>& program, const RowReader& reader, int64_t begin
         }
     };
     for (int v = 0; v < program.features(); ++v) each(program.spec().columns, v, context + program.first()[size_t(v)], false);
+    for (int64_t s = 0; s * lanes < n; ++s) {
+        const int64_t count = std::min<int64_t>(lanes, n - s * lanes);
+        zero_outside(tile.log_det + s * lanes, count, round_up(count, k.width), program.features(), lanes,
+                     tile.x[0] + s * tile.stride + context * lanes);
+    }
     if (contexts)
         for (int c = 0; c < context; ++c) each(program.spec().context_columns, c, c, true);
-}
-
-// A row at or outside a bound has no density; a NaN in it wins.
-template <class T>
-bool outside(const Program<T>& program, const RowReader& reader, int64_t row, double log_det) {
-    return log_det == -std::numeric_limits<double>::infinity() && !reader.has_nan(row, program.features(), program.context());
 }
 
 template <class T>
@@ -175,9 +174,8 @@ void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noi
         tile.folded = shared ? folded->pointers.data() : nullptr;
         auto write = [&](int64_t first, int64_t rows, const T* z, int64_t step, int64_t stride, double* log_det) {
             for (int64_t r = 0; r < rows; ++r) {
-                const bool none = outside(program, reader, first + r, log_det[r]);
-                if (log_prob)
-                    log_prob[first + r] = none ? -std::numeric_limits<T>::infinity() : T(constant(program) + log_det[r]);
+                if (log_prob) log_prob[first + r] = T(constant(program) + log_det[r]);
+                const bool none = log_det[r] == -std::numeric_limits<double>::infinity();  // at or outside a bound
                 if (noise)
                     for (int d = 0; d < features; ++d)
                         noise[(first + r) * features + d] = none ? std::numeric_limits<T>::quiet_NaN() : z[d * stride + r * step];

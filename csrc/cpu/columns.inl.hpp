@@ -8,8 +8,10 @@ namespace FASTMAF_ISA {
 
 using D = Vec<double>;
 
+// Of a distance: denormal numbers are raised first; at or below zero any number will do.
 FASTMAF_INLINE D log_or_nan(D x) {
-    const D value = log<double>(at_least<double>(x, 1e-300));
+    const D raised = x < 0x1p-1000 ? x * 0x1p100 : x;
+    const D value = log<double>(at_least<double>(raised, 1e-300)) - (x < 0x1p-1000 ? splat<double>(100 * 0.69314718055994531) : D{});
     return x == x ? value : x;
 }
 

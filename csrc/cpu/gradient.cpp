@@ -42,6 +42,7 @@ public:
         program.views(Direction::density);
         program.views(Direction::backward);
         lanes_ = 3 * kernels<T>().width;
+        int64_t per_row = 0;  // numbers kept of a row, counted in units that every lane count divides
         for (size_t k = 0; k < program.mades(); ++k) {
             Places places;
             int inputs = program.features() + program.context();
@@ -50,6 +51,7 @@ public:
                 places.inputs.push_back(input_rows_);
                 delta_rows_ += size_t(width);
                 input_rows_ += size_t(round_up(inputs, lanes_));
+                per_row += width + round_up(inputs, 48);
                 inputs = width;
             }
             places_.push_back(places);
@@ -60,9 +62,8 @@ public:
                 }
         }
         std::stable_sort(tasks_.begin(), tasks_.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
-        // The unit of rows is one that every lane count divides.
-        const int64_t per_row = int64_t((delta_rows_ + input_rows_) * sizeof(T));
-        chunk_ = std::clamp<int64_t>(kChunkBytes / std::max<int64_t>(1, per_row) / 48 * 48, 48, 65536 / 48 * 48);
+        const int64_t bytes = std::max<int64_t>(1, per_row) * int64_t(sizeof(T));
+        chunk_ = std::clamp<int64_t>(kChunkBytes / bytes / 48 * 48, 48, 65536 / 48 * 48);
     }
 
     const std::vector<Task>& tasks() const { return tasks_; }
@@ -141,7 +142,7 @@ private:
                 kept.x = carve.take<T>(width * lanes);
                 std::vector<T*> units, arguments, delta;
                 if (k < program.mades()) {
-                    kept.z = carve.take<T>(3 * features * lanes);
+                    kept.scaled = carve.take<T>(3 * features * lanes);
                     const auto& widths = program.widths(k);
                     const bool argument = keeps_argument(program.spec().mades[k].activation);
                     for (size_t m = 0; m < widths.size(); ++m) {
@@ -186,20 +187,14 @@ private:
             spoil_outside(of_bound, padded, room.trace[0].x + c * lanes);
             for (int j = 1; j <= count; ++j) std::copy_n(room.trace[0].x + c * lanes, padded, room.trace[size_t(j)].x + c * lanes);
         }
-        std::vector<char> none(size_t(n), 0);
-        for (int r = 0; r < padded; ++r) {
-            room.cotangent[r] = r < n ? cotangent[r] : T(0);
-            if (r < n && room.log_det[r] == -std::numeric_limits<double>::infinity()) {
-                none[size_t(r)] = !reader.has_nan(begin + r, features, context);
-                room.cotangent[r] = T(0);
-            }
-        }
+        zero_outside(room.log_det, n, padded, features, lanes, room.trace[0].x + context * lanes);
+        for (int r = 0; r < padded; ++r)
+            room.cotangent[r] = r < n && room.log_det[r] != -std::numeric_limits<double>::infinity() ? cotangent[r] : T(0);
         k.forward(program_.views(Direction::density).data(), count, room.trace.data(), padded, room.log_det);
         const T* noise = room.trace[size_t(count)].x + context * lanes;
         if (value) {
             k.base(noise, features, lanes, n, room.log_det);
-            for (int r = 0; r < n; ++r)
-                value[r] = none[size_t(r)] ? -std::numeric_limits<V>::infinity() : V(program_.log_det() - features * kHalfLog2Pi + room.log_det[r]);
+            for (int r = 0; r < n; ++r) value[r] = V(program_.log_det() - features * kHalfLog2Pi + room.log_det[r]);
         }
         if (count) {
             k.backward(program_.views(Direction::backward).data(), count, room.trace.data(), padded, room.cotangent, room.dx, !d_x && !d_context);

@@ -31,11 +31,11 @@ static void density_law(const MadeView<T>& made, const T* parameters, const T* x
         typename Lanes<T>::Wide sum{};
         for (int s = 0; s < made.features; ++s) {
             const T* row = parameters + 2 * s * lanes + j * W;
-            const Vec<T> a = log_scale<T>(made.law, made.clip, at(row + lanes));
-            Vec<T> z = (at(x + s * lanes + j * W) - at(row)) * exp<T>(-a);
+            const Vec<T> scale = log_scale<T>(made, at(row + lanes));
+            Vec<T> z = to_z<T>(made, at(x + s * lanes + j * W), at(row), scale);
             if (made.scale) z = (z - made.loc[s]) * made.scale[s];
             at(next + made.next[s] * lanes + j * W) = z;
-            sum -= widen(a);
+            sum -= widen(scale);
         }
         add_to<T>(log_det + j * W, sum);
     }
@@ -192,15 +192,14 @@ static int to_noise_row(const MadeView<T>* mades, int count, T* const x[2], T** 
                 raw[i] = parameters[2 * (s + i) + 1];
                 v[i] = variables[s + i];
             }
-            const Vec<T> a = log_scale<T>(made.law, made.clip, raw);
-            const Vec<T> z = (v - m) * exp<T>(-a);
+            const Vec<T> scale = log_scale<T>(made, raw), z = to_z<T>(made, v, m, scale);
             for (int i = 0; i < n; ++i) {
                 T value = z[i];
                 if (made.scale) value = (value - made.loc[s + i]) * made.scale[s + i];
                 next[made.next[s + i]] = value;
             }
             // The order of a tile's sums: each MADE's log-scales from zero, then onto the total.
-            for (int i = 0; i < n; ++i) sum -= double(a[i]);
+            for (int i = 0; i < n; ++i) sum -= double(scale[i]);
         }
         *log_det += sum;
         sum = 0;

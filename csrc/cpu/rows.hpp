@@ -54,6 +54,18 @@ inline void spoil_outside(const double* log_det, int64_t n, T* lane) {
         if (log_det[r] == -INFINITY) lane[r] = T(NAN);
 }
 
+// A row at or outside a bound goes on as zeros, so that nothing beside the bound matters: its density stays zero, its gradient too. Only
+// a NaN stays. x: [variables][lanes]; lanes from n to `padded` are copies of the last row.
+template <class T>
+inline void zero_outside(const double* log_det, int64_t n, int64_t padded, int variables, int lanes, T* x) {
+    for (int64_t r = 0; r < padded; ++r)
+        if (log_det[r < n ? r : n - 1] == -INFINITY)
+            for (int v = 0; v < variables; ++v) {
+                T& value = x[v * lanes + r];
+                if (value == value) value = 0;
+            }
+}
+
 class RowReader {
 public:
     explicit RowReader(const Batch& batch) : batch_(batch) {}
@@ -65,14 +77,6 @@ public:
     }
     void column(int64_t begin, int64_t n, int c, double* out) const { gather(batch_.x, begin, n, c, out); }
     void context_column(int64_t begin, int64_t n, int c, double* out) const { gather(batch_.context, begin, n, c, out); }
-    double at(int64_t row, int c) const { return read(address(batch_.x, row) + c * batch_.x.column, batch_.x.dtype); }
-    bool has_nan(int64_t row, int features, int context) const {
-        for (int c = 0; c < features; ++c)
-            if (std::isnan(at(row, c))) return true;
-        for (int c = 0; c < context; ++c)
-            if (std::isnan(read(address(batch_.context, row) + c * batch_.context.column, batch_.context.dtype))) return true;
-        return false;
-    }
 
 private:
     const char* address(const Rows& rows, int64_t row) const {

@@ -1,5 +1,5 @@
 // Sampling: the MADEs from the last to the first, each by the steps of its sampler tape. A law step finishes the variables of one rank,
-// x = z e^a + m, and the panels after it bring the units of that degree to life. Every weight is used once.
+// x from z by the law, and the panels after it bring the units of that degree to life. Every weight is used once.
 // A unit's sum begins in the output rows themselves: what a block could already add waits there until its degree is reached.
 #pragma once
 
@@ -17,11 +17,11 @@ static void sample_law(const MadeView<T>& made, int first, int count, const T* p
         typename Lanes<T>::Wide sum{};
         for (int s = first; s < first + count; ++s) {
             const T* row = parameters + 2 * s * lanes + j * W;
-            const Vec<T> a = log_scale<T>(made.law, made.clip, at(row + lanes));
+            const Vec<T> scale = log_scale<T>(made, at(row + lanes));
             Vec<T> noise = at(z + made.next[s] * lanes + j * W);
             if (made.scale) noise = noise / made.scale[s] + made.loc[s];
-            at(x + s * lanes + j * W) = fma(noise, exp<T>(a), at(row));
-            sum -= widen(a);
+            at(x + s * lanes + j * W) = to_x<T>(made, noise, at(row), scale);
+            sum -= widen(scale);
         }
         add_to<T>(log_det + j * W, sum);
     }

@@ -26,7 +26,7 @@ struct Trace {
     T* x;          // [context + features][lanes]
     T** units;     // [maps]
     T** argument;  // [maps - 1] arguments of the activations that need them, else null
-    T* z;          // [features][lanes], then e^-a, then da/dr
+    T* scaled;     // dz/ds [features][lanes] but for its sign, then e^-s, then ds/dr; see ops/laws
     T** delta;     // [maps] d(sum of cotangent * log_prob) / d(output of map m before its activation)
 };
 

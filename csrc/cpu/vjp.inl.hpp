@@ -1,7 +1,8 @@
 // Gradients of log_prob. Forward keeps of every MADE its variables, units and law; backward runs the transposed staircases, from the
 // last map to the first, with the same panels: delta of a map's inputs = W^T delta of its outputs, times act'.
 //
-// With g the cotangent of a row and gz that of z:  dm = -gz e^-a,  da = -gz z - g,  dr = da (da/dr),  dx = gz e^-a + W_1^T delta_1.
+// With g the cotangent of a row, gz that of z and s as in ops/laws:  dx = gz e^-s + W_1^T delta_1,  dr = ds (ds/dr), and
+//     standardize  dm = -gz e^-s,  ds = -gz z - g          affine  dm = gz,  ds = -gz x e^-s - g
 // Weight gradients: rows of the batch are the inner index. Units lie in lanes, which needs the inputs of each map transposed, and
 // delta is read where backward left it; the sum runs over rows in index order, so its bits do not depend on threads or tiles.
 #pragma once
@@ -37,20 +38,20 @@ static void forward(const MadeView<T>* mades, int count, const Trace<T>* trace, 
         const T* parameters = kept.units[made.maps - 1];
         const T* x = kept.x + made.context * L;
         T* next = trace[k + 1].x + made.context * L;
-        T* const inverse_scale = kept.z + made.features * L;
+        T* const inverse_scale = kept.scaled + made.features * L;
         T* const slope = inverse_scale + made.features * L;
         for (int j = 0; j < vectors; ++j) {
             typename Lanes<T>::Wide sum{};
             for (int s = 0; s < made.features; ++s) {
                 const int at_s = s * L + j * W;
                 const T* row = parameters + 2 * s * L + j * W;
-                const Vec<T> a = log_scale<T>(made.law, made.clip, at(row + L));
-                const Vec<T> e = exp<T>(-a), z = (at(x + at_s) - at(row)) * e;
-                at(kept.z + at_s) = z;
+                const Vec<T> scale = log_scale<T>(made, at(row + L)), e = exp<T>(-scale);
+                const Vec<T> z = to_z<T>(made, at(x + at_s), at(row), scale);
+                at(kept.scaled + at_s) = made.form == Form::affine ? at(x + at_s) * e : z;
                 at(inverse_scale + at_s) = e;
-                at(slope + at_s) = log_scale_slope<T>(made.law, made.clip, a);
+                at(slope + at_s) = log_scale_slope<T>(made, scale);
                 at(next + made.next[s] * L + j * W) = made.scale ? (z - made.loc[s]) * made.scale[s] : z;
-                sum -= widen(a);
+                sum -= widen(scale);
             }
             add_to<T>(log_det + j * W, sum);
         }
@@ -75,7 +76,7 @@ static void backward(const MadeView<T>* mades, int count, const Trace<T>* trace,
         const T* above = dx[(k + 1) % 2];
         T* const below = dx[k % 2];
         T* const d_parameters = kept.delta[made.maps - 1];
-        const T* const inverse_scale = kept.z + features * L;
+        const T* const inverse_scale = kept.scaled + features * L;
         const T* const slope = inverse_scale + features * L;
         for (int i = 0; i < context; ++i)
             for (int j = 0; j < vectors; ++j) at(below + i * L + j * W) = at(above + i * L + j * W);
@@ -85,9 +86,9 @@ static void backward(const MadeView<T>* mades, int count, const Trace<T>* trace,
                 Vec<T> gz = at(above + (context + made.next[s]) * L + j * W);
                 if (made.scale) gz *= made.scale[s];
                 const Vec<T> direct = gz * at(inverse_scale + at_s);
-                const Vec<T> da = -gz * at(kept.z + at_s) - at(cotangent + j * W);
-                at(d_parameters + 2 * s * L + j * W) = -direct;
-                at(d_parameters + (2 * s + 1) * L + j * W) = da * at(slope + at_s);
+                const Vec<T> ds = -gz * at(kept.scaled + at_s) - at(cotangent + j * W);
+                at(d_parameters + 2 * s * L + j * W) = made.form == Form::affine ? gz : -direct;
+                at(d_parameters + (2 * s + 1) * L + j * W) = ds * at(slope + at_s);
                 at(below + (context + s) * L + j * W) = direct;
             }
         for (int i = 0; i < made.step_count; ++i) {

@@ -35,6 +35,7 @@ MadeSpec read_made(const py::dict& d) {
     made.scale = d["scale"].cast<std::vector<double>>();
     made.activation = index_in<Activation>(d["activation"].cast<std::string>(), {"relu", "tanh", "elu", "gelu", "silu"});
     made.law = index_in<Law>(d["law"].cast<std::string>(), {"exp", "exp_soft"});
+    made.form = index_in<Form>(d["form"].cast<std::string>(), {"standardize", "affine"});
     made.clip = d["clip"].cast<double>();
     for (const auto& item : d["maps"].cast<py::list>()) {
         const auto map = item.cast<py::dict>();

@@ -1,0 +1,215 @@
+"""log_prob and to_noise of every backend and instruction set, against the reference in float64; the bits are in test_bits.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import make
+import numpy as np
+import pytest
+import tolerances
+from tolerances import assert_close
+
+import fastmaf
+from fastmaf.layers import Affine, Elementwise
+
+
+@pytest.mark.parametrize("name", make.CASES)
+def test_equals_the_reference(backend, dtype, name):
+    case = make.case(name, dtype)
+    for operation in ("log_prob", "to_noise"):
+        expected = case.expected[operation]
+        assert np.isfinite(expected).all()
+        assert_close(operation, dtype, getattr(case.flow, operation)(case.x, case.context), expected)
+        for n in (1, 2):
+            own = None if case.context is None else case.context[-n:]
+            assert_close(operation, dtype, getattr(case.flow, operation)(case.x[-n:], own), expected[-n:])
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "context_shape"),
+    [((7, 5), (2,)), ((7, 5), (7, 2)), ((7, 5), (3, 1, 2)), ((3, 7, 5), (2,)), ((3, 7, 5), (3, 1, 2)), ((3, 7, 5), (3, 7, 2))]
+    + [((1, 5), (60, 1, 2)), ((60, 1, 5), (60, 1, 2)), ((2, 60, 5), (2, 1, 2)), ((1, 60, 5), (1, 1, 2)), ((60, 5), (1, 1, 2))],
+)
+def test_shapes(backend, dtype, x_shape, context_shape):
+    flow = make.flow(5, (9, 8), context_features=2, affine=True, activation="elu", dtype=dtype)
+    rng = np.random.default_rng(0)
+    x, context = rng.normal(size=x_shape).astype(dtype), rng.normal(size=context_shape).astype(dtype)
+    value, noise = flow.log_prob(x, context), flow.to_noise(x, context)
+    rows, of_rows = np.broadcast_to(x, noise.shape).reshape(-1, 5), np.broadcast_to(context, (*value.shape, 2)).reshape(-1, 2)
+    with make.reference():
+        exact = flow.astype("float64")
+        assert_close("log_prob", dtype, value.ravel(), exact.log_prob(rows, of_rows))
+        assert_close("to_noise", dtype, noise.reshape(-1, 5), exact.to_noise(rows, of_rows))
+
+
+@pytest.mark.parametrize("name", ["6 (3, 3) 2", "7 (17, 5) 1", "blocks", "front", "front of 1", "front of 9", "fixed layers in front"])
+def test_log_det_is_that_of_differences(backend, name):
+    case = make.case(name, "float64")
+    n, features, step = 3, case.flow.features, 3e-7
+    rows = make.calm_rows(case, n)
+    context = None if case.context is None else np.repeat(case.context[rows], 2 * features, axis=0)
+    moved = case.x[rows, None] + np.concatenate([step * np.eye(features), -step * np.eye(features)])
+    z = case.flow.to_noise(moved.reshape(-1, features), context).reshape(n, 2, features, features)
+    log_det = np.linalg.slogdet((z[:, 0] - z[:, 1]) / (2 * step))[1]
+    own = None if context is None else case.context[rows]
+    noise = case.flow.to_noise(case.x[rows], own)
+    expected = log_det - 0.5 * (noise**2).sum(axis=1) - 0.5 * features * math.log(2 * math.pi)
+    assert_close("differences", "float64", case.flow.log_prob(case.x[rows], own), expected)
+
+
+@functools.cache
+def narrow_flow(features, hidden, offset):
+    """A relu flow of five MADEs, the first of which narrows by e^offset; samples of it and their densities in float64."""
+    flow = make.flow(features, hidden, 5, dtype="float32", seed=1)
+    first = flow.layers[0]
+    final = first.conditioner.final
+    final = dataclasses.replace(final, bias=final.bias + np.resize([0, offset], final.bias.size))
+    first = dataclasses.replace(first, conditioner=dataclasses.replace(first.conditioner, final=final))
+    flow = fastmaf.Flow([first, *flow.layers[1:]])
+    with make.reference():
+        x = flow.from_noise(np.random.default_rng(0).normal(size=(40, features)))
+        return flow, x, flow.astype("float64").log_prob(x)
+
+
+@pytest.mark.parametrize(("features", "hidden", "offset"), tolerances.FLOAT32_LOG_PROB)
+def test_float32_error(backend, features, hidden, offset):
+    flow, x, expected = narrow_flow(features, hidden, offset)
+    error = flow.log_prob(x) - expected
+    rms, largest = tolerances.FLOAT32_LOG_PROB[features, hidden, offset]
+    assert math.sqrt((error**2).mean()) <= rms and np.abs(error).max() <= largest
+
+
+@pytest.mark.parametrize("name", [name for name, (features, *_) in zip(make.CASES, make.SHAPES, strict=False) if features > 1] + ["blocks"])
+@pytest.mark.parametrize("n", [1, make.ROWS])
+def test_a_masked_column_changes_nothing_and_another_does(core, dtype, name, n):
+    """Bit for bit, in both directions, whatever stands in that column."""
+    case = make.case(name, dtype)
+    first = fastmaf.Flow(case.flow.layers[:1], context_features=case.flow.context_features, dtype=dtype)
+    ranks, context = first.layers[0].ranks, None if case.context is None else case.context[:n]
+    for operation in (first.to_noise, first.from_noise):
+        before = operation(case.noise[:n], context)
+        for j in range(first.features):
+            moved = case.noise[:n].copy()
+            moved[:, j] += 1
+            with make.reference():
+                exact = getattr(first.astype("float64"), operation.__name__)
+                reached = np.abs(exact(moved, context) - exact(case.noise[:n], context)).max(axis=0) > tolerances.MOVED
+            changed = (operation(moved, context) != before).any(axis=0)
+            assert not changed[(ranks <= ranks[j]) & (np.arange(ranks.size) != j)].any()
+            assert changed[reached].all() and reached[j]
+            moved[:, j] = 1e30
+            assert np.array_equal(operation(moved, context)[:, ranks < ranks[j]], before[:, ranks < ranks[j]])
+
+
+# Bounds and NaN
+
+
+def test_at_and_outside_bounds(backend, dtype):
+    case = make.case("front", dtype)
+    flow, x, context = case.flow, case.x.copy(), case.context
+    infinity = np.inf
+    wrong = [(0, 0.0), (0, 1.0), (0, -1e-9), (0, infinity), (0, -infinity), (2, 2.0), (2, 1.0), (2, infinity), (2, -infinity)]
+    wrong += [(3, -1.0), (3, 0.0), (3, infinity), (3, -infinity), (4, -3.0), (4, 5.0), (4, 1e30)]
+    for i, (j, value) in enumerate(wrong):
+        x[3 * i, j] = value
+    x[1, 0], x[1, 1] = 1, np.nan  # a NaN wins
+    x[3, 1], x[6, 5] = 1e30, infinity  # nothing that stands beside a bound matters
+    outside = np.isin(np.arange(make.ROWS), 3 * np.arange(len(wrong)))
+    value, dx, dcontext = flow.log_prob_and_grad(x, context)
+    for result in (value, flow.log_prob(x, context), np.concatenate([flow.log_prob(x[i : i + 1], context[i]) for i in range(make.ROWS)])):
+        assert (result[outside] == -np.inf).all() and np.isnan(result[1])
+        good = ~outside
+        good[1] = False
+        assert_close("log_prob", dtype, result[good], case.expected["log_prob"][good])
+    assert not dx[outside].any() and not dcontext[outside].any()
+    for actual, expected in zip((dx, dcontext), case.expected["gradients"], strict=True):
+        assert_close("gradient", dtype, actual[good], expected[good])
+    noise = flow.to_noise(x, context)
+    assert np.isnan(noise[outside]).all() and np.isnan(noise[1]).any() and np.isfinite(noise[good]).all()
+
+
+def test_nan_stays_in_its_row(backend, dtype):
+    case = make.case("13 (49, 50) 3", dtype)
+    for j in range(16):
+        x, context = case.x.copy(), case.context.copy()
+        spoilt = np.arange(j, make.ROWS, 16 + j)
+        (x[:, j] if j < 13 else context[:, j - 13])[spoilt] = np.nan
+        value = case.flow.log_prob(x, context)
+        expected = np.where(np.isin(np.arange(make.ROWS), spoilt), np.nan, case.expected["log_prob"])
+        assert_close("log_prob", dtype, value, expected)
+        if j < 13:
+            assert np.isnan(case.flow.to_noise(x, context)[spoilt, j]).all()
+
+
+@pytest.mark.parametrize("name", ["relu-exp", "relu-exp_soft", "tanh-exp_soft", "elu-exp_soft", "gelu-exp_soft", "silu-exp_soft"])
+@pytest.mark.parametrize("n", [1, make.ROWS])
+def test_nan_passes_every_activation(backend, dtype, name, n):
+    """Also a NaN that reaches the density only through the networks: that of the column in front."""
+    case = make.case(name, dtype)
+    for j in range(6):
+        x = case.x[:n].copy()
+        x[0, j] = np.nan
+        value = case.flow.log_prob(x)
+        assert np.isnan(value[0]) and np.isfinite(value[1:]).all()
+
+
+def test_nan_in_contexts_that_rows_share(backend, dtype):
+    case = make.case("7 (17, 5) 1", dtype)
+    assert np.isnan(case.flow.log_prob(case.x, [np.nan])).all()
+    groups = np.array([[[0.5]], [[np.nan]], [[-0.5]]])
+    value = case.flow.log_prob(case.x, groups)
+    assert np.isnan(value[1]).all() and np.isfinite(value[[0, 2]]).all()
+    assert np.isnan(case.flow.sample(3, groups[:, 0], seed=0)).any(axis=2).tolist() == [[False] * 3, [True] * 3, [False] * 3]
+
+
+def test_contexts_with_bounds(backend, dtype):
+    made = make.flow(4, (6,), context_features=2, dtype=dtype)
+    front = [Elementwise.from_bounds([(0, 1), (None, 3)]), Affine([0.5, -0.5], [2, -1]), Affine([1, 1], [0.5, 0.5])]
+    flow = fastmaf.Flow(made.layers, context_features=2, context_layers=front, dtype=dtype)
+    rng = np.random.default_rng(0)
+    x, context = rng.normal(size=(50, 4)).astype(dtype), rng.uniform(0.1, 0.9, (50, 2)).astype(dtype)
+    context[::7] = [[0, 0.5], [1, 0.5], [2, 0.5], [0.5, 3], [0.5, 4], [np.nan, 0.5], [0.5, np.nan], [-1, np.nan]]
+    with make.reference():
+        expected = flow.astype("float64").log_prob(x, context)
+    assert np.isnan(expected).sum() == 8
+    assert_close("log_prob", dtype, flow.log_prob(x, context), expected)
+    assert_close("log_prob", dtype, np.concatenate([flow.log_prob(x[i : i + 1], context[i]) for i in range(50)]), expected)
+
+
+# Numbers at the ends of their range
+
+
+def test_front_layers_compute_in_float64(backend):
+    made = make.flow(3, (5,), dtype="float32")
+    x = np.random.default_rng(0).normal(size=(50, 3)) + 1e9
+    far = fastmaf.Flow([Affine(np.full(3, 1e9), np.ones(3)), *made.layers])
+    with make.reference():
+        expected = made.astype("float64").log_prob((x - 1e9).astype("f4"))
+    assert_close("log_prob", "float32", far.log_prob(x), expected)
+
+
+@pytest.mark.parametrize(("scale", "dtype"), [(1e-38, "float32"), (1e-44, "float32"), (1e-308, "float64"), (1e-318, "float64")])
+def test_denormal_numbers(backend, scale, dtype):
+    """In x, in contexts and in weights."""
+    case = make.case("6 (3, 3) 2", dtype)
+    x, context = (scale * case.x).astype(dtype), (scale * case.context).astype(dtype)
+    tiny = case.flow.with_parameters(case.flow.parameters() * scale)
+    for flow in (case.flow, tiny):
+        with make.reference():
+            expected = flow.astype("float64").log_prob(x, context)
+        assert_close("log_prob", dtype, flow.log_prob(x, context), expected)
+        assert np.isfinite(flow.to_noise(x, context)).all()
+        assert np.isfinite(flow.log_prob_and_grad(x, context)[1]).all()
+
+
+def test_a_denormal_distance_to_a_bound(backend, dtype):
+    front = [Elementwise.from_bounds([(0, 1), (0, None)]), Affine([0, 0], [0.01, 0.01])]
+    flow = fastmaf.Flow([*front, *make.flow(2, (4,)).layers], dtype=dtype)
+    x = np.array([[1e-310, 1.0], [0.5, 1e-310], [0.5, 5e-324], [1e-300, 1.0], [1e-290, 1e-290]])
+    with make.reference():
+        expected = flow.astype("float64").log_prob(x)
+    assert np.isfinite(expected).all()
+    assert_close("log_prob", dtype, flow.log_prob(x), expected)
