@@ -7,6 +7,7 @@ standard deviation over the training rows.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from .cases import Array
 from .report import Settings
 from .timing import Line, summary
 
-TRANSFORMS, HIDDEN, LR, CLIP, SEEDS = 5, (100, 100), 1e-3, 1000.0, 5
+TRANSFORMS, HIDDEN, LR, CLIPS, SEEDS = 5, (100, 100), 1e-3, (None, 5.0), 4
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ DATA: dict[str, tuple[Callable[[Path], Split], int, int]] = {
 }
 
 
-def fit_fastmaf(split: Split, batch: int, epochs: int, seed: int) -> tuple[Array, float]:
+def fit_fastmaf(split: Split, batch: int, epochs: int, clip: float | None, seed: int) -> tuple[Array, float]:
     """Log-likelihood of each test row, and seconds of the fit."""
     import fastmaf
 
@@ -90,7 +91,7 @@ def fit_fastmaf(split: Split, batch: int, epochs: int, seed: int) -> tuple[Array
         batch_size=batch,
         lr=LR,
         schedule="cosine",
-        clip_norm=CLIP,
+        clip_norm=clip,
         max_epochs=epochs,
         patience=epochs,
         seed=seed,
@@ -100,7 +101,7 @@ def fit_fastmaf(split: Split, batch: int, epochs: int, seed: int) -> tuple[Array
     return flow.log_prob(split.test).astype(np.float64), seconds
 
 
-def fit_zuko(split: Split, batch: int, epochs: int, seed: int) -> tuple[Array, float]:
+def fit_zuko(split: Split, batch: int, epochs: int, clip: float | None, seed: int) -> tuple[Array, float]:
     """The same by torch."""
     import torch
     import zuko
@@ -123,7 +124,8 @@ def fit_zuko(split: Split, batch: int, epochs: int, seed: int) -> tuple[Array, f
         for rows in torch.split(torch.randperm(len(x)), batch):
             optimizer.zero_grad()
             (-(weights[rows] * flow().log_prob(x[rows])).mean()).backward()
-            torch.nn.utils.clip_grad_norm_(flow.parameters(), CLIP)
+            if clip is not None:
+                torch.nn.utils.clip_grad_norm_(flow.parameters(), clip)
             optimizer.step()
             schedule.step()
         value = float(np.average(score(validation), weights=split.validation_weights))
@@ -143,12 +145,12 @@ def gaussian(split: Split) -> float:
 
 
 def run(settings: Settings) -> Iterator[Line]:
-    """One line per data set: both libraries over the same seeds, and the paired difference over the test rows.
+    """One line per data set, without and with clipped gradients: both libraries over the same seeds, their paired difference.
 
     Fits of one library scatter from seed to seed by more than the test rows resolve, so the standard error has both parts.
     """
-    for name, (load, batch, epochs) in DATA.items():
-        line = Line("quality", name, 0)
+    for (name, (load, batch, epochs)), clip in itertools.product(DATA.items(), CLIPS):
+        line = Line("quality", name if clip is None else f"{name}, clipped", 0)
         try:
             split = load(settings.data)
         except FileNotFoundError as problem:
@@ -159,7 +161,7 @@ def run(settings: Settings) -> Iterator[Line]:
         scores: dict[str, list[Array]] = {}
         for library, fit in (("fastmaf", fit_fastmaf), ("zuko", fit_zuko)):
             try:
-                fits = [fit(split, batch, epochs, seed) for seed in range(seeds)]
+                fits = [fit(split, batch, epochs, clip, seed) for seed in range(seeds)]
             except ImportError as problem:
                 line.skipped[library] = f"not installed ({problem})"
                 continue

@@ -57,10 +57,12 @@ GOALS: dict[str, dict[str, tuple[str, float]]] = {
     "train/M/1000": {"times zuko": (">=", 2.5)},
     "scratch of log_prob/S/10000000": {"MB beyond input and output": ("<=", 64)},
     "scratch of sample/S/10000000": {"MB beyond input and output": ("<=", 64)},
+    **{
+        f"quality/{data}{recipe}/0": {"difference in standard errors": (">=", -2)}
+        for data in ("casp", "galaxies", "planck")
+        for recipe in ("", ", clipped")
+    },
     "import/-/0": {"milliseconds": ("<=", 150)},
-    "quality/casp/0": {"difference in standard errors": (">=", -2)},
-    "quality/galaxies/0": {"difference in standard errors": (">=", -2)},
-    "quality/planck/0": {"difference in standard errors": (">=", -2)},
 }
 
 

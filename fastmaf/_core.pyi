@@ -36,9 +36,7 @@ class Flow:
 
 class Trainer:
     steps: int
-    def __init__(
-        self, flow: Flow, beta1: float, beta2: float, eps: float, l2: float, weight_decay: float, clip_norm: float
-    ) -> None: ...
+    def __init__(self, flow: Flow, beta1: float, beta2: float, eps: float, l2: float, weight_decay: float, clip_norm: float) -> None: ...
     def epoch(
         self,
         x: Array,

@@ -89,10 +89,14 @@ def _describe(flow: Flow) -> dict[str, Any]:
                 affine = _merged(affine, Affine(layer.loc[place], layer.scale[place]))
                 continue
             place = np.argsort(variable)[mades[-1]["variable"]]
-            before = Affine(mades[-1]["loc"], mades[-1]["scale"]) if mades[-1]["loc"] else Affine(np.zeros(flow.features), np.ones(flow.features))
+            before = (
+                Affine(mades[-1]["loc"], mades[-1]["scale"])
+                if mades[-1]["loc"]
+                else Affine(np.zeros(flow.features), np.ones(flow.features))
+            )
             merged = _merged(before, Affine(layer.loc[place], layer.scale[place]))
             mades[-1].update(loc=merged.loc.tolist(), scale=merged.scale.tolist())
-        else:
+        elif isinstance(layer, Autoregressive):
             mades.append(_describe_made(layer, variable))
     return {
         "features": flow.features,
@@ -217,7 +221,16 @@ class _Cpu:
         self._packed(flow).from_noise(u, context, out)
 
     def sample(
-        self, flow: Flow, c: int, n: int, context: Array | None, seed: int, offset: int, context_offset: int, out: Array, log_prob_out: Array | None
+        self,
+        flow: Flow,
+        c: int,
+        n: int,
+        context: Array | None,
+        seed: int,
+        offset: int,
+        context_offset: int,
+        out: Array,
+        log_prob_out: Array | None,
     ) -> None:
         self._packed(flow).sample(c, n, context, seed, offset, context_offset, out, log_prob_out)
 

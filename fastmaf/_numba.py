@@ -320,6 +320,7 @@ def _philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
         k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
     return c0, c1, c2, c3
 
+
 @_compiled
 def _ratio(table: Any, x: Any) -> Any:
     """A rational function; `table` holds numerator and denominator in ascending powers."""
@@ -477,7 +478,6 @@ def _steps(made: Autoregressive, height: int) -> Iterator[tuple[int, int, int, i
                 inputs = int(np.searchsorted(degrees[layer], degree, "right"))
                 units = sorted_units[layer][first:last]
                 yield 0, int(begins[layer + 1] + first), units.size, int(begins[layer]), inputs, dense, units, reads[layer], int(layer == 0)
-
 
 
 # Running

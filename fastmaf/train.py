@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from fastmaf import _arrays, io
 from fastmaf.layers import Affine, Elementwise, _one_of
@@ -554,7 +554,7 @@ def _unbounded(values: NDArray[np.float64], layers: Layers) -> NDArray[np.float6
     """The rows behind an Elementwise, if the first layer is one."""
     if not (layers and isinstance(layers[0], Elementwise)):
         return values
-    result = values.copy()
+    result: NDArray[np.float64] = values.copy()
     for column, (kind, lower, upper) in enumerate(zip(layers[0].kinds, layers[0].lower, layers[0].upper, strict=True)):
         if kind != "identity":
             above = np.log(values[:, column] - lower) if kind != "log_below" else 0.0

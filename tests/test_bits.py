@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import fastmaf
-from fastmaf import config
+from fastmaf import _backends, config
 
 SIZES = (1, 2, 3, 15, 16, 17, 47, 48, 49, 191, 192, 193)
 NAMES = ["7 (17, 5) 1", "front", "blocks", "larger than a cache", "fixed layers in front"]
@@ -63,16 +63,26 @@ def test_threads(core, dtype, name, n):
             make.assert_same_bits(make.results(given), expected)
 
 
+@pytest.fixture
+def both(monkeypatch):
+    """Sets one instruction set or the other; the baseline has no fused multiply-add, so it has bits of its own."""
+    if _backends.reason("cpu") is not None or not {"avx2", "avx512"} <= set(config.available_isas()):
+        pytest.skip("needs avx2 and avx512")
+    previous = config.get_isa()
+    monkeypatch.setattr(_backends, "active", None)
+    fastmaf.set_backend("cpu")
+    yield fastmaf.set_isa
+    fastmaf.set_isa(previous)
+
+
 @pytest.mark.parametrize("name", make.CASES)
-def test_instruction_sets(core, dtype, name):
-    """The baseline has no fused multiply-add, so it has bits of its own."""
-    if core != "cpu-avx512" or "avx2" not in config.available_isas():
-        pytest.skip("compares avx512 with avx2")
-    given = make.case(name, dtype)
-    wide, wide_row = make.results(given), make.results(given, slice(1))
-    fastmaf.set_isa("avx2")
-    make.assert_same_bits(make.results(given), wide)
-    make.assert_same_bits(make.results(given, slice(1)), wide_row)
+def test_instruction_sets(both, dtype, name):
+    given, results = make.case(name, dtype), []
+    for isa in ("avx512", "avx2"):
+        both(isa)
+        results.append([make.results(given, rows) for rows in (slice(None), slice(1), slice(17))])
+    for wide, narrow in zip(*results, strict=True):
+        make.assert_same_bits(narrow, wide)
 
 
 @pytest.mark.parametrize("name", ["13 (49, 50) 3", "8 (33, 16, 31) 0", "blocks", "front", "front of 9", "larger than a cache"])

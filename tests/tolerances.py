@@ -30,6 +30,12 @@ FLOAT32_LOG_PROB = {
 P_VALUE = 1e-3
 """A test of samples with a fixed seed fails below this."""
 
+INTEGRAL = 5e-3
+"""How far from 1 a fitted density may integrate."""
+
+FIT = 0.06
+"""A distance of Kolmogorov and Smirnov between a small fit and its data."""
+
 MOVED = 1e-4
 """A change that rounding in float32 cannot hide."""
 

@@ -1,5 +1,5 @@
 // Gradients and training. A pass over a chunk of rows has two phases: tiles of rows run forward and backward and leave, per map, delta
-// and the transposed inputs; then each panel of eight rows of weights sums its gradient over the chunk. Chunks have a size that
+// and the transposed inputs; then tasks of a few panels of weights sum their gradients over the chunk. Chunks have a size that
 // depends on the model alone, and each weight is summed by one thread in row order, so bits do not depend on threads.
 #include <algorithm>
 #include <chrono>
@@ -21,6 +21,23 @@ constexpr int64_t kChunkBytes = int64_t(64) << 20;
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// Polls every 100 ms.
+class PollClock {
+public:
+    explicit PollClock(const Poll& poll) : poll_(poll) {}
+    void tick() {
+        const auto now = Clock::now();
+        if (!poll_ || now - last_ < std::chrono::milliseconds(100)) return;
+        poll_();
+        last_ = now;
+    }
+
+private:
+    using Clock = std::chrono::steady_clock;
+    const Poll& poll_;
+    Clock::time_point last_ = Clock::now();
+};
+
 bool keeps_argument(Activation a) { return a == Activation::gelu || a == Activation::silu; }
 
 // Where the maps of one MADE lie among the rows that a chunk keeps.
@@ -29,7 +46,8 @@ struct Places {
     std::vector<size_t> inputs;  // first row of each map's transposed inputs, in whole chunks of lanes
 };
 
-// One panel of weights.
+// Up to eight panels of one map's weights, enough to reuse the inputs while they are in the cache.
+constexpr int kTaskRows = 64;
 struct Task {
     int made, map, row, rows;
     int64_t cost;
@@ -56,9 +74,10 @@ public:
             }
             places_.push_back(places);
             for (size_t m = 0; m < program.widths(k).size(); ++m)
-                for (int row = 0; row < program.widths(k)[m]; row += 8) {
-                    const int rows = std::min(8, program.widths(k)[m] - row);
-                    tasks_.push_back({int(k), int(m), row, rows, program.sorted()[k].maps[m].limit[size_t(row + rows - 1)]});
+                for (int row = 0; row < program.widths(k)[m]; row += kTaskRows) {
+                    const int rows = std::min(kTaskRows, program.widths(k)[m] - row);
+                    const auto& offset = program.sorted()[k].maps[m].offset;
+                    tasks_.push_back({int(k), int(m), row, rows, offset[size_t(row + rows)] - offset[size_t(row)]});
                 }
         }
         std::stable_sort(tasks_.begin(), tasks_.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
@@ -72,7 +91,7 @@ public:
     // Forward and backward of rows [begin, begin + n) of the batch, n <= chunk(). cotangent, value, d_x, d_context: per row of the chunk.
     // If `parameters`, keeps what weight_gradients needs.
     template <class V>
-    void tiles(const Batch& batch, int64_t begin, int64_t n, const T* cotangent, V* value, T* d_x, T* d_context, const Poll* poll) {
+    void tiles(const Batch& batch, int64_t begin, int64_t n, const T* cotangent, V* value, T* d_x, T* d_context) {
         const int width = kernels<T>().width;
         const int threads = num_threads();
         int64_t count = (n + lanes_ - 1) / lanes_;
@@ -100,10 +119,10 @@ public:
             }
             tile(room, reader, begin + first, here, cotangent + first, value ? value + first : nullptr,
                  d_x ? d_x + first * program_.features() : nullptr, d_context ? d_context + first * program_.context() : nullptr, first);
-        }, poll);
+        });
     }
 
-    // The gradient of one panel, into a vector laid out like the master.
+    // The gradient of one task, into a vector laid out like the master.
     void weight_gradient(const Task& task, bool add, T* gradient) const {
         const Kernels<T>& k = kernels<T>();
         const size_t made = size_t(task.made), map = size_t(task.map);
@@ -279,10 +298,12 @@ void vjp(const Program<T>& program, const Batch& batch, const T* cotangent, T* v
     const int64_t total = batch.rows(), features = program.features(), context = program.context();
     Gradients<T> gradients(program, d_parameters != nullptr);
     AlignedVector<T> gradient(d_parameters ? program.master().size() : 0, T(0));
+    PollClock clock(poll);
     for (int64_t begin = 0; begin < total; begin += gradients.chunk()) {
         const int64_t n = std::min(gradients.chunk(), total - begin);
+        clock.tick();
         gradients.tiles(batch, begin, n, cotangent + begin, value ? value + begin : nullptr, d_x ? d_x + begin * features : nullptr,
-                        d_context ? d_context + begin * context : nullptr, poll ? &poll : nullptr);
+                        d_context ? d_context + begin * context : nullptr);
         if (d_parameters)
             parallel_for(int64_t(gradients.tasks().size()),
                          [&](int64_t t) { gradients.weight_gradient(gradients.tasks()[size_t(t)], true, gradient.data()); });
@@ -328,7 +349,7 @@ double Trainer<T>::epoch(const Batch& batch, const double* weights, int64_t batc
     const auto& tasks = s.gradients.tasks();
     const int64_t total = batch.rows();
     double sum = 0;
-    auto last_poll = std::chrono::steady_clock::now();
+    PollClock clock(poll);
     for (done = 0; done * batch_size < total; ++done) {
         const int64_t begin = done * batch_size, size = std::min(batch_size, total - begin);
         const Batch rows = part(batch, batch.index + begin, size);
@@ -343,13 +364,13 @@ double Trainer<T>::epoch(const Batch& batch, const double* weights, int64_t batc
         for (int64_t c = 0; c < chunks; ++c) {
             const int64_t first = c * s.gradients.chunk(), n = std::min(s.gradients.chunk(), size - first);
             s.gradients.tiles(rows, first, n, s.cotangent.data() + first, s.value.data() + first, static_cast<T*>(nullptr),
-                              static_cast<T*>(nullptr), nullptr);
+                              static_cast<T*>(nullptr));
             for (int64_t i = first; i < first + n; ++i) loss -= weight(i) * s.value[size_t(i)];
             if (chunks > 1) parallel_for(int64_t(tasks.size()), [&](int64_t t) { gradient_of(t, c > 0); });
         }
         if (!std::isfinite(loss)) return sum;
 
-        // Each panel's gradient, step and repacking are one task, unless the norm of all gradients must be known in between.
+        // The gradient, step and repacking of some rows are one task, unless the norm of all gradients must be known in between.
         const AdamSettings& a = s.settings;
         const int64_t step = s.steps + 1;
         const double rate = rates[done] / (1 - std::pow(a.beta1, double(step)));
@@ -373,15 +394,13 @@ double Trainer<T>::epoch(const Batch& batch, const double* weights, int64_t batc
                 k.adam(program.master().data() + range.first, s.m.data() + range.first, s.v.data() + range.first,
                        s.gradient.data() + range.first, range.second, T(scale), T(2 * a.l2), T(1 - rates[done] * a.weight_decay), T(a.beta1),
                        T(a.beta2), T(rate), T(root_correction), T(a.eps));
-            program.repack_rows(size_t(task.made), size_t(task.map), task.row, task.rows);
+            for (int row = 0; row < task.rows; row += 8)
+                program.repack_rows(size_t(task.made), size_t(task.map), task.row + row, std::min(8, task.rows - row));
         });
         program.drop_sampler();
         s.steps = step;
         sum += loss;
-        if (poll && std::chrono::steady_clock::now() - last_poll > std::chrono::milliseconds(100)) {
-            poll();
-            last_poll = std::chrono::steady_clock::now();
-        }
+        clock.tick();
     }
     return sum;
 }

@@ -128,39 +128,47 @@ FASTMAF_INLINE void row_panels(const Step* step, const T* tape, const T* x, int 
     if constexpr (P > 1) row_panels<T, P - 1>(step + 1, tape, x, k, sum + 1);
 }
 
+template <class T, int P>
+static void row_group(const Step* step, const T* tape, const T* x, int k, const T* bias, T* out) {
+    using V = typename Eight<T>::V;
+    V sum[P];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) sum[p] = *reinterpret_cast<const V*>(bias + step[p].row);
+    row_panels<T, P>(step, tape, x, k, sum);
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) *reinterpret_cast<V*>(out + step[p].row) = sum[p];
+}
+
+// The last panel of a map, when it is narrower than eight.
+template <class T, int WIDTH>
+static void row_tail(const Step& step, const T* tape, const T* x, int k, const T* bias, T* out) {
+    T sum[WIDTH];
+    const T* w = tape + step.tape + k * WIDTH;
+#pragma GCC unroll 4
+    for (int i = 0; i < WIDTH; ++i) sum[i] = i < step.rows ? bias[step.row + i] : T(0);
+    for (; k < step.end; ++k, w += WIDTH)
+#pragma GCC unroll 4
+        for (int i = 0; i < WIDTH; ++i) sum[i] = fma_one(w[i], x[k], sum[i]);
+    for (int i = 0; i < step.rows; ++i) out[step.row + i] = sum[i];
+}
+
 template <class T>
 static void row_map(const MadeView<T>& made, const Step* step, int count, const T* x, const T* folded, T* out) {
-    using V = typename Eight<T>::V;
     const int skip = folded && step->map == 0 ? made.context : 0;
     const T* bias = skip ? folded : made.bias[step->map];
-    for (int s = 0; s < count;) {
-        if (count - s >= 8 && step[s + 7].width == 8) {
-            V sum[8];
-            for (int p = 0; p < 8; ++p) sum[p] = *reinterpret_cast<const V*>(bias + step[s + p].row);
-            row_panels<T, 8>(step + s, made.tape, x, skip, sum);
-            for (int p = 0; p < 8; ++p) *reinterpret_cast<V*>(out + step[s + p].row) = sum[p];
-            s += 8;
-            continue;
-        }
-        const Step& one = step[s++];
-        const T* w = made.tape + one.tape;
-        if (one.width == 8) {
-            V sum[1] = {*reinterpret_cast<const V*>(bias + one.row)};
-            row_panels<T, 1>(&one, made.tape, x, skip, sum);
-            *reinterpret_cast<V*>(out + one.row) = sum[0];
-            continue;
-        }
-        for (int i = 0; i < one.rows; ++i) {
-            T sum = bias[one.row + i];
-            for (int k = skip; k < one.end; ++k) {
-#if defined(__FMA__) || defined(__aarch64__)
-                sum = sizeof(T) == 4 ? T(__builtin_fmaf(float(w[k * one.width + i]), float(x[k]), float(sum))) : T(__builtin_fma(w[k * one.width + i], x[k], sum));
-#else
-                sum = w[k * one.width + i] * x[k] + sum;
-#endif
-            }
-            out[one.row + i] = sum;
-        }
+    const Step& last = step[count - 1];
+    if (last.width == 4) row_tail<T, 4>(last, made.tape, x, skip, bias, out);
+    if (last.width == 2) row_tail<T, 2>(last, made.tape, x, skip, bias, out);
+    count -= last.width < 8;
+    for (; count >= 8; count -= 8, step += 8) row_group<T, 8>(step, made.tape, x, skip, bias, out);
+    switch (count) {
+        case 7: return row_group<T, 7>(step, made.tape, x, skip, bias, out);
+        case 6: return row_group<T, 6>(step, made.tape, x, skip, bias, out);
+        case 5: return row_group<T, 5>(step, made.tape, x, skip, bias, out);
+        case 4: return row_group<T, 4>(step, made.tape, x, skip, bias, out);
+        case 3: return row_group<T, 3>(step, made.tape, x, skip, bias, out);
+        case 2: return row_group<T, 2>(step, made.tape, x, skip, bias, out);
+        case 1: return row_group<T, 1>(step, made.tape, x, skip, bias, out);
     }
 }
 

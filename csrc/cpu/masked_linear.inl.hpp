@@ -107,14 +107,7 @@ static void fold(const MadeView<T>& made, const T* context, T* folded) {
         if (step.kind != Kind::panel || step.map != 0 || step.start != Start::bias) continue;
         for (int i = 0; i < step.rows; ++i) {
             T sum = made.bias[0][step.row + i];
-            for (int k = 0; k < made.context; ++k) {
-                const T w = made.tape[step.tape + k * step.width + i];
-#if defined(__FMA__) || defined(__aarch64__)
-                sum = sizeof(T) == 4 ? T(__builtin_fmaf(float(w), float(context[k]), float(sum))) : T(__builtin_fma(w, context[k], sum));
-#else
-                sum = w * context[k] + sum;
-#endif
-            }
+            for (int k = 0; k < made.context; ++k) sum = fma_one(made.tape[step.tape + k * step.width + i], context[k], sum);
             folded[step.row + i] = sum;
         }
     }

@@ -99,6 +99,15 @@ FASTMAF_INLINE Vec<double> root(Vec<double> x) {
 #endif
 
 template <class T>
+FASTMAF_INLINE T fma_one(T a, T b, T c) {
+#if defined(__FMA__) || defined(__aarch64__)
+    return sizeof(T) == 4 ? T(__builtin_fmaf(float(a), float(b), float(c))) : T(__builtin_fma(double(a), double(b), double(c)));
+#else
+    return a * b + c;
+#endif
+}
+
+template <class T>
 FASTMAF_INLINE Vec<T> magnitude(Vec<T> x) {
     return (Vec<T>)((Bits<T>)x & ~(Bits<T>)splat<T>(T(-0.0)));
 }

@@ -145,42 +145,46 @@ static void transpose(const T* in, int units, int lanes, T* out, int64_t row, in
     }
 }
 
+// kRows rows of delta times NV vectors of inputs; sums [kRows][lanes] go on from what is there unless they begin.
 template <class T, int NV>
-static void weight_gradient_chunk(const T* const* delta, const int* tile_rows, const int64_t* tile_begin, int tiles, int rows, const T* inputs,
-                                  const int* limit, const int64_t* offset, int first, bool add, T* gradient) {
+static void weight_gradient_block(const T* const* delta, const int* tile_rows, const int64_t* tile_begin, int tiles, int top,
+                                  const T* inputs, bool begin, T* sums) {
     constexpr int W = Lanes<T>::W, L = lanes_of<T>();
-    for (int top = 0; top < rows; top += kRows) {
-        Vec<T> acc[kRows][NV] = {};
-        for (int t = 0; t < tiles; ++t)
-            accumulate<T, kRows, NV, 1, L>(acc, delta[t] + top * L, inputs + tile_begin[t] * L, L, tile_rows[t]);
+    Vec<T> acc[kRows][NV];
 #pragma GCC unroll 8
-        for (int i = 0; i < kRows; ++i) {
-            if (top + i >= rows) break;
-            T* out = gradient + offset[top + i] + first;
-            const int count = limit[top + i] - first;
-            if (count >= NV * W) {
+    for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-                for (int j = 0; j < NV; ++j) store_loose<T>(out + j * W, add ? load_loose(out + j * W) + acc[i][j] : acc[i][j]);
-                continue;
-            }
-            T row[NV * W] __attribute__((aligned(64)));
+        for (int j = 0; j < NV; ++j) acc[i][j] = begin ? Vec<T>{} : at(sums + i * L + j * W);
+    for (int t = 0; t < tiles; ++t) accumulate<T, kRows, NV, 1, L>(acc, delta[t] + top * L, inputs + tile_begin[t] * L, L, tile_rows[t]);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-            for (int j = 0; j < NV; ++j) at(row + j * W) = acc[i][j];
-            for (int k = 0; k < count; ++k) out[k] = add ? out[k] + row[k] : row[k];
-        }
-    }
+        for (int j = 0; j < NV; ++j) at(sums + i * L + j * W) = acc[i][j];
 }
 
+// At most 64 rows of a map. A few tiles of one chunk of inputs stay in L1 while all rows pass over them.
 template <class T>
 static void weight_gradient(const T* const* delta, const int* tile_rows, const int64_t* tile_begin, int tiles, int rows, const T* inputs,
                             int64_t capacity, const int* limit, const int64_t* offset, bool add, T* gradient) {
-    constexpr int W = Lanes<T>::W, L = lanes_of<T>();
-    const int end = limit[rows - 1];
-    for (int first = 0; first < end; first += L) {
+    constexpr int W = Lanes<T>::W, L = lanes_of<T>(), together = 4;
+    T sums[64 * L] __attribute__((aligned(64)));
+    for (int first = 0; first < limit[rows - 1]; first += L) {
         const T* chunk = inputs + (first / L) * capacity * L;
-        const int left = end - first;
-        auto run = left > 2 * W ? weight_gradient_chunk<T, 3> : left > W ? weight_gradient_chunk<T, 2> : weight_gradient_chunk<T, 1>;
-        run(delta, tile_rows, tile_begin, tiles, rows, chunk, limit, offset, first, add, gradient);
+        for (int t = 0; t < tiles; t += together)
+            for (int top = 0; top < rows; top += kRows) {
+                const int left = limit[(top + kRows < rows ? top + kRows : rows) - 1] - first;
+                if (left <= 0) continue;
+                auto run = left > 2 * W ? weight_gradient_block<T, 3> : left > W ? weight_gradient_block<T, 2> : weight_gradient_block<T, 1>;
+                run(delta + t, tile_rows + t, tile_begin + t, tiles - t < together ? tiles - t : together, top, chunk, t == 0, sums + top * L);
+            }
+        for (int i = 0; i < rows; ++i) {
+            const int count = limit[i] - first < L ? limit[i] - first : L;
+            T* out = gradient + offset[i] + first;
+            if (add)
+                for (int k = 0; k < count; ++k) out[k] += sums[i * L + k];
+            else if (count > 0)
+                __builtin_memcpy(out, sums + i * L, size_t(count) * sizeof(T));
+        }
     }
 }
 

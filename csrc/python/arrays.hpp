@@ -1,8 +1,10 @@
 // NumPy arrays to the core's descriptions. Shapes were judged in Python (fastmaf/_arrays.py); here only what would be unsafe.
 #pragma once
 
+#include <cxxabi.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <unistd.h>
 
 #include <stdexcept>
 #include <string>
@@ -76,10 +78,41 @@ const T* input(const py::array& array, int64_t count) {
     return static_cast<const T*>(array.data());
 }
 
+// While an interpreter goes down, a daemon thread that asks for its lock is ended by an unwinding that no destructor survives. Such a
+// thread rests here instead, until the process is gone.
+template <class F>
+void or_rest(F f) {
+#ifdef __GLIBCXX__
+    try {
+        f();
+    } catch (abi::__forced_unwind&) {
+        for (;;) pause();
+    }
+#else
+    f();
+#endif
+}
+
+// Without the interpreter's lock for the time of a scope.
+class Unlocked {
+public:
+    Unlocked() : state_(PyEval_SaveThread()) {}
+    Unlocked(const Unlocked&) = delete;
+    Unlocked& operator=(const Unlocked&) = delete;
+    ~Unlocked() {
+        or_rest([&] { PyEval_RestoreThread(state_); });
+    }
+
+private:
+    PyThreadState* state_;
+};
+
 // Lets Ctrl-C through during long calls.
 inline void check_signals() {
-    py::gil_scoped_acquire gil;
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    or_rest([] {
+        py::gil_scoped_acquire gil;
+        if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    });
 }
 
 }  // namespace fastmaf

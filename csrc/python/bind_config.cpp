@@ -50,7 +50,7 @@ void bind_config(py::module_& module) {
             set_num_threads(threads);
             Peak result{};
             {
-                py::gil_scoped_release release;
+                Unlocked unlocked;
                 result = dtype == "float64" ? peak<double>(seconds) : peak<float>(seconds);
             }
             set_num_threads(before);

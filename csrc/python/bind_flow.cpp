@@ -83,7 +83,7 @@ void bind_flow(py::module_& module) {
                  self.visit([&](const auto& program) {
                      using T = typename std::decay_t<decltype(program)>::Value;
                      T* result = output<T>(out, batch.rows());
-                     py::gil_scoped_release release;
+                     Unlocked unlocked;
                      log_prob<T>(program, batch, result, poll);
                  });
              })
@@ -93,7 +93,7 @@ void bind_flow(py::module_& module) {
                  self.visit([&](const auto& program) {
                      using T = typename std::decay_t<decltype(program)>::Value;
                      T* result = output<T>(out, batch.rows() * program.features());
-                     py::gil_scoped_release release;
+                     Unlocked unlocked;
                      to_noise<T>(program, batch, result, poll);
                  });
              })
@@ -103,7 +103,7 @@ void bind_flow(py::module_& module) {
                  self.visit([&](const auto& program) {
                      using T = typename std::decay_t<decltype(program)>::Value;
                      T* result = output<T>(out, batch.rows() * program.features());
-                     py::gil_scoped_release release;
+                     Unlocked unlocked;
                      from_noise<T>(program, batch, result, poll);
                  });
              })
@@ -125,7 +125,7 @@ void bind_flow(py::module_& module) {
                      using T = typename std::decay_t<decltype(program)>::Value;
                      T* x = output<T>(out, contexts * rows * program.features());
                      T* density = output<T>(log_prob_out, contexts * rows);
-                     py::gil_scoped_release release;
+                     Unlocked unlocked;
                      sample<T>(program, draw, x, density, poll);
                  });
              })
@@ -139,7 +139,7 @@ void bind_flow(py::module_& module) {
                 T* const of_x = output<T>(d_x, batch.rows() * program.features());
                 T* const of_context = output<T>(d_context, batch.rows() * program.context());
                 T* const of_parameters = output<T>(d_parameters, program.parameter_count());
-                py::gil_scoped_release release;
+                Unlocked unlocked;
                 vjp<T>(program, batch, g, values, of_x, of_context, of_parameters, poll);
             });
         });

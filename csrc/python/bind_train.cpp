@@ -57,13 +57,15 @@ void bind_train(py::module_& module) {
                  Poll ask = poll;
                  if (!user_poll.is_none()) ask = [poll, &user_poll] {
                          poll();
-                         py::gil_scoped_acquire gil;
-                         user_poll();
+                         or_rest([&] {
+                             py::gil_scoped_acquire gil;
+                             user_poll();
+                         });
                      };
                  int64_t done = 0;
                  double sum = 0;
                  self.visit([&](auto& trainer) {
-                     py::gil_scoped_release release;
+                     Unlocked unlocked;
                      sum = trainer.epoch(batch, w, batch_size, rates.data(), mean_weight, done, ask);
                  });
                  return py::make_tuple(sum, done);
