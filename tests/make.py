@@ -76,7 +76,8 @@ def flow(
 ):
     """A flow of plain MADEs.
 
-    `ranks`, one vector for all MADEs, goes before `order`; `law` is a kind or a `Law`; `affine` puts random Affines in front of the layers and of the context; `bounds` are those of `MAF`, or True
+    `ranks`, one vector for all MADEs, goes before `order`; `law` is a kind or a `Law`; `affine` puts random Affines in front of
+    the layers and of the context; `bounds` are those of `MAF`, or True
     for a bit of everything; `between` puts a Permutation and an Affine behind every MADE.
     """
     rng = np.random.default_rng([seed, features, len(hidden), context_features])

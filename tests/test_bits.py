@@ -100,7 +100,9 @@ def test_scratch_holds_nothing(core, dtype, name):
         _core.set_poison(False)
 
 
-@pytest.mark.parametrize("name", [name for name, arguments in make.CASES.items() if "context_features" in arguments and arguments["context_features"]])
+@pytest.mark.parametrize(
+    "name", [name for name, arguments in make.CASES.items() if "context_features" in arguments and arguments["context_features"]]
+)
 def test_a_shared_context_is_that_context_in_every_row(core, dtype, name):
     given = make.case(name, dtype)
     flow, one = given.flow, given.context[3]

@@ -65,7 +65,9 @@ def test_instruction_sets():
 @core
 def test_an_instruction_set_of_the_environment_that_is_not_there_is_reported_and_refused(tmp_path):
     code = "import fastmaf, numpy; print(fastmaf.show_config().values['isa']); fastmaf.MAF(features=2).log_prob(numpy.zeros((1, 2)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "FASTMAF_ISA": "mmx"}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "FASTMAF_ISA": "mmx"}, capture_output=True, text=True
+    )
     assert "mmx" in done.stdout and "(FASTMAF_ISA=mmx)" in done.stdout
     assert "ValueError" in done.stderr and "mmx" in done.stderr
 

@@ -26,7 +26,9 @@ def noise(n, features, dtype, seed, context_row=0, offset=0):
 # Noise
 
 
-@pytest.mark.parametrize(("word", "answer"), [(0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"), (2**32 - 1, "408f276d 41c83b0e a20bc7c6 6d5451fd")])
+@pytest.mark.parametrize(
+    ("word", "answer"), [(0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"), (2**32 - 1, "408f276d 41c83b0e a20bc7c6 6d5451fd")]
+)
 def test_philox_known_answers(word, answer):
     assert " ".join(f"{int(w):08x}" for w in _reference.philox([word] * 4, word << 32 | word)) == answer
 
@@ -41,7 +43,9 @@ def test_words_of_the_core_are_exact(core, rows, seed, stream, epoch):
 
 
 @pytest.mark.parametrize("features", [1, 3, 4, 5, 9])
-@pytest.mark.parametrize(("seed", "offset", "context_row"), [(0, 0, 0), (2**64 - 1, 2**32 - 30, 2**32 - 1), (2**63 + 12345, 2**64 - 5000, 7)])
+@pytest.mark.parametrize(
+    ("seed", "offset", "context_row"), [(0, 0, 0), (2**64 - 1, 2**32 - 30, 2**32 - 1), (2**63 + 12345, 2**64 - 5000, 7)]
+)
 def test_noise_is_that_of_the_reference(backend, dtype, features, seed, offset, context_row):
     """That of a flow without layers."""
     drawn = fastmaf.Flow([], features=features, dtype=dtype).sample(5000, seed=seed, offset=offset, context_offset=context_row)
@@ -85,7 +89,9 @@ def test_nan_in_noise_stays_in_its_row(backend, dtype):
 # Samples
 
 
-@pytest.mark.parametrize("name", [name for name, arguments in make.CASES.items() if isinstance(arguments, dict) and arguments.get("context_features")])
+@pytest.mark.parametrize(
+    "name", [name for name, arguments in make.CASES.items() if isinstance(arguments, dict) and arguments.get("context_features")]
+)
 def test_samples_under_many_contexts(backend, dtype, name):
     """Against the reference, row by row, and with their density."""
     case = make.case(name, dtype)

@@ -1,4 +1,7 @@
-"""The thread pool of the compiled core among Python threads, forks, signals and exits; the environment variables. The bits are in test_bits.py."""
+"""The thread pool of the compiled core among Python threads, forks, signals and exits; the environment variables.
+
+The bits are in test_bits.py.
+"""
 
 from __future__ import annotations
 
@@ -196,7 +199,9 @@ print("over")
 """
 
 
-@pytest.mark.parametrize("calls", ["[lambda: flow.log_prob(x)] * 3", "[lambda: flow.sample(10**7)]", "[lambda: flow.log_prob_and_grad(rows), fit]"])
+@pytest.mark.parametrize(
+    "calls", ["[lambda: flow.log_prob(x)] * 3", "[lambda: flow.sample(10**7)]", "[lambda: flow.log_prob_and_grad(rows), fit]"]
+)
 def test_exit_with_daemons_in_calls(calls):
     """Short ones, which ask for the interpreter's lock while it goes down, and long ones, which ask for signals."""
     assert output(DAEMONS % calls, FASTMAF_NUM_THREADS="2") == "over"
