@@ -165,13 +165,18 @@ CASES = {
 
 
 @contextlib.contextmanager
-def reference():
-    """The reference is the backend in use."""
-    previous, _backends.active = _backends.active, _reference.backend
+def using(backend):
+    """Another backend is in use; None for the default."""
+    previous, _backends.active = _backends.active, backend
     try:
         yield
     finally:
         _backends.active = previous
+
+
+def reference():
+    """The reference is in use."""
+    return using(_reference.backend)
 
 
 def case(name, dtype):

@@ -383,6 +383,8 @@ double Trainer<T>::epoch(const Batch& batch, const double* weights, int64_t batc
             const double norm = std::sqrt(k.sum_squares(s.gradient.data(), program.master().data(), T(2 * a.l2), int64_t(s.gradient.size())));
             scale = std::min(1.0, a.clip_norm / (norm + 1e-6));
         }
+        const AdamStep<T> adam{T(scale), T(2 * a.l2), T(1 - rates[done] * a.weight_decay), T(1 - a.beta1), T(a.beta2), T(1 - a.beta2),
+                               T(rate), T(root_correction), T(a.eps)};
         parallel_for(int64_t(tasks.size()), [&](int64_t t) {
             const Task& task = tasks[size_t(t)];
             if (!ready) gradient_of(t, false);
@@ -392,8 +394,7 @@ double Trainer<T>::epoch(const Batch& batch, const double* weights, int64_t batc
             const int64_t count = stairs.offset[size_t(task.row + task.rows)] - stairs.offset[size_t(task.row)];
             for (const auto& range : {std::pair<int64_t, int64_t>(weight_begin, count), std::pair<int64_t, int64_t>(bias_begin, task.rows)})
                 k.adam(program.master().data() + range.first, s.m.data() + range.first, s.v.data() + range.first,
-                       s.gradient.data() + range.first, range.second, T(scale), T(2 * a.l2), T(1 - rates[done] * a.weight_decay), T(a.beta1),
-                       T(a.beta2), T(rate), T(root_correction), T(a.eps));
+                       s.gradient.data() + range.first, range.second, adam);
             for (int row = 0; row < task.rows; row += 8)
                 program.repack_rows(size_t(task.made), size_t(task.map), task.row + row, std::min(8, task.rows - row));
         });

@@ -1,18 +1,19 @@
 // Adam (Kingma and Ba 2015) with decoupled decay (Loshchilov and Hutter 2019), entry by entry over the master vector.
 #pragma once
 
+#include "tile.hpp"
 #include "vec.inl.hpp"
 
 namespace fastmaf {
 namespace FASTMAF_ISA {
 
 template <class T>
-static void adam(T* w, T* m, T* v, const T* g, int64_t n, T gradient_scale, T l2, T decay, T beta1, T beta2, T rate, T root_correction, T eps) {
+static void adam(T* w, T* m, T* v, const T* g, int64_t n, const AdamStep<T>& s) {
     auto step = [&](auto wi, auto mi, auto vi, auto gi, auto sqrt, auto write) {
-        const auto gradient = (gi + l2 * wi) * gradient_scale;
-        const auto first = mi + (1 - beta1) * (gradient - mi);
-        const auto second = beta2 * vi + (1 - beta2) * (gradient * gradient);
-        write(wi * decay - rate * first / (sqrt(second) * root_correction + eps), first, second);
+        const auto gradient = (gi + s.l2 * wi) * s.scale;
+        const auto first = mi + s.gain1 * (gradient - mi);
+        const auto second = s.keep2 * vi + s.gain2 * (gradient * gradient);
+        write(wi * s.keep - s.rate * first / (sqrt(second) * s.root_correction + s.eps), first, second);
     };
     int64_t i = 0;
     for (; i + Lanes<T>::W <= n; i += Lanes<T>::W)

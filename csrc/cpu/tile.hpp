@@ -30,6 +30,14 @@ struct Trace {
     T** delta;     // [maps] d(sum of cotangent * log_prob) / d(output of map m before its activation)
 };
 
+// The constants of one Adam step (Kingma and Ba 2015), each rounded once from double: 1 - beta taken in float would be off by 1e-5.
+template <class T>
+struct AdamStep {
+    T scale, l2, keep;     // gradient: (g + l2 w) scale; weights: keep w first (decoupled decay)
+    T gain1, keep2, gain2;  // 1 - beta1, beta2, 1 - beta2
+    T rate, root_correction, eps;
+};
+
 template <class T>
 struct Kernels {
     int width;  // W: rows per vector; a sub-tile has 3 W lanes
@@ -63,8 +71,7 @@ struct Kernels {
                             int64_t capacity, const int* limit, const int64_t* offset, bool add, T* gradient);
     // Sum over rows of delta, 16 (float) or 8 (double) interleaved sums added in order.
     void (*bias_gradient)(const T* const* delta, const int* tile_rows, const int64_t* tile_begin, int tiles, int rows, bool add, T* gradient);
-    // One Adam step on n entries (Kingma and Ba 2015), gradient scaled first, decay decoupled.
-    void (*adam)(T* w, T* m, T* v, const T* g, int64_t n, T gradient_scale, T l2, T decay, T beta1, T beta2, T rate, T root_correction, T eps);
+    void (*adam)(T* w, T* m, T* v, const T* g, int64_t n, const AdamStep<T>& step);
     double (*sum_squares)(const T* g, const T* w, T l2, int64_t n);
     // Measurements: repetitions of the micro-kernel on a block in L1, or of fused multiply-adds in registers; returns FLOP.
     double (*peak)(int repetitions, bool registers, T* scratch);

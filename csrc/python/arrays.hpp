@@ -78,15 +78,19 @@ const T* input(const py::array& array, int64_t count) {
     return static_cast<const T*>(array.data());
 }
 
-// While an interpreter goes down, a daemon thread that asks for its lock is ended by an unwinding that no destructor survives. Such a
-// thread rests here instead, until the process is gone.
+// f asks for the interpreter's lock. While an interpreter goes down, a daemon thread that does so is ended by an unwinding which no
+// destructor survives; once it is gone, the lock is too. Such a thread rests here instead, until the process is over.
 template <class F>
 void or_rest(F f) {
+    auto rest = [] {
+        for (;;) pause();
+    };
+    if (!Py_IsInitialized()) rest();
 #ifdef __GLIBCXX__
     try {
         f();
     } catch (abi::__forced_unwind&) {
-        for (;;) pause();
+        rest();
     }
 #else
     f();
