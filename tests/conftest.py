@@ -49,6 +49,12 @@ def use(case: str) -> Iterator[str]:
     _backends.active = previous
 
 
+@pytest.fixture(scope="session", autouse=True)
+def elsewhere(tmp_path_factory):
+    """Run outside the repository, whose folder `fastmaf` would hide the installed package from child processes."""
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of the backend in use, for every backend and instruction set."""

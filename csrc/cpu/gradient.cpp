@@ -17,7 +17,9 @@ namespace fastmaf {
 namespace {
 
 constexpr double kHalfLog2Pi = 0.91893853320467274178;
-constexpr int64_t kChunkBytes = int64_t(64) << 20;
+// What a chunk may keep. A small one stays in L2 between the two phases, but each chunk passes over the gradient of all weights: it pays
+// for models whose weights are small beside it.
+constexpr int64_t kSmallChunkBytes = int64_t(2) << 20, kChunkBytes = int64_t(64) << 20;
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -59,7 +61,7 @@ public:
     Gradients(const Program<T>& program, bool parameters) : program_(program), parameters_(parameters) {
         program.views(Direction::density);
         program.views(Direction::backward);
-        lanes_ = 3 * kernels<T>().width;
+        lanes_ = 3 * kernels_.width;
         int64_t per_row = 0;  // numbers kept of a row, counted in units that every lane count divides
         for (size_t k = 0; k < program.mades(); ++k) {
             Places places;
@@ -81,8 +83,9 @@ public:
                 }
         }
         std::stable_sort(tasks_.begin(), tasks_.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
-        const int64_t bytes = std::max<int64_t>(1, per_row) * int64_t(sizeof(T));
-        chunk_ = std::clamp<int64_t>(kChunkBytes / bytes / 48 * 48, 48, 65536 / 48 * 48);
+        const int64_t weights = int64_t(program.master().size() * sizeof(T));
+        const int64_t budget = 8 * weights <= kSmallChunkBytes ? kSmallChunkBytes : kChunkBytes;
+        chunk_ = std::clamp<int64_t>(budget / (std::max<int64_t>(1, per_row) * int64_t(sizeof(T))) / 48 * 48, 48, 65536 / 48 * 48);
     }
 
     const std::vector<Task>& tasks() const { return tasks_; }
@@ -92,7 +95,7 @@ public:
     // If `parameters`, keeps what weight_gradients needs.
     template <class V>
     void tiles(const Batch& batch, int64_t begin, int64_t n, const T* cotangent, V* value, T* d_x, T* d_context) {
-        const int width = kernels<T>().width;
+        const int width = kernels_.width;
         const int threads = num_threads();
         int64_t count = (n + lanes_ - 1) / lanes_;
         if (count < 8 * threads) count = round_up(count, threads);
@@ -124,7 +127,7 @@ public:
 
     // The gradient of one task, into a vector laid out like the master.
     void weight_gradient(const Task& task, bool add, T* gradient) const {
-        const Kernels<T>& k = kernels<T>();
+        const Kernels<T>& k = kernels_;
         const size_t made = size_t(task.made), map = size_t(task.map);
         const Staircase& stairs = program_.sorted()[made].maps[map];
         const size_t tile_count = tile_rows_.size();
@@ -185,7 +188,7 @@ private:
 
     template <class V>
     void tile(Room& room, const RowReader& reader, int64_t begin, int n, const T* cotangent, V* value, T* d_x, T* d_context, int64_t place) {
-        const Kernels<T>& k = kernels<T>();
+        const Kernels<T>& k = kernels_;
         const int features = program_.features(), context = program_.context(), count = int(program_.mades());
         const int padded = int(round_up(n, k.width)), lanes = lanes_;
         std::fill(room.log_det, room.log_det + lanes, 0.0);
@@ -272,6 +275,7 @@ private:
 
     const Program<T>& program_;
     const bool parameters_;
+    const Kernels<T>& kernels_ = kernels<T>();  // one set for life: layouts depend on its lanes
     int lanes_ = 0;
     size_t delta_rows_ = 0, input_rows_ = 0;
     std::vector<Places> places_;
@@ -366,20 +370,19 @@ double Trainer<T>::epoch(const Batch& batch, const double* weights, int64_t batc
             s.gradients.tiles(rows, first, n, s.cotangent.data() + first, s.value.data() + first, static_cast<T*>(nullptr),
                               static_cast<T*>(nullptr));
             for (int64_t i = first; i < first + n; ++i) loss -= weight(i) * s.value[size_t(i)];
-            if (chunks > 1) parallel_for(int64_t(tasks.size()), [&](int64_t t) { gradient_of(t, c > 0); });
+            if (c + 1 < chunks) parallel_for(int64_t(tasks.size()), [&](int64_t t) { gradient_of(t, c > 0); });
         }
         if (!std::isfinite(loss)) return sum;
 
-        // The gradient, step and repacking of some rows are one task, unless the norm of all gradients must be known in between.
+        // The last chunk's gradient, the step and the repacking of some rows are one task, unless the norm of all gradients must be known in between.
         const AdamSettings& a = s.settings;
         const int64_t step = s.steps + 1;
         const double rate = rates[done] / (1 - std::pow(a.beta1, double(step)));
         const double root_correction = 1 / std::sqrt(1 - std::pow(a.beta2, double(step)));
         double scale = 1;
-        bool ready = chunks > 1;
-        if (a.clip_norm > 0) {
-            if (!ready) parallel_for(int64_t(tasks.size()), [&](int64_t t) { gradient_of(t, false); });
-            ready = true;
+        const bool ready = a.clip_norm > 0;
+        if (ready) {
+            parallel_for(int64_t(tasks.size()), [&](int64_t t) { gradient_of(t, chunks > 1); });
             const double norm = std::sqrt(k.sum_squares(s.gradient.data(), program.master().data(), T(2 * a.l2), int64_t(s.gradient.size())));
             scale = std::min(1.0, a.clip_norm / (norm + 1e-6));
         }
@@ -387,7 +390,7 @@ double Trainer<T>::epoch(const Batch& batch, const double* weights, int64_t batc
                                T(rate), T(root_correction), T(a.eps)};
         parallel_for(int64_t(tasks.size()), [&](int64_t t) {
             const Task& task = tasks[size_t(t)];
-            if (!ready) gradient_of(t, false);
+            if (!ready) gradient_of(t, chunks > 1);
             const Staircase& stairs = program.sorted()[size_t(task.made)].maps[size_t(task.map)];
             const int64_t weight_begin = program.weight_offset(size_t(task.made), size_t(task.map)) + stairs.offset[size_t(task.row)];
             const int64_t bias_begin = program.bias_offset(size_t(task.made), size_t(task.map)) + task.row;
