@@ -9,6 +9,7 @@ namespace fastmaf {
 
 namespace {
 
+constexpr double kHalfLog2Pi = 0.91893853320467274178;
 constexpr int kPanel = 8;
 constexpr int kBlockUnits = 48;   // a sampler block gathers groups until it has this many units ...
 constexpr int kBlockGroups = 16;  // ... or this many groups;
@@ -120,8 +121,6 @@ Program<T>::Program(FlowSpec spec) : spec_(std::move(spec)) {
         for (const auto& known : sorted.known) widths.push_back(known.back());
         widths.push_back(int(2 * features));
         widths_.push_back(widths);
-        scratch_rows_ = std::max(scratch_rows_, features + size_t(context));
-        for (int width : widths) scratch_rows_ = std::max(scratch_rows_, size_t(width));
     }
     std::vector<int> noise_row(features);
     for (size_t i = 0; i < features; ++i) noise_row[size_t(spec_.noise_variable[i])] = int(i);
@@ -137,13 +136,14 @@ Program<T>::Program(FlowSpec spec) : spec_(std::move(spec)) {
             if (made.scale.empty()) continue;
             loc.push_back(T(made.loc[size_t(coordinate)]));
             scale.push_back(T(made.scale[size_t(coordinate)]));
-            log_det_ += std::log(std::fabs(made.scale[size_t(coordinate)]));
+            constant_ += std::log(std::fabs(made.scale[size_t(coordinate)]));
         }
         next_.push_back(next);
         post_loc_.push_back(loc);
         post_scale_.push_back(scale);
     }
-    for (double scale : spec_.columns.scale) log_det_ += std::log(std::fabs(scale));
+    constant_ -= double(features) * kHalfLog2Pi;
+    for (double scale : spec_.columns.scale) constant_ += std::log(std::fabs(scale));
 
     // Where each master entry lies among the user's parameters.
     for (size_t k = 0; k < sorted_.size(); ++k) {

@@ -76,13 +76,11 @@ public:
     size_t mades() const { return sorted_.size(); }
     const std::vector<int>& first() const { return first_; }        // [features] row of the first tile that takes variable v
     const std::vector<int>& widths(size_t made) const { return widths_[made]; }  // rows in use of each map
-    double log_det() const { return log_det_; }                     // of all fixed scales
-    size_t scratch_rows() const { return scratch_rows_; }           // most rows that one map or input of any MADE has
+    double constant() const { return constant_; }  // of log_prob: the normal's, and log|det| of all fixed scales
 
     // Views of all MADEs for one direction; tapes are packed on first use.
     const std::vector<MadeView<T>>& views(Direction direction) const;
     const Tape<T>& tape(Direction direction) const;
-    bool packed(Direction direction) const { return tapes_[int(direction)] != nullptr; }
 
     // The trainable state. Flat parameters are in the user's order; `index` maps a master entry to its place there.
     AlignedVector<T>& master() { return master_; }
@@ -111,8 +109,7 @@ private:
     std::vector<int> first_;
     std::vector<std::vector<int>> next_;
     std::vector<AlignedVector<T>> post_loc_, post_scale_;
-    double log_det_ = 0;
-    size_t scratch_rows_ = 0;
+    double constant_ = 0;
     AlignedVector<T> master_;
     std::vector<int64_t> index_;
     int64_t parameter_count_ = 0;

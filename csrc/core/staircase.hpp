@@ -15,7 +15,6 @@ struct Staircase {
     std::vector<int64_t> offset;  // [rows + 1] where row j begins among the weights of the map
 
     int rows() const { return int(limit.size()); }
-    int64_t weights() const { return offset.back(); }
     int first_reader(int input) const;  // the first row that reads `input`
 };
 

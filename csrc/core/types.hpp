@@ -7,6 +7,9 @@
 namespace fastmaf {
 
 enum class Activation : int { relu, tanh, elu, gelu, silu };
+// Whether act' needs the argument of act, so that backward has to keep it; otherwise the value will do.
+constexpr bool keeps_argument(Activation a) { return a == Activation::gelu || a == Activation::silu; }
+
 enum class Law : int { exp, exp_soft };
 enum class Form : int { standardize, affine };
 enum class Bijection : int { identity, logit, log_above, log_below };

@@ -10,6 +10,7 @@
 
 #include <unistd.h>
 
+#include "cut.hpp"
 #include "isa.hpp"
 #include "rows.hpp"
 #include "scratch.hpp"
@@ -20,23 +21,6 @@ namespace fastmaf {
 namespace {
 
 constexpr int kRowPath = 2;  // up to this many rows go one by one, units in lanes
-constexpr double kHalfLog2Pi = 0.91893853320467274178;
-
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// How rows are cut: tiles of `rows`, a multiple of the vector width, few enough idle lanes and enough tiles for all threads.
-struct Cut {
-    int64_t rows, tiles;
-    Cut(int64_t total, int width, int64_t most) {
-        const int threads = num_threads();
-        int64_t count = (total + most - 1) / most;
-        if (count < 8 * threads) count = round_up(count, threads);
-        rows = std::max<int64_t>(width, std::min(most, round_up((total + count - 1) / std::max<int64_t>(1, count), width)));
-        tiles = (total + rows - 1) / rows;
-    }
-    int64_t begin(int64_t tile) const { return tile * rows; }
-    int64_t size(int64_t tile, int64_t total) const { return std::min(rows, total - begin(tile)); }
-};
 
 // Sub-tiles that share one pass over the tape: several when the tape of one MADE outgrows the cache. Measured: 1.3 times faster than one
 // at (784, 1024), a little slower at (43, 512), whose MADEs fit.
@@ -144,11 +128,6 @@ void load_tile(const Program<T>& program, const RowReader& reader, int64_t begin
         for (int c = 0; c < context; ++c) each(program.spec().context_columns, c, c, true);
 }
 
-template <class T>
-double constant(const Program<T>& program) {
-    return program.log_det() - program.features() * kHalfLog2Pi;
-}
-
 // Density and noise share everything but what they write.
 template <class T>
 void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noise, const Poll& poll) {
@@ -174,7 +153,7 @@ void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noi
         tile.folded = shared ? folded->pointers.data() : nullptr;
         auto write = [&](int64_t first, int64_t rows, const T* z, int64_t step, int64_t stride, double* log_det) {
             for (int64_t r = 0; r < rows; ++r) {
-                if (log_prob) log_prob[first + r] = T(constant(program) + log_det[r]);
+                if (log_prob) log_prob[first + r] = T(program.constant() + log_det[r]);
                 const bool none = log_det[r] == -std::numeric_limits<double>::infinity();  // at or outside a bound
                 if (noise)
                     for (int d = 0; d < features; ++d)
@@ -304,7 +283,7 @@ void generate(const Program<T>& program, const Batch& batch, const Draw* draw, T
                 }
             }
             if (log_prob)
-                for (int r = 0; r < rows; ++r) log_prob[first + r] = T(constant(program) + log_det[r]);
+                for (int r = 0; r < rows; ++r) log_prob[first + r] = T(program.constant() + log_det[r]);
         }
     };
     parallel_for(cut.tiles, run, poll ? &poll : nullptr);

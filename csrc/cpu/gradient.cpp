@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "backend.hpp"
+#include "cut.hpp"
 #include "isa.hpp"
 #include "rows.hpp"
 #include "scratch.hpp"
@@ -16,12 +17,9 @@ namespace fastmaf {
 
 namespace {
 
-constexpr double kHalfLog2Pi = 0.91893853320467274178;
 // What a chunk may keep. A small one stays in L2 between the two phases, but each chunk passes over the gradient of all weights: it pays
 // for models whose weights are small beside it.
 constexpr int64_t kSmallChunkBytes = int64_t(2) << 20, kChunkBytes = int64_t(64) << 20;
-
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Polls every 100 ms.
 class PollClock {
@@ -39,8 +37,6 @@ private:
     const Poll& poll_;
     Clock::time_point last_ = Clock::now();
 };
-
-bool keeps_argument(Activation a) { return a == Activation::gelu || a == Activation::silu; }
 
 // Where the maps of one MADE lie among the rows that a chunk keeps.
 struct Places {
@@ -95,27 +91,22 @@ public:
     // If `parameters`, keeps what weight_gradients needs.
     template <class V>
     void tiles(const Batch& batch, int64_t begin, int64_t n, const T* cotangent, V* value, T* d_x, T* d_context) {
-        const int width = kernels_.width;
-        const int threads = num_threads();
-        int64_t count = (n + lanes_ - 1) / lanes_;
-        if (count < 8 * threads) count = round_up(count, threads);
-        const int64_t rows = std::max<int64_t>(width, round_up((n + count - 1) / count, width));
-        count = (n + rows - 1) / rows;
+        const Cut cut(n, kernels_.width, lanes_);
         if (parameters_) {
             capacity_ = round_up(n, 48) + 48;
-            deltas_.resize(size_t(count) * (delta_rows_ + 8) * size_t(lanes_));
+            deltas_.resize(size_t(cut.tiles) * (delta_rows_ + 8) * size_t(lanes_));
             inputs_.resize(input_rows_ * size_t(capacity_));
-            tile_begin_.resize(size_t(count));
-            tile_rows_.resize(size_t(count));
+            tile_begin_.resize(size_t(cut.tiles));
+            tile_rows_.resize(size_t(cut.tiles));
         }
         const RowReader reader(batch);
         Carver measure;
         Room(measure, *this, nullptr);
-        parallel_for(count, [&](int64_t t) {
+        parallel_for(cut.tiles, [&](int64_t t) {
             Carver carve(thread_scratch(measure.used()));
             Room room(carve, *this, parameters_ ? deltas_.data() + size_t(t) * (delta_rows_ + 8) * size_t(lanes_) : nullptr);
-            const int64_t first = t * rows;
-            const int here = int(std::min(rows, n - first));
+            const int64_t first = cut.begin(t);
+            const int here = int(cut.size(t, n));
             if (parameters_) {
                 tile_begin_[size_t(t)] = first;
                 tile_rows_[size_t(t)] = here;
@@ -216,7 +207,7 @@ private:
         const T* noise = room.trace[size_t(count)].x + context * lanes;
         if (value) {
             k.base(noise, features, lanes, n, room.log_det);
-            for (int r = 0; r < n; ++r) value[r] = V(program_.log_det() - features * kHalfLog2Pi + room.log_det[r]);
+            for (int r = 0; r < n; ++r) value[r] = V(program_.constant() + room.log_det[r]);
         }
         if (count) {
             k.backward(program_.views(Direction::backward).data(), count, room.trace.data(), padded, room.cotangent, room.dx, !d_x && !d_context);

@@ -7,9 +7,6 @@
 namespace fastmaf {
 namespace FASTMAF_ISA {
 
-// Whether the derivative needs the argument, so that backward has to keep it.
-FASTMAF_INLINE bool keeps_argument(Activation a) { return a == Activation::gelu || a == Activation::silu; }
-
 template <class T, class F>
 FASTMAF_INLINE void each(T* p, int rows, int vectors, int stride, F f) {
     for (int r = 0; r < rows; ++r)
