@@ -17,9 +17,8 @@ namespace fastmaf {
 
 namespace {
 
-// What a chunk may keep. A small one stays in L2 between the two phases, but each chunk passes over the gradient of all weights: it pays
-// for models whose weights are small beside it.
-constexpr int64_t kSmallChunkBytes = int64_t(2) << 20, kChunkBytes = int64_t(64) << 20;
+// What a chunk may keep. Chunks that stay in L2 were slower on two threads: each ends with all threads waiting.
+constexpr int64_t kChunkBytes = int64_t(64) << 20;
 
 // Polls every 100 ms.
 class PollClock {
@@ -79,9 +78,7 @@ public:
                 }
         }
         std::stable_sort(tasks_.begin(), tasks_.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
-        const int64_t weights = int64_t(program.master().size() * sizeof(T));
-        const int64_t budget = 8 * weights <= kSmallChunkBytes ? kSmallChunkBytes : kChunkBytes;
-        chunk_ = std::clamp<int64_t>(budget / (std::max<int64_t>(1, per_row) * int64_t(sizeof(T))) / 48 * 48, 48, 65536 / 48 * 48);
+        chunk_ = std::clamp<int64_t>(kChunkBytes / (std::max<int64_t>(1, per_row) * int64_t(sizeof(T))) / 48 * 48, 48, 65536 / 48 * 48);
     }
 
     const std::vector<Task>& tasks() const { return tasks_; }
