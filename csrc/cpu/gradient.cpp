@@ -1,7 +1,12 @@
-// Gradients and training. A pass over a chunk of rows has two phases: tiles of rows run forward and backward and leave, per map, delta
-// and the transposed inputs; then tasks of a few panels of weights sum their gradients over the chunk. Chunks have a size that
-// depends on the model alone, and each weight is summed by one thread in row order, so bits do not depend on threads.
+// Gradients and training. Tiles of rows run forward and backward and leave, per map, delta and the transposed inputs; tasks of a few
+// panels of weights then sum their gradients over these rows. There are two ways to share the work, chosen by the model:
+//
+//     large   all threads run the tiles of a chunk of rows; then all threads take tasks over the whole chunk
+//     small   each thread takes a block of rows through tiles and tasks while it is in its cache; the blocks' gradients are summed
+//
+// Chunks and blocks depend on the model and on the number of rows alone, and every sum has its order, so bits do not depend on threads.
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cmath>
 #include <limits>
@@ -19,6 +24,7 @@ namespace {
 
 // What a chunk may keep. Chunks that stay in L2 were slower on two threads: each ends with all threads waiting.
 constexpr int64_t kChunkBytes = int64_t(64) << 20;
+constexpr int64_t kBlockRows = 64;  // 96 leaves more of a usual batch to one of two threads
 
 // Polls every 100 ms.
 class PollClock {
@@ -50,6 +56,16 @@ struct Task {
     int64_t cost;
 };
 
+// What weight gradients need of some rows.
+template <class T>
+struct Kept {
+    T* deltas = nullptr;  // [tile][delta rows][lanes]
+    T* inputs = nullptr;  // per map [chunk of lanes][capacity][lanes]
+    int64_t capacity = 0;
+    std::vector<int> tile_rows;
+    std::vector<int64_t> tile_begin;
+};
+
 template <class T>
 class Gradients {
 public:
@@ -79,57 +95,110 @@ public:
         }
         std::stable_sort(tasks_.begin(), tasks_.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
         chunk_ = std::clamp<int64_t>(kChunkBytes / (std::max<int64_t>(1, per_row) * int64_t(sizeof(T))) / 48 * 48, 48, 65536 / 48 * 48);
+        small_ = parameters && int64_t(program.master().size()) < per_row * kBlockRows / 2;
     }
 
     const std::vector<Task>& tasks() const { return tasks_; }
     int64_t chunk() const { return chunk_; }
 
     // Forward and backward of rows [begin, begin + n) of the batch, n <= chunk(). cotangent, value, d_x, d_context: per row of the chunk.
-    // If `parameters`, keeps what weight_gradients needs.
+    // If there are parameters, keeps what `gradient` needs.
     template <class V>
-    void tiles(const Batch& batch, int64_t begin, int64_t n, const T* cotangent, V* value, T* d_x, T* d_context) {
-        const Cut cut(n, kernels_.width, lanes_);
-        if (parameters_) {
-            capacity_ = round_up(n, 48) + 48;
-            deltas_.resize(size_t(cut.tiles) * (delta_rows_ + 8) * size_t(lanes_));
-            inputs_.resize(input_rows_ * size_t(capacity_));
-            tile_begin_.resize(size_t(cut.tiles));
-            tile_rows_.resize(size_t(cut.tiles));
-        }
+    void pass(const Batch& batch, int64_t begin, int64_t n, const T* cotangent, V* value, T* d_x, T* d_context) {
         const RowReader reader(batch);
+        const Cut cut(n, kernels_.width, lanes_);
+        auto run = [&](Room& room, Kept<T>& kept, int64_t first, int here, int64_t place) {
+            tile(room, kept, reader, begin + first, here, cotangent + first, value ? value + first : nullptr,
+                 d_x ? d_x + first * program_.features() : nullptr, d_context ? d_context + first * program_.context() : nullptr, place);
+        };
+        if (small_) {
+            const int64_t blocks = (n + kBlockRows - 1) / kBlockRows, rows = (n + blocks - 1) / blocks;
+            block_gradients_.resize(size_t(blocks) * program_.master().size());
+            blocks_ = int(blocks);
+            parallel_for(blocks, [&](int64_t b) {
+                const int64_t first = b * rows, here = std::min(rows, n - first);
+                if (here <= 0) return;
+                const Cut inner(here, kernels_.width, lanes_, 1);
+                Kept<T> kept;
+                auto lay_out = [&](char* base) {
+                    Carver carve(base);
+                    place(kept, inner, here, carve.take<T>(delta_size(inner)), carve.take<T>(input_size(here)));
+                    Room room(carve, *this, kept.deltas);
+                    for (int64_t t = 0; base && t < inner.tiles; ++t) {
+                        if (t) room.aim(*this, kept.deltas + size_t(t) * delta_stride());
+                        run(room, kept, first + inner.begin(t), int(inner.size(t, here)), inner.begin(t));
+                    }
+                    return carve.used();
+                };
+                lay_out(thread_scratch(lay_out(nullptr)));
+                T* out = block_gradients_.data() + size_t(b) * program_.master().size();
+                for (const Task& task : tasks_) sum(kept, task, false, out);
+            });
+            return;
+        }
+        if (parameters_) {
+            deltas_.resize(delta_size(cut));
+            inputs_.resize(input_size(n));
+            place(kept_, cut, n, deltas_.data(), inputs_.data());
+        }
         Carver measure;
         Room(measure, *this, nullptr);
         parallel_for(cut.tiles, [&](int64_t t) {
             Carver carve(thread_scratch(measure.used()));
-            Room room(carve, *this, parameters_ ? deltas_.data() + size_t(t) * (delta_rows_ + 8) * size_t(lanes_) : nullptr);
-            const int64_t first = cut.begin(t);
-            const int here = int(cut.size(t, n));
-            if (parameters_) {
-                tile_begin_[size_t(t)] = first;
-                tile_rows_[size_t(t)] = here;
-            }
-            tile(room, reader, begin + first, here, cotangent + first, value ? value + first : nullptr,
-                 d_x ? d_x + first * program_.features() : nullptr, d_context ? d_context + first * program_.context() : nullptr, first);
+            Room room(carve, *this, parameters_ ? deltas_.data() + size_t(t) * delta_stride() : nullptr);
+            run(room, kept_, cut.begin(t), int(cut.size(t, n)), cut.begin(t));
         });
     }
 
-    // The gradient of one task, into a vector laid out like the master.
-    void weight_gradient(const Task& task, bool add, T* gradient) const {
-        const Kernels<T>& k = kernels_;
+    // The gradient of one task over the rows of the last pass, into a vector laid out like the master.
+    void gradient(const Task& task, bool add, T* out) const {
+        if (!small_) return sum(kept_, task, add, out);
+        const int64_t size = int64_t(program_.master().size());
+        for (const auto& range : ranges(task))
+            kernels_.sum_blocks(block_gradients_.data() + range.first, size, blocks_, range.second, add, out + range.first);
+    }
+
+    // Where the weights and the biases of a task lie in the master: begin and count.
+    std::array<std::pair<int64_t, int64_t>, 2> ranges(const Task& task) const {
         const size_t made = size_t(task.made), map = size_t(task.map);
-        const Staircase& stairs = program_.sorted()[made].maps[map];
-        const size_t tile_count = tile_rows_.size();
-        std::vector<const T*> delta(tile_count);
-        for (size_t t = 0; t < tile_count; ++t)
-            delta[t] = deltas_.data() + (t * (delta_rows_ + 8) + places_[made].delta[map] + size_t(task.row)) * size_t(lanes_);
-        k.weight_gradient(delta.data(), tile_rows_.data(), tile_begin_.data(), int(tile_count), task.rows,
-                          inputs_.data() + places_[made].inputs[map] * size_t(capacity_), capacity_, stairs.limit.data() + task.row,
-                          stairs.offset.data() + task.row, add, gradient + program_.weight_offset(made, map));
-        k.bias_gradient(delta.data(), tile_rows_.data(), tile_begin_.data(), int(tile_count), task.rows, add,
-                        gradient + program_.bias_offset(made, map) + task.row);
+        const auto& offset = program_.sorted()[made].maps[map].offset;
+        const int64_t begin = offset[size_t(task.row)];
+        return {{{program_.weight_offset(made, map) + begin, offset[size_t(task.row + task.rows)] - begin},
+                 {program_.bias_offset(made, map) + task.row, task.rows}}};
     }
 
 private:
+    size_t delta_stride() const { return (delta_rows_ + 8) * size_t(lanes_); }
+    size_t delta_size(const Cut& cut) const { return size_t(cut.tiles) * delta_stride(); }
+    static int64_t capacity(int64_t rows) { return round_up(rows, 48) + 48; }
+    size_t input_size(int64_t rows) const { return input_rows_ * size_t(capacity(rows)); }
+
+    static void place(Kept<T>& kept, const Cut& cut, int64_t rows, T* deltas, T* inputs) {
+        kept.deltas = deltas;
+        kept.inputs = inputs;
+        kept.capacity = capacity(rows);
+        kept.tile_rows.clear();
+        kept.tile_begin.clear();
+        for (int64_t t = 0; t < cut.tiles; ++t) {
+            kept.tile_begin.push_back(cut.begin(t));
+            kept.tile_rows.push_back(int(cut.size(t, rows)));
+        }
+    }
+
+    void sum(const Kept<T>& kept, const Task& task, bool add, T* gradient) const {
+        const Kernels<T>& k = kernels_;
+        const size_t made = size_t(task.made), map = size_t(task.map), tiles = kept.tile_rows.size();
+        const Staircase& stairs = program_.sorted()[made].maps[map];
+        std::vector<const T*> delta(tiles);
+        for (size_t t = 0; t < tiles; ++t)
+            delta[t] = kept.deltas + t * delta_stride() + (places_[made].delta[map] + size_t(task.row)) * size_t(lanes_);
+        k.weight_gradient(delta.data(), kept.tile_rows.data(), kept.tile_begin.data(), int(tiles), task.rows,
+                          kept.inputs + places_[made].inputs[map] * size_t(kept.capacity), kept.capacity, stairs.limit.data() + task.row,
+                          stairs.offset.data() + task.row, add, gradient + program_.weight_offset(made, map));
+        k.bias_gradient(delta.data(), kept.tile_rows.data(), kept.tile_begin.data(), int(tiles), task.rows, add,
+                        gradient + program_.bias_offset(made, map) + task.row);
+    }
+
     // Scratch of one tile. Deltas lie in the chunk's memory when weights need them.
     struct Room {
         std::vector<Trace<T>> trace;
@@ -172,10 +241,18 @@ private:
                 trace[k].delta = pointers[3 * k + 2].data();
             }
         }
+
+        // Another tile's deltas.
+        void aim(const Gradients& owner, T* deltas) {
+            for (size_t k = 0; k + 1 < trace.size(); ++k)
+                for (size_t m = 0; m < pointers[3 * k + 2].size(); ++m)
+                    pointers[3 * k + 2][m] = deltas + owner.places_[k].delta[m] * size_t(owner.lanes_);
+        }
     };
 
     template <class V>
-    void tile(Room& room, const RowReader& reader, int64_t begin, int n, const T* cotangent, V* value, T* d_x, T* d_context, int64_t place) {
+    void tile(Room& room, Kept<T>& kept, const RowReader& reader, int64_t begin, int n, const T* cotangent, V* value, T* d_x, T* d_context,
+              int64_t place) {
         const Kernels<T>& k = kernels_;
         const int features = program_.features(), context = program_.context(), count = int(program_.mades());
         const int padded = int(round_up(n, k.width)), lanes = lanes_;
@@ -226,10 +303,10 @@ private:
         if (!parameters_) return;
         for (int j = 0; j < count; ++j) {
             const auto& widths = program_.widths(size_t(j));
-            const Trace<T>& kept = room.trace[size_t(j)];
+            const Trace<T>& trace = room.trace[size_t(j)];
             for (size_t m = 0; m < widths.size(); ++m)
-                k.transpose(m ? kept.units[m - 1] : kept.x, m ? widths[m - 1] : features + context, padded,
-                            inputs_.data() + places_[size_t(j)].inputs[m] * size_t(capacity_), place, capacity_);
+                k.transpose(m ? trace.units[m - 1] : trace.x, m ? widths[m - 1] : features + context, padded,
+                            kept.inputs + places_[size_t(j)].inputs[m] * size_t(kept.capacity), place, kept.capacity);
         }
     }
 
@@ -268,10 +345,11 @@ private:
     size_t delta_rows_ = 0, input_rows_ = 0;
     std::vector<Places> places_;
     std::vector<Task> tasks_;
-    int64_t chunk_ = 48, capacity_ = 0;
-    AlignedVector<T> deltas_, inputs_;  // [tile][delta rows][lanes], and per map [chunk of lanes][capacity][lanes]
-    std::vector<int> tile_rows_;
-    std::vector<int64_t> tile_begin_;
+    int64_t chunk_ = 48;
+    bool small_ = false;
+    AlignedVector<T> deltas_, inputs_, block_gradients_;  // [block][master]
+    Kept<T> kept_;
+    int blocks_ = 0;
 };
 
 Batch part(const Batch& batch, const int64_t* index, int64_t rows) {
@@ -294,11 +372,11 @@ void vjp(const Program<T>& program, const Batch& batch, const T* cotangent, T* v
     for (int64_t begin = 0; begin < total; begin += gradients.chunk()) {
         const int64_t n = std::min(gradients.chunk(), total - begin);
         clock.tick();
-        gradients.tiles(batch, begin, n, cotangent + begin, value ? value + begin : nullptr, d_x ? d_x + begin * features : nullptr,
-                        d_context ? d_context + begin * context : nullptr);
+        gradients.pass(batch, begin, n, cotangent + begin, value ? value + begin : nullptr, d_x ? d_x + begin * features : nullptr,
+                       d_context ? d_context + begin * context : nullptr);
         if (d_parameters)
             parallel_for(int64_t(gradients.tasks().size()),
-                         [&](int64_t t) { gradients.weight_gradient(gradients.tasks()[size_t(t)], true, gradient.data()); });
+                         [&](int64_t t) { gradients.gradient(gradients.tasks()[size_t(t)], true, gradient.data()); });
     }
     if (!d_parameters) return;
     std::fill(d_parameters, d_parameters + program.parameter_count(), T(0));
@@ -350,13 +428,13 @@ double Trainer<T>::epoch(const Batch& batch, const double* weights, int64_t batc
         s.value.resize(size_t(size));
         for (int64_t i = 0; i < size; ++i) s.cotangent[size_t(i)] = T(-weight(i) / (double(size) * mean_weight));
 
-        auto gradient_of = [&](int64_t t, bool add) { s.gradients.weight_gradient(tasks[size_t(t)], add, s.gradient.data()); };
+        auto gradient_of = [&](int64_t t, bool add) { s.gradients.gradient(tasks[size_t(t)], add, s.gradient.data()); };
         const int64_t chunks = (size + s.gradients.chunk() - 1) / s.gradients.chunk();
         double loss = 0;
         for (int64_t c = 0; c < chunks; ++c) {
             const int64_t first = c * s.gradients.chunk(), n = std::min(s.gradients.chunk(), size - first);
-            s.gradients.tiles(rows, first, n, s.cotangent.data() + first, s.value.data() + first, static_cast<T*>(nullptr),
-                              static_cast<T*>(nullptr));
+            s.gradients.pass(rows, first, n, s.cotangent.data() + first, s.value.data() + first, static_cast<T*>(nullptr),
+                             static_cast<T*>(nullptr));
             for (int64_t i = first; i < first + n; ++i) loss -= weight(i) * s.value[size_t(i)];
             if (c + 1 < chunks) parallel_for(int64_t(tasks.size()), [&](int64_t t) { gradient_of(t, c > 0); });
         }
@@ -379,11 +457,7 @@ double Trainer<T>::epoch(const Batch& batch, const double* weights, int64_t batc
         parallel_for(int64_t(tasks.size()), [&](int64_t t) {
             const Task& task = tasks[size_t(t)];
             if (!ready) gradient_of(t, chunks > 1);
-            const Staircase& stairs = program.sorted()[size_t(task.made)].maps[size_t(task.map)];
-            const int64_t weight_begin = program.weight_offset(size_t(task.made), size_t(task.map)) + stairs.offset[size_t(task.row)];
-            const int64_t bias_begin = program.bias_offset(size_t(task.made), size_t(task.map)) + task.row;
-            const int64_t count = stairs.offset[size_t(task.row + task.rows)] - stairs.offset[size_t(task.row)];
-            for (const auto& range : {std::pair<int64_t, int64_t>(weight_begin, count), std::pair<int64_t, int64_t>(bias_begin, task.rows)})
+            for (const auto& range : s.gradients.ranges(task))
                 k.adam(program.master().data() + range.first, s.m.data() + range.first, s.v.data() + range.first,
                        s.gradient.data() + range.first, range.second, adam);
             for (int row = 0; row < task.rows; row += 8)

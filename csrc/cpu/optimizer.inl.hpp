@@ -8,6 +8,21 @@ namespace fastmaf {
 namespace FASTMAF_ISA {
 
 template <class T>
+static void sum_blocks(const T* blocks, int64_t stride, int count, int64_t n, bool add, T* out) {
+    int64_t i = 0;
+    for (; i + Lanes<T>::W <= n; i += Lanes<T>::W) {
+        Vec<T> sum = add ? load_loose(out + i) : Vec<T>{};
+        for (int b = 0; b < count; ++b) sum += load_loose(blocks + b * stride + i);
+        store_loose<T>(out + i, sum);
+    }
+    for (; i < n; ++i) {
+        T sum = add ? out[i] : T(0);
+        for (int b = 0; b < count; ++b) sum += blocks[b * stride + i];
+        out[i] = sum;
+    }
+}
+
+template <class T>
 static void adam(T* w, T* m, T* v, const T* g, int64_t n, const AdamStep<T>& s) {
     auto step = [&](auto wi, auto mi, auto vi, auto gi, auto sqrt, auto write) {
         const auto gradient = (gi + s.l2 * wi) * s.scale;

@@ -71,6 +71,8 @@ struct Kernels {
                             int64_t capacity, const int* limit, const int64_t* offset, bool add, T* gradient);
     // Sum over rows of delta, 16 (float) or 8 (double) interleaved sums added in order.
     void (*bias_gradient)(const T* const* delta, const int* tile_rows, const int64_t* tile_begin, int tiles, int rows, bool add, T* gradient);
+    // out [n] = or += the sum of `count` rows of `blocks`, which lie `stride` apart, in order.
+    void (*sum_blocks)(const T* blocks, int64_t stride, int count, int64_t n, bool add, T* out);
     void (*adam)(T* w, T* m, T* v, const T* g, int64_t n, const AdamStep<T>& step);
     double (*sum_squares)(const T* g, const T* w, T l2, int64_t n);
     // Measurements: repetitions of the micro-kernel on a block in L1, or of fused multiply-adds in registers; returns FLOP.

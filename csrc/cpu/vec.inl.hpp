@@ -68,6 +68,26 @@ FASTMAF_INLINE void store_loose(T* p, Vec<T> v) {
     *reinterpret_cast<typename Lanes<T>::Loose*>(p) = v;
 }
 
+// p[0 .. n) = or += the first n lanes of v.
+template <class T>
+FASTMAF_INLINE void store_first(T* p, Vec<T> v, int n, bool add) {
+    if (n >= Lanes<T>::W) return store_loose<T>(p, add ? load_loose(p) + v : v);
+    if (n <= 0) return;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) {
+        const __mmask16 first = __mmask16((1u << n) - 1);
+        if (add) v += (Vec<T>)_mm512_maskz_loadu_ps(first, p);
+        _mm512_mask_storeu_ps(p, first, (__m512)v);
+    } else {
+        const __mmask8 first = __mmask8((1u << n) - 1);
+        if (add) v += (Vec<T>)_mm512_maskz_loadu_pd(first, p);
+        _mm512_mask_storeu_pd(p, first, (__m512d)v);
+    }
+#else
+    for (int i = 0; i < n; ++i) p[i] = add ? p[i] + v[i] : v[i];
+#endif
+}
+
 // fma(a, b, c) = a b + c; relu keeps NaN, so the maximum takes its second operand where the two do not compare.
 #if defined(__AVX512F__)
 FASTMAF_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
