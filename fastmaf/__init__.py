@@ -8,8 +8,10 @@
 
 from __future__ import annotations
 
+from fastmaf import presets
 from fastmaf._backends import get_backend, set_backend
 from fastmaf.config import get_num_threads, num_threads, set_isa, set_num_threads, show_config, version
+from fastmaf.ensemble import Ensemble
 from fastmaf.flow import Flow
 from fastmaf.io import load
 from fastmaf.made import MADE
@@ -18,11 +20,13 @@ from fastmaf.maf import MAF
 __all__ = [
     "MADE",
     "MAF",
+    "Ensemble",
     "Flow",
     "get_backend",
     "get_num_threads",
     "load",
     "num_threads",
+    "presets",
     "set_backend",
     "set_isa",
     "set_num_threads",

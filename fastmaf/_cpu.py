@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastmaf import _core
-from fastmaf.layers import Affine, Autoregressive, Elementwise, Normal, Permutation
+from fastmaf.layers import Affine, Autoregressive, BatchNorm, Conditioner, Elementwise, Law, Linear, Permutation, Terminal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -23,21 +24,19 @@ __all__ = ["backend"]
 LAWS = ("exp", "exp_soft")
 
 
-def _missing_in(layer: Autoregressive, context_features: int) -> str | None:
+def _missing_in(layer: Autoregressive | Terminal, context_features: int) -> str | None:
     """What the core has no kernel for."""
-    conditioner, law = layer.conditioner, layer.law
+    conditioner = layer.conditioner
+    law = layer.law.kind if isinstance(layer, Autoregressive) else layer.law
     maps = (*conditioner.hidden, conditioner.final)
-    if layer.direction != "data":
+    if isinstance(layer, Autoregressive) and layer.direction != "data":
         return f"direction {layer.direction!r} of an Autoregressive layer"
-    if law.kind not in LAWS:
-        return f"law {law.kind!r}"
-    for block in conditioner.blocks:
-        if block.kind != "plain":
-            return f"{block.kind} blocks"
-    if conditioner.hidden and not conditioner.final_activation:
-        return "a conditioner without activation in front of its final map"
-    if conditioner.skip is not None:
-        return "direct weights from variables to parameters"
+    if law not in LAWS:
+        return f"law {law!r}"
+    wiring = _wiring(conditioner)
+    for number, (_, adds) in enumerate(wiring):
+        if adds >= 0 and not np.array_equal(maps[number].degrees, maps[adds].degrees):  # type: ignore[arg-type]
+            return "a residual block that changes the degrees of its units"
     if any(dense.norm_scale is not None for dense in maps):
         return "an inner batch norm"
     if any(dense.context_bias is not None for dense in maps):
@@ -46,6 +45,23 @@ def _missing_in(layer: Autoregressive, context_features: int) -> str | None:
     if modes != ["added" if context_features else "none"] + ["none"] * (len(maps) - 1):
         return f"a context that enters as {', '.join(modes)} (the core has: added, at the first map of every layer)"
     return None
+
+
+def _wiring(conditioner: Conditioner) -> list[tuple[bool, int]]:
+    """For each map, whether the next one reads activations, and the map whose sums are added to its own, or -1."""
+    activated: list[bool] = []
+    adds: list[int] = [-1]
+    for block in conditioner.blocks:
+        activated.append(block.kind in ("plain", "residual"))
+        if block.residual:
+            activated.append(True)
+            adds += [-1, len(activated) - 2]
+        else:
+            adds.append(-1)
+    if conditioner.initial is not None:
+        activated.append(conditioner.final_activation)
+        adds.append(-1)
+    return list(zip([*activated, False], adds, strict=True))
 
 
 def _front(layers: tuple[Any, ...], width: int) -> tuple[Elementwise, Affine, int]:
@@ -79,54 +95,64 @@ def _describe(flow: Flow) -> dict[str, Any]:
     elementwise, affine, count = _front(flow.layers, flow.features)
     context_elementwise, context_affine, _ = _front(flow.context_layers, flow.context_features)
     variable = np.arange(flow.features)
-    mades: list[dict[str, Any]] = []
+    stages: list[dict[str, Any]] = []
     for layer in flow.layers[count:]:
         if isinstance(layer, Permutation):
             variable = variable[layer.perm]
-        elif isinstance(layer, Affine):
-            if not mades:  # behind a Permutation at the head: back to the columns of the data
-                place = np.argsort(variable)
-                affine = _merged(affine, Affine(layer.loc[place], layer.scale[place]))
-                continue
-            place = np.argsort(variable)[mades[-1]["variable"]]
-            before = (
-                Affine(mades[-1]["loc"], mades[-1]["scale"])
-                if mades[-1]["loc"]
-                else Affine(np.zeros(flow.features), np.ones(flow.features))
-            )
-            merged = _merged(before, Affine(layer.loc[place], layer.scale[place]))
-            mades[-1].update(loc=merged.loc.tolist(), scale=merged.scale.tolist())
-        elif isinstance(layer, Autoregressive):
-            mades.append(_describe_made(layer, variable))
+        elif isinstance(layer, Affine) and not stages:  # behind a Permutation at the head: back to the columns of the data
+            place = np.argsort(variable)
+            affine = _merged(affine, Affine(layer.loc[place], layer.scale[place]))
+        elif isinstance(layer, Affine) and stages[-1]["output"] == "transform":
+            last = stages[-1]
+            place = np.argsort(variable)[last["variable"]]
+            after = Affine(layer.loc[place], layer.scale[place])
+            if "scale" in last:
+                after = _merged(Affine(last["loc"], last["scale"]), after)
+            last.update(loc=after.loc.tolist(), scale=after.scale.tolist())
+        else:
+            stages.append({"variable": variable.tolist(), **_describe_stage(layer)})
+    if isinstance(flow.base, Terminal):
+        stages.append({"variable": variable.tolist(), **_describe_stage(flow.base)})
     return {
         "features": flow.features,
         "context_features": flow.context_features,
         "columns": _columns(elementwise, affine),
         "context_columns": _columns(context_elementwise, context_affine),
-        "mades": mades,
+        "stages": stages,
         "noise_variable": variable.tolist(),
     }
 
 
-def _describe_made(layer: Autoregressive, variable: Array) -> dict[str, Any]:
-    maps = (*layer.conditioner.hidden, layer.conditioner.final)
+def _describe_stage(layer: Any) -> dict[str, Any]:
+    if isinstance(layer, Linear):
+        return {"output": "linear"}
+    if isinstance(layer, Affine):
+        return {"output": "norm", "loc": layer.loc.tolist(), "scale": layer.scale.tolist()}
+    if isinstance(layer, BatchNorm):
+        mean, var = (array.astype(np.float64).tolist() for array in (layer.mean, layer.var))
+        return {"output": "norm", "mean": mean, "var": var, "eps": layer.eps, "of_batch": layer.statistics == "batch"}
+    conditioner = layer.conditioner
+    law = layer.law if isinstance(layer, Autoregressive) else Law(layer.law, constants=layer.constants)
     return {
+        "output": "transform" if isinstance(layer, Autoregressive) else layer.conditional,
         "ranks": layer.ranks.tolist(),
-        "variable": variable.tolist(),
-        "activation": layer.conditioner.activation,
-        "law": layer.law.kind,
-        "form": layer.law.form,
-        "clip": layer.law.constants.get("clip", 1.0),
-        "loc": [],
-        "scale": [],
+        "rows": list(layer.rows) if isinstance(layer, Terminal) else [law.parameters] * layer.ranks.size,
+        "components": layer.components if isinstance(layer, Terminal) else 1,
+        "activation": conditioner.activation,
+        "law": law.kind,
+        "form": law.form,
+        "clip": law.constants.get("clip", 1.0),
+        "skip": conditioner.skip is not None,
         "maps": [
             {
                 "rows": dense.weight.shape[0],
                 "inputs": dense.weight.shape[1],
                 "degrees": [] if dense.degrees is None else dense.degrees.tolist(),
                 "context": dense.context == "added",
+                "activated": activated,
+                "adds": adds,
             }
-            for dense in maps
+            for dense, (activated, adds) in zip((*conditioner.hidden, conditioner.final), _wiring(conditioner), strict=True)
         ],
     }
 
@@ -136,7 +162,7 @@ def _pack(flow: Flow) -> _core.Flow:
 
 
 class _Engine:
-    """Trains a packed flow; see `fastmaf.train`."""
+    """Trains a packed flow, or several with different masks over the same weights; see `fastmaf.train`."""
 
     def __init__(
         self,
@@ -147,10 +173,32 @@ class _Engine:
         l2: float = 0.0,
         weight_decay: float = 0.0,
         clip_norm: float | None = None,
+        members: Sequence[Flow] | None = None,
     ) -> None:
-        self._dtype = flow.dtype
-        self._packed = _pack(flow)
-        self._trainer = _core.Trainer(self._packed, *betas, eps, l2, weight_decay, clip_norm or 0.0)
+        self._flow = flow
+        self._norms = [isinstance(layer, BatchNorm) for layer in flow.layers].count(True)
+        self._packed = [_pack(member) for member in members or [flow]]
+        self._shared = members is not None
+        self._trainer = _core.Trainer(self._trained(), *betas, eps, l2, weight_decay, clip_norm or 0.0)
+
+    def _trained(self) -> list[_core.Flow]:
+        return self._packed * 2 if self._shared and len(self._packed) == 1 else self._packed
+
+    def set_members(self, members: Sequence[Flow]) -> None:
+        shape = [array.shape for array in self._flow._parameter_arrays()]
+        if not members or any([array.shape for array in member._parameter_arrays()] != shape for member in members):
+            raise ValueError(f"{len(members)} members: there must be at least one, all with the weights of the first ones")
+        parameters = self.parameters()
+        self._packed = [_pack(member) for member in members]
+        self._trainer.set_members(self._trained())
+        self.set_parameters(parameters)
+
+    def set_statistics(self, statistics: Sequence[tuple[Array, Array]]) -> None:
+        if len(statistics) != self._norms:
+            raise ValueError(f"{len(statistics)} pairs of mean and variance; the flow has {self._norms} batch norms")
+        for packed in self._packed:
+            for stage, (mean, var) in zip(packed.norms(), statistics, strict=True):
+                packed.set_statistics(stage, np.ascontiguousarray(mean, np.float64), np.ascontiguousarray(var, np.float64))
 
     def epoch(
         self,
@@ -166,15 +214,23 @@ class _Engine:
         return self._trainer.epoch(x, context, weights, rows, batch_size, lr, mean_weight, poll)
 
     def log_prob(self, x: Array, context: Array | None) -> Array:
-        out = np.empty(len(x), self._dtype)
-        self._packed.log_prob(x, context, out)
-        return out
+        out = np.empty((len(self._packed), len(x)), self._flow.dtype)
+        if self._shared:
+            parameters = self.parameters()
+        for packed, own in zip(self._packed, out, strict=True):
+            if self._shared:
+                packed.set_parameters(parameters)
+            packed.log_prob(x, context, own)
+        if not self._shared:
+            return out[0]
+        mean: Array = np.logaddexp.reduce(out.astype(np.float64), axis=0) - math.log(len(out))
+        return mean.astype(out.dtype)
 
     def parameters(self) -> Array:
         return self._trainer.parameters()
 
     def set_parameters(self, parameters: Array) -> None:
-        self._trainer.set_parameters(np.ascontiguousarray(parameters, self._dtype))
+        self._trainer.set_parameters(np.ascontiguousarray(parameters, self._flow.dtype))
 
     def state(self) -> dict[str, Array]:
         first, second = self._trainer.moments()
@@ -182,9 +238,7 @@ class _Engine:
 
     def load_state(self, state: dict[str, Array]) -> None:
         self.set_parameters(state["parameters"])
-        self._trainer.set_moments(
-            np.ascontiguousarray(state["first_moment"], self._dtype), np.ascontiguousarray(state["second_moment"], self._dtype)
-        )
+        self._trainer.set_moments(*(np.ascontiguousarray(state[name], self._flow.dtype) for name in ("first_moment", "second_moment")))
         self._trainer.steps = int(state["step"])
 
 
@@ -192,11 +246,11 @@ class _Cpu:
     name = "cpu"
 
     def unsupported(self, flow: Flow) -> str | None:
-        if not isinstance(flow.base, Normal):
-            return f"a {flow.base.conditional} base"
+        if isinstance(flow.base, Terminal) and (missing := _missing_in(flow.base, flow.context_features)):
+            return missing
         _, _, count = _front(flow.layers, flow.features)
         for layer in flow.layers[count:]:
-            if not isinstance(layer, (Affine, Permutation, Autoregressive)):
+            if not isinstance(layer, (Affine, BatchNorm, Linear, Permutation, Autoregressive)):
                 where = " behind other layers" if isinstance(layer, Elementwise) else ""
                 return f"a {type(layer).__name__} layer{where}"
             if isinstance(layer, Autoregressive) and (missing := _missing_in(layer, flow.context_features)):

@@ -16,17 +16,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmaf import masks
+from fastmaf.flow import trainable
 from fastmaf.layers import Affine, Autoregressive, BatchNorm, Block, Conditioner, Dense, Elementwise, Law, Linear, Permutation, Terminal
 
 if TYPE_CHECKING:
     from fastmaf.flow import Flow
 
-__all__ = ["backend", "normals", "philox", "quantile", "shuffle"]
+__all__ = ["backend", "free", "normals", "philox", "quantile", "shuffle"]
 
 Array = NDArray[Any]
 Weights = Sequence[Sequence[Array]]
+Statistics = Sequence[tuple[Array, Array]]
 Pull = Callable[[Array, Array], Array]
 Passed = tuple[Array, Array, Pull]
+Learned = tuple[Array, Array, Callable[[Array, Array], tuple[Array, Any, list[Array]]]]
 
 BUDGET = 1 << 21
 """Numbers that a chunk of rows may hold in the units of all layers."""
@@ -216,6 +219,7 @@ def _normal_pdf(x: Array) -> Array:
 def _log_sum_exp(x: Array) -> Array:
     """Over the last axis, which stays."""
     highest = x.max(axis=-1, keepdims=True)
+    highest = np.where(np.isneginf(highest), 0, highest)
     return np.asarray(highest + np.log(np.exp(x - highest).sum(axis=-1, keepdims=True)))
 
 
@@ -337,17 +341,6 @@ def _affine_inverse(layer: Affine, z: Array) -> tuple[Array, Array]:
     return z / layer.scale.astype(z.dtype) + layer.loc.astype(z.dtype), np.full(len(z), np.log(np.abs(layer.scale)).sum())
 
 
-def _batch_norm(layer: BatchNorm, x: Array) -> Passed:
-    scale = np.exp(layer.log_gamma) / np.sqrt(layer.var + layer.eps)
-    log_det = np.full(len(x), (layer.log_gamma - 0.5 * np.log(layer.var + layer.eps)).sum(dtype=np.float64))
-    return (x - layer.mean) * scale + layer.beta, log_det, lambda dz, g: dz * scale
-
-
-def _batch_norm_inverse(layer: BatchNorm, z: Array) -> tuple[Array, Array]:
-    scale = np.exp(layer.log_gamma) / np.sqrt(layer.var + layer.eps)
-    return (z - layer.beta) / scale + layer.mean, _batch_norm(layer, z)[1]
-
-
 def _permutation(layer: Permutation, x: Array) -> Passed:
     return x[:, layer.perm], np.zeros(len(x)), lambda dz, g: dz[:, np.argsort(layer.perm)]
 
@@ -356,48 +349,80 @@ def _permutation_inverse(layer: Permutation, z: Array) -> tuple[Array, Array]:
     return z[:, np.argsort(layer.perm)], np.zeros(len(z))
 
 
-def _linear(layer: Linear, x: Array) -> Passed:
-    lower, upper = _factors(layer)
-    log_det = np.full(len(x), np.log(np.abs(np.diagonal(upper))).sum(dtype=np.float64))
-    return x @ upper.T @ lower.T + layer.bias, log_det, lambda dz, g: dz @ lower @ upper
+# Layers with weights of their own: (layer, weights, x, ...) -> z, log det, and a pullback to x, to the contexts (0) and to the weights
+
+
+def _batch_norm(layer: BatchNorm, weights: Sequence[Array], x: Array, statistics: tuple[Array, Array], shares: Array | None) -> Learned:
+    """With the mean and variance given, or with those of the rows if they have `shares`, which sum to 1."""
+    log_gamma, beta = weights
+    if shares is not None:
+        share = shares[:, None]
+        mean = (share * x).sum(axis=0)
+        statistics = mean, (share * (x - mean) ** 2).sum(axis=0)
+    mean, var = (moment.astype(x.dtype) for moment in statistics)
+    spread, gamma = np.sqrt(var + layer.eps), np.exp(log_gamma)
+    scale, log_det = gamma / spread, (log_gamma - 0.5 * np.log(var + layer.eps)).sum(dtype=np.float64)
+
+    def pull(dz: Array, g: Array) -> tuple[Array, Any, list[Array]]:
+        normed = (x - mean) / spread
+        dnormed = (dz * normed).sum(axis=0)
+        gradients = [gamma * dnormed + g.sum(), dz.sum(axis=0)]
+        if shares is None:
+            return dz * scale, 0, gradients
+        through = gamma * gradients[1] + normed * gradients[0]
+        return dz * scale - (share * through / spread).astype(x.dtype), 0, gradients
+
+    return (x - mean) * scale + beta, np.full(len(x), log_det), pull
+
+
+def _batch_norm_inverse(layer: BatchNorm, z: Array) -> tuple[Array, Array]:
+    scale = np.exp(layer.log_gamma) / np.sqrt(layer.var + layer.eps)
+    log_det = (layer.log_gamma - 0.5 * np.log(layer.var + layer.eps)).sum(dtype=np.float64)
+    return (z - layer.beta) / scale + layer.mean, np.full(len(z), log_det)
+
+
+def _linear(weights: Sequence[Array], x: Array) -> Learned:
+    lower, upper, bias = weights
+    lower, upper = np.tril(lower, -1) + np.eye(len(bias), dtype=x.dtype), np.triu(upper)
+    between = x @ upper.T
+
+    def pull(dz: Array, g: Array) -> tuple[Array, Any, list[Array]]:
+        dbetween = dz @ lower
+        slopes = dbetween.T @ x + np.diag(g.sum() / np.diagonal(upper))
+        return dbetween @ upper, 0, [np.tril(dz.T @ between, -1), np.triu(slopes), dz.sum(axis=0)]
+
+    log_det = np.log(np.abs(np.diagonal(upper))).sum(dtype=np.float64)
+    return between @ lower.T + bias, np.full(len(x), log_det), pull
 
 
 def _linear_inverse(layer: Linear, z: Array) -> tuple[Array, Array]:
-    lower, upper = _factors(layer)
-    return np.linalg.solve(upper, np.linalg.solve(lower, (z - layer.bias).T)).T, _linear(layer, z)[1]
-
-
-def _factors(layer: Linear) -> tuple[Array, Array]:
-    lower = np.tril(layer.lower, -1)
-    np.fill_diagonal(lower, 1)
-    return lower, np.triu(layer.upper)
+    lower = np.tril(layer.lower, -1) + np.eye(len(layer.bias), dtype=z.dtype)
+    x = np.linalg.solve(np.triu(layer.upper), np.linalg.solve(lower, (z - layer.bias).T)).T
+    return x, np.full(len(z), np.log(np.abs(np.diagonal(layer.upper))).sum(dtype=np.float64))
 
 
 FORWARD: dict[type, Callable[[Any, Array], Passed]] = {
     Elementwise: _elementwise,
     Affine: _affine,
-    BatchNorm: _batch_norm,
     Permutation: _permutation,
-    Linear: _linear,
 }
 INVERSE: dict[type, Callable[[Any, Array], tuple[Array, Array]]] = {
     Elementwise: _elementwise_inverse,
     Affine: _affine_inverse,
     BatchNorm: _batch_norm_inverse,
-    Permutation: _permutation_inverse,
     Linear: _linear_inverse,
+    Permutation: _permutation_inverse,
 }
 
 
-# Networks.  A pullback gives the gradients in the units, in the contexts, and in the weights, in the order of `_weights`
+# Networks.  A pullback gives the gradients in the units, in the contexts, and in the weights, in the order of `trainable`
 
 Back = Callable[[Array], tuple[Array, Any, list[Array]]]
 
 
 def _weights(net: Conditioner) -> list[Array]:
     """The trainable arrays of a network, in the order of `Flow.parameters`."""
-    arrays = [a for dense in (*net.hidden, net.final) for a in (dense.weight, dense.bias, dense.context_weight, dense.context_bias)]
-    return [array for array in (*arrays, net.skip) if array is not None]
+    return list(trainable(net))
 
 
 def _masks(net: Conditioner, ranks: Array, rows: Sequence[int]) -> Iterator[Array | bool]:
@@ -409,6 +434,18 @@ def _masks(net: Conditioner, ranks: Array, rows: Sequence[int]) -> Iterator[Arra
         reads = dense.degrees if dense.degrees is not None else reads
     if net.skip is not None:
         yield outputs > ranks
+
+
+def free(record: Any) -> Iterator[Array | bool]:
+    """Which entries of the arrays of `trainable` no mask and no triangle holds at zero."""
+    if isinstance(record, BatchNorm):
+        yield from (True, True)
+    elif isinstance(record, Linear):
+        square = np.ones(record.lower.shape, bool)
+        yield from (np.tril(square, -1), np.triu(square), True)
+    elif isinstance(record, (Autoregressive, Terminal)):
+        rows = record.rows if isinstance(record, Terminal) else (Law.parameters,) * record.ranks.size
+        yield from _masks(record.conditioner, record.ranks, rows)
 
 
 def _dense(dense: Dense, take: Iterator[Array], activation: str, active: bool, h: Array, c: Array) -> tuple[Array, Back]:
@@ -481,14 +518,13 @@ def _network(layer: Autoregressive | Terminal, weights: Sequence[Array], x: Arra
         for step in reversed(steps):
             dx, dc_here, here = step(dx)
             dc, gradients = dc + dc_here, here + gradients
-        rows = layer.rows if isinstance(layer, Terminal) else (Law.parameters,) * layer.ranks.size
-        free = _masks(net, layer.ranks, rows)
-        return dx if skip is None else dx + dy @ skip, dc, [np.where(m, g, 0) for m, g in zip(free, gradients, strict=True)]
+        gradients = [np.where(own, gradient, 0) for own, gradient in zip(free(layer), gradients, strict=True)]
+        return dx if skip is None else dx + dy @ skip, dc, gradients
 
     return y, back
 
 
-def _autoregressive(layer: Autoregressive, weights: Sequence[Array], x: Array, c: Array) -> tuple[Array, Array, Any]:
+def _autoregressive(layer: Autoregressive, weights: Sequence[Array], x: Array, c: Array) -> Learned:
     """From data to noise; the pullback gives the gradients in x, in the contexts and in the weights."""
     if layer.direction == "noise":
         return *_by_rank(layer, weights, x, c, _to_noise), _no_gradient("an Autoregressive layer of direction 'noise'")
@@ -529,46 +565,87 @@ def _by_rank(layer: Autoregressive, weights: Sequence[Array], given: Array, c: A
     return found, _total(log_slope)
 
 
-# Bases
+# Bases: the log-density of rows, in double, and a pullback of its gradient to the rows, to the contexts and to the weights
+
+Based = tuple[Array, Callable[[Array], tuple[Array, Any, list[Array]]]]
 
 
-def _base_log_prob(flow: Flow, z: Array, c: Array) -> Array:
-    """Log-density of the results of the layers, in double."""
-    base = flow.base
-    if isinstance(base, Terminal):
-        return _total(_terminal(base, _network(base, _weights(base.conditioner), z, c)[0], z))
-    return -0.5 * _total(z * z) - flow.features * HALF_LOG_2PI
+def _base(flow: Flow, weights: Sequence[Array], z: Array, c: Array) -> Based:
+    if isinstance(flow.base, Terminal):
+        return _terminal(flow.base, weights, z, c)
+    return -0.5 * _total(z * z) - flow.features * HALF_LOG_2PI, lambda g: (-z * g[:, None], 0, [])
 
 
-def _terminal(base: Terminal, parameters: Array, x: Array) -> Array:
-    """Log-densities or log-probabilities (n, D) of the variables; those of values that a discrete variable does not have are -inf."""
+def _terminal(base: Terminal, weights: Sequence[Array], x: Array, c: Array) -> Based:
+    """Rows with a value that a discrete variable does not have go on as zeros, with log-probability -inf and gradient 0."""
+    unknown = np.zeros(len(x), bool)
+    if base.conditional != "mixture":
+        known = (x >= 0) & (x < np.array(base.categories or 2)) & (x == np.floor(x))
+        unknown = (~known).any(axis=1) & ~np.isnan(x).any(axis=1)
+        x = np.where(unknown[:, None], 0, x)
+    parameters, back = _network(base, weights, x, c)
     if base.conditional == "mixture":
-        logits, shift, a = _mixture(base, parameters)
-        z = (x[:, :, None] - shift) * np.exp(-a)
-        return _log_sum_exp(logits - _log_sum_exp(logits) - a - 0.5 * z * z - HALF_LOG_2PI)[:, :, 0]
-    if base.conditional == "bernoulli":
-        return np.where((x == 0) | (x == 1), -np.logaddexp(0, np.where(x == 1, -parameters, parameters)), -np.inf)
-    columns = []
-    for j, (first, count) in enumerate(zip(np.cumsum((0, *base.rows)), base.rows, strict=False)):
-        logits = parameters[:, first : first + count]
-        known = (x[:, j] >= 0) & (x[:, j] < count) & (x[:, j] == np.floor(x[:, j]))
-        value = np.where(known, x[:, j], 0).astype(np.int64)
-        chosen = np.take_along_axis(logits - _log_sum_exp(logits), value[:, None], axis=1)[:, 0]
-        columns.append(np.where(known, chosen, -np.inf))
-    return np.stack(columns, axis=1)
+        values, slopes = _mixture_log_prob(base, parameters, x)
+    elif base.conditional == "bernoulli":
+        values, slopes = -np.logaddexp(0, np.where(x == 0, parameters, -parameters)), lambda: (x - _sigmoid(parameters), np.zeros_like(x))
+    else:
+        values, slopes = _categorical_log_prob(base, parameters, x)
+    value = np.where(unknown, -np.inf, _total(values))
+
+    def pull(g: Array) -> tuple[Array, Any, list[Array]]:
+        g = np.where(np.isneginf(value), 0, g).astype(x.dtype)[:, None]
+        dparameters, direct = slopes()
+        dx, dc, gradients = back(g * dparameters)
+        return g * direct + dx, dc, gradients
+
+    return value, pull
 
 
-def _mixture(base: Terminal, parameters: Array) -> tuple[Array, Array, Array]:
-    """Logits, shifts and log-scales, (n, D, components) each."""
+Slopes = Callable[[], tuple[Array, Array]]
+
+
+def _categorical_log_prob(base: Terminal, parameters: Array, x: Array) -> tuple[Array, Slopes]:
+    """Log-probabilities (n, D), and their derivatives in the parameters and in x (none)."""
+    first = np.cumsum((0, *base.rows))[:-1]
+    values, slopes = np.empty_like(x), np.empty_like(parameters)
+    for j, (start, count) in enumerate(zip(first, base.rows, strict=True)):
+        logits = parameters[:, start : start + count]
+        log_p = logits - _log_sum_exp(logits)
+        chosen = np.arange(count) == x[:, j, None]
+        values[:, j] = np.where(np.isnan(x[:, j]), np.nan, np.where(chosen, log_p, 0).sum(axis=1))
+        slopes[:, start : start + count] = chosen - np.exp(log_p)
+    return values, lambda: (slopes, np.zeros_like(x))
+
+
+def _mixture_log_prob(base: Terminal, parameters: Array, x: Array) -> tuple[Array, Slopes]:
+    """Log-densities (n, D), and their derivatives in the parameters and, at fixed parameters, in x."""
+    logits, shift, a, slope = _mixture(base, parameters)
+    log_p = logits - _log_sum_exp(logits)
+    z = (x[:, :, None] - shift) * np.exp(-a)
+    terms = log_p - a - 0.5 * z * z - HALF_LOG_2PI
+    values = _log_sum_exp(terms)
+
+    def slopes() -> tuple[Array, Array]:
+        share = np.where(np.isneginf(values), 0, np.exp(terms - values))
+        pull = np.where(share == 0, 0, share * z)
+        up = pull * np.exp(-a)
+        by_log_scale = np.where(share == 0, 0, pull * z - share) * slope
+        return np.stack([share - np.exp(log_p), up, by_log_scale], axis=2).reshape(parameters.shape), -up.sum(axis=2)
+
+    return values[:, :, 0], slopes
+
+
+def _mixture(base: Terminal, parameters: Array) -> tuple[Array, Array, Array, Array]:
+    """Logits, shifts, log-scales and the derivatives of these, (n, D, components) each."""
     logits, shift, r = np.moveaxis(parameters.reshape(-1, base.features, 3, base.components), 2, 0)
-    return logits, shift, _log_scale(Law(base.law, constants=base.constants), r)[0]
+    return logits, shift, *_log_scale(Law(base.law, constants=base.constants), r)
 
 
 def _draw(base: Terminal, noise: Array, uniforms: Array, c: Array) -> Array:
     """Rows of a terminal MADE, rank by rank: a component or value from a uniform number, and the Gaussian of a component from the noise."""
-    x, first = np.zeros_like(noise), np.cumsum((0, *base.rows))
+    x, first, weights = np.zeros_like(noise), np.cumsum((0, *base.rows)), list(trainable(base))
     for rank in np.unique(base.ranks):
-        parameters, _ = _network(base, _weights(base.conditioner), x, c)
+        parameters, _ = _network(base, weights, x, c)
         for j in np.flatnonzero(base.ranks == rank):
             own = parameters[:, first[j] : first[j + 1]]
             if base.conditional == "bernoulli":
@@ -577,7 +654,7 @@ def _draw(base: Terminal, noise: Array, uniforms: Array, c: Array) -> Array:
             cumulative = np.cumsum(np.exp((logits - _log_sum_exp(logits)).astype(np.float64)), axis=1)
             choice = (cumulative[:, :-1] <= uniforms[:, j, None]).sum(axis=1)
             if base.conditional == "mixture":
-                _, shift, a = (part[np.arange(len(x)), j, choice] for part in _mixture(base, parameters))
+                _, shift, a, _ = (part[np.arange(len(x)), j, choice] for part in _mixture(base, parameters))
                 x[:, j] = noise[:, j] * np.exp(a) + shift
             else:
                 x[:, j] = np.where(np.isnan(cumulative[:, -1]), np.nan, choice)
@@ -588,12 +665,17 @@ def _draw(base: Terminal, noise: Array, uniforms: Array, c: Array) -> Array:
 
 
 def _all_weights(flow: Flow, vector: Array | None = None) -> Weights:
-    """The arrays of each autoregressive layer: its own, or views of a vector in the order of `Flow.parameters`."""
-    own = [_weights(layer.conditioner) for layer in flow.layers if isinstance(layer, Autoregressive)]
+    """The trainable arrays of each layer and of the base: their own, or views of a vector in the order of `Flow.parameters`."""
+    own = [list(trainable(record)) for record in (*flow.layers, flow.base)]
     if vector is None:
         return own
     pieces = iter(np.split(vector, np.cumsum([array.size for arrays in own for array in arrays])))
     return [[next(pieces).reshape(array.shape) for array in arrays] for arrays in own]
+
+
+def _statistics(flow: Flow) -> Statistics:
+    """Mean and variance of each batch norm, those of evaluation."""
+    return [(layer.mean, layer.var) for layer in flow.layers if isinstance(layer, BatchNorm)]
 
 
 def _context(flow: Flow, context: Array) -> tuple[Array, Pull]:
@@ -618,47 +700,58 @@ def _front(flow: Flow) -> int:
     return next((k for k, layer in enumerate(flow.layers) if not isinstance(layer, (Elementwise, Affine))), len(flow.layers))
 
 
-def _forward(flow: Flow, weights: Weights, x: Array, context: Array) -> tuple[Array, Array, Any]:
-    """Noise, log det and, given the gradient in noise and log det, the gradients in x, in the context and in all weights."""
+def _forward(
+    flow: Flow, weights: Weights, x: Array, context: Array, statistics: Statistics | None = None, shares: Array | None = None
+) -> tuple[Array, Array, Array, Any]:
+    """Noise, log det, contexts as the networks see them, and the pullback of the gradients in all three.
+
+    It gives the gradients in x, in the context and in the arrays of all layers.  Batch norms use `statistics`, if they are not those of
+    the flow; with `shares` of the rows in them, those of kind "batch" use the statistics of the rows.
+    """
     c, pull_context = _context(flow, context)
-    steps, networks, front = [], iter(weights), _front(flow)
+    moments = iter(_statistics(flow) if statistics is None else statistics)
+    steps, front = [], _front(flow)
     z = x.astype(np.promote_types(flow.dtype, np.float64))
     log_det = np.zeros(len(x), z.dtype)
     for k, layer in enumerate(flow.layers):
         if k == front:
             z = z.astype(flow.dtype)
+        step: Any
         if isinstance(layer, Autoregressive):
-            z, here, step = _autoregressive(layer, next(networks), z, c)
+            z, here, step = _autoregressive(layer, weights[k], z, c)
+        elif isinstance(layer, BatchNorm):
+            z, here, step = _batch_norm(layer, weights[k], z, next(moments), shares if layer.statistics == "batch" else None)
+        elif isinstance(layer, Linear):
+            z, here, step = _linear(weights[k], z)
         else:
             z, here, step = FORWARD[type(layer)](layer, z)
         log_det = log_det + here
         steps.append(step)
 
-    def pull(dz: Array, g: Array) -> tuple[Array, Array, list[Array]]:
-        dc = np.zeros_like(c)
+    def pull(dz: Array, dc: Array, g: Array) -> tuple[Array, Array, list[Array]]:
         gradients: list[Array] = []
         for layer, step in zip(reversed(flow.layers), reversed(steps), strict=True):
-            if isinstance(layer, Autoregressive):
+            if type(layer) in FORWARD:
+                dz = step(dz, g)
+            else:
                 dz, dc_here, here = step(dz, g)
                 dc, gradients = dc + dc_here, here + gradients
-            else:
-                dz = step(dz, g)
         return dz, pull_context(dc, g), gradients
 
-    return z.astype(flow.dtype), log_det, pull
+    return z.astype(flow.dtype), log_det, c, pull
 
 
 def _inverse(flow: Flow, z: Array, context: Array) -> tuple[Array, Array]:
     """Rows strictly inside the bounds of the first layer, and the log det of the way back."""
     c, _ = _context(flow, context)
-    networks, front = iter(_all_weights(flow)[::-1]), _front(flow)
+    weights, front = _all_weights(flow), _front(flow)
     wide = np.promote_types(flow.dtype, np.float64)
     x, log_det = z.astype(flow.dtype), np.zeros(len(z), wide)
     for k, layer in reversed(list(enumerate(flow.layers))):
         if k < front:
             x = x.astype(wide)
         if isinstance(layer, Autoregressive):
-            x, here = _autoregressive_inverse(layer, next(networks), x, c)
+            x, here = _autoregressive_inverse(layer, weights[k], x, c)
         else:
             x, here = INVERSE[type(layer)](layer, x)
         log_det = log_det + here
@@ -666,12 +759,26 @@ def _inverse(flow: Flow, z: Array, context: Array) -> tuple[Array, Array]:
     return _inside(flow.layers[0], x) if flow.layers and isinstance(flow.layers[0], Elementwise) else x, log_det
 
 
-def _log_prob(flow: Flow, x: Array, context: Array, z: Array, log_det: Array) -> Array:
-    """Log-density of rows that became z: NaN for a row or context with a NaN, else -inf at or outside a bound."""
+def _log_prob(
+    flow: Flow, weights: Weights, x: Array, context: Array, statistics: Statistics | None = None, shares: Array | None = None
+) -> tuple[Array, Any]:
+    """Log-density: NaN for a row or context with a NaN, else -inf at or outside a bound.
+
+    The pullback of its gradient goes to x, to the context and to the arrays of all layers and of the base.
+    """
+    z, log_det, c, pull_layers = _forward(flow, weights, x, context, statistics, shares)
+    base, pull_base = _base(flow, weights[-1], z, c)
     outside = np.isneginf(log_det)
-    value = np.where(outside, -np.inf, log_det + _base_log_prob(flow, z, _context(flow, context)[0]))
     missing = np.isnan(x).any(axis=1) | np.isnan(context).any(axis=1)
-    return np.where(missing, np.nan, value).astype(flow.dtype)
+    value = np.where(missing, np.nan, np.where(outside, -np.inf, log_det + base)).astype(flow.dtype)
+
+    def pull(cotangent: Array) -> tuple[Array, Array, list[Array]]:
+        g = np.where(outside, 0, cotangent).astype(flow.dtype)
+        dz, dc, gradients = pull_base(g)
+        dx, dcontext, own = pull_layers(dz, np.zeros_like(c) + dc, g)
+        return dx, dcontext, own + gradients
+
+    return value, pull
 
 
 def _no_gradient(what: str) -> Callable[..., Any]:
@@ -679,15 +786,6 @@ def _no_gradient(what: str) -> Callable[..., Any]:
         raise ValueError(f"the reference backend has no gradient of {what}")
 
     return pull
-
-
-def _vjp(flow: Flow, weights: Weights, x: Array, context: Array, cotangent: Array) -> tuple[Array, Array, Array, list[Array]]:
-    """Log-density, and the gradients of its sum times `cotangent` in x, in the context and in all weights."""
-    if isinstance(flow.base, Terminal):
-        _no_gradient(f"a {flow.base.conditional} base")()
-    z, log_det, pull = _forward(flow, weights, x, context)
-    g = np.where(np.isneginf(log_det), 0, cotangent).astype(flow.dtype)
-    return _log_prob(flow, x, context, z, log_det), *pull(-z * g[:, None], g)
 
 
 def _chunks(flow: Flow, total: int) -> Iterator[slice]:
@@ -721,24 +819,20 @@ class _Reference:
         weights = _all_weights(flow)
         for rows in _chunks(flow, out.size):
             xs, cs = _take(x, out.shape, rows), _take(context, out.shape, rows)
-            out.reshape(-1)[rows] = _log_prob(flow, xs, cs, *_forward(flow, weights, xs, cs)[:2])
+            out.reshape(-1)[rows] = _log_prob(flow, weights, xs, cs)[0]
 
     @np.errstate(all="ignore")
     def to_noise(self, flow: Flow, x: Array, context: Array | None, out: Array) -> None:
         """Noise of rows; NaN for a row at or outside a bound."""
-        if isinstance(flow.base, Terminal) and flow.base.conditional != "mixture":
-            raise ValueError(f"a flow with a {flow.base.conditional} base has no noise")
         weights = _all_weights(flow)
         for rows in _chunks(flow, out.size // flow.features):
             xs, cs = _take(x, out.shape[:-1], rows), _take(context, out.shape[:-1], rows)
-            z, log_det, _ = _forward(flow, weights, xs, cs)
+            z, log_det, *_ = _forward(flow, weights, xs, cs)
             out.reshape(-1, flow.features)[rows] = np.where(np.isneginf(log_det)[:, None], np.nan, z)
 
     @np.errstate(all="ignore")
     def from_noise(self, flow: Flow, u: Array, context: Array | None, out: Array) -> None:
         """Rows of noise."""
-        if isinstance(flow.base, Terminal) and flow.base.conditional != "mixture":
-            raise ValueError(f"a flow with a {flow.base.conditional} base has no noise")
         for rows in _chunks(flow, out.size // flow.features):
             us, cs = _take(u, out.shape[:-1], rows), _take(context, out.shape[:-1], rows)
             out.reshape(-1, flow.features)[rows] = _inverse(flow, us, cs)[0]
@@ -750,6 +844,7 @@ class _Reference:
         """Samples, and their log-density."""
         if context is not None and context.ndim == 2:
             context = context[:, None]
+        base_weights = list(trainable(flow.base))
         for rows in _chunks(flow, c * n):
             group, index = np.divmod(np.arange(rows.start, rows.stop, dtype=np.uint64), np.uint64(n))
             group, index = group + np.uint64(context_offset), index + np.uint64(offset)
@@ -759,7 +854,7 @@ class _Reference:
                 z = _draw(flow.base, z, _uniforms(seed, index, group, flow.features), _context(flow, cs)[0])
             out.reshape(-1, flow.features)[rows], log_det = _inverse(flow, z, cs)
             if log_prob_out is not None:
-                log_prob_out.reshape(-1)[rows] = log_det + _base_log_prob(flow, z, _context(flow, cs)[0])
+                log_prob_out.reshape(-1)[rows] = log_det + _base(flow, base_weights, z, _context(flow, cs)[0])[0]
 
     @np.errstate(all="ignore")
     def vjp(
@@ -770,8 +865,9 @@ class _Reference:
         total = None if dparameters is None else np.zeros_like(dparameters)
         for rows in _chunks(flow, cotangent.size):
             xs, cs = _take(x, cotangent.shape, rows), _take(context, cotangent.shape, rows)
-            *results, gradients = _vjp(flow, weights, xs, cs, cotangent.reshape(-1)[rows])
-            for out, result in zip((value, dx, dcontext), results, strict=True):
+            values, pull = _log_prob(flow, weights, xs, cs)
+            *results, gradients = pull(cotangent.reshape(-1)[rows])
+            for out, result in zip((value, dx, dcontext), (values, *results), strict=True):
                 if out is not None:
                     out.reshape(-1, *out.shape[cotangent.ndim :])[rows] = result
             if total is not None:
@@ -789,7 +885,12 @@ def _flat(gradients: Sequence[Array], dtype: np.dtype[Any]) -> Array:
 
 
 class _Engine:
-    """Adam (Kingma and Ba 2015), with decoupled weight decay (Loshchilov and Hutter 2019), on the weights of a flow."""
+    """Adam (Kingma and Ba 2015), with decoupled weight decay (Loshchilov and Hutter 2019), on the weights of a flow.
+
+    Batch norms of kind "batch" are trained with the weighted mean and the biased variance of each batch; all others, and `log_prob`, use
+    those of `set_statistics`, at first those of the flow.  With `members`, flows that differ in their masks, the weights have no masks:
+    each step selects those of one member, in turn, and `log_prob` is the log of the mean of the densities of all.
+    """
 
     def __init__(
         self,
@@ -800,11 +901,17 @@ class _Engine:
         l2: float = 0.0,
         weight_decay: float = 0.0,
         clip_norm: float | None = None,
+        members: Sequence[Flow] | None = None,
     ) -> None:
         self._flow, self._betas, self._eps = flow, betas, eps
         self._l2, self._weight_decay, self._clip_norm = l2, weight_decay, clip_norm
+        self._batch_norm = any(isinstance(layer, BatchNorm) and layer.statistics == "batch" for layer in flow.layers)
+        self._statistics = _statistics(flow)
         self._master = _flat([array for arrays in _all_weights(flow) for array in arrays], flow.dtype)
         self._weights = _all_weights(flow, self._master)
+        self._members: list[tuple[Flow, Array]] = []
+        if members is not None:
+            self.set_members(members)
         self._first, self._second, self._step = np.zeros_like(self._master), np.zeros_like(self._master), 0
 
     @np.errstate(all="ignore")
@@ -824,7 +931,9 @@ class _Engine:
         for step, rate in enumerate(lr):
             batch = rows[step * batch_size : (step + 1) * batch_size]
             w = np.ones(len(batch)) if weights is None else weights[batch]
-            loss, gradient = self._gradient(x[batch], None if context is None else context[batch], w, w / (len(batch) * mean_weight))
+            member = self._member(self._step % len(self._members)) if self._members else (self._flow, self._weights)
+            c = None if context is None else context[batch]
+            loss, gradient = self._gradient(*member, x[batch], c, w, w / (len(batch) * mean_weight))
             if not math.isfinite(loss):
                 return loss_sum, step
             self._apply(gradient, float(rate))
@@ -834,13 +943,18 @@ class _Engine:
                 polled = time.monotonic()
         return loss_sum, len(lr)
 
-    def _gradient(self, x: Array, context: Array | None, w: Array, factor: Array) -> tuple[float, Array]:
-        """The sum of w_i nll_i, and the gradient of the sum of factor_i nll_i."""
+    def _member(self, k: int) -> tuple[Flow, Weights]:
+        flow, chosen = self._members[k]
+        return flow, _all_weights(flow, np.where(chosen, self._master, 0))
+
+    def _gradient(self, flow: Flow, weights: Weights, x: Array, context: Array | None, w: Array, factor: Array) -> tuple[float, Array]:
+        """The sum of w_i nll_i, and the gradient of the sum of factor_i nll_i; all rows at once where they share statistics."""
         loss, gradient = 0.0, np.zeros_like(self._master)
-        for rows in _chunks(self._flow, len(x)):
-            values, _, _, gradients = _vjp(self._flow, self._weights, x[rows], _take(context, (len(x),), rows), -factor[rows])
+        shares = w / w.sum() if self._batch_norm else None
+        for rows in (slice(0, len(x)),) if self._batch_norm else _chunks(flow, len(x)):
+            values, pull = _log_prob(flow, weights, x[rows], _take(context, (len(x),), rows), self._statistics, shares)
             loss -= float((w[rows] * values.astype(np.float64)).sum())
-            gradient += _flat(gradients, gradient.dtype)
+            gradient += _flat(pull(-factor[rows])[2], gradient.dtype)
         return loss, gradient
 
     def _apply(self, gradient: Array, rate: float) -> None:
@@ -858,11 +972,37 @@ class _Engine:
     @np.errstate(all="ignore")
     def log_prob(self, x: Array, context: Array | None) -> Array:
         """Log-density (n,) under the current weights."""
-        out = np.empty(len(x), self._flow.dtype)
-        for rows in _chunks(self._flow, len(x)):
-            xs, cs = x[rows], _take(context, (len(x),), rows)
-            out[rows] = _log_prob(self._flow, xs, cs, *_forward(self._flow, self._weights, xs, cs)[:2])
+        if not self._members:
+            return self._log_prob(self._flow, self._weights, x, context)
+        each = [self._log_prob(*self._member(k), x, context) for k in range(len(self._members))]
+        mean = _log_sum_exp(np.stack(each, axis=1).astype(np.float64))[:, 0] - math.log(len(each))
+        return mean.astype(self._flow.dtype)
+
+    def _log_prob(self, flow: Flow, weights: Weights, x: Array, context: Array | None) -> Array:
+        out = np.empty(len(x), flow.dtype)
+        for rows in _chunks(flow, len(x)):
+            out[rows] = _log_prob(flow, weights, x[rows], _take(context, (len(x),), rows), self._statistics)[0]
         return out
+
+    def set_members(self, members: Sequence[Flow]) -> None:
+        """Replace the flows whose masks select from the weights."""
+        if not members:
+            raise ValueError("there are no members")
+        shapes, chosen = [array.shape for arrays in self._weights for array in arrays], []
+        for k, member in enumerate(members):
+            records = (*member.layers, member.base)
+            arrays = [array for record in records for array in trainable(record)]
+            if [array.shape for array in arrays] != shapes:
+                raise ValueError(f"the arrays of member {k} differ in shape from those of the flow")
+            pairs = zip((mask for record in records for mask in free(record)), arrays, strict=True)
+            chosen.append((member, np.concatenate([np.broadcast_to(mask, array.shape).ravel() for mask, array in pairs])))
+        self._members = chosen
+
+    def set_statistics(self, statistics: Statistics) -> None:
+        """Replace mean and variance of each batch norm."""
+        if len(statistics) != len(self._statistics):
+            raise ValueError(f"there are {len(statistics)} pairs of mean and variance; the flow has {len(self._statistics)} batch norms")
+        self._statistics = [(np.asarray(mean), np.asarray(var)) for mean, var in statistics]
 
     def parameters(self) -> Array:
         """A copy of the weights."""

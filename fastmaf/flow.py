@@ -114,6 +114,8 @@ class Flow:
     @layers.setter
     def layers(self, layers: Iterable[_layers.FlowLayer]) -> None:
         layers = tuple(layers)
+        if layers and self._discrete:
+            raise ValueError(f"a flow with a {self._discrete} base has no layers in front of it; {len(layers)} are given")
         for k, layer in enumerate(layers):
             self._check_width(f"layers[{k}]", _width(f"layers[{k}]", layer), self.features, "features")
             if isinstance(layer, Autoregressive):
@@ -143,6 +145,15 @@ class Flow:
         result: Normal | Terminal = _layers.astype(base, self.dtype)
         return result
 
+    @property
+    def _discrete(self) -> str:
+        """The conditional of the base if its variables are discrete, else nothing."""
+        return self.base.conditional if isinstance(self.base, Terminal) and self.base.conditional != "mixture" else ""
+
+    def _check_continuous(self, what: str) -> None:
+        if self._discrete:
+            raise ValueError(f"a flow with a {self._discrete} base has no {what}")
+
     def _check_width(self, name: str, width: int, expected: int, what: str) -> None:
         if width != expected:
             raise ValueError(f"{name} has width {width}; the flow has {expected} {what}")
@@ -161,7 +172,7 @@ class Flow:
     def _with(self, **changes: Any) -> Flow:
         values = {name: getattr(self, name) for name in ("features", "context_features", "context_layers", "dtype", "names", "training")}
         values.update(changes)
-        return Flow(values.pop("layers", self.layers), self.base, **values)
+        return Flow(values.pop("layers", self.layers), values.pop("base", self.base), **values)
 
     # Evaluation
 
@@ -227,7 +238,7 @@ class Flow:
         Raises
         ------
         ValueError
-            If a shape or dtype does not fit.
+            If a shape or dtype does not fit; if the variables are discrete.
 
         Examples
         --------
@@ -237,6 +248,7 @@ class Flow:
         >>> np.allclose(flow.from_noise(flow.to_noise(x)), x)
         True
         """
+        self._check_continuous("noise")
         x, context, shape = _arrays.rows("x", x, context, self.features, self.context_features)
         result = np.empty((*shape, self.features), self.dtype)
         backend = self._backend()
@@ -261,7 +273,7 @@ class Flow:
         Raises
         ------
         ValueError
-            If a shape or dtype does not fit.
+            If a shape or dtype does not fit; if the variables are discrete.
 
         Examples
         --------
@@ -269,6 +281,7 @@ class Flow:
         >>> fastmaf.MAF(features=2, bounds=[(0, 1), None]).from_noise(np.zeros((4, 2))).shape
         (4, 2)
         """
+        self._check_continuous("noise")
         u, context, shape = _arrays.rows("u", u, context, self.features, self.context_features)
         result = np.empty((*shape, self.features), self.dtype)
         backend = self._backend()
@@ -370,6 +383,132 @@ class Flow:
             backend.sample(self, c, n, context, seed, offset, context_offset, samples.reshape(c, n, self.features), log_prob_out)
         return samples, log_prob
 
+    # Partial information
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The columns in the order in which they are generated: none depends on those behind it.
+
+        Raises
+        ------
+        ValueError
+            If the autoregressive layers and the base do not share one order, or a layer mixes or permutes the columns.
+
+        Examples
+        --------
+        >>> import fastmaf
+        >>> fastmaf.MAF(features=3, order=[2, 0, 1]).order
+        (2, 0, 1)
+        """
+        from fastmaf import _partial
+
+        return _partial.order(self)
+
+    def prefix(self, k: int) -> Flow:
+        """The marginal of the first k variables of `order`, exactly.
+
+        The other variables, and the hidden units that only they depend on, are left out.
+
+        Parameters
+        ----------
+        k : int
+            From 1 to D.
+
+        Returns
+        -------
+        Flow
+            Of k features: the columns ``sorted(order[:k])``, from left to right, with their names.
+
+        Raises
+        ------
+        ValueError
+            If `k` is out of range, or the flow has no order.
+
+        Examples
+        --------
+        >>> import fastmaf
+        >>> flow = fastmaf.MADE(features=4, order=[3, 0, 2, 1], names=["a", "b", "c", "d"])
+        >>> flow.prefix(2).names
+        ('a', 'd')
+        """
+        from fastmaf import _partial
+
+        return _partial.prefix(self, k)
+
+    def sample_given(
+        self,
+        x: ArrayLike,
+        n: int = 1,
+        context: ArrayLike | None = None,
+        seed: int | None = None,
+        offset: int = 0,
+        context_offset: int = 0,
+    ) -> Array:
+        """Draw rows whose first k variables of `order` have given values.
+
+        Parameters
+        ----------
+        x : (k,) or (c, k) array
+            Values of the columns of ``prefix(k)``, in their order; k may be 0 or D.
+        n : int
+            Rows to draw for each row of `x`.
+        context : (C,) or (c, C) array, optional
+            One for all rows of `x`, or one for each.
+        seed, offset, context_offset
+            As in `sample`, splits included; `context_offset` counts the rows of `x`, or of the context.
+
+        Returns
+        -------
+        (n, D) array, or (c, n, D) where x or the context has two dimensions
+            Whole rows, the given values among them as they are; NaN in the other columns where the given values lie on or outside a bound.
+
+        Raises
+        ------
+        ValueError
+            If a shape, dtype, seed or offset does not fit, the flow has no order, or a discrete variable cannot have its value.
+
+        Examples
+        --------
+        >>> import fastmaf
+        >>> flow = fastmaf.MADE(features=4, order="sequential", dtype="float64")
+        >>> flow.sample_given([0.5, -1.0], n=3, seed=1)[:, :2].tolist()
+        [[0.5, -1.0], [0.5, -1.0], [0.5, -1.0]]
+        """
+        from fastmaf import _partial
+
+        return _partial.sample_given(self, x, n, context, seed, offset, context_offset)
+
+    def conditional_probs(self, x: ArrayLike, context: ArrayLike | None = None) -> Array:
+        """Probabilities of the values of each discrete variable, given those before it in the order.
+
+        Parameters
+        ----------
+        x, context : arrays
+            As in `log_prob`.
+
+        Returns
+        -------
+        (n, D) or (c, n, D) array for Bernoulli variables
+            The probability of 1.
+        (n, D, m) or (c, n, D, m) array for categorical variables
+            The probability of each value; m is the largest number of values, and values that a variable does not have get 0.
+
+        Raises
+        ------
+        ValueError
+            If a shape or dtype does not fit, or the flow is not discrete.
+
+        Examples
+        --------
+        >>> import fastmaf, numpy as np
+        >>> flow = fastmaf.MADE(features=3, conditional="categorical", categories=[2, 3, 4])
+        >>> flow.conditional_probs(np.zeros((5, 3))).shape
+        (5, 3, 4)
+        """
+        from fastmaf import _partial
+
+        return _partial.conditional_probs(self, x, context)
+
     # Gradients
 
     def log_prob_and_grad(self, x: ArrayLike, context: ArrayLike | None = None) -> tuple[Array, Array, Array | None]:
@@ -391,7 +530,7 @@ class Flow:
         Raises
         ------
         ValueError
-            If a shape or dtype does not fit.
+            If a shape or dtype does not fit; if the variables are discrete.
 
         Examples
         --------
@@ -400,9 +539,12 @@ class Flow:
         >>> value.shape, dx.shape
         ((5,), (5, 3))
         """
-        return self._backward(x, context, None, None)
+        self._check_continuous("gradient in x")
+        value, dx, dcontext = self._backward(x, context, None, None)
+        assert dx is not None
+        return value, dx, dcontext
 
-    def vjp(self, x: ArrayLike, context: ArrayLike | None, cotangent: ArrayLike) -> tuple[Array, Array | None, Array]:
+    def vjp(self, x: ArrayLike, context: ArrayLike | None, cotangent: ArrayLike) -> tuple[Array | None, Array | None, Array]:
         """Gradients of ``sum(cotangent * log_prob(x, context))``.
 
         Parameters
@@ -415,9 +557,9 @@ class Flow:
         Returns
         -------
         dx, dcontext
-            As in `log_prob_and_grad`.
+            As in `log_prob_and_grad`; dx is None where the variables are discrete.
         dparameters : (p,) array
-            In the order of `parameters`; exactly zero for masked weights.
+            In the order of `parameters`; exactly zero for masked weights. The statistics of a `BatchNorm` are constants here.
 
         Raises
         ------
@@ -438,36 +580,31 @@ class Flow:
 
     def _backward(
         self, x: ArrayLike, context: ArrayLike | None, cotangent: ArrayLike | None, dparameters: Array | None
-    ) -> tuple[Array, Array, Array | None]:
+    ) -> tuple[Array, Array | None, Array | None]:
         x, context, shape = _arrays.rows("x", x, context, self.features, self.context_features)
         factor = np.ones(shape, self.dtype) if cotangent is None else _arrays.cotangents(cotangent, shape, self.dtype)
         value = np.empty(shape, self.dtype)
-        dx = np.empty((*shape, self.features), self.dtype)
+        dx = None if self._discrete else np.empty((*shape, self.features), self.dtype)
         dcontext = None if context is None else np.empty((*shape, self.context_features), self.dtype)
         backend = self._backend()
         if value.size:
-            backend.vjp(self, np.broadcast_to(x, dx.shape), context, factor, value, dx, dcontext, dparameters)
+            backend.vjp(self, np.broadcast_to(x, (*shape, self.features)), context, factor, value, dx, dcontext, dparameters)
         if dcontext is not None and context is not None:
             dcontext = _sum_to(dcontext, context.shape)
-        return value, _sum_to(dx, x.shape), dcontext
+        return value, None if dx is None else _sum_to(dx, x.shape), dcontext
 
     # Parameters
 
     def _parameter_arrays(self) -> Iterator[Array]:
-        for layer in self.layers:
-            if isinstance(layer, Autoregressive):
-                for dense in (*layer.conditioner.hidden, layer.conditioner.final):
-                    for array in (dense.weight, dense.bias, dense.context_weight, dense.context_bias):
-                        if array is not None:
-                            yield array
-                if layer.conditioner.skip is not None:
-                    yield layer.conditioner.skip
+        for record in (*self.layers, self.base):
+            yield from trainable(record)
 
     def parameters(self) -> Array:
-        """All weights and biases in one vector, masked weights (which are zero) included.
+        """All trainable numbers in one vector, masked weights (which are zero) included.
 
-        For each autoregressive layer and each of its maps: weight, bias, weight and bias of the context if there are any; then
-        the direct weights from inputs to outputs if there are any. Matrices row by row.
+        Layer by layer, from data to noise. Of an autoregressive layer and each of its maps: weight, bias, weight and bias of the context
+        if there are any; then the direct weights from inputs to outputs if there are any. Of a `BatchNorm`: log_gamma, beta. Of a `Linear`:
+        lower and upper, zero outside their triangles, and bias. At last those of the network of a `Terminal` base. Matrices row by row.
 
         Returns
         -------
@@ -487,7 +624,7 @@ class Flow:
         Parameters
         ----------
         parameters : (p,) array
-            In the order of `parameters`, zero for masked weights.
+            In the order of `parameters`, zero for masked weights. What lies outside the triangles of a `Linear` is ignored.
 
         Returns
         -------
@@ -519,7 +656,7 @@ class Flow:
             position += array.size
             return vector[position - array.size : position].reshape(array.shape)
 
-        return self._with(layers=[_refill(layer, take) if isinstance(layer, Autoregressive) else layer for layer in self.layers])
+        return self._with(layers=[_refill(layer, take) for layer in self.layers], base=_refill(self.base, take))
 
     def astype(self, dtype: DTypeLike) -> Flow:
         """The same flow in another precision.
@@ -747,18 +884,42 @@ def plain(value: Any) -> Any:
     raise ValueError(f"training holds a value of type {type(value).__name__}; it must hold numbers, text, lists and mappings")
 
 
-def _refill(layer: Autoregressive, take: Callable[[Array | None], Array | None]) -> Autoregressive:
-    """The layer with its arrays replaced by what `take` gives for each, in the order of `Flow.parameters`."""
+def trainable(record: Any) -> Iterator[Array]:
+    """The arrays of a layer, base or network that training changes, in the order of `Flow.parameters`."""
+    if isinstance(record, BatchNorm):
+        yield from (record.log_gamma, record.beta)
+    elif isinstance(record, Linear):
+        yield from (np.tril(record.lower, -1), np.triu(record.upper), record.bias)
+    elif isinstance(record, (Autoregressive, Terminal)):
+        yield from trainable(record.conditioner)
+    elif isinstance(record, Conditioner):
+        for dense in (*record.hidden, record.final):
+            for array in (dense.weight, dense.bias, dense.context_weight, dense.context_bias):
+                if array is not None:
+                    yield array
+        if record.skip is not None:
+            yield record.skip
+
+
+def _refill(record: Any, take: Callable[[Array | None], Any]) -> Any:
+    """The layer or base with its arrays replaced by what `take` gives for each, in the order of `Flow.parameters`."""
 
     def refill(dense: Dense) -> Dense:
         weight, bias = take(dense.weight), take(dense.bias)
-        assert weight is not None and bias is not None
         return replace(dense, weight=weight, bias=bias, context_weight=take(dense.context_weight), context_bias=take(dense.context_bias))
 
-    old = layer.conditioner
+    if isinstance(record, BatchNorm):
+        return replace(record, log_gamma=take(record.log_gamma), beta=take(record.beta))
+    if isinstance(record, Linear):
+        lower, upper, bias = (take(array) for array in trainable(record))
+        lower, upper = np.tril(lower, -1) + np.triu(record.lower), np.triu(upper) + np.tril(record.upper, -1)
+        return replace(record, lower=lower, upper=upper, bias=bias)
+    if not isinstance(record, (Autoregressive, Terminal)):
+        return record
+    old = record.conditioner
     initial = None if old.initial is None else refill(old.initial)
     blocks = tuple(replace(block, maps=tuple(map(refill, block.maps))) for block in old.blocks)
-    return replace(layer, conditioner=replace(old, initial=initial, blocks=blocks, final=refill(old.final), skip=take(old.skip)))
+    return replace(record, conditioner=replace(old, initial=initial, blocks=blocks, final=refill(old.final), skip=take(old.skip)))
 
 
 def _sum_to(gradient: Array, shape: tuple[int, ...]) -> Array:

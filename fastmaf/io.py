@@ -3,6 +3,9 @@
 Tensors go by the path of their place in the record (``layers.1.conditioner.initial.weight``).  The metadata key ``fastmaf`` is JSON that
 spells out the record itself: every layer with its ``type`` and its fields, an array standing as the name of its tensor, an absent one as
 null.  Reading follows the fields of the classes in `fastmaf.layers`; a tensor is used once, and none may be left over.
+
+An `fastmaf.Ensemble` is written as its first member, whose network has all weights instead of those that its masks leave, and under
+``ensemble`` the ranks and degrees of all members.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from typing import IO, Any, get_args
@@ -20,7 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmaf import layers as _layers
+from fastmaf.ensemble import Ensemble
 from fastmaf.flow import Flow, plain
+from fastmaf.maf import masked
 
 __all__ = ["FORMAT", "load", "save", "write"]
 
@@ -33,12 +38,13 @@ _CODES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8
 _INTEGER_FIELDS = ("ranks", "perm", "degrees")
 _DOUBLE_RECORDS = (_layers.Elementwise, _layers.Affine)
 _KEYS = ("format", "dtype", "features", "context_features", "names", "context_layers", "layers", "base", "training")
+_MEMBERS = ("ranks", "degrees")
 _RECORDS = {cls.__name__: cls for cls in (*get_args(_layers.FlowLayer), _layers.Normal, _layers.Terminal)}
 _PARTS = {cls.__name__: cls for cls in (_layers.Conditioner, _layers.Block, _layers.Dense, _layers.Law)}
 
 
-def save(flow: Flow, path_or_file: str | os.PathLike[str] | IO[bytes]) -> None:
-    """Write a flow to a path or to a binary file; see `Flow.save`.
+def save(flow: Flow | Ensemble, path_or_file: str | os.PathLike[str] | IO[bytes]) -> None:
+    """Write a flow or an ensemble to a path or to a binary file; see `Flow.save`.
 
     Examples
     --------
@@ -80,17 +86,17 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
         raise
 
 
-def load(source: str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes]) -> Flow:
-    """Read a flow.
+def load(source: str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes]) -> Any:
+    """Read a flow or an ensemble.
 
     Parameters
     ----------
     source : path, binary file or bytes
-        What `Flow.save` wrote.
+        What `Flow.save` or `Ensemble.save` wrote.
 
     Returns
     -------
-    Flow
+    Flow or Ensemble
 
     Raises
     ------
@@ -123,8 +129,8 @@ def load(source: str | os.PathLike[str] | bytes | bytearray | memoryview | IO[by
         raise ValueError(f"{name} cannot be read as a flow: {error}") from None
 
 
-def to_bytes(flow: Flow) -> bytes:
-    """The bytes of the file of a flow."""
+def to_bytes(flow: Flow | Ensemble) -> bytes:
+    """The bytes of the file of a flow or an ensemble."""
     from safetensors.numpy import save as serialize
 
     tensors: dict[str, Array] = {}
@@ -139,7 +145,17 @@ def to_bytes(flow: Flow) -> bytes:
         "base": _encode(flow.base, "base", tensors),
         "training": plain(flow.training),
     }
+    if isinstance(flow, Ensemble):
+        _encode(flow.conditioner, next(path for path, _ in _networks(flow)), tensors)
+        record["ensemble"] = {name: _encode(getattr(flow, name), f"ensemble.{name}", tensors) for name in _MEMBERS}
     return bytes(serialize(tensors, {"fastmaf": json.dumps(record, allow_nan=False)}))
+
+
+def _networks(flow: Flow | Ensemble) -> Iterator[tuple[str, Any]]:
+    """The networks of a flow, and their places."""
+    for path, record in (*((f"layers.{k}", layer) for k, layer in enumerate(flow.layers)), ("base", flow.base)):
+        if isinstance(record, (_layers.Autoregressive, _layers.Terminal)):
+            yield f"{path}.conditioner", record.conditioner
 
 
 def _encode(value: Any, path: str, tensors: dict[str, Array]) -> Any:
@@ -156,7 +172,7 @@ def _encode(value: Any, path: str, tensors: dict[str, Array]) -> Any:
     return value
 
 
-def _from_bytes(data: bytes) -> Flow:
+def _from_bytes(data: bytes) -> Flow | Ensemble:
     tensors, metadata = _read_tensors(data)
     if "fastmaf" not in metadata:
         raise ValueError("it is a safetensors file without the metadata of fastmaf")
@@ -166,8 +182,9 @@ def _from_bytes(data: bytes) -> Flow:
         raise ValueError(f"its format is {version!r}")
     if version > FORMAT:
         raise ValueError(f"it has format {version}; this version of fastmaf reads formats up to {FORMAT}: update fastmaf")
+    members = record.pop("ensemble", None)
     _keys("the metadata", record, _KEYS)
-    decoder = _Decoder(tensors, str(record["dtype"]))
+    decoder = _Decoder(tensors, str(record["dtype"]), members is not None)
     flow = Flow(
         decoder.decode("tuple[FlowLayer, ...]", record["layers"], "layers"),
         decoder.decode("FlowLayer", record["base"], "base"),
@@ -178,9 +195,15 @@ def _from_bytes(data: bytes) -> Flow:
         names=decoder.decode("tuple[str, ...] | None", record["names"], "names"),
         training=_object("training", record["training"]),
     )
+    result: Flow | Ensemble = flow
+    if members is not None:
+        _keys("ensemble", _object("ensemble", members), _MEMBERS)
+        if decoder.unmasked is None:
+            raise ValueError("it has members, but no network")
+        result = Ensemble(flow, decoder.unmasked, *(decoder.tensor(members[name], f"ensemble.{name}", None) for name in _MEMBERS))
     if tensors:
         raise ValueError(f"no layer has the tensor {min(tensors)!r}")
-    return flow
+    return result
 
 
 def _read_tensors(data: bytes) -> tuple[dict[str, Array], dict[str, str]]:
@@ -204,8 +227,9 @@ def _read_tensors(data: bytes) -> tuple[dict[str, Array], dict[str, str]]:
 class _Decoder:
     """From JSON and tensors to the classes of `fastmaf.layers`, guided by the annotations of their fields."""
 
-    def __init__(self, tensors: dict[str, Array], dtype: str) -> None:
-        self.tensors = tensors
+    def __init__(self, tensors: dict[str, Array], dtype: str, ensemble: bool = False) -> None:
+        self.tensors, self.ensemble = tensors, ensemble
+        self.unmasked: _layers.Conditioner | None = None  # the network of an ensemble
         self.weights = {"float32": _CODES["F32"], "float64": _CODES["F64"]}.get(dtype)
         if self.weights is None:
             raise ValueError(f"its dtype is {dtype!r}")
@@ -245,9 +269,14 @@ class _Decoder:
         if not isinstance(name, str) or name not in allowed:
             raise ValueError(f"{path} has type {name!r}; this version of fastmaf knows {', '.join(allowed)}")
         cls = allowed[name]
+        if cls is _layers.BatchNorm:
+            node.setdefault("statistics", "batch")  # a field that older files lack
         _keys(path, node, [f.name for f in fields(cls)])
         values = {f.name: self.decode(str(f.type), node[f.name], f"{path}.{f.name}", cls) for f in fields(cls)}
         try:
+            if self.ensemble and "conditioner" in values:
+                self.unmasked = values["conditioner"]
+                values["conditioner"] = masked(self.unmasked, values["ranks"], values.get("categories", ()))
             return cls(**values)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None

@@ -62,6 +62,8 @@ LAWS: Mapping[str, Mapping[str, float]] = MappingProxyType(
 
 CONDITIONALS = ("mixture", "bernoulli", "categorical")
 
+STATISTICS = ("batch", "data")
+
 
 def _frozen(name: str, value: ArrayLike, ndim: int, kind: str = "f") -> Array:
     """A read-only C-ordered copy of `value`; floats keep float32 or become float64."""
@@ -207,7 +209,11 @@ class BatchNorm(_Record):
     Parameters
     ----------
     log_gamma, beta, mean, var : (n,) arrays
+        `mean` and `var` are those of evaluation.
     eps : float
+    statistics : {"batch", "data"}
+        What training normalises with: ``"batch"``, mean and biased variance of each minibatch, and afterwards those of all training rows;
+        ``"data"``, those of the training rows at the start of the first fit, fixed from then on (the act-norm of Kingma and Dhariwal 2018).
     """
 
     log_gamma: Array
@@ -215,6 +221,7 @@ class BatchNorm(_Record):
     mean: Array
     var: Array
     eps: float = 1e-5
+    statistics: str = "batch"
 
     def __post_init__(self) -> None:
         arrays = {name: _frozen(name, getattr(self, name), 1) for name in ("log_gamma", "beta", "mean", "var")}
@@ -224,6 +231,7 @@ class BatchNorm(_Record):
         if wrong.any():
             j = int(np.argmax(wrong))
             raise ValueError(f"var[{j}] is {arrays['var'][j]} and eps {self.eps}; their sum must be positive")
+        _one_of("statistics", self.statistics, STATISTICS)
         self._set(**arrays, eps=float(self.eps))
 
 

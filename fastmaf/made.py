@@ -3,16 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
+import numpy as np
 from numpy.typing import DTypeLike
 
+from fastmaf import _arrays
+from fastmaf import masks as _masks
+from fastmaf.ensemble import Ensemble, random_member
 from fastmaf.flow import Flow
-from fastmaf.maf import MAF, Order
+from fastmaf.layers import Autoregressive, FlowLayer, Law, Terminal
+from fastmaf.maf import Draft, Order, masked
 
 __all__ = ["MADE"]
 
 _CONDITIONALS = ("gaussian", "mixture", "bernoulli", "categorical")
+
+
+@overload
+def MADE(
+    features: int,
+    conditional: str = "gaussian",
+    context_features: int = 0,
+    hidden_features: Sequence[int] = (100, 100),
+    activation: str = "relu",
+    order: Order = "sequential",
+    components: int = 10,
+    categories: int | Sequence[int] | None = None,
+    direct: bool = False,
+    residual: bool = False,
+    masks: Literal[1] = 1,
+    bounds: Sequence[Any] | None = None,
+    names: Sequence[str] | None = None,
+    dtype: DTypeLike = "float32",
+    seed: int | None = 0,
+) -> Flow: ...
+
+
+@overload
+def MADE(
+    features: int,
+    conditional: str = "gaussian",
+    context_features: int = 0,
+    hidden_features: Sequence[int] = (100, 100),
+    activation: str = "relu",
+    order: Order = "sequential",
+    components: int = 10,
+    categories: int | Sequence[int] | None = None,
+    direct: bool = False,
+    residual: bool = False,
+    masks: int = 1,
+    bounds: Sequence[Any] | None = None,
+    names: Sequence[str] | None = None,
+    dtype: DTypeLike = "float32",
+    seed: int | None = 0,
+) -> Flow | Ensemble: ...
 
 
 def MADE(
@@ -22,39 +67,93 @@ def MADE(
     hidden_features: Sequence[int] = (100, 100),
     activation: str = "relu",
     order: Order = "sequential",
+    components: int = 10,
+    categories: int | Sequence[int] | None = None,
+    direct: bool = False,
+    residual: bool = False,
+    masks: int = 1,
     bounds: Sequence[Any] | None = None,
     names: Sequence[str] | None = None,
     dtype: DTypeLike = "float32",
     seed: int | None = 0,
-) -> Flow:
+) -> Flow | Ensemble:
     """A MADE (Germain et al. 2015): each variable has a density of its own, given those before it in the order.
 
     Parameters
     ----------
     features : int
         Number of variables D.
-    conditional : {"gaussian"}
-        The density of each variable. ``"mixture"``, ``"bernoulli"`` and ``"categorical"`` are not there yet.
-    context_features, hidden_features, activation, order, bounds, names, dtype, seed
-        As in `fastmaf.MAF`.
+    conditional : {"gaussian", "mixture", "bernoulli", "categorical"}
+        The density of each variable: a Gaussian; a mixture of `components` Gaussians; the probabilities of 0 and 1; those of
+        0, 1, ..., `categories` - 1.
+    context_features, hidden_features, activation, order, direct, residual, bounds, names, dtype, seed
+        As in `fastmaf.MAF`. Discrete variables have no bounds.
+    components : int
+        Of a mixture.
+    categories : int or sequence of int
+        How many values a categorical variable has, at least 2: one number for all variables, or one for each.
+    masks : int
+        With more than one, an `fastmaf.Ensemble` of so many networks that share their weights, each with an order and connections of its
+        own (sections 4.2 and 4.3). The first is what ``masks=1`` gives.
 
     Returns
     -------
-    Flow
+    Flow or Ensemble
 
     Raises
     ------
     ValueError
-        If a parameter is out of range, or asks for what is not there yet.
+        If a parameter is out of range.
 
     Examples
     --------
     >>> import fastmaf
     >>> fastmaf.MADE(features=4, order=[3, 2, 1, 0])
     Flow(features=4, dtype=float32): Affine -> Autoregressive((100, 100), relu, exp_soft) -> Normal
+    >>> fastmaf.MADE(features=4, conditional="categorical", categories=[2, 3, 3, 5])
+    Flow(features=4, dtype=float32): Terminal((100, 100), relu, categorical)
+    >>> fastmaf.MADE(features=4, conditional="bernoulli", masks=8).member(3)
+    Flow(features=4, dtype=float32): Terminal((100, 100), relu, bernoulli)
     """
     if conditional not in _CONDITIONALS:
         raise ValueError(f"conditional is {conditional!r}; it must be one of {', '.join(map(repr, _CONDITIONALS))}")
-    if conditional != "gaussian":
-        raise ValueError(f"conditional={conditional!r} is not there yet; 'gaussian' is")
-    return MAF(features, context_features, 1, hidden_features, activation, order, bounds=bounds, names=names, dtype=dtype, seed=seed)
+    components, masks = _arrays.count("components", components, lowest=1), _arrays.count("masks", masks, lowest=1)
+    draft = Draft(features, context_features, hidden_features, activation, residual, direct, seed)
+    categories = _categories(categories, conditional, draft.features)
+    layers: list[FlowLayer] = draft.front(order, bounds)
+    if conditional in ("bernoulli", "categorical"):
+        if bounds is not None:
+            raise ValueError(f"bounds is {bounds!r}; {conditional} variables have none")
+        layers = []
+    ranks = _masks.layer_ranks(order, draft.features, 1, draft.seed)[0]
+    if conditional == "mixture":
+        net = draft.mixture(components)
+    else:
+        net = draft.network({"gaussian": Law.parameters, "bernoulli": 1}.get(conditional, categories))
+    base = None
+    own = masked(net, ranks, categories)
+    if conditional == "gaussian":
+        layers.append(Autoregressive(ranks, own))
+    else:
+        base = Terminal(ranks, own, conditional, components if conditional == "mixture" else 1, categories)
+    flow = draft.flow(layers, base, dtype, names)
+    if masks == 1:
+        return flow
+    drawn = [random_member(net, ranks, context_features > 0, draft.seed, k) for k in range(1, masks)]
+    first = [dense.degrees for dense in net.hidden if dense.degrees is not None]
+    members = [(ranks, np.concatenate([np.empty(0, np.int64), *first])), *drawn]
+    return Ensemble(flow, net, *map(np.array, zip(*members, strict=True)))
+
+
+def _categories(categories: int | Sequence[int] | None, conditional: str, features: int) -> tuple[int, ...]:
+    if conditional != "categorical":
+        if categories is not None:
+            raise ValueError(f"categories is {categories!r}; only categorical variables have some, and conditional is {conditional!r}")
+        return ()
+    if categories is None:
+        raise ValueError("categories is None; conditional='categorical' needs the number of values of the variables")
+    if not np.iterable(categories):
+        return (_arrays.count("categories", categories, lowest=2),) * features
+    if len(categories) != features:
+        raise ValueError(f"categories has {len(categories)} entries; the flow has {features} features")
+    return tuple(_arrays.count(f"categories[{j}]", count, lowest=2) for j, count in enumerate(categories))

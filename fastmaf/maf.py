@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,15 @@ from numpy.typing import DTypeLike, NDArray
 
 from fastmaf import _arrays, masks
 from fastmaf.flow import Flow
-from fastmaf.layers import Affine, Autoregressive, Block, Conditioner, Dense, Elementwise, FlowLayer, Law
+from fastmaf.layers import Affine, Autoregressive, BatchNorm, Block, Conditioner, Dense, Elementwise, FlowLayer, Law, Linear, Terminal
 
 __all__ = ["MAF"]
 
+Array = NDArray[Any]
 Order = str | Sequence[int] | Sequence[Sequence[int]]
+
+SMALL = 1e-3
+"""Bound of the first weights of the second map of a residual block, which makes the block nearly the identity."""
 
 
 def MAF(
@@ -26,12 +31,14 @@ def MAF(
     activation: str = "relu",
     order: Order = "reverse",
     residual: bool = False,
-    batch_norm: bool = False,
+    batch_norm: bool | str = False,
     components: int = 1,
     bounds: Sequence[Any] | None = None,
     names: Sequence[str] | None = None,
     dtype: DTypeLike = "float32",
     seed: int | None = 0,
+    linear: bool = False,
+    direct: bool = False,
 ) -> Flow:
     """A masked autoregressive flow (Papamakarios et al. 2017) with random weights.
 
@@ -48,15 +55,24 @@ def MAF(
     activation : {"relu", "tanh", "elu", "gelu", "silu"}
     order : {"reverse", "sequential", "random"} or sequence of int or sequence of sequences of int
         Order of the variables: turned around in every second layer; that of the columns; drawn for each layer; the columns as they are
-        to be generated, in all layers or in each.
-    residual, batch_norm, components
-        Only their defaults are there yet.
+        to be generated, in all layers or in each. A mixture base counts as one more layer.
+    residual : bool
+        Residual networks (Nash and Durkan 2019): `hidden_features` names the width of each block, the same for all.
+    batch_norm : bool or "act"
+        A `BatchNorm` behind every autoregressive layer, the last included (Papamakarios et al. 2017, section 3.3); with ``"act"`` its
+        statistics are those of the data at the start of the first fit.
+    components : int
+        With more than one, the base is a mixture of so many Gaussians for each variable, given those before it: MAF MoG.
     bounds : sequence, optional
         For each column None or a pair (lower, upper), either of which may be None: the density lives strictly inside.
     names : sequence of str, optional
     dtype : {"float32", "float64"}
     seed : int, optional
         Of the weights and of random orders; None draws afresh. The weights in float32 are those in float64, rounded.
+    linear : bool
+        A `Linear` in front of every autoregressive layer, at first the identity.
+    direct : bool
+        Direct weights from the variables to the parameters (Germain et al. 2015, section 3).
 
     Returns
     -------
@@ -66,63 +82,147 @@ def MAF(
     Raises
     ------
     ValueError
-        If a parameter is out of range, or asks for what is not there yet.
+        If a parameter is out of range.
 
     Examples
     --------
     >>> import fastmaf
     >>> fastmaf.MAF(features=7, transforms=5, hidden_features=(64, 64))
     Flow(features=7, dtype=float32): Affine -> 5 x Autoregressive((64, 64), relu, exp_soft) -> Normal
+    >>> fastmaf.MAF(features=7, transforms=1, hidden_features=(64,), batch_norm=True, components=10)
+    Flow(features=7, dtype=float32): Affine -> Autoregressive((64), relu, exp_soft) -> BatchNorm -> Terminal((64), relu, mixture)
     """
-    for name, wanted in (("residual=True", residual), ("batch_norm=True", batch_norm), (f"components={components}", components != 1)):
-        if wanted:
-            raise ValueError(f"{name} is not there yet")
-    features = _arrays.count("features", features, lowest=1)
-    context_features = _arrays.count("context_features", context_features)
+    if not isinstance(batch_norm, (bool, np.bool_)) and batch_norm != "act":
+        raise ValueError(f"batch_norm is {batch_norm!r}; it must be False, True or 'act'")
+    components = _arrays.count("components", components, lowest=1)
+    draft = Draft(features, context_features, hidden_features, activation, residual, direct, seed)
     transforms = _arrays.count("transforms", transforms, lowest=1)
-    for name, value in (("hidden_features", hidden_features), ("order", order), ("bounds", bounds)):
-        if value is not None and not np.iterable(value):
-            raise ValueError(f"{name} is {value!r}; it must be a sequence")
-    widths = [_arrays.count(f"hidden_features[{k}]", width, lowest=1) for k, width in enumerate(hidden_features)]
-    seed = _arrays.seed_or_fresh(seed)
-    rng = np.random.default_rng(seed)
-    layers: list[FlowLayer] = []
-    if bounds is not None:
-        if len(bounds) != features:
-            raise ValueError(f"bounds has {len(bounds)} entries; the flow has {features} features")
-        layers.append(Elementwise.from_bounds(bounds))
-    layers.append(_identity(features))
-    for ranks in masks.layer_ranks(order, features, transforms, seed):
-        layers.append(Autoregressive(ranks, _conditioner(ranks, context_features, widths, activation, rng), Law()))
-    context_layers = [_identity(context_features)] if context_features else []
-    return Flow(layers, features=features, context_features=context_features, context_layers=context_layers, dtype=dtype, names=names)
+    layers = draft.front(order, bounds)
+    ranks = masks.layer_ranks(order, draft.features, transforms, draft.seed, components > 1)
+    one = np.ones(draft.features)
+    for own in ranks[:transforms]:
+        if linear:
+            layers.append(Linear(np.diag(one), np.diag(one), 0 * one))
+        net = draft.network(Law.parameters)
+        layers.append(Autoregressive(own, masked(net, own), Law()))
+        if batch_norm:
+            layers.append(BatchNorm(0 * one, 0 * one, 0 * one, one, statistics="data" if batch_norm == "act" else "batch"))
+    base = None
+    if components > 1:
+        net = draft.mixture(components)
+        base = Terminal(ranks[-1], masked(net, ranks[-1]), "mixture", components)
+    return draft.flow(layers, base, dtype, names)
+
+
+class Draft:
+    """What the parts of a new flow have in common; the parts are drawn in the order in which they are asked for."""
+
+    def __init__(
+        self,
+        features: int,
+        context_features: int,
+        hidden_features: Sequence[int],
+        activation: str,
+        residual: bool,
+        direct: bool,
+        seed: int | None,
+    ) -> None:
+        self.features = _arrays.count("features", features, lowest=1)
+        self.context_features = _arrays.count("context_features", context_features)
+        _iterable("hidden_features", hidden_features)
+        self.widths = [_arrays.count(f"hidden_features[{k}]", width, lowest=1) for k, width in enumerate(hidden_features)]
+        if residual and len(set(self.widths)) != 1:
+            raise ValueError(f"hidden_features is {tuple(self.widths)}; a residual network needs at least one block, and all of one width")
+        self.activation, self.residual, self.direct = activation, bool(residual), bool(direct)
+        self.seed = _arrays.seed_or_fresh(seed)
+        self.rng = np.random.default_rng(self.seed)
+
+    def front(self, order: Order, bounds: Sequence[Any] | None) -> list[FlowLayer]:
+        """The layers in front of the networks."""
+        _iterable("order", order)
+        layers: list[FlowLayer] = []
+        if bounds is not None:
+            _iterable("bounds", bounds)
+            if len(bounds) != self.features:
+                raise ValueError(f"bounds has {len(bounds)} entries; the flow has {self.features} features")
+            layers.append(Elementwise.from_bounds(bounds))
+        return [*layers, _identity(self.features)]
+
+    def network(self, rows: int | Sequence[int]) -> Conditioner:
+        """A network without its masks, the context added at its first map; `rows` of the final map for each variable."""
+        width = [self.features, *self.widths]
+        hidden = [self._dense(width[1], width[0], True)] if self.widths else []
+        if self.residual:
+            for _ in self.widths:
+                hidden += [self._dense(width[1], width[1]), self._dense(width[1], width[1], bound=SMALL)]
+        else:
+            hidden += [self._dense(*pair) for pair in zip(width[2:], width[1:-1], strict=True)]
+        outputs = np.broadcast_to(rows, (self.features,)).sum()
+        final = self._dense(int(outputs), width[-1], not self.widths, final=True)
+        step = 1 + self.residual
+        kind = "residual" if self.residual else "plain"
+        blocks = tuple(Block(kind, tuple(hidden[first : first + step])) for first in range(1, len(hidden), step))
+        bound = 1 / math.sqrt(self.features)
+        skip = self.rng.uniform(-bound, bound, (int(outputs), self.features)) if self.direct else None
+        last = bool(self.widths) and not self.residual
+        return Conditioner(hidden[0] if hidden else None, blocks, final, self.activation, last, skip)
+
+    def mixture(self, components: int) -> Conditioner:
+        """A network of a mixture without its masks: means apart from each other, raw log-scales and logits around zero."""
+        net = self.network(3 * components)
+        bias = np.zeros((self.features, 3, components))
+        bias[:, 1] = self.rng.normal(size=(self.features, components))
+        return replace(net, final=replace(net.final, bias=bias.ravel()))
+
+    def _dense(self, rows: int, inputs: int, first: bool = False, bound: float | None = None, final: bool = False) -> Dense:
+        """A map with weights from U(-b, b), b = 1 / sqrt(inputs), context included."""
+        context_features = self.context_features if first else 0
+        bound = bound or 1 / math.sqrt(inputs + context_features)
+        degrees = None if final else masks.hidden_degrees(rows, self.features, self.context_features > 0)
+        weight = self.rng.uniform(-bound, bound, (rows, inputs))
+        bias = self.rng.uniform(-bound, bound, (rows,))
+        if not context_features:
+            return Dense(weight, bias, degrees)
+        return Dense(weight, bias, degrees, "added", self.rng.uniform(-bound, bound, (rows, context_features)))
+
+    def flow(self, layers: Iterable[FlowLayer], base: Terminal | None, dtype: DTypeLike, names: Sequence[str] | None) -> Flow:
+        """The flow of these parts."""
+        context_layers = [_identity(self.context_features)] if self.context_features else []
+        return Flow(
+            layers,
+            base,
+            features=self.features,
+            context_features=self.context_features,
+            context_layers=context_layers,
+            dtype=dtype,
+            names=names,
+        )
+
+
+def masked(net: Conditioner, ranks: Array, categories: Sequence[int] = ()) -> Conditioner:
+    """The network with zeros for the weights that its degrees forbid; `categories` of a categorical base."""
+    rows = categories or net.final.bias.size // ranks.size
+    reads, free = ranks, []
+    for dense in net.hidden:
+        free.append(masks.hidden_mask(dense.degrees, reads))  # type: ignore[arg-type]
+        reads = dense.degrees  # type: ignore[assignment]
+    only = iter([*free, masks.output_mask(ranks, reads, rows)])
+    skip = None if net.skip is None else np.where(masks.output_mask(ranks, ranks, rows), net.skip, 0.0)
+    net = rebuilt(net, lambda dense: replace(dense, weight=np.where(next(only), dense.weight, 0.0)))
+    return replace(net, skip=skip)
+
+
+def rebuilt(net: Conditioner, change: Callable[[Dense], Dense]) -> Conditioner:
+    """The network with each of its maps changed, in their order."""
+    initial = None if net.initial is None else change(net.initial)
+    blocks = tuple(replace(block, maps=tuple(map(change, block.maps))) for block in net.blocks)
+    return replace(net, initial=initial, blocks=blocks, final=change(net.final))
+
+
+def _iterable(name: str, value: Any) -> None:
+    if not np.iterable(value):
+        raise ValueError(f"{name} is {value!r}; it must be a sequence")
 
 
 def _identity(width: int) -> Affine:
     return Affine(np.zeros(width), np.ones(width))
-
-
-def _conditioner(
-    ranks: NDArray[np.int64], context_features: int, widths: Sequence[int], activation: str, rng: np.random.Generator
-) -> Conditioner:
-    """A plain network; the context is added at its first map."""
-    maps: list[Dense] = []
-    inputs = ranks
-    for width in widths:
-        degrees = masks.hidden_degrees(width, ranks.size, context_features > 0)
-        maps.append(_dense(masks.hidden_mask(degrees, inputs), 0 if maps else context_features, degrees, rng))
-        inputs = degrees
-    final = _dense(masks.output_mask(ranks, inputs, Law.parameters), 0 if maps else context_features, None, rng)
-    blocks = tuple(Block("plain", (dense,)) for dense in maps[1:])
-    return Conditioner(maps[0] if maps else None, blocks, final, activation, final_activation=bool(maps))
-
-
-def _dense(mask: NDArray[np.bool_], context_features: int, degrees: NDArray[np.int64] | None, rng: np.random.Generator) -> Dense:
-    """A map with weights from U(-b, b), b = 1 / sqrt(inputs), context included."""
-    rows, inputs = mask.shape
-    bound = 1 / math.sqrt(inputs + context_features)
-    weight = np.where(mask, rng.uniform(-bound, bound, mask.shape), 0.0)
-    bias = rng.uniform(-bound, bound, (rows,))
-    if not context_features:
-        return Dense(weight, bias, degrees)
-    return Dense(weight, bias, degrees, "added", rng.uniform(-bound, bound, (rows, context_features)))

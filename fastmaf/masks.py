@@ -12,13 +12,15 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["hidden_degrees", "hidden_mask", "layer_ranks", "output_mask"]
+__all__ = ["hidden_degrees", "hidden_mask", "layer_ranks", "output_mask", "random_degrees"]
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
 
-def layer_ranks(order: str | Sequence[int] | Sequence[Sequence[int]], features: int, transforms: int, seed: int) -> list[IntArray]:
+def layer_ranks(
+    order: str | Sequence[int] | Sequence[Sequence[int]], features: int, transforms: int, seed: int, base: bool = False
+) -> list[IntArray]:
     """Ranks of the variables in each autoregressive layer.
 
     Parameters
@@ -33,11 +35,13 @@ def layer_ranks(order: str | Sequence[int] | Sequence[Sequence[int]], features: 
         Number of layers K.
     seed : int
         Seed of the random orders.
+    base : bool
+        Whether a base with an order of its own follows, as if it were one more layer.
 
     Returns
     -------
     list of (D,) int64 arrays
-        For each layer, the rank 1..D of each column.
+        For each layer, the rank 1..D of each column; at last those of the base, if there is one.
 
     Raises
     ------
@@ -52,18 +56,19 @@ def layer_ranks(order: str | Sequence[int] | Sequence[Sequence[int]], features: 
     [[2, 3, 1]]
     """
     forward = np.arange(1, features + 1, dtype=np.int64)
+    count = transforms + base
     if isinstance(order, str):
         if order == "sequential":
-            return [forward.copy() for _ in range(transforms)]
+            return [forward.copy() for _ in range(count)]
         if order == "reverse":
-            return [(forward if k % 2 == 0 else forward[::-1]).copy() for k in range(transforms)]
+            return [(forward if k % 2 == 0 else forward[::-1]).copy() for k in range(count)]
         if order == "random":
             rng = np.random.default_rng([seed, 0x6F72])
-            return [rng.permutation(forward) for _ in range(transforms)]
+            return [rng.permutation(forward) for _ in range(count)]
         raise ValueError(f"order is {order!r}; it must be 'sequential', 'reverse', 'random' or a permutation of the columns")
-    given = [order] * transforms if np.ndim(order) == 1 else list(order)
-    if len(given) != transforms:
-        raise ValueError(f"order lists {len(given)} permutations; the flow has {transforms} transforms")
+    given = [order] * count if np.ndim(order) == 1 else list(order)
+    if len(given) != count:
+        raise ValueError(f"order lists {len(given)} permutations; the flow has {transforms} transforms{' and a base' * base}")
     ranks = []
     for permutation in given:
         columns = np.asarray(permutation)
@@ -109,6 +114,41 @@ def hidden_degrees(width: int, features: int, conditional: bool) -> IntArray:
     return lowest + np.round(np.linspace(0, count - 1, width)).astype(np.int64)
 
 
+def random_degrees(width: int, features: int, conditional: bool, rng: np.random.Generator, lowest: int = 0) -> IntArray:
+    """Degrees of a hidden layer as MADE draws them (Germain et al. 2015, section 4.3): uniform between `lowest` and D - 1.
+
+    With a context one unit at least has degree 0, so that the first variable depends on the context.
+
+    Parameters
+    ----------
+    width : int
+        Number of units H.
+    features : int
+        Number of variables D.
+    conditional : bool
+        Whether the flow has a context.
+    rng : numpy.random.Generator
+    lowest : int
+        The lowest degree of the layer before, below which a unit would read nothing.
+
+    Returns
+    -------
+    (H,) int64 array
+        In no order.
+
+    Examples
+    --------
+    >>> degrees = random_degrees(100, 4, False, np.random.default_rng(0))
+    >>> np.unique(degrees).tolist()
+    [1, 2, 3]
+    """
+    lowest = max(lowest, 0 if conditional or features == 1 else 1)
+    degrees = rng.integers(lowest, features, width, dtype=np.int64)
+    if conditional:
+        degrees[rng.integers(width)] = 0
+    return degrees
+
+
 def hidden_mask(degrees: IntArray, inputs: IntArray) -> BoolArray:
     """Mask (H, n) of a hidden layer: unit reads input where ``degrees >= inputs`` (ranks of variables, or degrees of units).
 
@@ -120,8 +160,8 @@ def hidden_mask(degrees: IntArray, inputs: IntArray) -> BoolArray:
     return np.asarray(degrees)[:, None] >= np.asarray(inputs)[None, :]
 
 
-def output_mask(ranks: IntArray, inputs: IntArray, parameters: int) -> BoolArray:
-    """Mask (D * P, H) of an output layer: row ``i * P + p`` reads units of degree below ``ranks[i]``.
+def output_mask(ranks: IntArray, inputs: IntArray, parameters: int | Sequence[int]) -> BoolArray:
+    """Mask (D * P, H) of an output layer: row ``i * P + p`` reads units of degree below ``ranks[i]``; `parameters` is P, or that of each i.
 
     Examples
     --------

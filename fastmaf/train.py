@@ -12,8 +12,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ from safetensors.numpy import save as serialize
 from tqdm import tqdm
 
 from fastmaf import _arrays, io
-from fastmaf.layers import Affine, Elementwise, _one_of
+from fastmaf.layers import Affine, BatchNorm, Elementwise, Terminal, _one_of
 
 try:
     from fastmaf._core import shuffle
@@ -33,11 +33,12 @@ except ImportError:
 if TYPE_CHECKING:
     from fastmaf.flow import Flow
 
-__all__ = ["History", "fit"]
+__all__ = ["History", "Members", "fit"]
 
 Array = NDArray[Any]
 Layers = tuple[Any, ...]
 Path = str | os.PathLike[str]
+Statistics = list[tuple[Array, Array]]
 
 SHUFFLE, SPLIT = 3, 4
 """Random streams of the order of an epoch and of the choice of validation rows."""
@@ -87,6 +88,25 @@ class History:
         return f"History({len(self.train)} epochs, best {self.best_epoch}{': ' * bool(scores)}{', '.join(scores)}, stopped: {self.stopped})"
 
 
+@dataclass
+class Members:
+    """Flows that share one vector of weights and differ in their masks, for `fit`.
+
+    Attributes
+    ----------
+    flows : sequence of Flow
+        All of the same arrays; what their masks leave of `weights` are their weights.
+    weights : (p,) array
+        In the order of `Flow.parameters`, without masks; `fit` replaces it.
+    draw : callable, optional
+        The members for the steps of an epoch, by its number from 1; `flows` throughout, if None.
+    """
+
+    flows: Sequence[Flow]
+    weights: Array
+    draw: Callable[[int], Sequence[Flow]] | None = None
+
+
 def fit(
     flow: Flow,
     x: ArrayLike | Callable[[int], ArrayLike],
@@ -111,11 +131,16 @@ def fit(
     resume: bool = False,
     callback: Callable[[dict[str, Any]], object] | None = None,
     progress: bool | None = None,
+    members: Members | None = None,
 ) -> History:
     """Fit a flow to data, in place, and return the history.
 
     The loss of a batch of B rows is ``sum(w * nll) / (B * mean(w))``, w the weights and their mean that of the training rows. The weights
     with the best validation log-likelihood are kept, those at the start included. If the data are refused, the flow is left as it was.
+
+    A `BatchNorm` of kind "batch" normalises each batch by its own weighted mean and variance, and everything else (validation, the fitted
+    flow) by those of all training rows, found anew before the first epoch and after each; one of kind "data" by those of the training rows
+    at the start of the first fit.
 
     Parameters
     ----------
@@ -132,7 +157,8 @@ def fit(
         The fraction of the rows to hold out (chosen by `seed` alone), or the validation rows themselves. With 0 there is no early
         stopping, and the last weights are kept.
     batch_size : int
-        Rows per step; the last batch of an epoch may be short.
+        Rows per step; the last batch of an epoch may be short. Where batch norms take their statistics from the batch, rows that fill no
+        batch are left out of an epoch, unless there are none but them; then `batch_size` is at least 2.
     optimizer : {"adam"}
         With `weight_decay` it is AdamW.
     lr : float
@@ -169,6 +195,9 @@ def fit(
         result stops.
     progress : bool, optional
         Whether to show a bar on stderr; by default only if that is a terminal.
+    members : Members, optional
+        Train their common weights instead of those of the flow: step t, counted from 0 over all epochs, those of member t modulo their
+        number. The validation log-likelihood is that of the mean of their densities. Of the flow only the fixed layers change.
 
     Returns
     -------
@@ -178,8 +207,9 @@ def fit(
     Raises
     ------
     ValueError
-        If shapes do not fit; if data are not finite, not strictly inside their bounds, or constant in a column; if weights are negative or
-        all zero; if an argument is out of range; if `resume` meets a checkpoint of another run.
+        If shapes do not fit; if data are not finite, not strictly inside their bounds, or constant in a column; if discrete data are no
+        integers in range; if weights are negative or all zero; if an argument is out of range; if a batch norm would see batches of one
+        row; if `resume` meets a checkpoint of another run.
 
     Notes
     -----
@@ -221,13 +251,20 @@ def fit(
 
     train, held = _split(flow, x(0) if callable(x) else x, context, weights, validation, settings["seed"])
     layers, context_layers = _standardised(flow, train, standardize)
+    if _of_batch(flow.layers) and settings["batch_size"] < 2:
+        raise ValueError(f"batch_size is {batch_size}; the statistics of a batch norm need at least 2 rows")
     store, saved = None, {}
     if checkpoint is not None:
-        store = _Store(checkpoint, _fingerprint(flow, backend.name, settings, train, held))
+        store = _Store(checkpoint, _fingerprint(flow, backend.name, settings, train, held, members))
         saved = store.load() if resume else {}
     start = flow._with(layers=_restored(layers, "layers", saved), context_layers=_restored(context_layers, "context_layers", saved))
-    engine = backend.trainer(start, l2=settings["l2"], weight_decay=settings["weight_decay"], clip_norm=settings["clip_norm"])
-    run = _Run(start, engine, train, held, settings, store, engine.parameters())
+    options: dict[str, Any] = {name: settings[name] for name in ("l2", "weight_decay", "clip_norm")}
+    if members is not None:
+        options["members"] = _behind(start, members.flows)
+    engine = backend.trainer(start, **options)
+    if members is not None:
+        engine.set_parameters(members.weights)
+    run = _Run(start, engine, train, held, settings, store, members, engine.parameters(), not flow.training)
     if saved:
         run.set_state(saved)
     try:
@@ -235,7 +272,11 @@ def fit(
         run.history.stopped = run.epochs(x if callable(x) else None, factor, deadline, callback, progress)
     except KeyboardInterrupt:
         run.history.stopped = "interrupted"
-    fitted = start.with_parameters(run.best)
+    if members is None:
+        fitted = _normed(start.with_parameters(run.best), run.best_statistics)
+    else:
+        fitted, members.weights = start, run.best
+    flow.base = fitted.base
     flow.layers, flow.context_layers, flow.training = fitted.layers, fitted.context_layers, run.summary()
     return run.history
 
@@ -290,9 +331,15 @@ class _Run:
     held: _Rows | None
     settings: dict[str, Any]
     store: _Store | None
+    members: Members | None
     best: Array
+    first: bool
     best_score: float = -math.inf
     history: History = field(default_factory=History)
+
+    def __post_init__(self) -> None:
+        self.statistics: Statistics = [(layer.mean, layer.var) for layer in _norms(self.start.layers)]
+        self.best_statistics = self.statistics
 
     def epochs(
         self,
@@ -303,12 +350,16 @@ class _Run:
         progress: bool | None,
     ) -> str:
         """Train until something ends it, and say what."""
-        history, train, mass = self.history, self.train, self.train.mass()
+        history, train, mass, members = self.history, self.train, self.train.mass(), self.members
         last, batch_size, seed = (self.settings[name] for name in ("max_epochs", "batch_size", "seed"))
         patience = self.settings["patience"] or math.inf
-        steps = -(-train.rows.size // batch_size)
+        steps, mean_weight, used = -(-train.rows.size // batch_size), mass / train.rows.size, train.rows.size
+        if _of_batch(self.start.layers) and used > batch_size:
+            steps, used = used // batch_size, used // batch_size * batch_size
         began = time.perf_counter() - (history.seconds[-1] if history.seconds else 0.0)
         if not history.train:
+            self.renew(train.x, self.first)
+            self.best_statistics = self.statistics
             self.best_score = float(np.fmax(self.score(), -math.inf))
             self.save()
         with tqdm(total=last, initial=len(history.train), unit="epoch", disable=None if progress is None else not progress) as bar:
@@ -317,13 +368,20 @@ class _Run:
                     return "patience"
                 if time.perf_counter() >= deadline:
                     return "max_seconds"
-                x = train.x if draw is None else _drawn(draw, epoch, train.x.shape, self.start.layers)
-                rows = train.rows[shuffle(seed, SHUFFLE, epoch, train.rows.size)]
+                x = train.x if draw is None else _drawn(draw, epoch, train.x.shape, self.start)
+                rows = train.rows[shuffle(seed, SHUFFLE, epoch, train.rows.size)][:used]
+                if rows.size < train.rows.size:
+                    mass = train._replace(rows=rows).mass()
                 rates = _rates(self.settings["lr"], factor, epoch, steps)
-                loss, done = self.engine.epoch(x, train.context, train.weights, rows, batch_size, rates, mass / rows.size, poll=bar.refresh)
+                if members is not None and members.draw is not None:
+                    self.engine.set_members(_behind(self.start, members.draw(epoch)))
+                loss, done = self.engine.epoch(x, train.context, train.weights, rows, batch_size, rates, mean_weight, poll=bar.refresh)
                 if done < steps:
                     return f"loss not finite in epoch {epoch}, batch {done + 1} of {steps}"
-                self.record(-loss / mass, self.score(), float(rates[-1]), time.perf_counter() - began)
+                if members is not None and members.draw is not None:
+                    self.engine.set_members(_behind(self.start, members.flows))
+                normed = self.renew(x, False)
+                self.record(-loss / mass, self.score(), normed, float(rates[-1]), time.perf_counter() - began)
                 self.save()
                 last_of = {name: (getattr(history, name) or [None])[-1] for name in SERIES}
                 bar.set_postfix_str(", ".join(f"{name} {last_of[name]:.4f}" for name in SERIES[:2] if getattr(history, name)) + " nats")
@@ -331,6 +389,21 @@ class _Run:
                 if callback is not None and callback({"epoch": epoch, "best_epoch": history.best_epoch, **last_of}):
                     return "callback"
         return "max_epochs"
+
+    def renew(self, x: Array, data_too: bool) -> bool:
+        """Give the batch norms the statistics of the training rows under the current weights; False where those are not finite."""
+        if not (_of_batch(self.start.layers) or (data_too and self.statistics)):
+            return True
+        parameters = self.engine.parameters()
+        if not np.isfinite(parameters).all():
+            return False
+        flow = _normed(self.start.with_parameters(parameters), self.statistics)
+        found = _whole_statistics(flow, self.train._replace(x=x), data_too)
+        if found is None:
+            return False
+        self.statistics = found
+        self.engine.set_statistics(found)
+        return True
 
     def score(self) -> float:
         """Mean log-likelihood of the validation rows under the current weights; NaN without such rows."""
@@ -344,16 +417,17 @@ class _Run:
             total += float((values if weights is None else values * weights[part]).sum())
         return total / self.held.mass()
 
-    def record(self, train: float, validation: float, lr: float, seconds: float) -> None:
-        """Append an epoch to the history, and keep its weights if they are the best."""
+    def record(self, train: float, validation: float, normed: bool, lr: float, seconds: float) -> None:
+        """Append an epoch to the history, and keep its weights and statistics if they are the best and the statistics hold."""
         history, parameters = self.history, self.engine.parameters()
         history.train.append(train)
         history.lr.append(lr)
         history.seconds.append(seconds)
         if self.held is not None:
             history.validation.append(validation)
-        if validation > self.best_score if self.held is not None else np.isfinite(parameters).all():
+        if normed and (validation > self.best_score if self.held is not None else np.isfinite(parameters).all()):
             history.best_epoch, self.best, self.best_score = len(history.train), parameters, validation
+            self.best_statistics = self.statistics
 
     def save(self) -> None:
         """Write the checkpoint: everything that the next epochs depend on, as arrays."""
@@ -362,6 +436,9 @@ class _Run:
         arrays = {f"engine.{name}": value for name, value in self.engine.state().items()}
         arrays |= {f"history.{name}": getattr(self.history, name) for name in SERIES}
         arrays |= {"best": self.best, "best_score": self.best_score, "best_epoch": self.history.best_epoch}
+        for name, statistics in (("statistics", self.statistics), ("best_statistics", self.best_statistics)):
+            for k, (mean, var) in enumerate(statistics):
+                arrays |= {f"{name}.{k}.mean": mean, f"{name}.{k}.var": var}
         for prefix, layers in (("layers", self.start.layers), ("context_layers", self.start.context_layers)):
             for k, layer in enumerate(layers):
                 if isinstance(layer, Affine):
@@ -374,6 +451,12 @@ class _Run:
         self.history = History(**{name: arrays[f"history.{name}"].tolist() for name in SERIES})
         self.history.best_epoch = int(arrays["best_epoch"])
         self.best, self.best_score = arrays["best"], float(arrays["best_score"])
+        self.statistics, self.best_statistics = (
+            [(arrays[f"{name}.{k}.mean"], arrays[f"{name}.{k}.var"]) for k in range(len(self.statistics))]
+            for name in ("statistics", "best_statistics")
+        )
+        if self.statistics:
+            self.engine.set_statistics(self.statistics)
 
     def summary(self) -> dict[str, Any]:
         """Return what the flow remembers of its fit, ready for JSON."""
@@ -400,6 +483,87 @@ def _real(name: str, value: Any, zero: bool = False) -> float:
     if not (math.isfinite(number) and (number > 0 or (zero and number == 0))):
         raise ValueError(f"{name} is {value!r}; it must be a {'number that is not negative' if zero else 'positive number'}")
     return number
+
+
+def _norms(layers: Layers) -> list[BatchNorm]:
+    return [layer for layer in layers if isinstance(layer, BatchNorm)]
+
+
+def _of_batch(layers: Layers) -> bool:
+    """Whether batch norms take their statistics from the batch."""
+    return any(norm.statistics == "batch" for norm in _norms(layers))
+
+
+def _normed(flow: Flow, statistics: Statistics) -> Flow:
+    """The flow with other statistics in its batch norms."""
+    if not statistics:
+        return flow
+    moments = iter(statistics)
+    layers = []
+    for layer in flow.layers:
+        if isinstance(layer, BatchNorm):
+            mean, var = next(moments)
+            layer = replace(layer, mean=mean, var=var)
+        layers.append(layer)
+    return flow._with(layers=layers)
+
+
+def _behind(start: Flow, members: Sequence[Flow]) -> list[Flow]:
+    """The members behind the fixed layers of the flow that is trained."""
+    result = []
+    for member in members:
+        pairs = zip(member.layers, start.layers, strict=True)
+        layers = [new if isinstance(new, (Elementwise, Affine)) else own for own, new in pairs]
+        result.append(member._with(layers=layers, context_layers=start.context_layers))
+    return result
+
+
+def _whole_statistics(flow: Flow, train: _Rows, data_too: bool) -> Statistics | None:
+    """Mean and biased variance of the training rows in front of each batch norm, in double; None where they are not finite.
+
+    Those of kind "data" keep theirs, unless `data_too`.  All rows stay at the last batch norm reached, so that no layer is evaluated twice.
+    """
+    from fastmaf.flow import Flow
+
+    statistics: Statistics = []
+    segment: list[Any] = []
+    z: Array | None = None  # the rows that the segment begins with; at first they are the data, read block by block
+    weights = np.ones(train.rows.size) if train.weights is None else train.weights[train.rows]
+    step = max(1, BLOCK // flow.features)
+    parts = [slice(first, min(first + step, train.rows.size)) for first in range(0, train.rows.size, step)]
+    for layer in flow.layers:
+        if isinstance(layer, BatchNorm):
+            chain = Flow(
+                segment,
+                features=flow.features,
+                context_features=flow.context_features,
+                context_layers=flow.context_layers,
+                dtype=flow.dtype,
+            )
+            values = np.empty((train.rows.size, flow.features), flow.dtype)
+            for part in parts:
+                rows = train.rows[part]
+                context = None if train.context is None else train.context[rows]
+                values[part] = chain.to_noise(train.x[rows] if z is None else z[part], context)
+            z, segment = values, []
+            if layer.statistics == "batch" or data_too:
+                mean, var = _mean_and_variance(z, weights, parts)
+                if not (np.isfinite(mean).all() and np.isfinite(var).all()):
+                    return None
+                layer = replace(layer, mean=mean, var=var)
+                statistics.append((mean, var))
+            else:
+                statistics.append((layer.mean, layer.var))
+        segment.append(layer)
+    return statistics
+
+
+def _mean_and_variance(z: Array, weights: NDArray[np.float64], parts: Sequence[slice]) -> tuple[Array, Array]:
+    """Weighted mean and biased variance of the columns, in double."""
+    total = weights.sum()
+    mean = sum((weights[part] @ z[part].astype(np.float64) for part in parts), np.zeros(z.shape[1])) / total
+    var = sum((weights[part] @ (z[part] - mean) ** 2 for part in parts), np.zeros(z.shape[1])) / total
+    return mean, var
 
 
 def _schedule(schedule: str | Callable[[float], float], max_epochs: int) -> Callable[[float], float]:
@@ -463,7 +627,7 @@ def _split(
         if not 1 <= len(validation) <= 3 or validation[0] is None:
             raise ValueError("validation must be a fraction, or a tuple (x,), (x, context) or (x, context, weights)")
         held = _rows(flow, "validation ", *validation)  # type: ignore[arg-type]
-        _check("validation x", held.x, flow.layers)
+        _check("validation x", held.x, flow.layers, _counts(flow))
         if held.context is not None:
             _check("validation context", held.context, flow.context_layers)
     elif validation:
@@ -478,8 +642,15 @@ def _split(
     return train, held
 
 
-def _blocks(name: str, array: Array, layers: Layers) -> Iterator[tuple[slice, NDArray[np.float64]]]:
-    """The array in float64, block by block, each made sure to be finite and inside the bounds of the first layer."""
+def _counts(flow: Flow) -> Array | None:
+    """How many values each variable has, if they are discrete."""
+    if not isinstance(flow.base, Terminal) or flow.base.conditional == "mixture":
+        return None
+    return np.array(flow.base.categories or (2,) * flow.features)
+
+
+def _blocks(name: str, array: Array, layers: Layers, counts: Array | None = None) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+    """The array in float64, block by block, each made sure to be finite and inside the bounds of the first layer, or one of the values."""
     bounds = layers[0] if layers and isinstance(layers[0], Elementwise) else None
     step = max(1, BLOCK // array.shape[1])
     for first in range(0, len(array), step):
@@ -488,27 +659,31 @@ def _blocks(name: str, array: Array, layers: Layers) -> Iterator[tuple[slice, ND
         wrong = ~np.isfinite(block)
         if bounds is not None:
             wrong |= (block <= bounds.lower) | (block >= bounds.upper)
+        if counts is not None:
+            wrong |= (block < 0) | (block >= counts) | (block != np.floor(block))
         if wrong.any():
             row, column = (int(i) for i in np.argwhere(wrong)[0])
             value, must = block[row, column], "be finite"
             if bounds is not None and math.isfinite(value):
                 must = f"lie strictly between {bounds.lower[column]} and {bounds.upper[column]}"
+            if counts is not None:
+                must = f"be an integer from 0 to {counts[column] - 1}"
             raise ValueError(f"{name} has {value} in row {first + row}, column {column}; it must {must}")
         yield part, block
 
 
-def _check(name: str, array: Array, layers: Layers) -> None:
-    for _ in _blocks(name, array, layers):
+def _check(name: str, array: Array, layers: Layers, counts: Array | None = None) -> None:
+    for _ in _blocks(name, array, layers, counts):
         pass
 
 
-def _drawn(draw: Callable[[int], ArrayLike], epoch: int, shape: tuple[int, ...], layers: Layers) -> Array:
+def _drawn(draw: Callable[[int], ArrayLike], epoch: int, shape: tuple[int, ...], flow: Flow) -> Array:
     """A fresh x for an epoch."""
     name = f"x({epoch})"
     x = _arrays.real(name, draw(epoch))
     if x.shape != shape:
         raise ValueError(f"{name} has shape {x.shape}; x(0) has shape {shape}")
-    _check(name, x, layers)
+    _check(name, x, flow.layers, _counts(flow))
     return x
 
 
@@ -518,7 +693,9 @@ def _standardised(flow: Flow, train: _Rows, wanted: bool) -> tuple[Layers, Layer
     weights[train.rows] = 1.0 if train.weights is None else train.weights[train.rows]
     chains = []
     for name, array, layers in (("x", train.x, flow.layers), ("context", train.context, flow.context_layers)):
-        if array is not None:
+        if name == "x" and (counts := _counts(flow)) is not None:
+            _check(name, train.x, layers, counts)
+        elif array is not None:
             affine = _moments(name, array, weights, layers)
             k = int(isinstance(layers[0], Elementwise)) if layers else 0
             if wanted and not flow.training and layers[k : k + 1] == (Affine(np.zeros(affine.loc.size), np.ones(affine.loc.size)),):
@@ -573,12 +750,16 @@ def _restored(layers: Layers, prefix: str, saved: Mapping[str, Array]) -> Layers
     )
 
 
-def _fingerprint(flow: Flow, backend: str, settings: Mapping[str, Any], train: _Rows, held: _Rows | None) -> dict[str, Any]:
+def _fingerprint(
+    flow: Flow, backend: str, settings: Mapping[str, Any], train: _Rows, held: _Rows | None, members: Members | None
+) -> dict[str, Any]:
     """What a resumed fit must have in common with the interrupted one."""
     stopping = {"patience", "max_seconds"} | ({"max_epochs"} if settings["schedule"] != "cosine" else set())
     result = {name: value for name, value in settings.items() if name not in stopping}
     result["backend"] = backend
     record = [str(flow.dtype), _shape_of(flow.layers), _shape_of(flow.context_layers), _shape_of(flow.base)]
+    if members is not None:
+        record += [[_shape_of((*member.layers, member.base)) for member in members.flows], members.draw is not None]
     result["the flow"] = hashlib.sha256(json.dumps(record).encode()).hexdigest()
     given = held[:3] if held is not None and settings["validation"] == "given" else ()
     for name, arrays in (("x", train[:1]), ("context", train[1:2]), ("weights", train[2:3]), ("validation", given)):

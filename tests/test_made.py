@@ -1,11 +1,16 @@
-"""`MADE` builds one autoregressive layer."""
+"""`MADE` builds one network, as a layer or as a base."""
 
 from __future__ import annotations
 
+import itertools
+import re
+
+import make
+import numpy as np
 import pytest
 
 import fastmaf
-from fastmaf.layers import Affine, Autoregressive, Normal
+from fastmaf.layers import Affine, Autoregressive, Elementwise, Normal, Terminal
 
 
 def test_is_a_maf_with_one_transform():
@@ -17,16 +22,75 @@ def test_is_a_maf_with_one_transform():
     assert made.base == Normal(4)
 
 
-def test_keeps_its_order():
-    assert fastmaf.MADE(features=3, order=[2, 0, 1]).layers[-1].ranks.tolist() == [2, 3, 1]
+@pytest.mark.parametrize(
+    "options", [{"direct": True}, {"residual": True, "hidden_features": (5, 5)}, {"bounds": [(0, 1), None, None, None]}]
+)
+def test_has_the_networks_of_a_maf(options):
+    made, maf = fastmaf.MADE(features=4, **options), fastmaf.MAF(features=4, transforms=1, **options)
+    assert made.layers == maf.layers
 
 
-@pytest.mark.parametrize("conditional", ["mixture", "bernoulli", "categorical"])
-def test_what_is_not_there_yet_is_named(conditional):
-    with pytest.raises(ValueError, match=f"conditional='{conditional}' is not there yet"):
-        fastmaf.MADE(features=3, conditional=conditional)
+@pytest.mark.parametrize("conditional", ["gaussian", "mixture", "bernoulli", "categorical"])
+def test_keeps_its_order(conditional):
+    categories = 3 if conditional == "categorical" else None
+    flow = fastmaf.MADE(3, conditional, order=[2, 0, 1], categories=categories)
+    assert flow.order == (2, 0, 1)
+    assert (
+        fastmaf.MADE(3, conditional, order="random", categories=categories, seed=1).order
+        == fastmaf.MAF(3, order="random", seed=1, transforms=1).order
+    )
 
 
-def test_unknown_conditionals_are_refused():
-    with pytest.raises(ValueError, match="conditional is 'poisson'; it must be one of 'gaussian'"):
-        fastmaf.MADE(features=3, conditional="poisson")
+def test_mixture():
+    flow = fastmaf.MADE(3, "mixture", 2, hidden_features=(6,), components=5, bounds=[None, (0, 1), None], dtype="float64")
+    assert [type(layer) for layer in flow.layers] == [Elementwise, Affine]
+    assert (flow.base.conditional, flow.base.components, flow.base.rows) == ("mixture", 5, (15, 15, 15))
+    bias = flow.base.conditioner.final.bias.reshape(3, 3, 5)
+    assert not bias[:, [0, 2]].any() and np.unique(bias[:, 1]).size == 15
+    assert fastmaf.MADE(3, "mixture").base.components == 10
+
+
+@pytest.mark.parametrize("conditional", ["bernoulli", "categorical"])
+@pytest.mark.parametrize("context_features", [0, 2])
+def test_discrete_probabilities_sum_to_one(conditional, context_features):
+    categories = [2, 4, 3, 2] if conditional == "categorical" else None
+    flow = fastmaf.MADE(4, conditional, context_features, (9,), categories=categories, direct=True, dtype="float64", order="random")
+    assert not flow.layers and isinstance(flow.base, Terminal) and flow.base.categories == tuple(categories or ())
+    every = np.array(list(itertools.product(*map(range, categories or [2] * 4))))
+    with make.reference():
+        np.testing.assert_allclose(np.exp(flow.log_prob(every, make.contexts(flow))).sum(), 1, rtol=1e-12)
+
+
+def test_one_number_of_categories_is_that_of_all():
+    assert fastmaf.MADE(3, "categorical", categories=4).base.categories == (4, 4, 4)
+
+
+@pytest.mark.parametrize("conditional", ["mixture", "bernoulli"])
+def test_weights_are_those_of_the_seed_in_both_dtypes(conditional):
+    single, double, other = (fastmaf.MADE(4, conditional, dtype=d, seed=s) for d, s in (("float32", 1), ("float64", 1), ("float64", 2)))
+    assert np.array_equal(single.base.conditioner.final.weight, double.base.conditioner.final.weight.astype(np.float32))
+    assert not np.array_equal(double.base.conditioner.final.weight, other.base.conditioner.final.weight)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"conditional": "poisson"}, "conditional is 'poisson'; it must be one of 'gaussian'"),
+        ({"conditional": "mixture", "components": 0}, "components is 0; it must be at least 1"),
+        ({"conditional": "categorical"}, "categories is None; conditional='categorical' needs the number of values"),
+        ({"conditional": "categorical", "categories": 1}, "categories is 1; it must be at least 2"),
+        ({"conditional": "categorical", "categories": [2, 3]}, "categories has 2 entries; the flow has 3 features"),
+        ({"conditional": "categorical", "categories": [2, 3, 1]}, "categories[2] is 1; it must be at least 2"),
+        ({"conditional": "categorical", "categories": [2, 3, 2.5]}, "categories[2] is 2.5; it must be an integer"),
+        ({"categories": 3}, "categories is 3; only categorical variables have some, and conditional is 'gaussian'"),
+        ({"conditional": "bernoulli", "bounds": [(0, 1)] * 3}, "bounds is [(0, 1), (0, 1), (0, 1)]; bernoulli variables have none"),
+        ({"masks": 0}, "masks is 0; it must be at least 1"),
+        ({"masks": "many"}, "masks is 'many'; it must be an integer"),
+        ({"residual": True, "hidden_features": (3, 4)}, "hidden_features is (3, 4); a residual network needs"),
+        ({"order": [[0, 1, 2], [0, 1, 2]]}, "order lists 2 permutations; the flow has 1 transform"),
+        ({"features": 0}, "features is 0; it must be at least 1"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fastmaf.MADE(**{"features": 3, **arguments})

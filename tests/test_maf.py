@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 
+import make
 import numpy as np
 import pytest
 
 import fastmaf
-from fastmaf.layers import Affine, Autoregressive, Elementwise
+from fastmaf.layers import Affine, Autoregressive, BatchNorm, Elementwise, Linear, Normal, Terminal
 
 
 def mades(flow):
@@ -67,6 +68,76 @@ def test_the_first_variable_sees_the_context():
     assert not np.any(first[:, made.conditioner.initial.degrees > 0])
 
 
+def test_residual_networks_are_nearly_the_identity_at_first():
+    flow = fastmaf.MAF(features=4, context_features=2, transforms=2, hidden_features=(9, 9), residual=True)
+    for made in mades(flow):
+        net = made.conditioner
+        assert [block.kind for block in net.blocks] == ["residual"] * 2 and not net.final_activation
+        assert all(np.array_equal(dense.degrees, net.initial.degrees) for dense in net.hidden)
+        assert [dense.context for dense in (*net.hidden, net.final)] == ["added"] + ["none"] * 5
+        for block in net.blocks:
+            first, second = (np.abs([dense.weight.max(), dense.bias.max()]).max() for dense in block.maps)
+            assert 0.1 < first <= 1 / 3 and 0 < second <= 1e-3
+
+
+@pytest.mark.parametrize(("batch_norm", "statistics"), [(True, "batch"), ("act", "data")])
+def test_batch_norms_and_linear_layers(batch_norm, statistics):
+    flow = fastmaf.MAF(features=3, transforms=2, batch_norm=batch_norm, linear=True, bounds=[None] * 3, dtype="float64")
+    assert [type(layer) for layer in flow.layers] == [Elementwise, Affine] + [Linear, Autoregressive, BatchNorm] * 2
+    zero, one = np.zeros(3), np.ones(3)
+    assert all(layer == BatchNorm(zero, zero, zero, one, statistics=statistics) for layer in flow.layers[4::3])
+    assert all(layer == Linear(np.eye(3), np.eye(3), zero) for layer in flow.layers[2::3])
+    plain = fastmaf.MAF(features=3, transforms=2, bounds=[None] * 3, dtype="float64")
+    assert mades(flow) == mades(plain), "layers without weights of their own draw none"
+
+
+def test_mixture_base():
+    flow = fastmaf.MAF(features=3, context_features=1, transforms=2, components=4, order="reverse", dtype="float64")
+    assert isinstance(flow.base, Terminal) and flow.base.components == 4
+    assert [made.ranks.tolist() for made in (*mades(flow), flow.base)] == [[1, 2, 3], [3, 2, 1], [1, 2, 3]]
+    bias = flow.base.conditioner.final.bias.reshape(3, 3, 4)
+    assert not bias[:, [0, 2]].any() and np.unique(bias[:, 1]).size == 12
+    alone = fastmaf.MAF(features=3, context_features=1, transforms=2, order="reverse", dtype="float64")
+    assert mades(flow) == mades(alone) and alone.base == Normal(3)
+    orders = [[0, 1, 2], [2, 1, 0], [1, 2, 0]]
+    assert fastmaf.MAF(features=3, transforms=2, components=2, order=orders).base.ranks.tolist() == [3, 1, 2]
+    random = fastmaf.MAF(features=8, transforms=2, components=2, order="random", seed=3)
+    assert [made.ranks.tolist() for made in mades(random)] == [
+        made.ranks.tolist() for made in mades(fastmaf.MAF(features=8, transforms=2, order="random", seed=3))
+    ]
+
+
+@pytest.mark.parametrize("hidden", [(), (7,)])
+def test_direct_weights_reach_later_variables_only(hidden):
+    for made in mades(fastmaf.MAF(features=4, transforms=2, hidden_features=hidden, direct=True, order=[2, 0, 1, 3])):
+        assert np.array_equal(made.conditioner.skip != 0, np.repeat(made.ranks[:, None] > made.ranks, 2, axis=0))
+        assert np.abs(made.conditioner.skip).max() <= 0.5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"residual": True, "hidden_features": (8, 8)},
+        {"batch_norm": True},
+        {"batch_norm": "act", "components": 3},
+        {"linear": True, "residual": True, "hidden_features": (6,)},
+        {"direct": True, "components": 2},
+        {"direct": True, "hidden_features": ()},
+    ],
+)
+@pytest.mark.parametrize("context_features", [0, 2])
+def test_samples_have_the_density_that_goes_with_them(options, context_features):
+    with make.reference():
+        flow = fastmaf.MAF(
+            5, context_features, 2, **{"hidden_features": (8,), "dtype": "float64", "bounds": [(0, 1)] + [None] * 4, **options}
+        )
+        context = make.contexts(flow)
+        samples, log_prob = flow.sample_and_log_prob(50, context, seed=1)
+        np.testing.assert_allclose(flow.log_prob(samples, context), log_prob, rtol=1e-9, atol=1e-9)
+        single = flow.astype("float32")
+        assert np.array_equal(single.parameters(), flow.parameters().astype(np.float32))
+
+
 def test_seeds_and_dtypes():
     single, double, other = (fastmaf.MAF(features=3, dtype=d, seed=s) for d, s in (("float32", 1), ("float64", 1), ("float64", 2)))
     assert single.dtype == np.float32 and double.dtype == np.float64
@@ -90,9 +161,12 @@ def test_seeds_and_dtypes():
         ({"order": [0, 1, 1]}, "order [0, 1, 1] is not a permutation of 0..2"),
         ({"order": 5}, "order is 5; it must be a sequence"),
         ({"order": [[0, 1, 2]]}, "order lists 1 permutations; the flow has 5 transforms"),
-        ({"residual": True}, "residual=True is not there yet"),
-        ({"batch_norm": True}, "batch_norm=True is not there yet"),
-        ({"components": 10}, "components=10 is not there yet"),
+        ({"residual": True, "hidden_features": (8, 9)}, "hidden_features is (8, 9); a residual network needs at least one block"),
+        ({"residual": True, "hidden_features": ()}, "hidden_features is (); a residual network needs at least one block"),
+        ({"batch_norm": "data"}, "batch_norm is 'data'; it must be False, True or 'act'"),
+        ({"components": 0}, "components is 0; it must be at least 1"),
+        ({"components": 2.5}, "components is 2.5; it must be an integer"),
+        ({"components": 2, "order": [[0, 1, 2]] * 5}, "order lists 5 permutations; the flow has 5 transforms and a base"),
         ({"bounds": [(0, 1)]}, "bounds has 1 entries; the flow has 3 features"),
         ({"bounds": [(0, 1), 3, None]}, "bounds[1] is 3; it must be None or a pair"),
         ({"bounds": [(1, 0), None, None]}, "column 0 has bounds (1.0, 0.0)"),

@@ -399,11 +399,32 @@ def test_gradients_of_contexts_that_rows_share():
     assert np.allclose(dparameters, sum(e[2] for e in each))
 
 
-@pytest.mark.parametrize(("made", "what"), [(inverse_flow, "direction 'noise'"), (lambda: terminal("bernoulli", 2), "bernoulli base")])
-def test_what_has_no_gradient_says_so(made, what):
-    made = made()
-    with pytest.raises(ValueError, match=f"the reference backend has no gradient of an? .*{what}"):
-        made.log_prob_and_grad(np.zeros((1, made.features)), contexts(made, 1))
+def test_what_has_no_gradient_says_so():
+    with pytest.raises(ValueError, match="the reference backend has no gradient of an .*direction 'noise'"):
+        inverse_flow().log_prob_and_grad(np.zeros((1, 3)), np.zeros((1, 2)))
+    with pytest.raises(ValueError, match="a flow with a bernoulli base has no gradient in x"):
+        terminal("bernoulli", 2).log_prob_and_grad(np.zeros((1, 2)))
+
+
+def test_the_order_of_the_parameters():
+    """From data to noise: the arrays of a network, log_gamma and beta, lower, upper and bias, and at last those of the base."""
+    front = everything("relu").layers[:4]
+    made = terminal("mixture", 4, context_features=2, layers=front)
+    network, norm, linear = front[1].conditioner, front[2], front[3]
+    maps = (*network.hidden, network.final)
+    expected = [a for m in maps for a in (m.weight, m.bias, m.context_weight, m.context_bias) if a is not None]
+    expected += [network.skip, norm.log_gamma, norm.beta, np.tril(linear.lower, -1), np.triu(linear.upper), linear.bias]
+    for final in (made.base.conditioner.initial, made.base.conditioner.final):
+        expected += [a for a in (final.weight, final.bias, final.context_weight) if a is not None]
+    vector = made.parameters()
+    assert np.array_equal(vector, np.concatenate([a.ravel() for a in expected]))
+    start = int(np.flatnonzero(vector == norm.beta[-1])[0]) + 1
+    full = vector.copy()
+    full[start : start + 32][vector[start : start + 32] == 0] = 7
+    moved = made.with_parameters(full)
+    assert np.array_equal(moved.parameters(), vector) and moved.layers[3] == linear
+    assert not made.vjp(np.zeros((3, 4)), np.zeros((3, 2)), np.ones(3))[2][full == 7].any()
+    assert np.array_equal(made.with_parameters(2 * vector).parameters(), 2 * vector)
 
 
 # Bases
@@ -417,7 +438,8 @@ def terminal(conditional, features, components=3, categories=(), context_feature
     outputs = np.repeat(ranks, per_variable)[:, None]
     reads = made.hidden[-1].degrees if hidden else ranks
     final = dense(rng, outputs > reads, None, 0 if hidden else context_features)
-    base = Terminal(ranks, Conditioner(made.initial, (), final, "tanh", bool(hidden)), conditional, components, categories, law=law)
+    net = Conditioner(made.initial, made.blocks, final, "tanh", bool(hidden))
+    base = Terminal(ranks, net, conditional, components, categories, law=law)
     return fastmaf.Flow(layers, base, context_features=context_features, dtype="float64")
 
 
@@ -479,6 +501,108 @@ def test_a_mixture_behind_layers():
     z = made.to_noise(x)
     log_det = fastmaf.Flow(front, dtype="f8").log_prob(x) + 0.5 * (z**2).sum(axis=1) + math.log(2 * math.pi)
     assert np.allclose(log_prob, log_det + fastmaf.Flow([], made.base, dtype="f8").log_prob(z))
+
+
+@pytest.mark.parametrize("context_features", [0, 2])
+@pytest.mark.parametrize("hidden", [(), (7,), (5, 6)], ids=str)
+@pytest.mark.parametrize("features", [1, 3])
+@pytest.mark.parametrize("components", [1, 3])
+def test_gradients_of_mixtures(features, components, hidden, context_features):
+    check_gradients(terminal("mixture", features, components, context_features=context_features, hidden=hidden))
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_gradients_of_mixtures_with_every_law(law):
+    check_gradients(terminal("mixture", 3, 2, law=law))
+
+
+def test_gradients_of_a_mixture_behind_layers():
+    check_gradients(terminal("mixture", 4, context_features=2, layers=everything("tanh").layers))
+
+
+def residual(made, rng):
+    """The flow with a residual block and direct weights in its base."""
+    base, net = made.base, made.base.conditioner
+    degrees = net.hidden[-1].degrees
+    block = Block("residual", tuple(dense(rng, masks.hidden_mask(degrees, degrees), degrees) for _ in range(2)))
+    skip = dense(rng, np.repeat(base.ranks, base.rows)[:, None] > base.ranks, gain=0.5).weight
+    net = Conditioner(net.initial, (*net.blocks, block), net.final, "silu", False, skip)
+    base = Terminal(base.ranks, net, base.conditional, base.components, base.categories, base.constants, base.law)
+    return fastmaf.Flow(made.layers, base, context_features=made.context_features, dtype="float64")
+
+
+def test_gradients_of_residual_mixtures():
+    check_gradients(residual(terminal("mixture", 3, context_features=1), np.random.default_rng(2)))
+
+
+DISCRETE = [("bernoulli", (2,)), ("bernoulli", (2,) * 5), ("categorical", (4,)), ("categorical", (2, 5, 3))]
+
+
+@pytest.mark.parametrize("context_features", [0, 2])
+@pytest.mark.parametrize("hidden", [(), (7,), "residual"], ids=str)
+@pytest.mark.parametrize(("conditional", "values"), DISCRETE, ids=str)
+def test_gradients_of_discrete_variables(conditional, values, hidden, context_features):
+    rng = np.random.default_rng(1)
+    categories = values if conditional == "categorical" else ()
+    width = (7,) if hidden == "residual" else hidden
+    made = terminal(conditional, len(values), categories=categories, context_features=context_features, hidden=width)
+    made = residual(made, rng) if hidden == "residual" else made
+    x, c, g = rng.integers(values, size=(4, len(values))), contexts(made, 4), rng.normal(size=4)
+    dx, dc, dparameters = made.vjp(x, c, g)
+    assert dx is None
+    if c is not None:
+        assert np.allclose(dc, numerical_gradient(lambda v: float(g @ made.log_prob(x, v)), c), rtol=1e-6, atol=1e-8)
+    parameters = made.parameters()
+    free = parameters != 0
+    assert not dparameters[~free].any()
+
+    def moved(values):
+        vector = parameters.copy()
+        vector[free] = values
+        return float(g @ made.with_parameters(vector).log_prob(x, c))
+
+    assert np.allclose(dparameters[free], numerical_gradient(moved, parameters[free]), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(("conditional", "values"), DISCRETE, ids=str)
+def test_values_that_a_discrete_variable_lacks_move_nothing(conditional, values):
+    made = terminal(conditional, len(values), categories=values if conditional == "categorical" else (), context_features=1)
+    known = np.zeros((2, len(values)))
+    for wrong in (-1, 0.5, values[-1], 1e30, np.inf, -np.inf):
+        x = np.concatenate([known, known])
+        x[1, -1] = x[2, 0] = wrong
+        if len(values) > 1 and 0 <= wrong < values[0] and wrong == int(wrong):
+            x[2, 0] = -1
+        c = np.ones((4, 1))
+        assert np.array_equal(np.isneginf(made.log_prob(x, c)), [False, True, True, False])
+        _, dc, dparameters = made.vjp(x, c, np.ones(4))
+        assert not dc[1:3].any() and dc[0].all()
+        assert np.allclose(dparameters, made.vjp(known, c[:2], np.ones(2))[2], rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("conditional", "values"), [("mixture", (2, 2, 2)), ("bernoulli", (2, 2, 2)), ("categorical", (4, 2, 3))], ids=str)
+def test_extreme_logits(conditional, values, dtype):
+    """Logits of 1e4 either way: probabilities of exactly 0 and 1, and gradients that are numbers."""
+    made = terminal(conditional, 3, categories=values if conditional == "categorical" else ()).astype(dtype)
+    final = made.base.conditioner.final
+    names = np.repeat(np.arange(3), 3) if conditional == "mixture" else np.zeros(final.bias.size // 3, int)
+    logits = np.resize(names, final.bias.size) == 0
+    parameters = made.parameters()
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        parameters[-final.bias.size :][logits] = 1e4 * rng.choice([-1, 1], size=logits.sum())
+        moved = made.with_parameters(parameters)
+        x = rng.integers(values, size=(50, 3))
+        value = moved.log_prob(x)
+        _, _, dparameters = moved.vjp(x, None, np.ones(50))
+        assert np.isfinite(value).all() and value.min() > -1e5
+        assert np.isfinite(dparameters).all()
+        assert not np.isnan(moved.sample(50, seed=1)).any()
+        if conditional == "mixture":
+            assert np.isfinite(moved.log_prob_and_grad(x)[1]).all()
+            far = moved.log_prob_and_grad(np.full((1, 3), 1e25))
+            assert far[0] < -1e20 and not np.isnan(far[1]).any()
 
 
 # Training
@@ -595,3 +719,73 @@ def test_training_finds_a_gaussian():
         loss, _ = engine.epoch(x, None, None, _reference.shuffle(0, 3, epoch, 2000), 200, np.full(10, 0.05 * 0.95**epoch), 1.0)
     entropy = 0.5 * math.log((2 * math.pi * math.e) ** 2 * np.linalg.det(np.cov(x.T)))
     assert abs(loss / 2000 - entropy) < 0.02
+
+
+# Training of one vector under many masks
+
+
+def members(conditional="bernoulli", count=3, features=5):
+    """Flows of the same shapes with orders and degrees of their own, and a vector without masks."""
+    rng, made = np.random.default_rng(8), []
+    rows = {"mixture": 6, "bernoulli": 1}[conditional]
+    for _ in range(count):
+        ranks = rng.permutation(features) + 1
+        base = Terminal(ranks, conditioner(rng, ranks, (9,), 2, "tanh", rows), conditional, 2 if conditional == "mixture" else 1)
+        front = [Affine(np.zeros(features), np.ones(features))] if conditional == "mixture" else []
+        made.append(fastmaf.Flow(front, base, context_features=2, dtype="float64"))
+    return made, 0.4 * rng.normal(size=made[0].parameters().size)
+
+
+def chosen(member, vector):
+    """The vector under the masks of a member, which are known from its weights: none of them is zero."""
+    return np.where(member.parameters() != 0, vector, 0)
+
+
+@pytest.mark.parametrize("conditional", ["bernoulli", "mixture"])
+def test_each_step_takes_the_next_member(conditional):
+    made, vector = members(conditional)
+    rng = np.random.default_rng(0)
+    x, c = rng.integers(2, size=(40, 5)).astype(float), rng.normal(size=(40, 2))
+    engine = _reference.backend.trainer(made[0], members=made, betas=(0.0, 0.0), eps=1.0)
+    engine.set_parameters(vector)
+    assert np.array_equal(engine.parameters(), vector)
+    for step in range(5):
+        before, member = engine.parameters(), made[step % 3]
+        loss, done = engine.epoch(x, c, None, np.arange(40), 40, np.array([0.1]), 1.0)
+        own = member.with_parameters(chosen(member, before))
+        gradient = own.vjp(x, c, np.full(40, -1 / 40))[2]
+        assert done == 1 and math.isclose(loss, -own.log_prob(x, c).sum(), rel_tol=1e-12)
+        assert np.allclose(engine.parameters(), before - 0.1 * gradient / (np.abs(gradient) + 1), rtol=1e-12)
+        outside = member.parameters() == 0
+        assert np.array_equal(engine.parameters()[outside], before[outside])
+        assert engine.state()["step"] == step + 1
+    each = [member.with_parameters(chosen(member, engine.parameters())).log_prob(x, c) for member in made]
+    assert np.allclose(engine.log_prob(x, c), np.log(np.mean(np.exp(each), axis=0)), rtol=1e-10)
+
+
+def test_members_can_be_replaced_and_states_resume():
+    made, vector = members()
+    x, c = np.random.default_rng(0).integers(2, size=(30, 5)), np.zeros((30, 2))
+    rates = np.full(4, 0.05)
+
+    def engine(flows, state=None):
+        result = _reference.backend.trainer(made[0], members=flows)
+        result.set_parameters(vector)
+        if state is not None:
+            result.load_state(state)
+        return result
+
+    def run(trained):
+        trained.epoch(x, c, None, np.arange(30), 8, rates, 1.0)
+        return trained.parameters()
+
+    first = engine(made[:2])
+    run(first)
+    other = engine(made, first.state())
+    first.set_members(made)
+    assert np.array_equal(run(first), run(other))
+    assert set(first.state()) == {"parameters", "first_moment", "second_moment", "step"}
+    with pytest.raises(ValueError, match="the arrays of member 1 differ in shape"):
+        first.set_members([made[0], terminal("bernoulli", 4)])
+    with pytest.raises(ValueError, match="there are no members"):
+        first.set_members([])

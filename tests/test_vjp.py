@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import make
 import numpy as np
 import pytest
 from tolerances import assert_close
 
 import fastmaf
-from fastmaf import config
-from fastmaf.layers import ACTIVATIONS
+from fastmaf import _backends, _reference, config
+from fastmaf.flow import trainable
+from fastmaf.layers import ACTIVATIONS, BatchNorm, Linear
 
 OPERATIONS = ("gradient", "gradient", "parameters")
 DIFFERENCES = ["2 (1,) 0", "3 (2, 2) 0", "6 (3, 3) 2", "7 (17, 5) 1", *(f"{a}-exp_soft" for a in ACTIVATIONS), "tanh-exp", "clip", "blocks"]
@@ -134,6 +137,104 @@ def test_sums_over_what_is_shared(backend, dtype, x_shape, context_shape):
         assert_close("parameters", dtype, parameters, weighted[2])
     for actual, expected, like in pairs:
         assert_close("gradient", dtype, actual, summed(expected, like))
+
+
+# Every model
+
+
+def mixed(features, blocks=2, **options):
+    return fastmaf.MAF(features, transforms=2, hidden_features=(9,) * blocks, residual=True, seed=2, **options)
+
+
+MODELS = {
+    "mixture": lambda **o: fastmaf.MADE(5, "mixture", 1, (9, 8), components=3, order="random", **o),
+    "mixture of 1": lambda **o: fastmaf.MADE(1, "mixture", 2, (3,), components=2, **o),
+    "mixture without hidden layers": lambda **o: fastmaf.MADE(4, "mixture", hidden_features=(), components=4, **o),
+    "bernoulli": lambda **o: fastmaf.MADE(7, "bernoulli", 2, (17,), "tanh", direct=True, **o),
+    "bernoulli of 1": lambda **o: fastmaf.MADE(1, "bernoulli", 0, (4,), **o),
+    "categorical": lambda **o: fastmaf.MADE(4, "categorical", 1, (9, 5), categories=(2, 7, 3, 4), **o),
+    "residual": lambda **o: mixed(6, context_features=2, activation="silu", **o),
+    "residual of three blocks": lambda **o: mixed(3, 3, **o),
+    "residual bernoulli": lambda **o: fastmaf.MADE(6, "bernoulli", 0, (9, 9), residual=True, **o),
+    "direct": lambda **o: fastmaf.MAF(5, 1, transforms=2, hidden_features=(7,), direct=True, **o),
+    "linear": lambda **o: mixed(5, context_features=1, linear=True, **o),
+    "linear of 1": lambda **o: mixed(1, linear=True, **o),
+    "batch norm": lambda **o: fastmaf.MAF(5, 2, transforms=3, hidden_features=(8, 7), batch_norm=True, **o),
+    "everything": lambda **o: mixed(
+        4, context_features=2, batch_norm="act", components=3, linear=True, direct=True, bounds=[None, (-9, 9), None, (-9, None)], **o
+    ),
+}
+"""Flows of the factories; their weights are drawn anew."""
+
+
+def model(name, dtype):
+    """The flow in the dtype, the arguments of `vjp`, and its results in float64; all parameters and statistics random."""
+    rng = np.random.default_rng(0)
+    exact = MODELS[name](dtype="float64")
+    records = (*exact.layers, exact.base)
+    arrays = [array for record in records for array in trainable(record)]
+    scales = [0.6 / np.sqrt(array.shape[1]) if array.ndim == 2 else 0.3 for array in arrays]
+    free = [mask for record in records for mask in _reference.free(record)]
+    vector = np.concatenate([np.where(m, s * rng.normal(size=a.shape), 0).ravel() for m, s, a in zip(free, scales, arrays, strict=True)])
+    position = 0
+    for record in records:  # the diagonal of a Linear stays away from zero
+        start, position = position, position + sum(array.size for array in trainable(record))
+        if isinstance(record, Linear):
+            n = record.bias.size
+            vector[start + n * n : start + 2 * n * n : n + 1] += 1
+    exact = exact.with_parameters(vector.astype(dtype))
+    layers = [
+        replace(layer, mean=0.3 * rng.normal(size=exact.features), var=rng.uniform(0.5, 2, exact.features))
+        if isinstance(layer, BatchNorm)
+        else layer
+        for layer in exact.layers
+    ]
+    exact = exact._with(layers=layers).astype(dtype).astype("float64")
+    counts = getattr(exact.base, "categories", ()) or 2
+    discrete = getattr(exact.base, "conditional", "mixture") != "mixture"
+    x = rng.integers(counts, size=(61, exact.features)) if discrete else rng.normal(size=(61, exact.features))
+    arguments = x.astype(dtype), make.contexts(exact, 61), rng.normal(size=61).astype(dtype)
+    with make.reference():
+        expected = exact.vjp(*arguments)
+    flow = exact.astype(dtype)
+    backend = _backends.choose()
+    if missing := backend.unsupported(flow):
+        pytest.skip(f"the {backend.name} backend has no kernel for {missing}")
+    return flow, arguments, expected
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_equals_the_reference(weights_too, dtype, name):
+    flow, arguments, expected = model(name, dtype)
+    results = flow.vjp(*arguments)
+    for operation, actual, exact in zip(OPERATIONS, results, expected, strict=True):
+        assert (actual is None) == (exact is None)
+        if actual is not None:
+            assert_close(operation, dtype, actual, exact, factor=3)
+    assert not results[2][flow.parameters() == 0].any()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_differences_of_every_model(weights_too, name):
+    flow, (x, context, g), _ = model(name, "float64")
+    x, g, context = x[:4], g[:4], None if context is None else context[:4]
+    dx, dcontext, dparameters = flow.vjp(x, context, g)
+    if dx is not None:
+        assert_close("derivatives", "float64", dx, make.numerical_gradient(lambda v: g @ flow.log_prob(v, context), x, 1e-6))
+    if dcontext is not None:
+        assert_close("derivatives", "float64", dcontext, make.numerical_gradient(lambda v: g @ flow.log_prob(x, v), context, 1e-6))
+    parameters = flow.parameters()
+    chosen = np.random.default_rng(0).permutation(np.flatnonzero(parameters))[:60]
+
+    def moved(values):
+        vector = parameters.copy()
+        vector[chosen] = values
+        return g @ flow.with_parameters(vector).log_prob(x, context)
+
+    assert_close("derivatives", "float64", dparameters[chosen], make.numerical_gradient(moved, parameters[chosen], 1e-6))
+
+
+# Many rows
 
 
 @pytest.mark.parametrize(("hidden", "transforms", "n"), [((3,), 1, 70_000), ((100, 100), 3, 12_000)])

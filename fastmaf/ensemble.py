@@ -1,0 +1,559 @@
+"""Networks that share their weights: a MADE under many orders and connections at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from fastmaf import _arrays, masks
+from fastmaf import layers as _layers
+from fastmaf.flow import Flow
+from fastmaf.layers import Autoregressive, Conditioner, Dense, Terminal
+from fastmaf.maf import masked, rebuilt
+
+if TYPE_CHECKING:
+    import os
+
+    from fastmaf.train import History
+
+__all__ = ["Ensemble", "random_member"]
+
+Array = NDArray[Any]
+
+
+class Ensemble:
+    """Order- and connectivity-agnostic MADE (Germain et al. 2015, sections 4.2 and 4.3): one set of weights under several sets of masks.
+
+    Its density is the mean of those of its members, each of which is a `Flow`. It comes from ``fastmaf.MADE(masks=...)`` or `fastmaf.load`.
+
+    Parameters
+    ----------
+    flow : Flow
+        With exactly one network, in an `Autoregressive` layer or in a `Terminal` base; its weights, degrees and ranks are not used.
+    conditioner : Conditioner
+        The weights, no mask applied. Its degrees are not used.
+    ranks : (m, D) array of int
+        Ranks of the variables for each member.
+    degrees : (m, h) array of int
+        Degrees of all hidden units, layer after layer, for each member.
+
+    Attributes
+    ----------
+    features, context_features : int
+    layers, context_layers : tuple
+        Those of the first member.
+    base : Normal or Terminal
+        That of the first member.
+    dtype : numpy.dtype
+    names : tuple of str or None
+    training : dict
+
+    Raises
+    ------
+    ValueError
+        If the flow has not one network, or the parts do not fit together.
+
+    Examples
+    --------
+    >>> import fastmaf, numpy as np
+    >>> ensemble = fastmaf.MADE(features=3, conditional="bernoulli", masks=4)
+    >>> x = np.array([[0, 1, 1]])
+    >>> members = [ensemble.member(k).log_prob(x)[0] for k in range(len(ensemble))]
+    >>> np.allclose(np.exp(ensemble.log_prob(x)), np.exp(members).mean())
+    True
+    """
+
+    device = "cpu"
+
+    def __init__(self, flow: Flow, conditioner: Conditioner, ranks: ArrayLike, degrees: ArrayLike) -> None:
+        networks = [record for record in (*flow.layers, flow.base) if isinstance(record, (Autoregressive, Terminal))]
+        if len(networks) != 1:
+            raise ValueError(f"the flow has {len(networks)} networks; an ensemble needs exactly one")
+        units = sum(dense.bias.size for dense in conditioner.hidden)
+        self.ranks = _integers("ranks", ranks, flow.features, "feature")
+        self.degrees = _integers("degrees", degrees, units, "hidden unit")
+        if len(self.ranks) != len(self.degrees) or not len(self.ranks):
+            raise ValueError(f"ranks has {len(self.ranks)} rows and degrees {len(self.degrees)}; there must be one for each member")
+        self.conditioner: Conditioner = _layers.astype(with_degrees(conditioner, self.degrees[0]), flow.dtype)
+        self._become(flow)
+
+    def _become(self, flow: Flow) -> None:
+        """Take everything but the network from a flow."""
+        self._members: dict[int, Flow] = {}
+        self._flow = flow
+        self._flow = self.member(0)
+
+    @property
+    def features(self) -> int:
+        """Number of variables D."""
+        return self._flow.features
+
+    @property
+    def context_features(self) -> int:
+        """Number of variables C that the density is conditioned on."""
+        return self._flow.context_features
+
+    @property
+    def layers(self) -> tuple[_layers.FlowLayer, ...]:
+        """The layers of the first member."""
+        return self._flow.layers
+
+    @property
+    def context_layers(self) -> tuple[_layers.Elementwise | _layers.Affine, ...]:
+        """The layers that the context passes through first."""
+        return self._flow.context_layers
+
+    @property
+    def base(self) -> _layers.Normal | Terminal:
+        """The base of the first member."""
+        return self._flow.base
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the arithmetic and of the results."""
+        return self._flow.dtype
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """One name for each variable."""
+        return self._flow.names
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """How the ensemble came to its weights."""
+        return self._flow.training
+
+    # Members
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    def member(self, k: int) -> Flow:
+        """One of the flows whose densities are averaged.
+
+        Parameters
+        ----------
+        k : int
+            Below ``len(ensemble)``. The first has the plain order and balanced degrees, if the ensemble comes from `fastmaf.MADE`.
+
+        Returns
+        -------
+        Flow
+
+        Raises
+        ------
+        ValueError
+            If there is no such member.
+
+        Examples
+        --------
+        >>> import fastmaf
+        >>> fastmaf.MADE(features=3, masks=4).member(0).order
+        (0, 1, 2)
+        """
+        k = _arrays.count("k", k, limit=len(self))
+        if k not in self._members:
+            self._members[k] = self._masked(self.ranks[k], self.degrees[k])
+        return self._members[k]
+
+    def _masked(self, ranks: Array, degrees: Array) -> Flow:
+        """The flow under other masks."""
+        flow, categories = self._flow, getattr(self._flow.base, "categories", ())
+        net = masked(with_degrees(self.conditioner, degrees), ranks, categories)
+        if isinstance(flow.base, Terminal):
+            return flow._with(base=replace(flow.base, ranks=ranks, conditioner=net))
+        layers = [replace(layer, ranks=ranks, conditioner=net) if isinstance(layer, Autoregressive) else layer for layer in flow.layers]
+        return flow._with(layers=layers)
+
+    def _with(self, conditioner: Conditioner | None = None, **changes: Any) -> Ensemble:
+        return Ensemble(self._flow._with(**changes), conditioner or self.conditioner, self.ranks, self.degrees)
+
+    # Evaluation
+
+    def log_prob(self, x: ArrayLike, context: ArrayLike | None = None, out: Array | None = None) -> Array:
+        """Log of the mean density of the members, in nats.
+
+        Parameters
+        ----------
+        x, context, out : arrays
+            As in `Flow.log_prob`.
+
+        Returns
+        -------
+        (n,) or (c, n) array
+
+        Raises
+        ------
+        ValueError
+            If a shape or dtype does not fit.
+
+        Examples
+        --------
+        >>> import fastmaf, numpy as np
+        >>> fastmaf.MADE(features=3, masks=4).log_prob(np.zeros((5, 3))).shape
+        (5,)
+        """
+        x, context, shape = _arrays.rows("x", x, context, self.features, self.context_features)
+        result = np.empty(shape, self.dtype) if out is None else _arrays.output(out, shape, self.dtype, x, context)
+        total = np.full(shape, -np.inf)
+        with np.errstate(invalid="ignore"):
+            for k in range(len(self)):
+                np.logaddexp(total, self.member(k).log_prob(x, context), out=total)
+        result[...] = total - math.log(len(self))
+        return result
+
+    def sample(self, n: int, context: ArrayLike | None = None, seed: int | None = None, offset: int = 0, context_offset: int = 0) -> Array:
+        """Draw from the ensemble: each row from a member drawn for it.
+
+        The members draw all rows, and those that are theirs are kept: the time is that of `Flow.sample` times the number of members.
+
+        Parameters
+        ----------
+        n, context, seed, offset, context_offset
+            As in `Flow.sample`, splits by offset included.
+
+        Returns
+        -------
+        (n, D) or (c, n, D) array
+
+        Raises
+        ------
+        ValueError
+            If a shape, dtype, seed or offset does not fit.
+
+        Examples
+        --------
+        >>> import fastmaf, numpy as np
+        >>> ensemble = fastmaf.MADE(features=3, masks=4)
+        >>> np.array_equal(ensemble.sample(10, seed=1)[6:], ensemble.sample(4, seed=1, offset=6))
+        True
+        """
+        n = _arrays.count("n", n)
+        context, c = _arrays.contexts(context, self.context_features)
+        seed, offset, context_offset = _arrays.seed_and_offsets(seed, offset, context_offset, n, c)
+        shape = (c, n) if context is not None and context.ndim == 2 else (n,)
+        chosen = self._choices(c, n, seed, offset, context_offset).reshape(shape)
+        samples = np.empty((*shape, self.features), self.dtype)
+        for k in range(len(self)):
+            own = chosen == k
+            if own.any():
+                samples[own] = self.member(k).sample(n, context, seed, offset, context_offset)[own]
+        return samples
+
+    def sample_and_log_prob(
+        self, n: int, context: ArrayLike | None = None, seed: int | None = None, offset: int = 0, context_offset: int = 0
+    ) -> tuple[Array, Array]:
+        """Draw from the ensemble, and give the log of the mean density of each row drawn.
+
+        Parameters
+        ----------
+        n, context, seed, offset, context_offset
+            As in `sample`.
+
+        Returns
+        -------
+        samples : (n, D) or (c, n, D) array
+            Those of `sample`.
+        log_prob : (n,) or (c, n) array
+            Those of `log_prob`.
+
+        Raises
+        ------
+        ValueError
+            As in `sample`.
+
+        Examples
+        --------
+        >>> import fastmaf
+        >>> samples, log_prob = fastmaf.MADE(features=3, masks=4).sample_and_log_prob(10, seed=1)
+        >>> samples.shape, log_prob.shape
+        ((10, 3), (10,))
+        """
+        samples = self.sample(n, context, seed, offset, context_offset)
+        if samples.ndim == 3 and context is not None:
+            context = np.asarray(context)[:, None]
+        return samples, self.log_prob(samples, context)
+
+    def _choices(self, c: int, n: int, seed: int, offset: int, context_offset: int) -> Array:
+        """The member (c, n) of each row: a number of the stream of components in the column behind the last variable."""
+        from fastmaf._reference import COMPONENT, HALF, LOW, philox
+
+        index, row = np.uint64(offset) + np.arange(n, dtype=np.uint64), np.uint64(context_offset) + np.arange(c, dtype=np.uint64)[:, None]
+        block, lane = divmod(self.features, 4)
+        word = philox((index & LOW, index >> HALF, row & LOW, block | COMPONENT << 24), seed)[lane]
+        return np.asarray((word * np.uint64(len(self))) >> HALF)
+
+    # Parameters
+
+    def parameters(self) -> Array:
+        """All weights and biases in one vector, in the order of `Flow.parameters`; no mask is applied.
+
+        Returns
+        -------
+        (p,) array
+
+        Examples
+        --------
+        >>> import fastmaf
+        >>> fastmaf.MADE(features=2, hidden_features=(3,), masks=4).parameters().shape
+        (25,)
+        """
+        return np.concatenate([array.ravel() for array in _weights(self.conditioner)])
+
+    def with_parameters(self, parameters: ArrayLike) -> Ensemble:
+        """An ensemble with other weights and biases.
+
+        Parameters
+        ----------
+        parameters : (p,) array
+            In the order of `parameters`. A weight counts for the members whose masks leave it.
+
+        Returns
+        -------
+        Ensemble
+
+        Raises
+        ------
+        ValueError
+            If the vector has another length.
+
+        Examples
+        --------
+        >>> import fastmaf
+        >>> ensemble = fastmaf.MADE(features=3, masks=4)
+        >>> len(ensemble.with_parameters(0.5 * ensemble.parameters()))
+        4
+        """
+        return self._with(self._filled(parameters))
+
+    def _filled(self, parameters: ArrayLike) -> Conditioner:
+        vector = _arrays.real("parameters", parameters)
+        sizes = [array.size for array in _weights(self.conditioner)]
+        if vector.shape != (sum(sizes),):
+            raise ValueError(f"parameters has shape {vector.shape}; the ensemble has {sum(sizes)} parameters")
+        arrays = iter(np.split(vector.astype(self.dtype), np.cumsum(sizes)))
+
+        def take(old: Array | None) -> Array | None:
+            return None if old is None else next(arrays).reshape(old.shape)
+
+        def refill(dense: Dense) -> Dense:
+            changes: dict[str, Any] = {name: take(getattr(dense, name)) for name in _NAMES}
+            return replace(dense, **changes)
+
+        net = rebuilt(self.conditioner, refill)
+        return replace(net, skip=take(net.skip))
+
+    def astype(self, dtype: DTypeLike) -> Ensemble:
+        """The same ensemble in another precision.
+
+        Parameters
+        ----------
+        dtype : {"float32", "float64"}
+
+        Returns
+        -------
+        Ensemble
+
+        Raises
+        ------
+        ValueError
+            For any other dtype.
+
+        Examples
+        --------
+        >>> import fastmaf
+        >>> fastmaf.MADE(features=3, masks=4).astype("float64").dtype
+        dtype('float64')
+        """
+        return self._with(dtype=_arrays.float_dtype(dtype))
+
+    # Training
+
+    def fit(
+        self,
+        x: Any,
+        context: Any = None,
+        weights: ArrayLike | None = None,
+        *,
+        validation: Any = 0.1,
+        batch_size: int = 256,
+        optimizer: str = "adam",
+        lr: float = 1e-3,
+        schedule: Any = "constant",
+        l2: float = 0.0,
+        weight_decay: float = 0.0,
+        clip_norm: float | None = None,
+        patience: int = 30,
+        max_epochs: int = 1000,
+        max_seconds: float | None = None,
+        standardize: bool = True,
+        device: str = "auto",
+        seed: int = 0,
+        checkpoint: str | os.PathLike[str] | None = None,
+        resume: bool = False,
+        callback: Callable[..., Any] | None = None,
+        progress: Any = None,
+        resample: bool = False,
+    ) -> History:
+        """Train the shared weights in place by maximum likelihood; see `fastmaf.train.fit` for the parameters and the result.
+
+        Each step trains one member, in turn. The validation log-likelihood is that of the ensemble.
+
+        Parameters
+        ----------
+        x, context, weights, ...
+            As in `fastmaf.train.fit`.
+        resample : bool
+            Train other members in every epoch, drawn by the seed and the epoch: order-agnostic training over all orders instead of those of
+            the ensemble. The members stay what they are for validation and evaluation.
+
+        Examples
+        --------
+        >>> import fastmaf, numpy as np
+        >>> ensemble = fastmaf.MADE(features=2, hidden_features=(8,), masks=3)
+        >>> x = np.random.default_rng(0).normal(size=(500, 2))
+        >>> history = ensemble.fit(x, max_epochs=2, progress=False)
+        """
+        from fastmaf import train
+
+        def draw(epoch: int) -> list[Flow]:
+            members = (random_member(self.conditioner, self.ranks[0], self.context_features > 0, seed, epoch, k) for k in range(len(self)))
+            return [self._masked(*member) for member in members]
+
+        flow = self._flow._with()
+        flows = [self.member(k) for k in range(len(self))]
+        members = train.Members(flows, self.parameters(), draw if resample else None)
+        history = train.fit(
+            flow,
+            x,
+            context,
+            weights,
+            validation=validation,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            lr=lr,
+            schedule=schedule,
+            l2=l2,
+            weight_decay=weight_decay,
+            clip_norm=clip_norm,
+            patience=patience,
+            max_epochs=max_epochs,
+            max_seconds=max_seconds,
+            standardize=standardize,
+            device=device,
+            seed=seed,
+            checkpoint=checkpoint,
+            resume=resume,
+            callback=callback,
+            progress=progress,
+            members=members,
+        )
+        self.conditioner = self._filled(members.weights)
+        self._become(flow)
+        return history
+
+    # Files and words
+
+    def save(self, path_or_file: str | os.PathLike[str] | IO[bytes]) -> None:
+        """Write the ensemble to one .safetensors file; `fastmaf.load` reads it.
+
+        Parameters
+        ----------
+        path_or_file : path or binary file
+            As in `Flow.save`.
+
+        Examples
+        --------
+        >>> import fastmaf, io
+        >>> file = io.BytesIO()
+        >>> fastmaf.MADE(features=3, masks=4).save(file)
+        >>> len(fastmaf.load(file.getvalue()))
+        4
+        """
+        from fastmaf import io
+
+        io.save(self, path_or_file)
+
+    def __reduce__(self) -> Any:
+        from fastmaf import io
+
+        return io.load, (io.to_bytes(self),)
+
+    def __repr__(self) -> str:
+        return repr(self._flow).replace("Flow(", f"Ensemble(masks={len(self)}, ", 1)
+
+    def summary(self) -> str:
+        """The table of the first member, and how many share its weights.
+
+        Returns
+        -------
+        str
+
+        Examples
+        --------
+        >>> import fastmaf
+        >>> print(fastmaf.MADE(2, "bernoulli", hidden_features=(3,), masks=4).summary())
+        layer     what                                     weights
+        Terminal  2 -> 3 -> 2, relu, bernoulli, order 0 1       11
+        total     2 features, float32                           11
+        4 members share 17 weights
+        """
+        return f"{self._flow.summary()}\n{len(self)} members share {self.parameters().size:,} weights"
+
+
+_NAMES = ("weight", "bias", "context_weight", "context_bias")
+
+
+def _weights(net: Conditioner) -> Iterator[Array]:
+    """The trainable arrays of a network, in the order of `Flow.parameters`."""
+    arrays = [getattr(dense, name) for dense in (*net.hidden, net.final) for name in _NAMES]
+    return (array for array in (*arrays, net.skip) if array is not None)
+
+
+def _integers(name: str, value: ArrayLike, columns: int, what: str) -> Array:
+    array = np.array(value)
+    if array.ndim != 2 or array.shape[1] != columns or (array.dtype.kind not in "iu" and array.size):
+        raise ValueError(
+            f"{name} has shape {array.shape} and dtype {array.dtype}; it must hold an integer for each {what}, {columns} a row"
+        )
+    array = array.astype(np.int64)
+    array.flags.writeable = False
+    return array
+
+
+def with_degrees(net: Conditioner, degrees: Array) -> Conditioner:
+    """The network with other degrees, given for all hidden units in one vector."""
+    pieces = iter(np.split(degrees, np.cumsum([dense.bias.size for dense in net.hidden])))
+    return rebuilt(net, lambda dense: dense if dense is net.final else replace(dense, degrees=next(pieces)))
+
+
+def random_member(net: Conditioner, ranks: Array, conditional: bool, seed: int, *number: int) -> tuple[Array, Array]:
+    """Ranks of the variables and degrees of all hidden units, drawn by seed and number alone.
+
+    The units that a residual block adds to others have the degrees of those.
+
+    Examples
+    --------
+    >>> import fastmaf
+    >>> net = fastmaf.MADE(features=3, hidden_features=(5,)).layers[-1].conditioner
+    >>> ranks, degrees = random_member(net, np.array([1, 2, 3]), False, 0, 1)
+    >>> sorted(ranks.tolist()), degrees.shape
+    ([1, 2, 3], (5,))
+    """
+    rng = np.random.default_rng([seed, 0x6D61, *number])
+    order = rng.permutation(ranks)
+
+    def draw(dense: Dense, lowest: int) -> Array:
+        return masks.random_degrees(dense.bias.size, ranks.size, conditional, rng, lowest)
+
+    degrees = [] if net.initial is None else [draw(net.initial, 0)]
+    for block in net.blocks:
+        degrees.append(draw(block.maps[0], int(degrees[-1].min())))
+        if block.residual:
+            degrees.append(degrees[-2])
+    return order, np.concatenate([np.empty(0, np.int64), *degrees])
