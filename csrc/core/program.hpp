@@ -1,9 +1,11 @@
 // The flow program: a flow packed for evaluation.
 //
-// Every direction of every MADE is a list of steps over one linear tape of weights. A panel step multiplies a strip of at most eight
+// Every direction of every stage is a list of steps over one linear tape of weights. A panel step multiplies a strip of at most eight
 // rows of a map with a range of its inputs; a law step turns finished parameters into z (density) or x (sampling). The weights of a
 // panel lie on the tape as [input][width], so a step reads memory in one direction. Density runs map by map; the sampler brings
 // units to life degree by degree in blocks (left-looking); backward runs the transposed maps from the last to the first.
+// A map reads the tile of variables or the units of the map before it, and writes units of its own; direct weights add to the final
+// rows. The sampler of a Linear runs over the inverses of its triangles.
 //
 //     master: all staircase weights and biases, the trainable state     tape: a gather of it, padded with zeros to the panel width
 #pragma once
@@ -19,9 +21,13 @@
 
 namespace fastmaf {
 
-enum class Start : uint8_t { bias, partial };               // what the sum begins with: the bias, or what lies in the output rows
-enum class Finish : uint8_t { raw, activation, derivative };  // what is done before storing; derivative: times act'(unit)
+enum class Start : uint8_t { bias, partial };  // what the sum begins with: the bias, or what lies in the output rows
+enum class Finish : uint8_t { raw, unit };       // whether the rows are complete
 enum class Kind : uint8_t { panel, law };
+
+// What a panel reads and writes: the units of a map if not negative, else the tile of the stage.
+constexpr int kTile = -1;       // [context; variables]
+constexpr int kVariables = -2;  // the variables alone
 
 struct Step {
     Kind kind;
@@ -29,32 +35,40 @@ struct Step {
     Finish finish;
     uint8_t width;    // rows held by the tape: 8, 4 or 2
     int map;
-    int row, rows;    // panel: rows of the output; law: variables [row, row + rows)
+    int row, rows;    // panel: rows of the output; law: variables [row, row + rows), or the part `row` of a Linear
     int begin, end;   // inputs
     int64_t tape;     // where the weights of input `begin` lie
+    int in, out;
 };
 
 template <class T>
 struct Tape {
-    std::vector<std::vector<Step>> steps;  // per MADE
+    std::vector<std::vector<Step>> steps;  // per stage
     AlignedVector<T> data;
 };
 
 enum class Direction { density, sampler, backward };
 
-// What kernels see of one MADE: pointers into a Program.
+// What kernels see of one stage: pointers into a Program.
 template <class T>
-struct MadeView {
-    int features, context, maps;
-    const int* rows;            // [maps] rows of each map, the units that nobody reads left out
+struct StageView {
+    Output output;
+    int features, context;
+    int maps;                   // those with units of their own
+    const int* rows;            // [maps] rows of each, the units that nobody reads left out
+    const char* activated;      // [maps]
+    const int* adds;            // [maps] map whose sums are added, or -1
+    const char* raw;            // [maps] whether the sums are kept beside the activations
     Activation activation;
     Law law;
     Form form;
     T clip;
-    const int* next;            // [features] row of the next tile that takes the s-th variable
-    const T* loc;               // [features] the Affine that follows, or null
+    int components;
+    const int* first;           // [features + 1] first final row of the s-th variable
+    const int* next;            // [features] row of the next tile that takes the s-th variable (of a Linear: the s-th coordinate)
+    const T* loc;               // [features] the Affine that follows or the norm, or null
     const T* scale;
-    const T* const* bias;       // [maps] padded to a multiple of 8 rows
+    const T* const* bias;       // per map, padded to a multiple of 8 rows
     const Step* steps;
     int step_count;
     const T* tape;
@@ -70,16 +84,23 @@ public:
     Program& operator=(const Program&) = delete;
 
     const FlowSpec& spec() const { return spec_; }
-    const std::vector<SortedMade>& sorted() const { return sorted_; }
+    const std::vector<Sorted>& sorted() const { return sorted_; }
     int features() const { return spec_.features; }
     int context() const { return spec_.context; }
-    size_t mades() const { return sorted_.size(); }
-    const std::vector<int>& first() const { return first_; }        // [features] row of the first tile that takes variable v
-    const std::vector<int>& widths(size_t made) const { return widths_[made]; }  // rows in use of each map
-    double constant() const { return constant_; }  // of log_prob: the normal's, and log|det| of all fixed scales
+    size_t stages() const { return sorted_.size(); }
+    bool has_base() const { return has_base_; }
+    size_t transforms() const { return stages() - has_base_; }  // stages between data and noise
+    const std::vector<int>& first() const { return place_.front(); }  // [features] row of the first tile that takes variable v
+    const std::vector<int>& noise() const { return noise_; }          // [features] row of the last tile before the base with noise column i
+    const std::vector<int>& widths(size_t stage) const { return widths_[stage]; }  // rows in use of each map with units of its own
+    const std::vector<std::pair<int, int>>& wires(size_t stage) const { return wires_[stage]; }  // what each map reads and writes
+    bool keeps_raw(size_t stage, size_t map) const { return raw_[stage][map] != 0; }
+    int values(int variable) const;  // how many values a discrete variable has; 0 for any number
+    bool row_path() const { return row_path_; }    // whether the path of a single row can run all stages
+    double constant() const { return constant_; }  // of log_prob: the normal's, and log|det| of all scales that rows share
 
-    // Views of all MADEs for one direction; tapes are packed on first use.
-    const std::vector<MadeView<T>>& views(Direction direction) const;
+    // Views of all stages for one direction; tapes are packed on first use.
+    const std::vector<StageView<T>>& views(Direction direction) const;
     const Tape<T>& tape(Direction direction) const;
 
     // The trainable state. Flat parameters are in the user's order; `index` maps a master entry to its place there.
@@ -87,28 +108,42 @@ public:
     const AlignedVector<T>& master() const { return master_; }
     const std::vector<int64_t>& index() const { return index_; }
     int64_t parameter_count() const { return parameter_count_; }
-    int64_t weight_offset(size_t made, size_t map) const { return weight_offset_[made][map]; }
-    int64_t bias_offset(size_t made, size_t map) const { return bias_offset_[made][map]; }
+    int64_t weight_offset(size_t stage, size_t map) const { return weight_offset_[stage][map]; }
+    int64_t bias_offset(size_t stage, size_t map) const { return bias_offset_[stage][map]; }
+    int bias_count(size_t stage, size_t map) const;  // 0 for a map without
     void set_parameters(const T* parameters);
-    void get_parameters(T* parameters) const;
+    void get_parameters(T* parameters) const { spread(master_.data(), parameters); }
+    void spread(const T* like_master, T* parameters) const;  // to the user's order, zeros between
 
-    // After `master` changed: rewrite all packed tapes but the sampler's, which is dropped; or only the rows of one panel.
+    // Statistics of a trainable norm.
+    void set_statistics(size_t stage, const double* mean, const double* var);
+
+    // After `master` changed: rewrite all packed tapes but the sampler's, which is dropped. Or only the rows of one panel; once all are
+    // rewritten, `finish_step`.
     void repack();
-    void repack_rows(size_t made, size_t map, int row, int rows);
-    void drop_sampler();
+    void repack_rows(size_t stage, size_t map, int row, int rows);
+    void finish_step();
 
 private:
+    void order_rows();
+    void index_parameters();
     void lay_out(Direction direction) const;
-    void pack_step(const Step& step, size_t made, Direction direction, T* data) const;
+    void invert(size_t stage) const;
+    void refresh_scales();
+    void pack_step(const Step& step, size_t stage, Direction direction, T* data) const;
     void pack_transposed(const Step& step, const Staircase& stairs, const T* weights, int row, T* panel) const;
-    void copy_bias(size_t made, size_t map, int row, int rows) const;
+    void copy_bias(size_t stage, size_t map, int row, int rows) const;
 
     FlowSpec spec_;
-    std::vector<SortedMade> sorted_;
-    std::vector<std::vector<int>> widths_;
-    std::vector<int> first_;
+    std::vector<Sorted> sorted_;
+    std::vector<std::vector<std::pair<int, int>>> wires_;
+    bool has_base_ = false, row_path_ = true;
+    std::vector<std::vector<int>> widths_, adds_;
+    std::vector<std::vector<char>> activated_, raw_;  // booleans, one byte each
+    std::vector<std::vector<int>> place_;             // [stage][variable] row, after the context, in the tile of a stage; then of the noise
     std::vector<std::vector<int>> next_;
-    std::vector<AlignedVector<T>> post_loc_, post_scale_;
+    std::vector<int> noise_;
+    std::vector<AlignedVector<T>> loc_, scale_;
     double constant_ = 0;
     AlignedVector<T> master_;
     std::vector<int64_t> index_;
@@ -118,8 +153,11 @@ private:
     mutable std::vector<std::vector<const T*>> bias_pointers_;
     mutable std::mutex mutex_;
     mutable std::unique_ptr<Tape<T>> tapes_[3];
-    mutable std::vector<MadeView<T>> views_[3];
-    mutable std::vector<std::vector<int>> density_panel_, backward_panel_;  // [made][map] first step, for repack_rows
+    mutable std::vector<StageView<T>> views_[3];
+    mutable std::vector<std::vector<std::vector<int>>> panels_[3];  // [stage][map] steps, for repack_rows
+    mutable std::vector<AlignedVector<T>> inverse_;                 // of the triangles of a Linear, laid out like the master
+    mutable std::vector<std::vector<AlignedVector<T>>> inverse_bias_;
+    mutable std::vector<std::vector<const T*>> inverse_bias_pointers_;
 };
 
 extern template class Program<float>;

@@ -30,39 +30,62 @@ int Staircase::first_reader(int input) const {
     return int(std::upper_bound(limit.begin(), limit.end(), input) - limit.begin());
 }
 
-SortedMade sort_made(const MadeSpec& made, int context) {
-    SortedMade sorted;
-    sorted.variables = sorted_by(made.ranks);
-    const std::vector<int64_t> ranks = permuted(made.ranks, sorted.variables);
+Sorted sort_stage(const StageSpec& stage, int context) {
+    Sorted sorted;
+    const int features = int(stage.variable.size());
+    auto add_row = [](Staircase& stairs, int limit) {
+        stairs.limit.push_back(limit);
+        stairs.offset.push_back(stairs.offset.back() + limit);
+    };
+    auto staircase = [](int inputs) {
+        Staircase stairs;
+        stairs.inputs = inputs;
+        stairs.offset.push_back(0);
+        return stairs;
+    };
+    if (stage.output == Output::norm) {
+        for (int s = 0; s < features; ++s) sorted.variables.push_back(s);
+        sorted.maps.push_back(staircase(0));
+        for (int j = 0; stage.trainable && j < 2 * features; ++j) add_row(sorted.maps[0], 0);
+        return sorted;
+    }
+    if (stage.output == Output::linear) {
+        sorted.maps.assign(2, staircase(features));
+        for (int s = 0; s < features; ++s) {
+            sorted.variables.push_back(features - 1 - s);
+            add_row(sorted.maps[0], s + 1);
+            add_row(sorted.maps[1], s);
+        }
+        return sorted;
+    }
+    sorted.variables = sorted_by(stage.ranks);
+    const std::vector<int64_t> ranks = permuted(stage.ranks, sorted.variables);
     sorted.groups.push_back(0);
     for (size_t s = 1; s <= ranks.size(); ++s)
         if (s == ranks.size() || ranks[s] != ranks[s - 1]) sorted.groups.push_back(int(s));
+    sorted.first.push_back(0);
+    for (int coordinate : sorted.variables) sorted.first.push_back(sorted.first.back() + stage.rows[size_t(coordinate)]);
 
     // Inputs of the first map: the context, which everybody may read, then the variables.
     std::vector<int64_t> inputs(size_t(context), INT64_MIN);
     inputs.insert(inputs.end(), ranks.begin(), ranks.end());
-    for (const MapSpec& map : made.maps) {
-        const bool final = map.degrees.empty();
-        Staircase stairs;
-        stairs.inputs = int(inputs.size());
-        stairs.offset.push_back(0);
-        std::vector<int64_t> degrees;
-        if (final) {
-            for (int64_t rank : ranks) degrees.insert(degrees.end(), 2, rank - 1);  // strictly below the rank
-        } else {
-            sorted.units.push_back(sorted_by(map.degrees));
-            degrees = permuted(map.degrees, sorted.units.back());
-            std::vector<int> known;
-            for (size_t g = 0; g + 1 < sorted.groups.size(); ++g) known.push_back(count_below(degrees, ranks[size_t(sorted.groups[g])]));
-            sorted.known.push_back(known);
-        }
-        for (int64_t degree : degrees) {
-            stairs.limit.push_back(count_below(inputs, degree + 1));
-            stairs.offset.push_back(stairs.offset.back() + stairs.limit.back());
-        }
-        sorted.maps.push_back(stairs);
+    auto add_map = [&](const std::vector<int64_t>& reads, const std::vector<int64_t>& degrees) {
+        sorted.maps.push_back(staircase(int(reads.size())));
+        for (int64_t degree : degrees) add_row(sorted.maps.back(), count_below(reads, degree + 1));
+    };
+    for (size_t m = 0; m + 1 < stage.maps.size(); ++m) {
+        sorted.units.push_back(sorted_by(stage.maps[m].degrees));
+        const std::vector<int64_t> degrees = permuted(stage.maps[m].degrees, sorted.units.back());
+        std::vector<int> known;
+        for (size_t g = 0; g + 1 < sorted.groups.size(); ++g) known.push_back(count_below(degrees, ranks[size_t(sorted.groups[g])]));
+        sorted.known.push_back(known);
+        add_map(inputs, degrees);
         inputs = degrees;
     }
+    std::vector<int64_t> outputs;  // strictly below the rank
+    for (size_t s = 0; s < ranks.size(); ++s) outputs.insert(outputs.end(), size_t(sorted.first[s + 1] - sorted.first[s]), ranks[s] - 1);
+    add_map(inputs, outputs);
+    if (stage.skip) add_map(ranks, outputs);
     return sorted;
 }
 

@@ -12,6 +12,10 @@ constexpr bool keeps_argument(Activation a) { return a == Activation::gelu || a 
 
 enum class Law : int { exp, exp_soft };
 enum class Form : int { standardize, affine };
+// What becomes of the outputs of a stage: parameters of a law, or of the conditionals of a base; a linear map; a norm per variable.
+enum class Output : int { transform, mixture, bernoulli, categorical, linear, norm };
+constexpr bool is_base(Output o) { return o == Output::mixture || o == Output::bernoulli || o == Output::categorical; }
+constexpr bool is_network(Output o) { return o != Output::linear && o != Output::norm; }
 enum class Bijection : int { identity, logit, log_above, log_below };
 enum class DType : int { f16, f32, f64, i8, i16, i32, i64, u8, u16, u32, u64, boolean };
 
@@ -26,25 +30,36 @@ struct MapSpec {
     int rows = 0;
     int inputs = 0;
     std::vector<int64_t> degrees;
-    bool context = false;  // reads the context too; its weights (rows, C) follow the bias in the flat parameters
+    bool context = false;    // reads the context too; its weights (rows, C) follow the bias in the flat parameters
+    bool activated = false;  // the next map reads activations
+    int adds = -1;           // the hidden map whose sums are added to those of this one; its units have the same degrees
 };
 
-struct MadeSpec {
-    std::vector<int64_t> ranks;    // [features] of each coordinate
-    std::vector<MapSpec> maps;     // hidden maps, then the final one with rows 2 i (shift) and 2 i + 1 (raw log-scale)
+// One step of the flow: a masked network with what its outputs feed, a Linear, or a norm.
+struct StageSpec {
+    Output output = Output::transform;
     std::vector<int> variable;     // [features] which variable of the data each coordinate carries
-    std::vector<double> loc, scale;  // an Affine after this layer, by coordinate; empty if there is none
+    std::vector<int64_t> ranks;    // [features] of each coordinate
+    std::vector<MapSpec> maps;     // hidden maps, then the final one with rows[i] rows for coordinate i
+    std::vector<int> rows;
+    bool skip = false;             // direct weights from variables to final rows, behind all maps in the flat parameters
     Activation activation = Activation::relu;
     Law law = Law::exp_soft;
     Form form = Form::affine;
     double clip = 0;
+    int components = 1;              // of a mixture: rows are logits, means, raw log-scales
+    std::vector<double> loc, scale;  // transform: an Affine after it, by coordinate, or none. norm: (x - loc) scale if not trainable
+    bool trainable = false;          // norm: (x - mean) e^log_gamma / sqrt(var + eps) + beta
+    bool of_batch = false;           // in training the statistics are those of the batch
+    std::vector<double> mean, var;
+    double eps = 0;
 };
 
 struct FlowSpec {
     int features = 0;
     int context = 0;
     Columns columns, context_columns;
-    std::vector<MadeSpec> mades;      // from data to noise
+    std::vector<StageSpec> stages;    // from data to noise; the last one may be a base
     std::vector<int> noise_variable;  // [features] variable carried by each column of the noise
 };
 

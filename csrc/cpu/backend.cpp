@@ -22,7 +22,7 @@ namespace {
 
 constexpr int kRowPath = 2;  // up to this many rows go one by one, units in lanes
 
-// Sub-tiles that share one pass over the tape: several when the tape of one MADE outgrows the cache. Measured: 1.3 times faster than one
+// Sub-tiles that share one pass over the tape: several when the tape of one stage outgrows the cache. Measured: 1.3 times faster than one
 // at (784, 1024), a little slower at (43, 512), whose MADEs fit.
 template <class T>
 int subtiles(const Program<T>& program, Direction direction) {
@@ -30,15 +30,15 @@ int subtiles(const Program<T>& program, Direction direction) {
         const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
         return size > 0 ? size : 1l << 20;
     }();
-    const size_t per_made = program.tape(direction).data.size() * sizeof(T) / std::max<size_t>(1, program.mades());
-    return per_made > size_t(cache) ? 4 : 1;
+    const size_t per_stage = program.tape(direction).data.size() * sizeof(T) / std::max<size_t>(1, program.stages());
+    return per_stage > size_t(cache) ? 4 : 1;
 }
 
 // Scratch of a tile, carved the same way for measuring and for use.
 template <class T>
 struct Room {
     Tile<T> tile;
-    std::vector<T*> units;
+    std::vector<T*> units, raw;
     double* column;      // [lanes of all sub-tiles]
     uint64_t* index;     // [lanes] counters of one sub-tile
     uint32_t* context;
@@ -53,18 +53,27 @@ struct Room {
         context = carve.take<uint32_t>(size_t(lanes));
         const size_t before = carve.used();
         for (T*& x : tile.x) x = carve.take<T>(width * size_t(lanes));
-        std::vector<size_t> most;  // rows that map m needs in any MADE
-        for (size_t k = 0; k < program.mades(); ++k)
+        tile.uniform = program.has_base() ? carve.take<T>(size_t(program.features()) * size_t(lanes)) : nullptr;
+        std::vector<size_t> most, most_raw;  // rows that map m needs in any stage
+        for (size_t k = 0; k < program.stages(); ++k)
             for (size_t m = 0; m < program.widths(k).size(); ++m) {
-                if (m == most.size()) most.push_back(0);
+                if (m == most.size()) {
+                    most.push_back(0);
+                    most_raw.push_back(0);
+                }
                 // Room for whole vectors of units, which the path of a single row uses.
-                most[m] = std::max(most[m], size_t(round_up(program.widths(k)[m], 16)));
+                const size_t rows = size_t(round_up(program.widths(k)[m], 16));
+                most[m] = std::max(most[m], rows);
+                if (program.keeps_raw(k, m)) most_raw[m] = std::max(most_raw[m], rows);
             }
         for (size_t rows : most) units.push_back(carve.take<T>(rows * size_t(lanes)));
+        for (size_t rows : most_raw) raw.push_back(carve.take<T>(rows * size_t(lanes)));
         const size_t block = carve.used() - before;
         tile.stride = int64_t(block / sizeof(T));
         for (int s = 1; s < subtiles; ++s) carve.take<char>(block);
         tile.units = units.data();
+        tile.raw = raw.data();
+        tile.density = false;
         tile.rows = 0;
         tile.folded = nullptr;
     }
@@ -88,9 +97,9 @@ struct Folded {
             spoil_outside(&unused, 1, &row[size_t(c)]);
         }
         const auto& views = program.views(direction);
-        for (const MadeView<T>& made : views) {
-            storage.emplace_back(size_t(round_up(made.rows[0], 8)), T(0));
-            k.fold(made, row.data(), storage.back().data());
+        for (const StageView<T>& stage : views) {
+            storage.emplace_back(size_t(round_up(stage.maps ? stage.rows[0] : 0, 8)), T(0));
+            k.fold(stage, row.data(), storage.back().data());
         }
         for (const auto& bias : storage) pointers.push_back(bias.data());
     }
@@ -113,7 +122,10 @@ void load_tile(const Program<T>& program, const RowReader& reader, int64_t begin
             double of_bound[48] = {};
             k.load(column + s * lanes, count, columns.kind[size_t(c)], columns.lower[size_t(c)], columns.upper[size_t(c)],
                    columns.loc[size_t(c)], columns.scale[size_t(c)], out, of_context ? of_bound : tile.log_det + s * lanes);
-            if (of_context) spoil_outside(of_bound, count, out);
+            if (of_context)
+                spoil_outside(of_bound, count, out);
+            else if (const int values = program.values(c))
+                refuse_other(column + s * lanes, count, values, tile.log_det + s * lanes);
             std::fill(out + count, out + round_up(count, k.width), out[count - 1]);
             if (of_context) std::copy_n(out, round_up(count, k.width), tile.x[1] + s * tile.stride + row * lanes);
         }
@@ -135,7 +147,8 @@ void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noi
     if (total == 0) return;
     const Kernels<T>& k = kernels<T>();
     const auto& views = program.views(Direction::density);
-    const int lanes = 3 * k.width, features = program.features(), context = program.context(), count = int(views.size());
+    const int lanes = 3 * k.width, features = program.features(), context = program.context();
+    const int count = int(log_prob ? program.stages() : program.transforms());
     const RowReader reader(batch);
     const bool shared = context > 0 && reader.shared_context();
     std::unique_ptr<Folded<T>> folded;
@@ -157,10 +170,11 @@ void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noi
                 const bool none = log_det[r] == -std::numeric_limits<double>::infinity();  // at or outside a bound
                 if (noise)
                     for (int d = 0; d < features; ++d)
-                        noise[(first + r) * features + d] = none ? std::numeric_limits<T>::quiet_NaN() : z[d * stride + r * step];
+                        noise[(first + r) * features + d] =
+                            none ? std::numeric_limits<T>::quiet_NaN() : z[program.noise()[size_t(d)] * stride + r * step];
             }
         };
-        if (n <= kRowPath) {
+        if (n <= kRowPath && program.row_path()) {
             tile.subtiles = 1;
             for (int64_t r = 0; r < n; ++r) {
                 load_tile(program, reader, begin + r, 1, context > 0 && !shared, room.column, tile);
@@ -182,7 +196,7 @@ void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noi
         for (int s = 0; s < tile.subtiles; ++s) {
             const int64_t first = int64_t(s) * lanes, rows = std::min<int64_t>(lanes, n - first);
             const T* z = tile.x[at] + s * tile.stride + context * lanes;
-            if (log_prob) k.base(z, features, lanes, int(rows), tile.log_det + first);
+            if (log_prob && !program.has_base()) k.base(z, features, lanes, int(rows), tile.log_det + first);
             write(begin + first, rows, z, 1, lanes, tile.log_det + first);
         }
     };
@@ -213,7 +227,8 @@ void generate(const Program<T>& program, const Batch& batch, const Draw* draw, T
     if (total == 0) return;
     const Kernels<T>& k = kernels<T>();
     const auto& views = program.views(Direction::sampler);
-    const int lanes = 3 * k.width, features = program.features(), context = program.context(), count = int(views.size());
+    const int lanes = 3 * k.width, features = program.features(), context = program.context();
+    const int count = int(draw ? program.stages() : program.transforms());
     const RowReader reader(batch);
     const bool shared = context > 0 && reader.shared_context();
     std::unique_ptr<Folded<T>> folded;
@@ -234,6 +249,7 @@ void generate(const Program<T>& program, const Batch& batch, const Draw* draw, T
         tile.folded = shared ? folded->pointers.data() : nullptr;
         tile.rows = int(n);
         tile.subtiles = int((n + lanes - 1) / lanes);
+        tile.density = log_prob != nullptr;
         std::fill(tile.log_det, tile.log_det + int64_t(lanes) * tile.subtiles, 0.0);
         const Columns& of_context = program.spec().context_columns;
         for (int s = 0; s < tile.subtiles; ++s) {
@@ -247,10 +263,11 @@ void generate(const Program<T>& program, const Batch& batch, const Draw* draw, T
                     room.context[r] = uint32_t(row / batch.inner) + draw->context_offset;
                 }
                 k.normals(draw->seed, room.index, room.context, features, lanes, noise);
+                if (program.has_base()) k.uniforms(draw->seed, room.index, room.context, features, lanes, tile.uniform + at_tile);
             } else {
                 for (int d = 0; d < features; ++d) {
                     reader.column(first, rows, d, room.column);
-                    T* lane = noise + d * lanes;
+                    T* lane = noise + program.noise()[size_t(d)] * lanes;
                     for (int r = 0; r < padded; ++r) lane[r] = T(room.column[std::min(r, rows - 1)]);
                 }
             }
@@ -265,7 +282,7 @@ void generate(const Program<T>& program, const Batch& batch, const Draw* draw, T
                     std::fill(lane + rows, lane + padded, lane[rows - 1]);
                     std::copy_n(lane, padded, tile.x[1] + at_tile + c * lanes);
                 }
-            if (log_prob) k.base(noise, features, lanes, rows, tile.log_det + s * lanes);
+            if (log_prob && !program.has_base()) k.base(noise, features, lanes, rows, tile.log_det + s * lanes);
         }
         k.from_noise(views.data(), count, tile);
         for (int s = 0; s < tile.subtiles; ++s) {

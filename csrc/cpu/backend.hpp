@@ -49,26 +49,31 @@ struct AdamSettings {
 template <class T>
 struct TrainerState;
 
-// Owns a program and its optimizer's moments.
+// Owns programs and the optimizer's moments. Several programs are networks with different masks over the same weights; step t trains
+// number t mod their count.
 template <class T>
 class Trainer {
 public:
-    Trainer(std::shared_ptr<Program<T>> program, AdamSettings settings);
+    using Value = T;
+
+    Trainer(std::vector<std::shared_ptr<Program<T>>> programs, AdamSettings settings);
     ~Trainer();
+    void set_members(std::vector<std::shared_ptr<Program<T>>> programs);  // more than one, where there was more than one
 
     // Steps over batch.index[0 .. rows) in batches; weights [all rows] may be null. Returns the sum of w_i nll_i; `done` counts the
     // batches done, fewer than planned when the loss of the next one is not finite. Step s uses rates[s].
     double epoch(const Batch& batch, const double* weights, int64_t batch_size, const double* rates, double mean_weight, int64_t& done,
                  const Poll& poll);
 
-    Program<T>& program() { return *program_; }
-    AlignedVector<T>& first_moment();
-    AlignedVector<T>& second_moment();
+    int64_t parameter_count() const;
+    void get_parameters(T* parameters) const;
+    void set_parameters(const T* parameters);
+    void get_moments(T* first, T* second) const;  // in the order of the flat parameters
+    void set_moments(const T* first, const T* second);
     int64_t steps() const;
     void set_steps(int64_t steps);
 
 private:
-    std::shared_ptr<Program<T>> program_;
     std::unique_ptr<TrainerState<T>> state_;
 };
 

@@ -5,6 +5,8 @@
 //     small   each thread takes a block of rows through tiles and tasks while it is in its cache; the blocks' gradients are summed
 //
 // Chunks and blocks depend on the model and on the number of rows alone, and every sum has its order, so bits do not depend on threads.
+//
+// A norm with the statistics of the batch ties its rows together: there all tiles go through one stage before any enters the next.
 #include <algorithm>
 #include <array>
 #include <chrono>
@@ -43,16 +45,16 @@ private:
     Clock::time_point last_ = Clock::now();
 };
 
-// Where the maps of one MADE lie among the rows that a chunk keeps.
+// Where the maps of one stage lie among the rows that a chunk keeps.
 struct Places {
-    std::vector<size_t> delta;   // first row of each map among a tile's deltas
+    std::vector<size_t> delta;   // first row of each map's units among a tile's deltas
     std::vector<size_t> inputs;  // first row of each map's transposed inputs, in whole chunks of lanes
 };
 
 // Up to eight panels of one map's weights, enough to reuse the inputs while they are in the cache.
 constexpr int kTaskRows = 64;
 struct Task {
-    int made, map, row, rows;
+    int stage, map, row, rows;
     int64_t cost;
 };
 
@@ -74,31 +76,35 @@ public:
         program.views(Direction::backward);
         lanes_ = 3 * kernels_.width;
         int64_t per_row = 0;  // numbers kept of a row, counted in units that every lane count divides
-        for (size_t k = 0; k < program.mades(); ++k) {
+        for (size_t k = 0; k < program.stages(); ++k) {
             Places places;
-            int inputs = program.features() + program.context();
             for (int width : program.widths(k)) {
                 places.delta.push_back(delta_rows_);
-                places.inputs.push_back(input_rows_);
                 delta_rows_ += size_t(width);
-                input_rows_ += size_t(round_up(inputs, lanes_));
-                per_row += width + round_up(inputs, 48);
-                inputs = width;
+                per_row += width;
+            }
+            const Sorted& sorted = program.sorted()[k];
+            for (size_t m = 0; m < sorted.maps.size(); ++m) {
+                const Staircase& stairs = sorted.maps[m];
+                places.inputs.push_back(input_rows_);
+                input_rows_ += size_t(round_up(stairs.inputs, lanes_));
+                per_row += round_up(stairs.inputs, 48);
+                const int rows = program.widths(k)[std::min(m, program.widths(k).size() - 1)];
+                for (int row = 0; row < rows; row += kTaskRows) {
+                    const int here = std::min(kTaskRows, rows - row);
+                    tasks_.push_back({int(k), int(m), row, here, stairs.offset[size_t(row + here)] - stairs.offset[size_t(row)]});
+                }
             }
             places_.push_back(places);
-            for (size_t m = 0; m < program.widths(k).size(); ++m)
-                for (int row = 0; row < program.widths(k)[m]; row += kTaskRows) {
-                    const int rows = std::min(kTaskRows, program.widths(k)[m] - row);
-                    const auto& offset = program.sorted()[k].maps[m].offset;
-                    tasks_.push_back({int(k), int(m), row, rows, offset[size_t(row + rows)] - offset[size_t(row)]});
-                }
         }
         std::stable_sort(tasks_.begin(), tasks_.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
         chunk_ = std::clamp<int64_t>(kChunkBytes / (std::max<int64_t>(1, per_row) * int64_t(sizeof(T))) / 48 * 48, 48, 65536 / 48 * 48);
-        small_ = parameters && int64_t(program.master().size()) < per_row * kBlockRows / 2;
+        for (const StageSpec& stage : program.spec().stages) together_ = together_ || stage.of_batch;
+        small_ = parameters && !together_ && int64_t(program.master().size()) < per_row * kBlockRows / 2;
     }
 
     const std::vector<Task>& tasks() const { return tasks_; }
+    bool together() const { return together_; }  // in training, norms take the statistics of the batch
     int64_t chunk() const { return chunk_; }
 
     // Forward and backward of rows [begin, begin + n) of the batch, n <= chunk(). cotangent, value, d_x, d_context: per row of the chunk.
@@ -107,9 +113,16 @@ public:
     void pass(const Batch& batch, int64_t begin, int64_t n, const T* cotangent, V* value, T* d_x, T* d_context) {
         const RowReader reader(batch);
         const Cut cut(n, kernels_.width, lanes_);
-        auto run = [&](Room& room, Kept<T>& kept, int64_t first, int here, int64_t place) {
-            tile(room, kept, reader, begin + first, here, cotangent + first, value ? value + first : nullptr,
-                 d_x ? d_x + first * program_.features() : nullptr, d_context ? d_context + first * program_.context() : nullptr, place);
+        used_cotangent_.resize(size_t(n));
+        const bool wanted = d_x || d_context;
+        auto run = [&](Room& room, Kept<T>& kept, int64_t first, int rows, int64_t place) {
+            load(room, reader, begin + first, rows);
+            for (size_t k = 0; k < program_.stages(); ++k) forward(room, k, rows);
+            close(room, rows, cotangent + first, used_cotangent_.data() + first, value ? value + first : nullptr);
+            for (size_t k = program_.stages(); k-- > 0;) backward(room, k, rows, wanted);
+            if (d_x) write_dx(room, reader, begin + first, rows, d_x + first * program_.features());
+            if (d_context) write_dcontext(room, reader, begin + first, rows, d_context + first * program_.context());
+            if (parameters_) keep(room, kept, rows, place);
         };
         if (small_) {
             const int64_t blocks = (n + kBlockRows - 1) / kBlockRows, rows = (n + blocks - 1) / blocks;
@@ -117,7 +130,8 @@ public:
             blocks_ = int(blocks);
             parallel_for(blocks, [&](int64_t b) {
                 const int64_t first = b * rows, here = std::min(rows, n - first);
-                if (here <= 0) return;
+                T* const out = block_gradients_.data() + size_t(b) * program_.master().size();
+                if (here <= 0) return std::fill(out, out + program_.master().size(), T(0));
                 const Cut inner(here, kernels_.width, lanes_, 1);
                 Kept<T> kept;
                 auto lay_out = [&](char* base) {
@@ -131,40 +145,110 @@ public:
                     return carve.used();
                 };
                 lay_out(thread_scratch(lay_out(nullptr)));
-                T* out = block_gradients_.data() + size_t(b) * program_.master().size();
                 for (const Task& task : tasks_) sum(kept, task, false, out);
             });
-            return;
+        } else {
+            make_room(cut, n);
+            parallel_for(cut.tiles, [&](int64_t t) {
+                Carver carve(thread_scratch(room_size()));
+                Room room(carve, *this, parameters_ ? deltas_.data() + size_t(t) * delta_stride() : nullptr);
+                run(room, kept_, cut.begin(t), int(cut.size(t, n)), cut.begin(t));
+            });
         }
-        if (parameters_) {
-            deltas_.resize(delta_size(cut));
-            inputs_.resize(input_size(n));
-            place(kept_, cut, n, deltas_.data(), inputs_.data());
+        total_cotangent_ = 0;
+        for (int64_t r = 0; r < n; ++r) total_cotangent_ += double(used_cotangent_[size_t(r)]);
+    }
+
+    // The same for a whole batch of `training` whose norms take the statistics of the batch, rows weighted by their cotangents.
+    template <class V>
+    void pass_together(Program<T>& training, const Batch& batch, int64_t n, const T* cotangent, V* value) {
+        const RowReader reader(batch);
+        const Cut cut(n, kernels_.width, lanes_);
+        used_cotangent_.assign(cotangent, cotangent + n);
+        total_cotangent_ = 0;
+        for (int64_t r = 0; r < n; ++r) total_cotangent_ += double(cotangent[r]);
+        std::vector<double> share;
+        for (int64_t r = 0; r < n; ++r) share.push_back(double(cotangent[r]) / total_cotangent_);
+        make_room(cut, n);
+        rooms_.resize(room_size() * size_t(cut.tiles));
+        std::vector<Room> rooms;
+        for (int64_t t = 0; t < cut.tiles; ++t) {
+            Carver carve(rooms_.data() + room_size() * size_t(t));
+            rooms.emplace_back(carve, *this, deltas_.data() + size_t(t) * delta_stride());
         }
-        Carver measure;
-        Room(measure, *this, nullptr);
-        parallel_for(cut.tiles, [&](int64_t t) {
-            Carver carve(thread_scratch(measure.used()));
-            Room room(carve, *this, parameters_ ? deltas_.data() + size_t(t) * delta_stride() : nullptr);
-            run(room, kept_, cut.begin(t), int(cut.size(t, n)), cut.begin(t));
+        auto each_tile = [&](auto body) {
+            parallel_for(cut.tiles, [&](int64_t t) { body(rooms[size_t(t)], cut.begin(t), int(cut.size(t, n))); });
+        };
+        const auto& stages = program_.spec().stages;
+        const size_t features = size_t(program_.features());
+        // Sums over all rows of f(variable, row of the batch, x, gradient in this tile), for each variable.
+        auto sums = [&](size_t k, auto f) {
+            std::vector<double> result(features, 0.0);
+            for (size_t v = 0; v < features; ++v)
+                for (int64_t t = 0; t < cut.tiles; ++t) {
+                    const size_t row = (size_t(program_.context()) + v) * size_t(lanes_);
+                    const T *x = rooms[size_t(t)].trace[k].x + row, *d = rooms[size_t(t)].dx[k % 2] + row;
+                    for (int64_t r = 0; r < cut.size(t, n); ++r) result[v] += f(v, cut.begin(t) + r, double(x[r]), double(d[r]));
+                }
+            return result;
+        };
+        each_tile([&](Room& room, int64_t first, int rows) { load(room, reader, first, rows); });
+        for (size_t k = 0; k < stages.size(); ++k) {
+            if (stages[k].of_batch) {
+                const auto mean = sums(k, [&](size_t, int64_t r, double x, double) { return share[size_t(r)] * x; });
+                const auto var =
+                    sums(k, [&](size_t v, int64_t r, double x, double) { return share[size_t(r)] * (x - mean[v]) * (x - mean[v]); });
+                training.set_statistics(k, mean.data(), var.data());
+            }
+            each_tile([&](Room& room, int64_t, int rows) { forward(room, k, rows); });
+        }
+        each_tile([&](Room& room, int64_t first, int rows) {
+            close(room, rows, cotangent + first, used_cotangent_.data() + first, value + first);
         });
+        for (size_t k = stages.size(); k-- > 0;) {
+            each_tile([&](Room& room, int64_t, int rows) { backward(room, k, rows, false); });
+            if (!stages[k].of_batch) continue;
+            // d mean = -sum dx, d var = -(sum dx (x - mean) + sum g) / (2 (var + eps)), dx before these.
+            const auto shift = sums(k, [](size_t, int64_t, double, double d) { return -d; });
+            auto bend = sums(k, [&](size_t v, int64_t, double x, double d) { return d * (x - stages[k].mean[v]); });
+            for (size_t v = 0; v < features; ++v) bend[v] = -(bend[v] + total_cotangent_) / (stages[k].var[v] + stages[k].eps);
+            each_tile([&](Room& room, int64_t first, int rows) {
+                for (size_t v = 0; v < features; ++v) {
+                    const size_t row = (size_t(program_.context()) + v) * size_t(lanes_);
+                    const T* x = room.trace[k].x + row;
+                    T* d = room.dx[k % 2] + row;
+                    for (int r = 0; r < rows; ++r)
+                        d[r] += T(share[size_t(first + r)] * (shift[v] + bend[v] * (double(x[r]) - stages[k].mean[v])));
+                }
+            });
+        }
+        each_tile([&](Room& room, int64_t first, int rows) { keep(room, kept_, rows, first); });
     }
 
     // The gradient of one task over the rows of the last pass, into a vector laid out like the master.
     void gradient(const Task& task, bool add, T* out) const {
-        if (!small_) return sum(kept_, task, add, out);
         const int64_t size = int64_t(program_.master().size());
-        for (const auto& range : ranges(task))
-            kernels_.sum_blocks(block_gradients_.data() + range.first, size, blocks_, range.second, add, out + range.first);
+        if (small_) {
+            for (const auto& range : ranges(task))
+                kernels_.sum_blocks(block_gradients_.data() + range.first, size, blocks_, range.second, add, out + range.first);
+        } else {
+            sum(kept_, task, add, out);
+        }
+        if (program_.spec().stages[size_t(task.stage)].output != Output::linear || task.map != 0) return;
+        const auto& offset = program_.sorted()[size_t(task.stage)].maps[0].offset;  // log|det| is the sum of log|u_ii|
+        for (int row = task.row; row < task.row + task.rows; ++row) {
+            const size_t diagonal = size_t(program_.weight_offset(size_t(task.stage), 0) + offset[size_t(row + 1)] - 1);
+            out[diagonal] += T(total_cotangent_ / double(program_.master()[diagonal]));
+        }
     }
 
     // Where the weights and the biases of a task lie in the master: begin and count.
     std::array<std::pair<int64_t, int64_t>, 2> ranges(const Task& task) const {
-        const size_t made = size_t(task.made), map = size_t(task.map);
-        const auto& offset = program_.sorted()[made].maps[map].offset;
+        const size_t stage = size_t(task.stage), map = size_t(task.map);
+        const auto& offset = program_.sorted()[stage].maps[map].offset;
         const int64_t begin = offset[size_t(task.row)];
-        return {{{program_.weight_offset(made, map) + begin, offset[size_t(task.row + task.rows)] - begin},
-                 {program_.bias_offset(made, map) + task.row, task.rows}}};
+        return {{{program_.weight_offset(stage, map) + begin, offset[size_t(task.row + task.rows)] - begin},
+                 {program_.bias_offset(stage, map) + task.row, program_.bias_count(stage, map) ? task.rows : 0}}};
     }
 
 private:
@@ -185,18 +269,33 @@ private:
         }
     }
 
+    // What weights need of the chunk, in the memory of this object.
+    void make_room(const Cut& cut, int64_t n) {
+        if (!parameters_) return;
+        deltas_.resize(delta_size(cut));
+        inputs_.resize(input_size(n));
+        place(kept_, cut, n, deltas_.data(), inputs_.data());
+    }
+    size_t room_size() const {
+        Carver measure;
+        Room(measure, *this, nullptr);
+        return measure.used();
+    }
+
     void sum(const Kept<T>& kept, const Task& task, bool add, T* gradient) const {
         const Kernels<T>& k = kernels_;
-        const size_t made = size_t(task.made), map = size_t(task.map), tiles = kept.tile_rows.size();
-        const Staircase& stairs = program_.sorted()[made].maps[map];
+        const size_t stage = size_t(task.stage), map = size_t(task.map), tiles = kept.tile_rows.size();
+        const size_t units = places_[stage].delta[std::min(map, places_[stage].delta.size() - 1)] + size_t(task.row);
+        const Staircase& stairs = program_.sorted()[stage].maps[map];
         std::vector<const T*> delta(tiles);
         for (size_t t = 0; t < tiles; ++t)
-            delta[t] = kept.deltas + t * delta_stride() + (places_[made].delta[map] + size_t(task.row)) * size_t(lanes_);
+            delta[t] = kept.deltas + t * delta_stride() + units * size_t(lanes_);
         k.weight_gradient(delta.data(), kept.tile_rows.data(), kept.tile_begin.data(), int(tiles), task.rows,
-                          kept.inputs + places_[made].inputs[map] * size_t(kept.capacity), kept.capacity, stairs.limit.data() + task.row,
-                          stairs.offset.data() + task.row, add, gradient + program_.weight_offset(made, map));
-        k.bias_gradient(delta.data(), kept.tile_rows.data(), kept.tile_begin.data(), int(tiles), task.rows, add,
-                        gradient + program_.bias_offset(made, map) + task.row);
+                          kept.inputs + places_[stage].inputs[map] * size_t(kept.capacity), kept.capacity, stairs.limit.data() + task.row,
+                          stairs.offset.data() + task.row, add, gradient + program_.weight_offset(stage, map));
+        if (program_.bias_count(stage, map))
+            k.bias_gradient(delta.data(), kept.tile_rows.data(), kept.tile_begin.data(), int(tiles), task.rows, add,
+                            gradient + program_.bias_offset(stage, map) + task.row);
     }
 
     // Scratch of one tile. Deltas lie in the chunk's memory when weights need them.
@@ -216,28 +315,29 @@ private:
             cotangent = carve.take<T>(lanes);
             for (T*& d : dx) d = carve.take<T>(width * lanes);
             T* own_deltas = deltas ? deltas : carve.take<T>((owner.delta_rows_ + 8) * lanes);
-            for (size_t k = 0; k <= program.mades(); ++k) {
+            for (size_t k = 0; k <= program.stages(); ++k) {
                 Trace<T> kept{};
                 kept.x = carve.take<T>(width * lanes);
-                std::vector<T*> units, arguments, delta;
-                if (k < program.mades()) {
-                    kept.scaled = carve.take<T>(3 * features * lanes);
+                std::vector<T*> units, raw, delta;
+                if (k < program.stages()) {
+                    const StageSpec& stage = program.spec().stages[k];
+                    if (stage.output == Output::transform) kept.scaled = carve.take<T>(3 * features * lanes);
                     const auto& widths = program.widths(k);
-                    const bool argument = keeps_argument(program.spec().mades[k].activation);
                     for (size_t m = 0; m < widths.size(); ++m) {
+                        const bool argument = m < stage.maps.size() && stage.maps[m].activated && keeps_argument(stage.activation);
                         units.push_back(carve.take<T>(size_t(widths[m]) * lanes));
-                        arguments.push_back(argument && m + 1 < widths.size() ? carve.take<T>(size_t(widths[m]) * lanes) : nullptr);
+                        raw.push_back(argument || program.keeps_raw(k, m) ? carve.take<T>(size_t(widths[m]) * lanes) : nullptr);
                         delta.push_back(own_deltas ? own_deltas + owner.places_[k].delta[m] * lanes : nullptr);
                     }
                 }
                 pointers.push_back(units);
-                pointers.push_back(arguments);
+                pointers.push_back(raw);
                 pointers.push_back(delta);
                 trace.push_back(kept);
             }
             for (size_t k = 0; k < trace.size(); ++k) {
                 trace[k].units = pointers[3 * k].data();
-                trace[k].argument = pointers[3 * k + 1].data();
+                trace[k].raw = pointers[3 * k + 1].data();
                 trace[k].delta = pointers[3 * k + 2].data();
             }
         }
@@ -250,63 +350,85 @@ private:
         }
     };
 
-    template <class V>
-    void tile(Room& room, Kept<T>& kept, const RowReader& reader, int64_t begin, int n, const T* cotangent, V* value, T* d_x, T* d_context,
-              int64_t place) {
-        const Kernels<T>& k = kernels_;
-        const int features = program_.features(), context = program_.context(), count = int(program_.mades());
-        const int padded = int(round_up(n, k.width)), lanes = lanes_;
+    int padded(int rows) const { return int(round_up(rows, kernels_.width)); }
+
+    // The first tile, and the contexts in all of them. Idle lanes repeat the last row.
+    void load(Room& room, const RowReader& reader, int64_t begin, int n) {
+        const int features = program_.features(), context = program_.context(), lanes = lanes_;
         std::fill(room.log_det, room.log_det + lanes, 0.0);
         auto load = [&](const Columns& columns, int c, int row, double* log_det) {
-            k.load(room.column, n, columns.kind[size_t(c)], columns.lower[size_t(c)], columns.upper[size_t(c)], columns.loc[size_t(c)],
-                   columns.scale[size_t(c)], room.trace[0].x + row * lanes, log_det);
+            kernels_.load(room.column, n, columns.kind[size_t(c)], columns.lower[size_t(c)], columns.upper[size_t(c)],
+                          columns.loc[size_t(c)], columns.scale[size_t(c)], room.trace[0].x + row * lanes, log_det);
             T* lane = room.trace[0].x + row * lanes;
-            std::fill(lane + n, lane + padded, lane[n - 1]);
+            std::fill(lane + n, lane + padded(n), lane[n - 1]);
         };
         for (int v = 0; v < features; ++v) {
             reader.column(begin, n, v, room.column);
             load(program_.spec().columns, v, context + program_.first()[size_t(v)], room.log_det);
+            if (const int values = program_.values(v)) refuse_other(room.column, n, values, room.log_det);
         }
         for (int c = 0; c < context; ++c) {
             double of_bound[48] = {};
             reader.context_column(begin, n, c, room.column);
             load(program_.spec().context_columns, c, c, of_bound);
-            spoil_outside(of_bound, padded, room.trace[0].x + c * lanes);
-            for (int j = 1; j <= count; ++j) std::copy_n(room.trace[0].x + c * lanes, padded, room.trace[size_t(j)].x + c * lanes);
+            spoil_outside(of_bound, padded(n), room.trace[0].x + c * lanes);
+            for (size_t j = 1; j < room.trace.size(); ++j) std::copy_n(room.trace[0].x + c * lanes, padded(n), room.trace[j].x + c * lanes);
         }
-        zero_outside(room.log_det, n, padded, features, lanes, room.trace[0].x + context * lanes);
-        for (int r = 0; r < padded; ++r)
+        zero_outside(room.log_det, n, padded(n), features, lanes, room.trace[0].x + context * lanes);
+    }
+
+    void forward(Room& room, size_t k, int n) {
+        kernels_.forward(program_.views(Direction::density)[k], room.trace[k], room.trace[k + 1], padded(n), room.log_det);
+    }
+
+    // Between forward and backward: the density, and the gradient in the noise. `used`: cotangents, zero where the density is.
+    template <class V>
+    void close(Room& room, int n, const T* cotangent, T* used, V* value) {
+        const int features = program_.features(), context = program_.context();
+        const size_t count = program_.stages();
+        const T* noise = room.trace[count].x + context * lanes_;
+        for (int r = 0; r < padded(n); ++r)
             room.cotangent[r] = r < n && room.log_det[r] != -std::numeric_limits<double>::infinity() ? cotangent[r] : T(0);
-        k.forward(program_.views(Direction::density).data(), count, room.trace.data(), padded, room.log_det);
-        const T* noise = room.trace[size_t(count)].x + context * lanes;
-        if (value) {
-            k.base(noise, features, lanes, n, room.log_det);
-            for (int r = 0; r < n; ++r) value[r] = V(program_.constant() + room.log_det[r]);
+        std::copy_n(room.cotangent, n, used);
+        T* const dx = room.dx[count % 2];
+        std::fill(dx, dx + context * lanes_, T(0));
+        for (int v = 0; v < features && !program_.has_base(); ++v)
+            for (int r = 0; r < padded(n); ++r) dx[(context + v) * lanes_ + r] = -noise[v * lanes_ + r] * room.cotangent[r];
+        if (!value) return;
+        if (!program_.has_base()) kernels_.base(noise, features, lanes_, n, room.log_det);
+        for (int r = 0; r < n; ++r) value[r] = V(program_.constant() + room.log_det[r]);
+    }
+
+    void backward(Room& room, size_t k, int n, bool wanted) {
+        kernels_.backward(program_.views(Direction::backward)[k], room.trace[k], padded(n), room.cotangent, room.dx[(k + 1) % 2], room.dx[k % 2],
+                          wanted ? 0 : k ? 1 : 2);
+    }
+
+    void write_dx(Room& room, const RowReader& reader, int64_t begin, int n, T* d_x) {
+        for (int v = 0; v < program_.features(); ++v) {
+            reader.column(begin, n, v, room.column);
+            out_of(program_.spec().columns, v, room.dx[0] + (program_.context() + program_.first()[size_t(v)]) * lanes_, room, n, true, d_x + v,
+                   program_.features());
         }
-        if (count) {
-            k.backward(program_.views(Direction::backward).data(), count, room.trace.data(), padded, room.cotangent, room.dx, !d_x && !d_context);
-        } else {
-            for (int v = 0; v < features; ++v)
-                for (int r = 0; r < padded; ++r) room.dx[0][(context + v) * lanes + r] = -noise[v * lanes + r] * room.cotangent[r];
-            std::fill(room.dx[0], room.dx[0] + context * lanes, T(0));
+    }
+
+    void write_dcontext(Room& room, const RowReader& reader, int64_t begin, int n, T* d_context) {
+        for (int c = 0; c < program_.context(); ++c) {
+            reader.context_column(begin, n, c, room.column);
+            out_of(program_.spec().context_columns, c, room.dx[0] + c * lanes_, room, n, false, d_context + c, program_.context());
         }
-        if (d_x)
-            for (int v = 0; v < features; ++v) {
-                reader.column(begin, n, v, room.column);
-                out_of(program_.spec().columns, v, room.dx[0] + (context + program_.first()[size_t(v)]) * lanes, room, n, true, d_x + v, features);
+    }
+
+    void keep(Room& room, Kept<T>& kept, int n, int64_t place) {
+        for (size_t k = 0; k < program_.stages(); ++k) {
+            const Trace<T>& trace = room.trace[k];
+            for (size_t m = 0; m < program_.wires(k).size(); ++m) {
+                const int in = program_.wires(k)[m].first;
+                const T* from = in >= 0 ? trace.units[in] : in == kTile ? trace.x : trace.x + program_.context() * lanes_;
+                const int inputs = in >= 0 ? program_.widths(k)[size_t(in)] : program_.sorted()[k].maps[m].inputs;
+                kernels_.transpose(from, inputs, padded(n),
+                                   kept.inputs + places_[k].inputs[m] * size_t(kept.capacity), place, kept.capacity);
             }
-        if (d_context)
-            for (int c = 0; c < context; ++c) {
-                reader.context_column(begin, n, c, room.column);
-                out_of(program_.spec().context_columns, c, room.dx[0] + c * lanes, room, n, false, d_context + c, context);
-            }
-        if (!parameters_) return;
-        for (int j = 0; j < count; ++j) {
-            const auto& widths = program_.widths(size_t(j));
-            const Trace<T>& trace = room.trace[size_t(j)];
-            for (size_t m = 0; m < widths.size(); ++m)
-                k.transpose(m ? trace.units[m - 1] : trace.x, m ? widths[m - 1] : features + context, padded,
-                            kept.inputs + places_[size_t(j)].inputs[m] * size_t(kept.capacity), place, kept.capacity);
         }
     }
 
@@ -346,10 +468,13 @@ private:
     std::vector<Places> places_;
     std::vector<Task> tasks_;
     int64_t chunk_ = 48;
-    bool small_ = false;
+    bool small_ = false, together_ = false;
     AlignedVector<T> deltas_, inputs_, block_gradients_;  // [block][master]
     Kept<T> kept_;
     int blocks_ = 0;
+    AlignedVector<char> rooms_;
+    std::vector<T> used_cotangent_;
+    double total_cotangent_ = 0;
 };
 
 Batch part(const Batch& batch, const int64_t* index, int64_t rows) {
@@ -383,43 +508,122 @@ void vjp(const Program<T>& program, const Batch& batch, const T* cotangent, T* v
     for (size_t i = 0; i < gradient.size(); ++i) d_parameters[program.index()[i]] = gradient[i];
 }
 
+// One of the networks that share the weights of a trainer.
+template <class T>
+struct Member {
+    explicit Member(std::shared_ptr<Program<T>> program) : program(std::move(program)), gradients(*this->program, true) {}
+    std::shared_ptr<Program<T>> program;
+    Gradients<T> gradients;
+};
+
 template <class T>
 struct TrainerState {
-    TrainerState(const Program<T>& program, AdamSettings settings)
-        : settings(settings), gradients(program, true), m(program.master().size(), T(0)), v(program.master().size(), T(0)),
-          gradient(program.master().size(), T(0)) {}
+    explicit TrainerState(AdamSettings settings) : settings(settings) {}
+
+    // Weights in the user's order, where members share them; one program alone trains its own master.
+    bool shared() const { return members.size() > 1; }
+    T* weights() { return shared() ? user_weights.data() : members[0]->program->master().data(); }
+
     AdamSettings settings;
-    Gradients<T> gradients;
-    AlignedVector<T> m, v, gradient;
+    std::vector<std::unique_ptr<Member<T>>> members;
+    AlignedVector<T> m, v, gradient, user_weights, user_gradient;
     std::vector<T> cotangent;
     std::vector<double> value;
     int64_t steps = 0;
 };
 
 template <class T>
-Trainer<T>::Trainer(std::shared_ptr<Program<T>> program, AdamSettings settings)
-    : program_(std::move(program)), state_(std::make_unique<TrainerState<T>>(*program_, settings)) {}
+Trainer<T>::Trainer(std::vector<std::shared_ptr<Program<T>>> programs, AdamSettings settings)
+    : state_(std::make_unique<TrainerState<T>>(settings)) {
+    TrainerState<T>& s = *state_;
+    std::vector<T> parameters(size_t(programs.at(0)->parameter_count()));
+    programs[0]->get_parameters(parameters.data());
+    set_members(std::move(programs));
+    const size_t size = s.shared() ? parameters.size() : s.members[0]->program->master().size();
+    s.user_weights.assign(parameters.begin(), parameters.end());
+    s.m.assign(size, T(0));
+    s.v.assign(size, T(0));
+}
+
+template <class T>
+void Trainer<T>::set_members(std::vector<std::shared_ptr<Program<T>>> programs) {
+    TrainerState<T>& s = *state_;
+    s.members.clear();
+    for (auto& program : programs) s.members.push_back(std::make_unique<Member<T>>(std::move(program)));
+}
+
 template <class T>
 Trainer<T>::~Trainer() = default;
-template <class T>
-AlignedVector<T>& Trainer<T>::first_moment() { return state_->m; }
-template <class T>
-AlignedVector<T>& Trainer<T>::second_moment() { return state_->v; }
 template <class T>
 int64_t Trainer<T>::steps() const { return state_->steps; }
 template <class T>
 void Trainer<T>::set_steps(int64_t steps) { state_->steps = steps; }
+template <class T>
+int64_t Trainer<T>::parameter_count() const { return state_->members[0]->program->parameter_count(); }
+
+template <class T>
+void Trainer<T>::get_parameters(T* parameters) const {
+    if (state_->shared())
+        std::copy(state_->user_weights.begin(), state_->user_weights.end(), parameters);
+    else
+        state_->members[0]->program->get_parameters(parameters);
+}
+
+template <class T>
+void Trainer<T>::set_parameters(const T* parameters) {
+    std::copy_n(parameters, size_t(parameter_count()), state_->user_weights.data());
+    for (auto& member : state_->members) member->program->set_parameters(parameters);
+}
+
+template <class T>
+void Trainer<T>::get_moments(T* first, T* second) const {
+    const TrainerState<T>& s = *state_;
+    if (s.shared()) {
+        std::copy(s.m.begin(), s.m.end(), first);
+        std::copy(s.v.begin(), s.v.end(), second);
+    } else {
+        s.members[0]->program->spread(s.m.data(), first);
+        s.members[0]->program->spread(s.v.data(), second);
+    }
+}
+
+template <class T>
+void Trainer<T>::set_moments(const T* first, const T* second) {
+    TrainerState<T>& s = *state_;
+    for (size_t i = 0; i < s.m.size(); ++i) {
+        const size_t place = s.shared() ? i : size_t(s.members[0]->program->index()[i]);
+        s.m[i] = first[place];
+        s.v[i] = second[place];
+    }
+}
+
+// Puts the statistics of norms back at the end of a scope, whatever batches have left there.
+template <class T>
+class Restored {
+public:
+    explicit Restored(Program<T>& program) : program_(program), stages_(program.spec().stages) {}
+    ~Restored() {
+        for (size_t k = 0; k < stages_.size(); ++k)
+            if (stages_[k].of_batch) program_.set_statistics(k, stages_[k].mean.data(), stages_[k].var.data());
+    }
+
+private:
+    Program<T>& program_;
+    const std::vector<StageSpec> stages_;
+};
 
 template <class T>
 double Trainer<T>::epoch(const Batch& batch, const double* weights, int64_t batch_size, const double* rates, double mean_weight,
                          int64_t& done, const Poll& poll) {
     TrainerState<T>& s = *state_;
-    Program<T>& program = *program_;
     const Kernels<T>& k = kernels<T>();
-    const auto& tasks = s.gradients.tasks();
+    const AdamSettings& a = s.settings;
     const int64_t total = batch.rows();
     double sum = 0;
     PollClock clock(poll);
+    std::vector<std::unique_ptr<Restored<T>>> restored;
+    for (auto& member : s.members)
+        if (member->gradients.together()) restored.push_back(std::make_unique<Restored<T>>(*member->program));
     for (done = 0; done * batch_size < total; ++done) {
         const int64_t begin = done * batch_size, size = std::min(batch_size, total - begin);
         const Batch rows = part(batch, batch.index + begin, size);
@@ -428,42 +632,65 @@ double Trainer<T>::epoch(const Batch& batch, const double* weights, int64_t batc
         s.value.resize(size_t(size));
         for (int64_t i = 0; i < size; ++i) s.cotangent[size_t(i)] = T(-weight(i) / (double(size) * mean_weight));
 
-        auto gradient_of = [&](int64_t t, bool add) { s.gradients.gradient(tasks[size_t(t)], add, s.gradient.data()); };
-        const int64_t chunks = (size + s.gradients.chunk() - 1) / s.gradients.chunk();
+        Member<T>& member = *s.members[size_t(s.steps) % s.members.size()];
+        Program<T>& program = *member.program;
+        Gradients<T>& gradients = member.gradients;
+        const auto& tasks = gradients.tasks();
+        if (s.shared()) program.set_parameters(s.user_weights.data());
+        s.gradient.resize(program.master().size());
+        auto gradient_of = [&](int64_t t, bool add) { gradients.gradient(tasks[size_t(t)], add, s.gradient.data()); };
+        const int64_t chunk = gradients.together() ? size : gradients.chunk(), chunks = (size + chunk - 1) / chunk;
         double loss = 0;
         for (int64_t c = 0; c < chunks; ++c) {
-            const int64_t first = c * s.gradients.chunk(), n = std::min(s.gradients.chunk(), size - first);
-            s.gradients.pass(rows, first, n, s.cotangent.data() + first, s.value.data() + first, static_cast<T*>(nullptr),
-                             static_cast<T*>(nullptr));
+            const int64_t first = c * chunk, n = std::min(chunk, size - first);
+            if (gradients.together())
+                gradients.pass_together(program, rows, n, s.cotangent.data(), s.value.data());
+            else
+                gradients.pass(rows, first, n, s.cotangent.data() + first, s.value.data() + first, static_cast<T*>(nullptr),
+                               static_cast<T*>(nullptr));
             for (int64_t i = first; i < first + n; ++i) loss -= weight(i) * s.value[size_t(i)];
             if (c + 1 < chunks) parallel_for(int64_t(tasks.size()), [&](int64_t t) { gradient_of(t, c > 0); });
         }
         if (!std::isfinite(loss)) return sum;
 
-        // The last chunk's gradient, the step and the repacking of some rows are one task, unless the norm of all gradients must be known in between.
-        const AdamSettings& a = s.settings;
+        // The last chunk's gradient, the step and the repacking of some rows are one task, unless something must be known of the whole
+        // gradient in between.
         const int64_t step = s.steps + 1;
         const double rate = rates[done] / (1 - std::pow(a.beta1, double(step)));
         const double root_correction = 1 / std::sqrt(1 - std::pow(a.beta2, double(step)));
         double scale = 1;
-        const bool ready = a.clip_norm > 0;
-        if (ready) {
-            parallel_for(int64_t(tasks.size()), [&](int64_t t) { gradient_of(t, chunks > 1); });
-            const double norm = std::sqrt(k.sum_squares(s.gradient.data(), program.master().data(), T(2 * a.l2), int64_t(s.gradient.size())));
+        const bool ready = a.clip_norm > 0 || s.shared();
+        T* gradient = s.gradient.data();
+        if (ready) parallel_for(int64_t(tasks.size()), [&](int64_t t) { gradient_of(t, chunks > 1); });
+        if (s.shared()) {
+            s.user_gradient.assign(s.user_weights.size(), T(0));
+            gradient = s.user_gradient.data();
+            for (size_t i = 0; i < s.gradient.size(); ++i) gradient[program.index()[i]] = s.gradient[i];
+        }
+        if (a.clip_norm > 0) {
+            const double norm = std::sqrt(k.sum_squares(gradient, s.weights(), T(2 * a.l2), int64_t(s.m.size())));
             scale = std::min(1.0, a.clip_norm / (norm + 1e-6));
         }
         const AdamStep<T> adam{T(scale), T(2 * a.l2), T(1 - rates[done] * a.weight_decay), T(1 - a.beta1), T(a.beta2), T(1 - a.beta2),
                                T(rate), T(root_correction), T(a.eps)};
-        parallel_for(int64_t(tasks.size()), [&](int64_t t) {
-            const Task& task = tasks[size_t(t)];
-            if (!ready) gradient_of(t, chunks > 1);
-            for (const auto& range : s.gradients.ranges(task))
-                k.adam(program.master().data() + range.first, s.m.data() + range.first, s.v.data() + range.first,
-                       s.gradient.data() + range.first, range.second, adam);
-            for (int row = 0; row < task.rows; row += 8)
-                program.repack_rows(size_t(task.made), size_t(task.map), task.row + row, std::min(8, task.rows - row));
-        });
-        program.drop_sampler();
+        auto apply = [&](int64_t first, int64_t count) {
+            k.adam(s.weights() + first, s.m.data() + first, s.v.data() + first, gradient + first, count, adam);
+        };
+        if (s.shared()) {
+            constexpr int64_t together = 1 << 14;
+            const int64_t count = int64_t(s.m.size());
+            parallel_for((count + together - 1) / together,
+                         [&](int64_t t) { apply(t * together, std::min(together, count - t * together)); });
+        } else {
+            parallel_for(int64_t(tasks.size()), [&](int64_t t) {
+                const Task& task = tasks[size_t(t)];
+                if (!ready) gradient_of(t, chunks > 1);
+                for (const auto& range : gradients.ranges(task)) apply(range.first, range.second);
+                for (int row = 0; row < task.rows; row += 8)
+                    program.repack_rows(size_t(task.stage), size_t(task.map), task.row + row, std::min(8, task.rows - row));
+            });
+            program.finish_step();
+        }
         s.steps = step;
         sum += loss;
         clock.tick();

@@ -1,8 +1,8 @@
-// Density: a tile of rows goes through all maps of all MADEs; the variables arrive in the order of the first MADE and leave each law in
-// the order of the next, so permutations cost nothing. One row alone runs with units in lanes over the same tape.
+// Density: a tile of rows goes through all maps of all stages; the variables arrive in the order of the first stage and leave each law
+// in the order of the next, so permutations cost nothing. One row alone runs with units in lanes over the same tape.
 #pragma once
 
-#include "../ops/laws.inl.hpp"
+#include "../ops/bases.inl.hpp"
 #include "masked_linear.inl.hpp"
 
 namespace fastmaf {
@@ -23,42 +23,117 @@ FASTMAF_INLINE int vectors_of(int rows, int subtile, int width) {
     return left >= kVectors * width ? kVectors : (left + width - 1) / width;
 }
 
-// parameters [2 features][lanes] and x [features][lanes] -> z, scattered into the rows of the next tile.
+// Parameters [2 features][lanes] and x [features][lanes] -> z, scattered into the rows of the next tile.
 template <class T>
-static void density_law(const MadeView<T>& made, const T* parameters, const T* x, T* next, int vectors, double* log_det) {
+static void transform_law(const StageView<T>& stage, const T* parameters, const T* x, T* next, int vectors, double* log_det) {
     constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
     for (int j = 0; j < vectors; ++j) {
         typename Lanes<T>::Wide sum{};
-        for (int s = 0; s < made.features; ++s) {
+        for (int s = 0; s < stage.features; ++s) {
             const T* row = parameters + 2 * s * lanes + j * W;
-            const Vec<T> scale = log_scale<T>(made, at(row + lanes));
-            Vec<T> z = to_z<T>(made, at(x + s * lanes + j * W), at(row), scale);
-            if (made.scale) z = (z - made.loc[s]) * made.scale[s];
-            at(next + made.next[s] * lanes + j * W) = z;
+            const Vec<T> scale = log_scale<T>(stage, at(row + lanes));
+            Vec<T> z = to_z<T>(stage, at(x + s * lanes + j * W), at(row), scale);
+            if (stage.scale) z = (z - stage.loc[s]) * stage.scale[s];
+            at(next + stage.next[s] * lanes + j * W) = z;
             sum -= widen(scale);
         }
         add_to<T>(log_det + j * W, sum);
     }
 }
 
+// Log-densities of the variables [first, first + count) of a base.
 template <class T>
-static int to_noise(const MadeView<T>* mades, int count, const Tile<T>& tile) {
+static void base_law(const StageView<T>& stage, int first, int count, const T* parameters, const T* x, int vectors, double* log_det) {
+    constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
+    for (int j = 0; j < vectors; ++j) {
+        typename Lanes<T>::Wide sum{};
+        for (int s = first; s < first + count; ++s) {
+            const Conditional<T> p{stage, parameters + stage.first[s] * lanes + j * W, stage.first[s + 1] - stage.first[s]};
+            sum += widen(conditional_log_prob<T>(p, at(x + s * lanes + j * W)));
+        }
+        add_to<T>(log_det + j * W, sum);
+    }
+}
+
+// The variables of a norm, scattered into the next tile.
+template <class T>
+static void norm_law(const StageView<T>& stage, const T* x, T* next, int vectors) {
+    constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
+    const T* beta = stage.rows[0] ? stage.bias[0] + stage.features : nullptr;
+    for (int s = 0; s < stage.features; ++s)
+        for (int j = 0; j < vectors; ++j) {
+            const Vec<T> z = (at(x + s * lanes + j * W) - stage.loc[s]) * stage.scale[s];
+            at(next + stage.next[s] * lanes + j * W) = beta ? z + beta[s] : z;
+        }
+}
+
+// Turns rows around: the last one first.
+template <class T>
+static void flip(T* units, int rows, int vectors) {
+    constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
+    for (int s = 0; 2 * s < rows - 1; ++s)
+        for (int j = 0; j < vectors; ++j) {
+            Vec<T>&a = at(units + s * lanes + j * W), &b = at(units + (rows - 1 - s) * lanes + j * W);
+            const Vec<T> kept = a;
+            a = b;
+            b = kept;
+        }
+}
+
+// A Linear: after U its units are turned around, after L they are added (its diagonal) and scattered into the next tile.
+template <class T>
+static void linear_law(const StageView<T>& stage, int part, T* const* units, T* next, int vectors) {
+    constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
+    if (part == 0) return flip<T>(units[0], stage.features, vectors);
+    for (int i = 0; i < stage.features; ++i)
+        for (int j = 0; j < vectors; ++j)
+            at(next + stage.next[i] * lanes + j * W) = at(units[1] + i * lanes + j * W) + at(units[0] + i * lanes + j * W);
+}
+
+// x and next: the variables of this tile and of the next one; `shift`: where the sub-tile lies.
+template <class T>
+static void density_law(const StageView<T>& stage, const Step& step, T* const* units, int64_t shift, const T* x, T* next, int vectors,
+                        double* log_det) {
+    T* const last = stage.maps ? units[stage.maps - 1] + shift : nullptr;
+    switch (stage.output) {
+        case Output::transform: return transform_law<T>(stage, last, x, next, vectors, log_det);
+        case Output::norm: return norm_law<T>(stage, x, next, vectors);
+        case Output::linear: {
+            T* const shifted[2] = {units[0] + shift, units[1] + shift};
+            return linear_law<T>(stage, step.row, shifted, next, vectors);
+        }
+        default: return base_law<T>(stage, step.row, step.rows, last, x, vectors, log_det);
+    }
+}
+
+// One panel step of a sub-tile that lies `shift` behind the first one.
+template <class T>
+FASTMAF_INLINE void panel_step(const StageView<T>& stage, const Step& step, T* tile, T* const* units, T* const* raw, int64_t shift, int vectors,
+                               const T* folded) {
+    const int add = step.finish == Finish::unit ? stage.adds[step.map] : -1;
+    const T* added = add < 0 ? nullptr : (stage.raw[add] ? raw[add] : units[add]) + shift;
+    T* kept = step.map < stage.maps && stage.raw[step.map] ? raw[step.map] + shift : nullptr;
+    run_panel<T>(stage, step, buffer<T>(stage, step.in, tile, units) + shift, buffer<T>(stage, step.out, tile, units) + shift, kept, added,
+                 vectors, folded);
+}
+
+template <class T>
+static int to_noise(const StageView<T>* stages, int count, const Tile<T>& tile) {
     constexpr int lanes = lanes_of<T>();
     for (int k = 0; k < count; ++k) {
-        const MadeView<T>& made = mades[k];
+        const StageView<T>& stage = stages[k];
         T* const x = tile.x[k % 2];
-        T* const next = tile.x[(k + 1) % 2];
-        for (int i = 0; i < made.step_count; ++i) {
-            const Step& step = made.steps[i];
+        T* const next = tile.x[(k + 1) % 2] + stage.context * lanes;
+        for (int i = 0; i < stage.step_count; ++i) {
+            const Step& step = stage.steps[i];
             for (int s = 0; s < tile.subtiles; ++s) {
                 const int vectors = vectors_of(tile.rows, s, Lanes<T>::W);
-                const int64_t at_tile = s * tile.stride;
+                const int64_t shift = s * tile.stride;
                 if (step.kind == Kind::panel)
-                    run_panel<T>(made, step, (step.map ? tile.units[step.map - 1] : x) + at_tile, tile.units[step.map] + at_tile, vectors,
-                                 tile.folded ? tile.folded[k] : nullptr);
+                    panel_step<T>(stage, step, x, tile.units, tile.raw, shift, vectors, tile.folded ? tile.folded[k] : nullptr);
                 else
-                    density_law<T>(made, tile.units[made.maps - 1] + at_tile, x + at_tile + made.context * lanes,
-                                   next + at_tile + made.context * lanes, vectors, tile.log_det + s * lanes);
+                    density_law<T>(stage, step, tile.units, shift, x + stage.context * lanes + shift, next + shift, vectors,
+                                   tile.log_det + s * lanes);
             }
         }
     }
@@ -153,58 +228,58 @@ static void row_tail(const Step& step, const T* tape, const T* x, int k, const T
 }
 
 template <class T>
-static void row_map(const MadeView<T>& made, const Step* step, int count, const T* x, const T* folded, T* out) {
-    const int skip = folded && step->map == 0 ? made.context : 0;
-    const T* bias = skip ? folded : made.bias[step->map];
+static void row_map(const StageView<T>& stage, const Step* step, int count, const T* x, const T* folded, T* out) {
+    const int skip = folded && step->map == 0 ? stage.context : 0;
+    const T* bias = skip ? folded : stage.bias[step->map];
     const Step& last = step[count - 1];
-    if (last.width == 4) row_tail<T, 4>(last, made.tape, x, skip, bias, out);
-    if (last.width == 2) row_tail<T, 2>(last, made.tape, x, skip, bias, out);
+    if (last.width == 4) row_tail<T, 4>(last, stage.tape, x, skip, bias, out);
+    if (last.width == 2) row_tail<T, 2>(last, stage.tape, x, skip, bias, out);
     count -= last.width < 8;
-    for (; count >= 8; count -= 8, step += 8) row_group<T, 8>(step, made.tape, x, skip, bias, out);
+    for (; count >= 8; count -= 8, step += 8) row_group<T, 8>(step, stage.tape, x, skip, bias, out);
     switch (count) {
-        case 7: return row_group<T, 7>(step, made.tape, x, skip, bias, out);
-        case 6: return row_group<T, 6>(step, made.tape, x, skip, bias, out);
-        case 5: return row_group<T, 5>(step, made.tape, x, skip, bias, out);
-        case 4: return row_group<T, 4>(step, made.tape, x, skip, bias, out);
-        case 3: return row_group<T, 3>(step, made.tape, x, skip, bias, out);
-        case 2: return row_group<T, 2>(step, made.tape, x, skip, bias, out);
-        case 1: return row_group<T, 1>(step, made.tape, x, skip, bias, out);
+        case 7: return row_group<T, 7>(step, stage.tape, x, skip, bias, out);
+        case 6: return row_group<T, 6>(step, stage.tape, x, skip, bias, out);
+        case 5: return row_group<T, 5>(step, stage.tape, x, skip, bias, out);
+        case 4: return row_group<T, 4>(step, stage.tape, x, skip, bias, out);
+        case 3: return row_group<T, 3>(step, stage.tape, x, skip, bias, out);
+        case 2: return row_group<T, 2>(step, stage.tape, x, skip, bias, out);
+        case 1: return row_group<T, 1>(step, stage.tape, x, skip, bias, out);
     }
 }
 
 // Buffers hold their rows padded to a multiple of 16, so whole vectors may be processed.
 template <class T>
-static int to_noise_row(const MadeView<T>* mades, int count, T* const x[2], T** units, double* log_det, const T* const* folded) {
+static int to_noise_row(const StageView<T>* stages, int count, T* const x[2], T** units, double* log_det, const T* const* folded) {
     constexpr int W = Lanes<T>::W;
     double sum = 0;
     for (int k = 0; k < count; ++k) {
-        const MadeView<T>& made = mades[k];
+        const StageView<T>& stage = stages[k];
         const T* in = x[k % 2];
-        for (int i = 0; i < made.step_count && made.steps[i].kind == Kind::panel;) {
-            const int map = made.steps[i].map;
+        for (int i = 0; i < stage.step_count && stage.steps[i].kind == Kind::panel;) {
+            const int map = stage.steps[i].map;
             int panels = 1;
-            while (made.steps[i + panels].kind == Kind::panel && made.steps[i + panels].map == map) ++panels;
-            row_map<T>(made, made.steps + i, panels, in, folded ? folded[k] : nullptr, units[map]);
-            if (map + 1 < made.maps) activate<T>(made.activation, units[map], 1, (made.rows[map] + W - 1) / W, 0);
+            while (stage.steps[i + panels].kind == Kind::panel && stage.steps[i + panels].map == map) ++panels;
+            row_map<T>(stage, stage.steps + i, panels, in, folded ? folded[k] : nullptr, units[map]);
+            if (map + 1 < stage.maps) activate<T>(stage.activation, units[map], 1, (stage.rows[map] + W - 1) / W, 0);
             in = units[map];
             i += panels;
         }
-        const T* parameters = units[made.maps - 1];
-        const T* variables = x[k % 2] + made.context;
-        T* next = x[(k + 1) % 2] + made.context;
-        for (int s = 0; s < made.features; s += W) {
+        const T* parameters = units[stage.maps - 1];
+        const T* variables = x[k % 2] + stage.context;
+        T* next = x[(k + 1) % 2] + stage.context;
+        for (int s = 0; s < stage.features; s += W) {
             Vec<T> m{}, raw{}, v{};
-            const int n = made.features - s < W ? made.features - s : W;
+            const int n = stage.features - s < W ? stage.features - s : W;
             for (int i = 0; i < n; ++i) {
                 m[i] = parameters[2 * (s + i)];
                 raw[i] = parameters[2 * (s + i) + 1];
                 v[i] = variables[s + i];
             }
-            const Vec<T> scale = log_scale<T>(made, raw), z = to_z<T>(made, v, m, scale);
+            const Vec<T> scale = log_scale<T>(stage, raw), z = to_z<T>(stage, v, m, scale);
             for (int i = 0; i < n; ++i) {
                 T value = z[i];
-                if (made.scale) value = (value - made.loc[s + i]) * made.scale[s + i];
-                next[made.next[s + i]] = value;
+                if (stage.scale) value = (value - stage.loc[s + i]) * stage.scale[s + i];
+                next[stage.next[s + i]] = value;
             }
             // The order of a tile's sums: each MADE's log-scales from zero, then onto the total.
             for (int i = 0; i < n; ++i) sum -= double(scale[i]);

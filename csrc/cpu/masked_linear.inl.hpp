@@ -12,17 +12,11 @@
 namespace fastmaf {
 namespace FASTMAF_ISA {
 
-constexpr int kVectors = 3;
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kRows = 8;
 #else
 constexpr int kRows = 4;
 #endif
-
-template <class T>
-constexpr int lanes_of() {
-    return kVectors * Lanes<T>::W;
-}
 
 template <class T, int R, int NV, int KS, int IS>
 FASTMAF_INLINE void accumulate(Vec<T> (&acc)[R][NV], const T* w, const T* a, int stride, int n) {
@@ -87,27 +81,44 @@ FASTMAF_INLINE void panel(int vectors, int width, const T* w, const T* in, int n
     return panel<T, 1>(width, w, in, n, rows, bias, rectify, out);
 }
 
-// A panel step of the density or the sampler. `in` is the tile of the map's inputs, `folded` as in Tile.
+// The tile or the units that a panel reads or writes.
+template <class T, class P>
+FASTMAF_INLINE P* buffer(const StageView<T>& stage, int wire, P* tile, P* const* units) {
+    return wire >= 0 ? units[wire] : wire == kTile ? tile : tile + stage.context * lanes_of<T>();
+}
+
+// A panel step of the density or the sampler. `in` holds the map's inputs and `out` takes its units; `raw` takes their sums if these are
+// kept beside the activations; `add` holds the sums that are added. `folded` as in Tile.
 template <class T>
-static void run_panel(const MadeView<T>& made, const Step& step, const T* in, T* out, int vectors, const T* folded) {
-    constexpr int lanes = lanes_of<T>();
-    const int skip = folded && step.map == 0 && step.begin == 0 ? made.context : 0;  // already in the folded bias
-    const T* bias = step.start == Start::partial ? nullptr : (skip ? folded : made.bias[step.map]) + step.row;
-    const bool activation = step.finish == Finish::activation, rectify = activation && made.activation == Activation::relu;
-    T* rows = out + step.row * lanes;
-    panel<T>(vectors, step.width, made.tape + step.tape + skip * step.width, in + (step.begin + skip) * lanes,
-             step.end - step.begin - skip, step.rows, bias, rectify, rows);
-    if (activation && !rectify) activate<T>(made.activation, rows, step.rows, vectors, lanes);
+static void run_panel(const StageView<T>& stage, const Step& step, const T* in, T* out, T* raw, const T* add, int vectors, const T* folded) {
+    constexpr int lanes = lanes_of<T>(), W = Lanes<T>::W;
+    const int skip = folded && step.in == kTile && step.begin == 0 ? stage.context : 0;  // already in the folded bias
+    const T* bias = step.start == Start::partial ? nullptr : (skip ? folded : stage.bias[step.map]) + step.row;
+    const bool activated = step.finish == Finish::unit && stage.activated[step.map];
+    const bool rectify = activated && !raw && !add && stage.activation == Activation::relu;
+    T* const rows = out + step.row * lanes;
+    T* const sums = raw ? raw + step.row * lanes : rows;
+    panel<T>(vectors, step.width, stage.tape + step.tape + skip * step.width, in + (step.begin + skip) * lanes,
+             step.end - step.begin - skip, step.rows, bias, rectify, sums);
+    if (step.finish == Finish::raw || rectify) return;
+    if (add || raw)
+        for (int r = 0; r < step.rows; ++r)
+            for (int j = 0; j < vectors; ++j) {
+                Vec<T> sum = at(sums + r * lanes + j * W);
+                if (add) at(sums + r * lanes + j * W) = sum += at(add + (step.row + r) * lanes + j * W);
+                if (raw) at(rows + r * lanes + j * W) = sum;
+            }
+    if (activated) activate<T>(stage.activation, rows, step.rows, vectors, lanes);
 }
 
 template <class T>
-static void fold(const MadeView<T>& made, const T* context, T* folded) {
-    for (int s = 0; s < made.step_count; ++s) {
-        const Step& step = made.steps[s];
-        if (step.kind != Kind::panel || step.map != 0 || step.start != Start::bias) continue;
+static void fold(const StageView<T>& stage, const T* context, T* folded) {
+    for (int s = 0; s < stage.step_count; ++s) {
+        const Step& step = stage.steps[s];
+        if (step.kind != Kind::panel || step.in != kTile || step.start != Start::bias) continue;
         for (int i = 0; i < step.rows; ++i) {
-            T sum = made.bias[0][step.row + i];
-            for (int k = 0; k < made.context; ++k) sum = fma_one(made.tape[step.tape + k * step.width + i], context[k], sum);
+            T sum = stage.bias[step.map][step.row + i];
+            for (int k = 0; k < stage.context; ++k) sum = fma_one(stage.tape[step.tape + k * step.width + i], context[k], sum);
             folded[step.row + i] = sum;
         }
     }

@@ -1,7 +1,7 @@
 // What the backend hands to the kernels of an instruction set: a tile of rows with its scratch. Plain pointers, no code.
 //
 // Rows lie in SIMD lanes: every matrix of a sub-tile is [unit][lanes] with lanes = 3 vectors, so a row never meets its neighbours.
-// The tile of variables of MADE k is [context; variables in its order]; two of them alternate. Sub-tiles share a pass over the
+// The tile of variables of stage k is [context; variables in its order]; two of them alternate. Sub-tiles share a pass over the
 // weights, which pays when the tape is larger than the cache.
 #pragma once
 
@@ -16,16 +16,19 @@ struct Tile {
     int64_t stride;         // elements from one sub-tile's scratch to the next
     T* x[2];                // [context + features][lanes] each
     T** units;              // [maps]: units[m] is the output of map m, [rows[m]][lanes]
+    T** raw;                // [maps]: its sums, where they are kept beside the activations
+    T* uniform;             // [features][lanes] for the draws of a base
+    bool density;           // whether these draws add their log-density to log_det
     double* log_det;        // [lanes] of sub-tile 0; sub-tile s at log_det + s * lanes
-    const T* const* folded;  // per MADE, bias of map 0 with the shared context added; null when rows have their own context
+    const T* const* folded;  // per stage, bias of map 0 with the shared context added; null when rows have their own context
 };
 
-// Everything that gradients keep of one MADE, for one tile.
+// Everything that gradients keep of one stage, for one tile.
 template <class T>
 struct Trace {
     T* x;          // [context + features][lanes]
     T** units;     // [maps]
-    T** argument;  // [maps - 1] arguments of the activations that need them, else null
+    T** raw;       // [maps] sums, where they are kept beside the activations: for the maps that add them, or for act'
     T* scaled;     // dz/ds [features][lanes] but for its sign, then e^-s, then ds/dr; see ops/laws
     T** delta;     // [maps] d(sum of cotangent * log_prob) / d(output of map m before its activation)
 };
@@ -42,28 +45,30 @@ template <class T>
 struct Kernels {
     int width;  // W: rows per vector; a sub-tile has 3 W lanes
     // Fold one context row into the bias of map 0: folded [rows of map 0, padded to 8].
-    void (*fold)(const MadeView<T>& made, const T* context, T* folded);
+    void (*fold)(const StageView<T>& stage, const T* context, T* folded);
     // Load n values of a column: bijection and affine in double, narrowed; log|dz/dx| of the bijection is added to log_det.
     void (*load)(const double* in, int n, Bijection kind, double lower, double upper, double loc, double scale, T* out, double* log_det);
     // Back from z to x in double, strictly inside the bounds as seen in T.
     void (*store)(const T* in, int n, Bijection kind, double lower, double upper, double loc, double scale, T* out, double* log_det);
     // x[0] -> noise tile; returns which of x[0], x[1] holds it ([features][lanes] after the context rows). log_det gets -sum a.
-    int (*to_noise)(const MadeView<T>* mades, int count, const Tile<T>& tile);
+    int (*to_noise)(const StageView<T>* stages, int count, const Tile<T>& tile);
     // The same for one row: x [context + features] in, noise out, contiguous units; scratch as long as all units together.
-    int (*to_noise_row)(const MadeView<T>* mades, int count, T* const x[2], T** units, double* log_det, const T* const* folded);
+    int (*to_noise_row)(const StageView<T>* stages, int count, T* const x[2], T** units, double* log_det, const T* const* folded);
     // x[count % 2] holds the noise; returns which tile holds x.
-    int (*from_noise)(const MadeView<T>* mades, int count, const Tile<T>& tile);
+    int (*from_noise)(const StageView<T>* stages, int count, const Tile<T>& tile);
     // log_det [n] -= |z|^2 / 2.
     void (*base)(const T* z, int features, int lanes, int n, double* log_det);
     // Noise of `lanes` rows: out [features][lanes]; index, context: counters per lane.
     void (*normals)(uint64_t seed, const uint64_t* index, const uint32_t* context, int features, int lanes, T* out);
+    void (*uniforms)(uint64_t seed, const uint64_t* index, const uint32_t* context, int features, int lanes, T* out);
     // The four Philox words of counters (index + i, third, fourth), i < count <= 64.
     void (*words)(uint64_t seed, uint64_t index, int count, uint32_t third, uint32_t fourth, uint32_t out[4][64]);
-    // Forward with everything kept, then the gradient of sum_r cotangent_r log_prob_r. trace has count + 1 entries; the last holds x only.
-    // dx: [context + features][lanes], context gradient accumulated over MADEs. If inner, the gradient of the first tile is left out.
-    void (*forward)(const MadeView<T>* mades, int count, const Trace<T>* trace, int lanes, double* log_det);
-    void (*backward)(const MadeView<T>* mades, int count, const Trace<T>* trace, int lanes, const T* cotangent,
-                     T* const dx[2], bool inner);
+    // A stage with everything kept: from here to the tile of `next`.
+    void (*forward)(const StageView<T>& stage, const Trace<T>& here, const Trace<T>& next, int lanes, double* log_det);
+    // Its part of the gradient of sum_r cotangent_r log_prob_r: from the gradient in the next tile to that in this one, both
+    // [context + features][lanes]; that of the context is a sum over stages. `inner` leaves out rows that nobody asked for: 1 the
+    // context, 2 the whole tile.
+    void (*backward)(const StageView<T>& stage, const Trace<T>& here, int lanes, const T* cotangent, const T* above, T* below, int inner);
     // Units [n][lanes of a tile] -> [chunk of 3 W units][capacity][3 W], rows row..row + lanes.
     void (*transpose)(const T* in, int units, int lanes, T* out, int64_t row, int64_t capacity);
     // Gradient of rows [row, row + rows) of a map: sum over tiles of delta times transposed inputs; limit: entries per row.

@@ -42,6 +42,13 @@ struct Lanes<double> {
     static constexpr int W = FASTMAF_VECTOR_BYTES / 8;
 };
 
+// A sub-tile of rows is three vectors wide.
+constexpr int kVectors = 3;
+template <class T>
+constexpr int lanes_of() {
+    return kVectors * Lanes<T>::W;
+}
+
 template <class T>
 using Vec = typename Lanes<T>::V;
 template <class T>

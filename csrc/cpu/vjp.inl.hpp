@@ -1,8 +1,10 @@
-// Gradients of log_prob. Forward keeps of every MADE its variables, units and law; backward runs the transposed staircases, from the
-// last map to the first, with the same panels: delta of a map's inputs = W^T delta of its outputs, times act'.
+// Gradients of log_prob. Forward keeps of every stage its variables, units and law; backward runs the transposed staircases, from the
+// last map to the first, with the same panels: delta of a map's inputs = W^T delta of its outputs, times act'. A map that adds the sums
+// of another one passes its delta on to them.
 //
 // With g the cotangent of a row, gz that of z and s as in ops/laws:  dx = gz e^-s + W_1^T delta_1,  dr = ds (ds/dr), and
 //     standardize  dm = -gz e^-s,  ds = -gz z - g          affine  dm = gz,  ds = -gz x e^-s - g
+// A norm z = (x - mean) scale + beta has no weights; its delta is that of log_gamma, gz (x - mean) scale + g, and that of beta, gz.
 // Weight gradients: rows of the batch are the inner index. Units lie in lanes, which needs the inputs of each map transposed, and
 // delta is read where backward left it; the sum runs over rows in index order, so its bits do not depend on threads or tiles.
 #pragma once
@@ -13,97 +15,116 @@ namespace fastmaf {
 namespace FASTMAF_ISA {
 
 template <class T>
-static void forward(const MadeView<T>* mades, int count, const Trace<T>* trace, int lanes, double* log_det) {
+static void forward_transform(const StageView<T>& stage, const Trace<T>& here, T* next, int vectors, double* log_det) {
     constexpr int W = Lanes<T>::W, L = lanes_of<T>();
-    const int vectors = (lanes + W - 1) / W;
-    for (int k = 0; k < count; ++k) {
-        const MadeView<T>& made = mades[k];
-        const Trace<T>& kept = trace[k];
-        for (int i = 0; i < made.step_count; ++i) {
-            Step step = made.steps[i];
-            if (step.kind == Kind::law) break;
-            T* argument = step.map + 1 < made.maps ? kept.argument[step.map] : nullptr;
-            const T* in = step.map ? kept.units[step.map - 1] : kept.x;
-            if (argument) {
-                step.finish = Finish::raw;
-                run_panel<T>(made, step, in, argument, vectors, nullptr);
-                T* out = kept.units[step.map] + step.row * L;
-                for (int r = 0; r < step.rows; ++r)
-                    for (int j = 0; j < vectors; ++j) at(out + r * L + j * W) = at(argument + (step.row + r) * L + j * W);
-                activate<T>(made.activation, out, step.rows, vectors, L);
-            } else {
-                run_panel<T>(made, step, in, kept.units[step.map], vectors, nullptr);
-            }
+    const T* parameters = here.units[stage.maps - 1];
+    const T* x = here.x + stage.context * L;
+    T* const inverse_scale = here.scaled + stage.features * L;
+    T* const slope = inverse_scale + stage.features * L;
+    for (int j = 0; j < vectors; ++j) {
+        typename Lanes<T>::Wide sum{};
+        for (int s = 0; s < stage.features; ++s) {
+            const int own = s * L + j * W;
+            const T* row = parameters + 2 * s * L + j * W;
+            const Vec<T> scale = log_scale<T>(stage, at(row + L)), e = exp<T>(-scale);
+            const Vec<T> z = to_z<T>(stage, at(x + own), at(row), scale);
+            at(here.scaled + own) = stage.form == Form::affine ? at(x + own) * e : z;
+            at(inverse_scale + own) = e;
+            at(slope + own) = log_scale_slope<T>(stage, scale);
+            at(next + stage.next[s] * L + j * W) = stage.scale ? (z - stage.loc[s]) * stage.scale[s] : z;
+            sum -= widen(scale);
         }
-        const T* parameters = kept.units[made.maps - 1];
-        const T* x = kept.x + made.context * L;
-        T* next = trace[k + 1].x + made.context * L;
-        T* const inverse_scale = kept.scaled + made.features * L;
-        T* const slope = inverse_scale + made.features * L;
-        for (int j = 0; j < vectors; ++j) {
-            typename Lanes<T>::Wide sum{};
-            for (int s = 0; s < made.features; ++s) {
-                const int at_s = s * L + j * W;
-                const T* row = parameters + 2 * s * L + j * W;
-                const Vec<T> scale = log_scale<T>(made, at(row + L)), e = exp<T>(-scale);
-                const Vec<T> z = to_z<T>(made, at(x + at_s), at(row), scale);
-                at(kept.scaled + at_s) = made.form == Form::affine ? at(x + at_s) * e : z;
-                at(inverse_scale + at_s) = e;
-                at(slope + at_s) = log_scale_slope<T>(made, scale);
-                at(next + made.next[s] * L + j * W) = made.scale ? (z - made.loc[s]) * made.scale[s] : z;
-                sum -= widen(scale);
-            }
-            add_to<T>(log_det + j * W, sum);
-        }
+        add_to<T>(log_det + j * W, sum);
     }
 }
 
 template <class T>
-static void backward(const MadeView<T>* mades, int count, const Trace<T>* trace, int lanes, const T* cotangent, T* const dx[2], bool inner) {
+static void forward(const StageView<T>& stage, const Trace<T>& here, const Trace<T>& next, int lanes, double* log_det) {
     constexpr int W = Lanes<T>::W, L = lanes_of<T>();
     const int vectors = (lanes + W - 1) / W;
-    const int features = mades[0].features, context = mades[0].context;
-    const T zeros[8] = {};
-    T* const of_noise = dx[count % 2];
-    const T* noise = trace[count].x + context * L;
-    for (int i = 0; i < context; ++i)
-        for (int j = 0; j < vectors; ++j) at(of_noise + i * L + j * W) = Vec<T>{};
+    T* const behind = next.x + stage.context * L;
+    for (int i = 0; i < stage.step_count; ++i) {
+        const Step& step = stage.steps[i];
+        if (step.kind == Kind::law) {
+            if (stage.output == Output::transform)
+                forward_transform<T>(stage, here, behind, vectors, log_det);
+            else
+                density_law<T>(stage, step, here.units, 0, here.x + stage.context * L, behind, vectors, log_det);
+            continue;
+        }
+        const int add = step.map < stage.maps && step.finish == Finish::unit ? stage.adds[step.map] : -1;
+        const T* added = add < 0 ? nullptr : here.raw[add] ? here.raw[add] : here.units[add];
+        run_panel<T>(stage, step, buffer<T>(stage, step.in, here.x, here.units), here.units[step.out],
+                     step.map < stage.maps ? here.raw[step.map] : nullptr, added, vectors, nullptr);
+    }
+}
+
+// The gradient in the outputs of the last map, and what x has of it beside the network.
+template <class T>
+static void backward_law(const StageView<T>& stage, const Trace<T>& here, int vectors, const T* cotangent, const T* above, T* below) {
+    constexpr int W = Lanes<T>::W, L = lanes_of<T>();
+    const int features = stage.features;
+    const T* const x = here.x + stage.context * L;
+    T* const dx = below + stage.context * L;
+    T* const delta = stage.maps ? here.delta[stage.maps - 1] : nullptr;
     for (int s = 0; s < features; ++s)
-        for (int j = 0; j < vectors; ++j) at(of_noise + (context + s) * L + j * W) = -at(noise + s * L + j * W) * at(cotangent + j * W);
-    for (int k = count; k-- > 0;) {
-        const MadeView<T>& made = mades[k];
-        const Trace<T>& kept = trace[k];
-        const T* above = dx[(k + 1) % 2];
-        T* const below = dx[k % 2];
-        T* const d_parameters = kept.delta[made.maps - 1];
-        const T* const inverse_scale = kept.scaled + features * L;
-        const T* const slope = inverse_scale + features * L;
-        for (int i = 0; i < context; ++i)
-            for (int j = 0; j < vectors; ++j) at(below + i * L + j * W) = at(above + i * L + j * W);
-        for (int s = 0; s < features; ++s)
-            for (int j = 0; j < vectors; ++j) {
-                const int at_s = s * L + j * W;
-                Vec<T> gz = at(above + (context + made.next[s]) * L + j * W);
-                if (made.scale) gz *= made.scale[s];
-                const Vec<T> direct = gz * at(inverse_scale + at_s);
-                const Vec<T> ds = -gz * at(kept.scaled + at_s) - at(cotangent + j * W);
-                at(d_parameters + 2 * s * L + j * W) = made.form == Form::affine ? gz : -direct;
-                at(d_parameters + (2 * s + 1) * L + j * W) = ds * at(slope + at_s);
-                at(below + (context + s) * L + j * W) = direct;
+        for (int j = 0; j < vectors; ++j) {
+            const int own = s * L + j * W;
+            const Vec<T> g = at(cotangent + j * W);
+            if (is_base(stage.output)) {
+                const int first = stage.first[s] * L + j * W;
+                const Conditional<T> p{stage, here.units[stage.maps - 1] + first, stage.first[s + 1] - stage.first[s]};
+                at(dx + own) = conditional_gradient<T>(p, at(x + own), g, delta + first);
+                continue;
             }
-        for (int i = 0; i < made.step_count; ++i) {
-            const Step& step = made.steps[i];
-            if (step.map == 0 && inner && (k == 0 || step.row < context)) continue;
-            T* out = (step.map ? kept.delta[step.map - 1] : below) + step.row * L;
-            // Sums of hidden units begin at zero, those of the variables with what the law gave.
-            panel<T>(vectors, step.width, made.tape + step.tape, kept.delta[step.map] + step.begin * L, step.end - step.begin, step.rows,
-                     step.map ? zeros : nullptr, false, out);
-            if (step.map) {
-                const T* argument = kept.argument[step.map - 1];
-                times_derivative<T>(made.activation, out, (argument ? argument : kept.units[step.map - 1]) + step.row * L, step.rows,
-                                    vectors, L);
+            Vec<T> gz = at(above + (stage.context + stage.next[s]) * L + j * W);
+            if (stage.output == Output::linear) {
+                at(delta + own) = at(here.delta[0] + own) = gz;
+            } else if (stage.output == Output::norm) {
+                at(dx + own) = gz * stage.scale[s];
+                if (!stage.rows[0]) continue;
+                at(delta + own) = fma(gz, (at(x + own) - stage.loc[s]) * stage.scale[s], g);
+                at(delta + features * L + own) = gz;
+            } else {
+                if (stage.scale) gz *= stage.scale[s];
+                const Vec<T> direct = gz * at(here.scaled + features * L + own);
+                const Vec<T> ds = -gz * at(here.scaled + own) - g;
+                at(delta + 2 * s * L + j * W) = stage.form == Form::affine ? gz : -direct;
+                at(delta + (2 * s + 1) * L + j * W) = ds * at(here.scaled + 2 * features * L + own);
+                at(dx + own) = direct;
             }
         }
+}
+
+template <class T>
+static void backward(const StageView<T>& stage, const Trace<T>& here, int lanes, const T* cotangent, const T* above, T* below, int inner) {
+    constexpr int W = Lanes<T>::W, L = lanes_of<T>();
+    const int vectors = (lanes + W - 1) / W;
+    const T zeros[8] = {};
+    for (int i = 0; i < stage.context; ++i)
+        for (int j = 0; j < vectors; ++j) at(below + i * L + j * W) = at(above + i * L + j * W);
+    backward_law<T>(stage, here, vectors, cotangent, above, below);
+    for (int i = 0; i < stage.step_count; ++i) {
+        const Step& step = stage.steps[i];
+        if (step.kind == Kind::law) {
+            flip<T>(here.delta[0], stage.features, vectors);
+            continue;
+        }
+        const bool hidden = step.out >= 0;
+        if (!hidden && (inner == 2 || (inner == 1 && step.out == kTile && step.row < stage.context))) continue;
+        T* const out = buffer<T>(stage, step.out, below, here.delta) + step.row * L;
+        // In a network, sums of hidden units begin at zero and those of the variables with what the law gave; in a Linear it is the other way.
+        panel<T>(vectors, step.width, stage.tape + step.tape, here.delta[step.in] + step.begin * L, step.end - step.begin, step.rows,
+                 hidden == is_network(stage.output) ? zeros : nullptr, false, out);
+        if (!hidden || !is_network(stage.output)) continue;
+        if (stage.activated[step.out]) {
+            const T* argument = keeps_argument(stage.activation) ? here.raw[step.out] : here.units[step.out];
+            times_derivative<T>(stage.activation, out, argument + step.row * L, step.rows, vectors, L);
+        }
+        for (int m = step.out + 1; m < stage.maps; ++m)
+            if (stage.adds[m] == step.out)
+                for (int r = 0; r < step.rows; ++r)
+                    for (int j = 0; j < vectors; ++j) at(out + r * L + j * W) += at(here.delta[m] + (step.row + r) * L + j * W);
     }
 }
 

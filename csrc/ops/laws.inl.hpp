@@ -13,29 +13,29 @@ namespace fastmaf {
 namespace FASTMAF_ISA {
 
 template <class T>
-FASTMAF_INLINE Vec<T> log_scale(const MadeView<T>& made, Vec<T> raw) {
-    const Vec<T> a = made.law == Law::exp ? raw : raw / fma(magnitude<T>(raw), splat<T>(1 / made.clip), splat<T>(1));
-    return made.form == Form::affine ? -a : a;
+FASTMAF_INLINE Vec<T> log_scale(const StageView<T>& stage, Vec<T> raw) {
+    const Vec<T> a = stage.law == Law::exp ? raw : raw / fma(magnitude<T>(raw), splat<T>(1 / stage.clip), splat<T>(1));
+    return stage.form == Form::affine ? -a : a;
 }
 
 // ds/dr.
 template <class T>
-FASTMAF_INLINE Vec<T> log_scale_slope(const MadeView<T>& made, Vec<T> s) {
-    const Vec<T> root = 1 - magnitude<T>(s) * (1 / made.clip);
-    const Vec<T> slope = made.law == Law::exp ? splat<T>(1) : root * root;
-    return made.form == Form::affine ? -slope : slope;
+FASTMAF_INLINE Vec<T> log_scale_slope(const StageView<T>& stage, Vec<T> s) {
+    const Vec<T> root = 1 - magnitude<T>(s) * (1 / stage.clip);
+    const Vec<T> slope = stage.law == Law::exp ? splat<T>(1) : root * root;
+    return stage.form == Form::affine ? -slope : slope;
 }
 
 template <class T>
-FASTMAF_INLINE Vec<T> to_z(const MadeView<T>& made, Vec<T> x, Vec<T> m, Vec<T> s) {
+FASTMAF_INLINE Vec<T> to_z(const StageView<T>& stage, Vec<T> x, Vec<T> m, Vec<T> s) {
     const Vec<T> e = exp<T>(-s);
-    return made.form == Form::affine ? fma(x, e, m) : (x - m) * e;
+    return stage.form == Form::affine ? fma(x, e, m) : (x - m) * e;
 }
 
 template <class T>
-FASTMAF_INLINE Vec<T> to_x(const MadeView<T>& made, Vec<T> z, Vec<T> m, Vec<T> s) {
+FASTMAF_INLINE Vec<T> to_x(const StageView<T>& stage, Vec<T> z, Vec<T> m, Vec<T> s) {
     const Vec<T> e = exp<T>(s);
-    return made.form == Form::affine ? (z - m) * e : fma(z, e, m);
+    return stage.form == Form::affine ? (z - m) * e : fma(z, e, m);
 }
 
 }  // namespace FASTMAF_ISA

@@ -27,22 +27,36 @@ Columns read_columns(const py::dict& d) {
     return columns;
 }
 
-MadeSpec read_made(const py::dict& d) {
-    MadeSpec made;
-    made.ranks = d["ranks"].cast<std::vector<int64_t>>();
-    made.variable = d["variable"].cast<std::vector<int>>();
-    made.loc = d["loc"].cast<std::vector<double>>();
-    made.scale = d["scale"].cast<std::vector<double>>();
-    made.activation = index_in<Activation>(d["activation"].cast<std::string>(), {"relu", "tanh", "elu", "gelu", "silu"});
-    made.law = index_in<Law>(d["law"].cast<std::string>(), {"exp", "exp_soft"});
-    made.form = index_in<Form>(d["form"].cast<std::string>(), {"standardize", "affine"});
-    made.clip = d["clip"].cast<double>();
+StageSpec read_stage(const py::dict& d) {
+    StageSpec stage;
+    stage.output = index_in<Output>(d["output"].cast<std::string>(), {"transform", "mixture", "bernoulli", "categorical", "linear", "norm"});
+    stage.variable = d["variable"].cast<std::vector<int>>();
+    if (d.contains("scale")) {
+        stage.loc = d["loc"].cast<std::vector<double>>();
+        stage.scale = d["scale"].cast<std::vector<double>>();
+    }
+    if (d.contains("var")) {
+        stage.trainable = true;
+        stage.of_batch = d["of_batch"].cast<bool>();
+        stage.mean = d["mean"].cast<std::vector<double>>();
+        stage.var = d["var"].cast<std::vector<double>>();
+        stage.eps = d["eps"].cast<double>();
+    }
+    if (!is_network(stage.output)) return stage;
+    stage.ranks = d["ranks"].cast<std::vector<int64_t>>();
+    stage.rows = d["rows"].cast<std::vector<int>>();
+    stage.skip = d["skip"].cast<bool>();
+    stage.components = d["components"].cast<int>();
+    stage.activation = index_in<Activation>(d["activation"].cast<std::string>(), {"relu", "tanh", "elu", "gelu", "silu"});
+    stage.law = index_in<Law>(d["law"].cast<std::string>(), {"exp", "exp_soft"});
+    stage.form = index_in<Form>(d["form"].cast<std::string>(), {"standardize", "affine"});
+    stage.clip = d["clip"].cast<double>();
     for (const auto& item : d["maps"].cast<py::list>()) {
         const auto map = item.cast<py::dict>();
-        made.maps.push_back({map["rows"].cast<int>(), map["inputs"].cast<int>(), map["degrees"].cast<std::vector<int64_t>>(),
-                             map["context"].cast<bool>()});
+        stage.maps.push_back({map["rows"].cast<int>(), map["inputs"].cast<int>(), map["degrees"].cast<std::vector<int64_t>>(),
+                              map["context"].cast<bool>(), map["activated"].cast<bool>(), map["adds"].cast<int>()});
     }
-    return made;
+    return stage;
 }
 
 PackedFlow pack(const py::dict& description, const py::array& parameters) {
@@ -52,7 +66,7 @@ PackedFlow pack(const py::dict& description, const py::array& parameters) {
     spec.columns = read_columns(description["columns"].cast<py::dict>());
     spec.context_columns = read_columns(description["context_columns"].cast<py::dict>());
     spec.noise_variable = description["noise_variable"].cast<std::vector<int>>();
-    for (const auto& made : description["mades"].cast<py::list>()) spec.mades.push_back(read_made(made.cast<py::dict>()));
+    for (const auto& stage : description["stages"].cast<py::list>()) spec.stages.push_back(read_stage(stage.cast<py::dict>()));
     PackedFlow flow;
     auto make = [&](auto zero) {
         using T = decltype(zero);
@@ -127,6 +141,30 @@ void bind_flow(py::module_& module) {
                      T* density = output<T>(log_prob_out, contexts * rows);
                      Unlocked unlocked;
                      sample<T>(program, draw, x, density, poll);
+                 });
+             })
+        .def("norms",  // the stages that have statistics
+             [](const PackedFlow& self) {
+                 std::vector<size_t> stages;
+                 self.visit([&](const auto& program) {
+                     for (size_t k = 0; k < program.stages(); ++k)
+                         if (program.spec().stages[k].trainable) stages.push_back(k);
+                 });
+                 return stages;
+             })
+        .def("set_statistics",
+             [](const PackedFlow& self, size_t stage, const py::array& mean, const py::array& var) {
+                 self.visit([&](auto& program) {
+                     if (stage >= program.stages() || !program.spec().stages[stage].trainable)
+                         throw std::invalid_argument("stage " + std::to_string(stage) + " has no statistics");
+                     program.set_statistics(stage, input<double>(mean, program.features()), input<double>(var, program.features()));
+                 });
+             })
+        .def("set_parameters",
+             [](const PackedFlow& self, const py::array& parameters) {
+                 self.visit([&](auto& program) {
+                     using T = typename std::decay_t<decltype(program)>::Value;
+                     program.set_parameters(input<T>(parameters, program.parameter_count()));
                  });
              })
         .def("vjp", [poll](const PackedFlow& self, const py::array& x, const py::object& context, const py::array& cotangent,

@@ -1,3 +1,5 @@
+#include <pybind11/stl.h>
+
 #include "flow.hpp"
 
 namespace fastmaf {
@@ -14,13 +16,10 @@ struct PyTrainer {
 };
 
 template <class T>
-py::array_t<T> copy_of(const AlignedVector<T>& values) {
-    return py::array_t<T>(py::ssize_t(values.size()), values.data());
-}
-
-template <class T>
-void assign(AlignedVector<T>& to, const py::array& from) {
-    std::copy_n(input<T>(from, int64_t(to.size())), to.size(), to.data());
+std::vector<std::shared_ptr<Program<T>>> programs_of(const std::vector<PackedFlow>& flows) {
+    std::vector<std::shared_ptr<Program<T>>> programs;
+    for (const PackedFlow& flow : flows) programs.push_back(std::get<std::shared_ptr<Program<T>>>(flow.program));
+    return programs;
 }
 
 }  // namespace
@@ -28,18 +27,17 @@ void assign(AlignedVector<T>& to, const py::array& from) {
 void bind_train(py::module_& module) {
     const Poll poll = check_signals;
     py::class_<PyTrainer>(module, "Trainer")
-        .def(py::init([](const PackedFlow& flow, double beta1, double beta2, double eps, double l2, double weight_decay, double clip_norm) {
+        .def(py::init([](const std::vector<PackedFlow>& flows, double beta1, double beta2, double eps, double l2, double weight_decay, double clip_norm) {
                  const AdamSettings settings{beta1, beta2, eps, l2, weight_decay, clip_norm};
                  PyTrainer self;
-                 std::visit(
-                     [&](const auto& program) {
-                         using T = typename std::decay_t<decltype(*program)>::Value;
-                         self.trainer = std::make_unique<Trainer<T>>(program, settings);
-                     },
-                     flow.program);
+                 if (flows.empty()) throw std::invalid_argument("a trainer needs a flow");
+                 flows[0].visit([&](auto& program) {
+                     using T = typename std::decay_t<decltype(program)>::Value;
+                     self.trainer = std::make_unique<Trainer<T>>(programs_of<T>(flows), settings);
+                 });
                  return self;
              }),
-             py::arg("flow"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("l2"), py::arg("weight_decay"), py::arg("clip_norm"))
+             py::arg("flows"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("l2"), py::arg("weight_decay"), py::arg("clip_norm"))
         .def("epoch",
              [poll](const PyTrainer& self, const py::array& x, const py::object& context, const py::object& weights,
                     const py::array_t<int64_t, py::array::c_style>& rows, int64_t batch_size, const py::array_t<double, py::array::c_style>& rates,
@@ -75,28 +73,41 @@ void bind_train(py::module_& module) {
         .def("parameters",
              [](const PyTrainer& self) -> py::array {
                  return self.visit([](auto& trainer) -> py::array {
-                     using T = typename std::decay_t<decltype(trainer.program())>::Value;
-                     py::array_t<T> result(py::ssize_t(trainer.program().parameter_count()));
-                     trainer.program().get_parameters(result.mutable_data());
+                     using T = typename std::decay_t<decltype(trainer)>::Value;
+                     py::array_t<T> result(py::ssize_t(trainer.parameter_count()));
+                     trainer.get_parameters(result.mutable_data());
                      return result;
                  });
              })
         .def("set_parameters",
              [](const PyTrainer& self, const py::array& parameters) {
                  self.visit([&](auto& trainer) {
-                     using T = typename std::decay_t<decltype(trainer.program())>::Value;
-                     trainer.program().set_parameters(input<T>(parameters, trainer.program().parameter_count()));
+                     using T = typename std::decay_t<decltype(trainer)>::Value;
+                     trainer.set_parameters(input<T>(parameters, trainer.parameter_count()));
+                 });
+             })
+        .def("set_members",
+             [](const PyTrainer& self, const std::vector<PackedFlow>& flows) {
+                 if (flows.size() < 2) throw std::invalid_argument("a trainer with members needs at least two");
+                 self.visit([&](auto& trainer) {
+                     using T = typename std::decay_t<decltype(trainer)>::Value;
+                     trainer.set_members(programs_of<T>(flows));
                  });
              })
         .def("moments",
              [](const PyTrainer& self) {
-                 return self.visit([](auto& trainer) -> py::tuple { return py::make_tuple(copy_of(trainer.first_moment()), copy_of(trainer.second_moment())); });
+                 return self.visit([](auto& trainer) -> py::tuple {
+                     using T = typename std::decay_t<decltype(trainer)>::Value;
+                     py::array_t<T> first(py::ssize_t(trainer.parameter_count())), second(py::ssize_t(trainer.parameter_count()));
+                     trainer.get_moments(first.mutable_data(), second.mutable_data());
+                     return py::make_tuple(first, second);
+                 });
              })
         .def("set_moments",
              [](const PyTrainer& self, const py::array& first, const py::array& second) {
                  self.visit([&](auto& trainer) {
-                     assign(trainer.first_moment(), first);
-                     assign(trainer.second_moment(), second);
+                     using T = typename std::decay_t<decltype(trainer)>::Value;
+                     trainer.set_moments(input<T>(first, trainer.parameter_count()), input<T>(second, trainer.parameter_count()));
                  });
              })
         .def_property(

@@ -1,0 +1,132 @@
+// Bases: the conditional density of a variable x given the final rows of a MADE, its draw, and the gradient of its logarithm.
+//
+//     mixture      rows: M logits l, M means m, M raw log-scales;  log sum_c w_c N(x; m_c, e^a_c), w = softmax(l)
+//     bernoulli    row: logit l of x = 1;                          -log(1 + e^(-l)) at 1, -log(1 + e^l) at 0
+//     categorical  rows: K logits l;                               l_x - log sum e^l
+//
+// Sums of exponentials are taken relative to the largest term. With u uniform, a value or component c is the first whose
+// cumulative probability exceeds u. The normal's log(2 pi) / 2 is left to the flow's constant.
+#pragma once
+
+#include "laws.inl.hpp"
+
+namespace fastmaf {
+namespace FASTMAF_ISA {
+
+// log sum_c e^term(c), c < n.
+template <class T, class F>
+FASTMAF_INLINE Vec<T> log_sum_exp(int n, F term) {
+    Vec<T> highest = term(0);
+    for (int c = 1; c < n; ++c) {
+        const Vec<T> t = term(c);
+        highest = t > highest ? t : highest;
+    }
+    const Vec<T> never = splat<T>(-T(__builtin_inf()));
+    Vec<T> sum{};
+    for (int c = 0; c < n; ++c) sum += exp<T>(term(c) - highest);
+    return highest == never ? never : highest + log<T>(sum);
+}
+
+// log(1 + e^x).
+template <class T>
+FASTMAF_INLINE Vec<T> softplus(Vec<T> x) {
+    return (x > 0 ? x : Vec<T>{}) + log<T>(1 + exp<T>(-magnitude<T>(x))) + (x - x);  // NaN stays NaN
+}
+
+// The rows of one variable, `lanes` apart.
+template <class T>
+struct Conditional {
+    const StageView<T>& stage;
+    const T* rows;
+    int count;
+
+    inline __attribute__((always_inline)) Vec<T> row(int r) const { return at(rows + r * lanes_of<T>()); }
+    inline __attribute__((always_inline)) Vec<T> mean(int c) const { return row(stage.components + c); }
+    inline __attribute__((always_inline)) Vec<T> scale(int c) const { return log_scale<T>(stage, row(2 * stage.components + c)); }
+    // log of w_c N(x; m_c, e^a_c), up to the logarithm of sum e^l.
+    inline __attribute__((always_inline)) Vec<T> term(Vec<T> x, int c) const {
+        const Vec<T> a = scale(c), z = (x - mean(c)) * exp<T>(-a);
+        return row(c) - a - T(0.5) * z * z;
+    }
+};
+
+template <class T>
+static Vec<T> conditional_log_prob(const Conditional<T>& p, Vec<T> x) {
+    const Vec<T> never = splat<T>(-T(__builtin_inf()));
+    switch (p.stage.output) {
+        case Output::mixture: {
+            const int n = p.stage.components;
+            return log_sum_exp<T>(n, [&](int c) { return p.term(x, c); }) - log_sum_exp<T>(n, [&](int c) { return p.row(c); });
+        }
+        case Output::bernoulli: {
+            const Vec<T> value = -softplus<T>(x == 1 ? -p.row(0) : p.row(0));
+            return x == 0 ? value : x == 1 ? value : x == x ? never : x;
+        }
+        default: {
+            Vec<T> chosen = x == x ? never : x;
+            for (int c = 0; c < p.count; ++c) chosen = x == T(c) ? p.row(c) : chosen;
+            return chosen - log_sum_exp<T>(p.count, [&](int c) { return p.row(c); });
+        }
+    }
+}
+
+// The first c < n whose cumulative probability exceeds u, and never one beyond the last.
+template <class T>
+FASTMAF_INLINE Vec<T> draw_index(const Conditional<T>& p, int n, Vec<T> u) {
+    const Vec<T> total = log_sum_exp<T>(n, [&](int c) { return p.row(c); });
+    Vec<T> sum{}, index{};
+    for (int c = 0; c + 1 < n; ++c) {
+        sum += exp<T>(p.row(c) - total);
+        index += sum <= u ? splat<T>(1) : Vec<T>{};
+    }
+    return index + (total - total);  // NaN stays NaN
+}
+
+template <class T>
+static Vec<T> conditional_draw(const Conditional<T>& p, Vec<T> noise, Vec<T> u) {
+    if (p.stage.output == Output::categorical) return draw_index<T>(p, p.count, u);
+    if (p.stage.output == Output::bernoulli) {
+        const Vec<T> zero = sigmoid<T>(-p.row(0));
+        return zero == zero ? (zero <= u ? splat<T>(1) : Vec<T>{}) : zero;
+    }
+    const int n = p.stage.components;
+    const Vec<T> index = draw_index<T>(p, n, u);
+    Vec<T> mean = p.mean(0) + (index - index), raw = p.row(2 * n);
+    for (int c = 1; c < n; ++c) {
+        mean = index == T(c) ? p.mean(c) : mean;
+        raw = index == T(c) ? p.row(2 * n + c) : raw;
+    }
+    return fma(noise, exp<T>(log_scale<T>(p.stage, raw)), mean);
+}
+
+// Writes g d log p / d row to the rows of `delta`, and returns g d log p / dx (0 for discrete values); zeros where g is zero.
+template <class T>
+static Vec<T> conditional_gradient(const Conditional<T>& p, Vec<T> x, Vec<T> g, T* delta) {
+    constexpr int lanes = lanes_of<T>();
+    if (p.stage.output == Output::bernoulli) {
+        at(delta) = g * ((x == 1 ? splat<T>(1) : Vec<T>{}) - sigmoid<T>(p.row(0)));
+        return Vec<T>{};
+    }
+    if (p.stage.output == Output::categorical) {
+        const Vec<T> total = log_sum_exp<T>(p.count, [&](int c) { return p.row(c); });
+        for (int c = 0; c < p.count; ++c)
+            at(delta + c * lanes) = g * ((x == T(c) ? splat<T>(1) : Vec<T>{}) - exp<T>(p.row(c) - total));
+        return Vec<T>{};
+    }
+    const int n = p.stage.components;
+    const Vec<T> prior = log_sum_exp<T>(n, [&](int c) { return p.row(c); });
+    const Vec<T> posterior = log_sum_exp<T>(n, [&](int c) { return p.term(x, c); });
+    Vec<T> dx{};
+    for (int c = 0; c < n; ++c) {
+        const Vec<T> a = p.scale(c), inverse = exp<T>(-a), z = (x - p.mean(c)) * inverse;
+        const Vec<T> share = g * exp<T>(p.term(x, c) - posterior), pull = share * z * inverse;
+        at(delta + c * lanes) = g == 0 ? g : share - g * exp<T>(p.row(c) - prior);
+        at(delta + (n + c) * lanes) = g == 0 ? g : pull;
+        at(delta + (2 * n + c) * lanes) = g == 0 ? g : share * fma(z, z, splat<T>(-1)) * log_scale_slope<T>(p.stage, a);
+        dx -= g == 0 ? g : pull;
+    }
+    return dx;
+}
+
+}  // namespace FASTMAF_ISA
+}  // namespace fastmaf
