@@ -163,7 +163,7 @@ class Draft:
         kind = "residual" if self.residual else "plain"
         blocks = tuple(Block(kind, tuple(hidden[first : first + step])) for first in range(1, len(hidden), step))
         bound = 1 / math.sqrt(self.features)
-        skip = self.rng.uniform(-bound, bound, (int(outputs), self.features)) if self.direct else None
+        skip = 0.01 * self.rng.uniform(-bound, bound, (int(outputs), self.features)) if self.direct else None
         last = bool(self.widths) and not self.residual
         return Conditioner(hidden[0] if hidden else None, blocks, final, self.activation, last, skip)
 

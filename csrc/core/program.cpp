@@ -294,7 +294,7 @@ int Program<T>::bias_count(size_t stage, size_t map) const {
 
 template <class T>
 int Program<T>::values(int variable) const {
-    if (!has_base_ || spec_.stages.back().output == Output::mixture) return 0;
+    if (!discrete()) return 0;
     return spec_.stages.back().output == Output::bernoulli ? 2 : spec_.stages.back().rows[size_t(variable)];
 }
 
@@ -322,8 +322,7 @@ void Program<T>::set_statistics(size_t stage, const double* mean, const double* 
 template <class T>
 void Program<T>::refresh_scales() {
     const size_t features = size_t(spec_.features);
-    const bool discrete = has_base_ && spec_.stages.back().output != Output::mixture;
-    constant_ = discrete ? 0 : -double(features) * kHalfLog2Pi;
+    constant_ = discrete() ? 0 : -double(features) * kHalfLog2Pi;
     for (double scale : spec_.columns.scale) constant_ += std::log(std::fabs(scale));
     for (size_t k = 0; k < stages(); ++k) {
         const StageSpec& stage = spec_.stages[k];

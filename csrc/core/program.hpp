@@ -95,6 +95,7 @@ public:
     const std::vector<int>& widths(size_t stage) const { return widths_[stage]; }  // rows in use of each map with units of its own
     const std::vector<std::pair<int, int>>& wires(size_t stage) const { return wires_[stage]; }  // what each map reads and writes
     bool keeps_raw(size_t stage, size_t map) const { return raw_[stage][map] != 0; }
+    bool discrete() const { return has_base_ && spec_.stages.back().output != Output::mixture; }
     int values(int variable) const;  // how many values a discrete variable has; 0 for any number
     bool row_path() const { return row_path_; }    // whether the path of a single row can run all stages
     double constant() const { return constant_; }  // of log_prob: the normal's, and log|det| of all scales that rows share

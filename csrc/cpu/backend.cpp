@@ -262,7 +262,7 @@ void generate(const Program<T>& program, const Batch& batch, const Draw* draw, T
                     room.index[r] = uint64_t(row % batch.inner) + draw->offset;
                     room.context[r] = uint32_t(row / batch.inner) + draw->context_offset;
                 }
-                k.normals(draw->seed, room.index, room.context, features, lanes, noise);
+                if (!program.discrete()) k.normals(draw->seed, room.index, room.context, features, lanes, noise);
                 if (program.has_base()) k.uniforms(draw->seed, room.index, room.context, features, lanes, tile.uniform + at_tile);
             } else {
                 for (int d = 0; d < features; ++d) {

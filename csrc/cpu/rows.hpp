@@ -56,8 +56,11 @@ inline void spoil_outside(const double* log_det, int64_t n, T* lane) {
 
 // A value that a discrete variable cannot have: 0, 1, ... `values` - 1 it can.
 inline void refuse_other(const double* column, int64_t n, int values, double* log_det) {
-    for (int64_t r = 0; r < n; ++r)
-        if (!(column[r] >= 0 && column[r] < values && column[r] == std::floor(column[r])) && column[r] == column[r]) log_det[r] = -INFINITY;
+    for (int64_t r = 0; r < n; ++r) {
+        const double x = column[r];
+        const bool possible = x >= 0 && x < values && x == double(int(x));
+        if (!possible && x == x) log_det[r] = -INFINITY;
+    }
 }
 
 // A row at or outside a bound goes on as zeros, so that nothing beside the bound matters: its density stays zero, its gradient too. Only
