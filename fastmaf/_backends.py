@@ -36,6 +36,9 @@ class Backend(Protocol):
     ) -> None:
         """Fill `out`, (c, n, D), and `log_prob_out`, (c, n) or None."""
 
+    def sample_rows(self, flow: Flow, index: Any, group: Any, context: Any, seed: int, out: Any) -> None:
+        """Fill `out`, (k, D), with the samples `index` under the contexts number `group`, (k,) uint64 both; `context` is (k, C)."""
+
     def vjp(self, flow: Flow, x: Any, context: Any, cotangent: Any, value: Any, dx: Any, dcontext: Any, dparameters: Any) -> None:
         """Fill those of the last four that are not None; `dcontext` has one row for each of x."""
 

@@ -179,23 +179,26 @@ class _Engine:
         self._norms = [isinstance(layer, BatchNorm) for layer in flow.layers].count(True)
         self._packed = [_pack(member) for member in members or [flow]]
         self._shared = members is not None
-        self._trainer = _core.Trainer(self._trained(), *betas, eps, l2, weight_decay, clip_norm or 0.0)
-
-    def _trained(self) -> list[_core.Flow]:
-        return self._packed * 2 if self._shared and len(self._packed) == 1 else self._packed
+        self._statistics: Sequence[tuple[Array, Array]] = []
+        self._trainer = _core.Trainer(self._packed, self._shared, *betas, eps, l2, weight_decay, clip_norm or 0.0)
 
     def set_members(self, members: Sequence[Flow]) -> None:
+        if not self._shared:
+            raise ValueError("this engine was made without members")
         shape = [array.shape for array in self._flow._parameter_arrays()]
         if not members or any([array.shape for array in member._parameter_arrays()] != shape for member in members):
             raise ValueError(f"{len(members)} members: there must be at least one, all with the weights of the first ones")
         parameters = self.parameters()
         self._packed = [_pack(member) for member in members]
-        self._trainer.set_members(self._trained())
+        self._trainer.set_members(self._packed)
         self.set_parameters(parameters)
+        if self._statistics:
+            self.set_statistics(self._statistics)
 
     def set_statistics(self, statistics: Sequence[tuple[Array, Array]]) -> None:
         if len(statistics) != self._norms:
             raise ValueError(f"{len(statistics)} pairs of mean and variance; the flow has {self._norms} batch norms")
+        self._statistics = statistics
         for packed in self._packed:
             for stage, (mean, var) in zip(packed.norms(), statistics, strict=True):
                 packed.set_statistics(stage, np.ascontiguousarray(mean, np.float64), np.ascontiguousarray(var, np.float64))
@@ -222,7 +225,7 @@ class _Engine:
                 packed.set_parameters(parameters)
             packed.log_prob(x, context, own)
         if not self._shared:
-            return out[0]
+            return np.asarray(out[0])
         mean: Array = np.logaddexp.reduce(out.astype(np.float64), axis=0) - math.log(len(out))
         return mean.astype(out.dtype)
 
@@ -287,6 +290,9 @@ class _Cpu:
         log_prob_out: Array | None,
     ) -> None:
         self._packed(flow).sample(c, n, context, seed, offset, context_offset, out, log_prob_out)
+
+    def sample_rows(self, flow: Flow, index: Array, group: Array, context: Array | None, seed: int, out: Array) -> None:
+        self._packed(flow).sample_rows(index, group, context, seed, out)
 
     def vjp(
         self,

@@ -628,6 +628,16 @@ class _Numba:
         grouped = context[:, None] if context is not None and context.ndim == 2 else context
         self._backward(_Call(flow, grouped, (c, n)), draw, out, log_prob_out)
 
+    def sample_rows(self, flow: Flow, index: Array, group: Array, context: Array | None, seed: int, out: Array) -> None:
+        """Samples of scattered counters."""
+
+        def draw(start: int, stop: int) -> Array:
+            u = np.empty((stop - start, flow.features), flow.dtype)
+            _normals(np.uint64(seed), index[start:stop], group[start:stop], _table(flow.dtype), u)
+            return u
+
+        self._backward(_Call(flow, context, (len(index),)), draw, out, None)
+
     def _backward(self, call: _Call, draw: Callable[[int, int], Array], x: Array, value: Array | None) -> None:
         flat_x, flat_value = x.reshape(-1, call.flow.features), None if value is None else value.reshape(-1)
 

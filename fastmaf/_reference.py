@@ -804,6 +804,14 @@ def _take(array: Array | None, shape: tuple[int, ...], rows: slice) -> Array:
     return repeated[rows] if len(shape) == 1 else repeated[np.unravel_index(np.arange(rows.start, rows.stop), shape)]
 
 
+def _sample(flow: Flow, index: Array, group: Array, context: Array, seed: int) -> tuple[Array, Array, Array]:
+    """Samples, the log det of the way to them, and what the base gave."""
+    z = normals(seed, index, group, flow.features, flow.dtype)
+    if isinstance(flow.base, Terminal):
+        z = _draw(flow.base, z, _uniforms(seed, index, group, flow.features), _context(flow, context)[0])
+    return *_inverse(flow, z, context), z
+
+
 class _Reference:
     """What `fastmaf._backends.Backend` asks for."""
 
@@ -849,12 +857,16 @@ class _Reference:
             group, index = np.divmod(np.arange(rows.start, rows.stop, dtype=np.uint64), np.uint64(n))
             group, index = group + np.uint64(context_offset), index + np.uint64(offset)
             cs = _take(context, (c, n), rows)
-            z = normals(seed, index, group, flow.features, flow.dtype)
-            if isinstance(flow.base, Terminal):
-                z = _draw(flow.base, z, _uniforms(seed, index, group, flow.features), _context(flow, cs)[0])
-            out.reshape(-1, flow.features)[rows], log_det = _inverse(flow, z, cs)
+            out.reshape(-1, flow.features)[rows], log_det, z = _sample(flow, index, group, cs, seed)
             if log_prob_out is not None:
                 log_prob_out.reshape(-1)[rows] = log_det + _base(flow, base_weights, z, _context(flow, cs)[0])[0]
+
+    @np.errstate(all="ignore")
+    def sample_rows(self, flow: Flow, index: Array, group: Array, context: Array | None, seed: int, out: Array) -> None:
+        """Samples of scattered counters."""
+        for rows in _chunks(flow, len(index)):
+            cs = _take(context, (len(index),), rows)
+            out[rows] = _sample(flow, index[rows], group[rows], cs, seed)[0]
 
     @np.errstate(all="ignore")
     def vjp(

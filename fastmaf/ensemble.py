@@ -210,8 +210,6 @@ class Ensemble:
     def sample(self, n: int, context: ArrayLike | None = None, seed: int | None = None, offset: int = 0, context_offset: int = 0) -> Array:
         """Draw from the ensemble: each row from a member drawn for it.
 
-        The members draw all rows, and those that are theirs are kept: the time is that of `Flow.sample` times the number of members.
-
         Parameters
         ----------
         n, context, seed, offset, context_offset
@@ -237,13 +235,19 @@ class Ensemble:
         context, c = _arrays.contexts(context, self.context_features)
         seed, offset, context_offset = _arrays.seed_and_offsets(seed, offset, context_offset, n, c)
         shape = (c, n) if context is not None and context.ndim == 2 else (n,)
-        chosen = self._choices(c, n, seed, offset, context_offset).reshape(shape)
-        samples = np.empty((*shape, self.features), self.dtype)
+        chosen = self._choices(c, n, seed, offset, context_offset).reshape(-1)
+        samples = np.empty((c * n, self.features), self.dtype)
         for k in range(len(self)):
-            own = chosen == k
-            if own.any():
-                samples[own] = self.member(k).sample(n, context, seed, offset, context_offset)[own]
-        return samples
+            own = np.flatnonzero(chosen == k)
+            if not own.size:
+                continue
+            group, index = np.divmod(own, n)
+            rows = None if context is None else np.broadcast_to(context, (c, self.context_features))[group]
+            member, drawn = self.member(k), np.empty((own.size, self.features), self.dtype)
+            counters = (index.astype(np.uint64) + np.uint64(offset), group.astype(np.uint64) + np.uint64(context_offset))
+            member._backend().sample_rows(member, *counters, rows, seed, drawn)
+            samples[own] = drawn
+        return samples.reshape(*shape, self.features)
 
     def sample_and_log_prob(
         self, n: int, context: ArrayLike | None = None, seed: int | None = None, offset: int = 0, context_offset: int = 0

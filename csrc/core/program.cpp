@@ -140,10 +140,12 @@ void write_backward(Writer writer, const StageSpec& stage, const Sorted& sorted,
     for (int map = int(sorted.maps.size()) - 1; map >= 0; --map) {
         const Staircase& stairs = sorted.maps[size_t(map)];
         const int from = writer.wires[size_t(map)].first, to = writer.wires[size_t(map)].second, end = widths[size_t(from)];
+        // The variables of a network have a gradient from the law already; so have the units of a Linear, from its diagonal.
+        const Start start = (to >= 0) == is_network(stage.output) ? Start::zero : Start::partial;
         auto strip = [&](int first, int last) {
             for (int row = first; row < last; row += kPanel) {
                 const int rows = std::min(kPanel, last - row);
-                writer.panel(map, row, rows, std::min(stairs.first_reader(row), end), end, Start::partial, to >= 0 ? Finish::unit : Finish::raw);
+                writer.panel(map, row, rows, std::min(stairs.first_reader(row), end), end, start, to >= 0 ? Finish::unit : Finish::raw);
             }
         };
         if (stage.output == Output::linear && map == 0) writer.law(0, 1);
@@ -194,7 +196,7 @@ Program<T>::Program(FlowSpec spec) : spec_(std::move(spec)) {
     inverse_bias_.resize(stages());
     inverse_bias_pointers_.resize(stages());
     for (size_t k = 0; k < stages(); ++k) {
-        for (const Staircase& map : sorted_[k].maps) bias_[k].emplace_back(size_t(map.rows() + kPanel) / kPanel * kPanel, T(0));
+        for (const Staircase& map : sorted_[k].maps) bias_[k].emplace_back(size_t(padded_rows(map.rows())), T(0));
         for (const auto& bias : bias_[k]) bias_pointers_[k].push_back(bias.data());
     }
     refresh_scales();
@@ -352,7 +354,7 @@ void Program<T>::invert(size_t stage) const {
     const Sorted& sorted = sorted_[stage];
     const size_t n = size_t(spec_.features);
     inverse_[stage].assign(size_t(sorted.maps[0].offset.back() + sorted.maps[1].offset.back()), T(0));
-    inverse_bias_[stage].assign(2, AlignedVector<T>((n + kPanel) / kPanel * kPanel, T(0)));
+    inverse_bias_[stage].assign(2, AlignedVector<T>(size_t(padded_rows(int(n))), T(0)));
     std::vector<double> inverse(n * n);
     for (size_t m = 0; m < 2; ++m) {
         const Staircase& stairs = sorted.maps[m];
@@ -455,6 +457,7 @@ void Program<T>::lay_out(Direction direction) const {
         view.clip = T(stage.clip);
         view.components = stage.components;
         view.first = sorted_[k].first.data();
+        view.trainable = stage.trainable;
         view.next = next_[k].data();
         view.loc = scale_[k].empty() ? nullptr : loc_[k].data();
         view.scale = scale_[k].empty() ? nullptr : scale_[k].data();

@@ -21,22 +21,27 @@
 
 namespace fastmaf {
 
-enum class Start : uint8_t { bias, partial };  // what the sum begins with: the bias, or what lies in the output rows
+enum class Start : uint8_t { bias, partial, zero };  // what the sum begins with; partial: what lies in the output rows
 enum class Finish : uint8_t { raw, unit };       // whether the rows are complete
 enum class Kind : uint8_t { panel, law };
+
+// Biases have room for a panel of eight that begins at any row.
+constexpr int padded_rows(int rows) { return (rows + 15) / 8 * 8; }
 
 // What a panel reads and writes: the units of a map if not negative, else the tile of the stage.
 constexpr int kTile = -1;       // [context; variables]
 constexpr int kVariables = -2;  // the variables alone
 
+// A panel of the density or the sampler sums `rows` rows of a map over its inputs [begin, end); one of backward sums `rows` inputs of
+// the map over its rows [begin, end). A law step has no map: it finishes variables, or a part of a Linear.
 struct Step {
     Kind kind;
     Start start;
     Finish finish;
     uint8_t width;    // rows held by the tape: 8, 4 or 2
     int map;
-    int row, rows;    // panel: rows of the output; law: variables [row, row + rows), or the part `row` of a Linear
-    int begin, end;   // inputs
+    int row, rows;    // rows of what is written; law: variables [row, row + rows), or the part `row` of a Linear
+    int begin, end;   // rows of what is read
     int64_t tape;     // where the weights of input `begin` lie
     int in, out;
 };
@@ -64,11 +69,12 @@ struct StageView {
     Form form;
     T clip;
     int components;
+    bool trainable;             // of a norm: its biases are log_gamma, then beta
     const int* first;           // [features + 1] first final row of the s-th variable
     const int* next;            // [features] row of the next tile that takes the s-th variable (of a Linear: the s-th coordinate)
     const T* loc;               // [features] the Affine that follows or the norm, or null
     const T* scale;
-    const T* const* bias;       // per map, padded to a multiple of 8 rows
+    const T* const* bias;       // per map, with padded_rows
     const Step* steps;
     int step_count;
     const T* tape;
@@ -94,9 +100,11 @@ public:
     const std::vector<int>& noise() const { return noise_; }          // [features] row of the last tile before the base with noise column i
     const std::vector<int>& widths(size_t stage) const { return widths_[stage]; }  // rows in use of each map with units of its own
     const std::vector<std::pair<int, int>>& wires(size_t stage) const { return wires_[stage]; }  // what each map reads and writes
+    // The map with units of its own that a map writes: direct weights share the final rows.
+    size_t written(size_t stage, size_t map) const { return map < widths_[stage].size() ? map : widths_[stage].size() - 1; }
     bool keeps_raw(size_t stage, size_t map) const { return raw_[stage][map] != 0; }
     bool discrete() const { return has_base_ && spec_.stages.back().output != Output::mixture; }
-    int values(int variable) const;  // how many values a discrete variable has; 0 for any number
+    int values(int variable) const;  // how many values a discrete variable has (no layer stands before such a base); 0 for any number
     bool row_path() const { return row_path_; }    // whether the path of a single row can run all stages
     double constant() const { return constant_; }  // of log_prob: the normal's, and log|det| of all scales that rows share
 

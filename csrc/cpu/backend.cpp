@@ -98,7 +98,7 @@ struct Folded {
         }
         const auto& views = program.views(direction);
         for (const StageView<T>& stage : views) {
-            storage.emplace_back(size_t(round_up(stage.maps ? stage.rows[0] : 0, 8)), T(0));
+            storage.emplace_back(size_t(padded_rows(stage.rows[0])), T(0));
             k.fold(stage, row.data(), storage.back().data());
         }
         for (const auto& bias : storage) pointers.push_back(bias.data());
@@ -125,7 +125,7 @@ void load_tile(const Program<T>& program, const RowReader& reader, int64_t begin
             if (of_context)
                 spoil_outside(of_bound, count, out);
             else if (const int values = program.values(c))
-                refuse_other(column + s * lanes, count, values, tile.log_det + s * lanes);
+                refuse_other<T>(column + s * lanes, count, values, tile.log_det + s * lanes);
             std::fill(out + count, out + round_up(count, k.width), out[count - 1]);
             if (of_context) std::copy_n(out, round_up(count, k.width), tile.x[1] + s * tile.stride + row * lanes);
         }
@@ -259,8 +259,8 @@ void generate(const Program<T>& program, const Batch& batch, const Draw* draw, T
             if (draw) {
                 for (int r = 0; r < lanes; ++r) {
                     const int64_t row = first + std::min(r, rows - 1);
-                    room.index[r] = uint64_t(row % batch.inner) + draw->offset;
-                    room.context[r] = uint32_t(row / batch.inner) + draw->context_offset;
+                    room.index[r] = draw->index ? draw->index[row] : uint64_t(row % batch.inner) + draw->offset;
+                    room.context[r] = draw->index ? uint32_t(draw->group[row]) : uint32_t(row / batch.inner) + draw->context_offset;
                 }
                 if (!program.discrete()) k.normals(draw->seed, room.index, room.context, features, lanes, noise);
                 if (program.has_base()) k.uniforms(draw->seed, room.index, room.context, features, lanes, tile.uniform + at_tile);

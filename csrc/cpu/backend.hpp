@@ -24,6 +24,7 @@ struct Draw {
     Rows context;
     uint64_t seed = 0, offset = 0;
     uint32_t context_offset = 0;
+    const uint64_t *index = nullptr, *group = nullptr;  // [rows] counters of scattered rows, each with a context of its own
 };
 
 using Poll = std::function<void()>;
@@ -49,16 +50,16 @@ struct AdamSettings {
 template <class T>
 struct TrainerState;
 
-// Owns programs and the optimizer's moments. Several programs are networks with different masks over the same weights; step t trains
-// number t mod their count.
+// Owns programs and the optimizer's moments. If shared, the programs are networks with different masks over the same weights, and step t
+// trains number t mod their count.
 template <class T>
 class Trainer {
 public:
     using Value = T;
 
-    Trainer(std::vector<std::shared_ptr<Program<T>>> programs, AdamSettings settings);
+    Trainer(std::vector<std::shared_ptr<Program<T>>> programs, bool shared, AdamSettings settings);  // one program, unless shared
     ~Trainer();
-    void set_members(std::vector<std::shared_ptr<Program<T>>> programs);  // more than one, where there was more than one
+    void set_members(std::vector<std::shared_ptr<Program<T>>> programs);  // of a shared trainer
 
     // Steps over batch.index[0 .. rows) in batches; weights [all rows] may be null. Returns the sum of w_i nll_i; `done` counts the
     // batches done, fewer than planned when the loss of the next one is not finite. Step s uses rates[s].

@@ -89,7 +89,7 @@ public:
                 places.inputs.push_back(input_rows_);
                 input_rows_ += size_t(round_up(stairs.inputs, lanes_));
                 per_row += round_up(stairs.inputs, 48);
-                const int rows = program.widths(k)[std::min(m, program.widths(k).size() - 1)];
+                const int rows = program.widths(k)[program.written(k, m)];
                 for (int row = 0; row < rows; row += kTaskRows) {
                     const int here = std::min(kTaskRows, rows - row);
                     tasks_.push_back({int(k), int(m), row, here, stairs.offset[size_t(row + here)] - stairs.offset[size_t(row)]});
@@ -285,7 +285,7 @@ private:
     void sum(const Kept<T>& kept, const Task& task, bool add, T* gradient) const {
         const Kernels<T>& k = kernels_;
         const size_t stage = size_t(task.stage), map = size_t(task.map), tiles = kept.tile_rows.size();
-        const size_t units = places_[stage].delta[std::min(map, places_[stage].delta.size() - 1)] + size_t(task.row);
+        const size_t units = places_[stage].delta[program_.written(stage, map)] + size_t(task.row);
         const Staircase& stairs = program_.sorted()[stage].maps[map];
         std::vector<const T*> delta(tiles);
         for (size_t t = 0; t < tiles; ++t)
@@ -365,7 +365,7 @@ private:
         for (int v = 0; v < features; ++v) {
             reader.column(begin, n, v, room.column);
             load(program_.spec().columns, v, context + program_.first()[size_t(v)], room.log_det);
-            if (const int values = program_.values(v)) refuse_other(room.column, n, values, room.log_det);
+            if (const int values = program_.values(v)) refuse_other<T>(room.column, n, values, room.log_det);
         }
         for (int c = 0; c < context; ++c) {
             double of_bound[48] = {};
@@ -520,9 +520,9 @@ template <class T>
 struct TrainerState {
     explicit TrainerState(AdamSettings settings) : settings(settings) {}
 
-    // Weights in the user's order, where members share them; one program alone trains its own master.
-    bool shared() const { return members.size() > 1; }
-    T* weights() { return shared() ? user_weights.data() : members[0]->program->master().data(); }
+    // Weights in the user's order, where members share them; else the only program trains its own master.
+    bool shared = false;
+    T* weights() { return shared ? user_weights.data() : members[0]->program->master().data(); }
 
     AdamSettings settings;
     std::vector<std::unique_ptr<Member<T>>> members;
@@ -533,13 +533,14 @@ struct TrainerState {
 };
 
 template <class T>
-Trainer<T>::Trainer(std::vector<std::shared_ptr<Program<T>>> programs, AdamSettings settings)
+Trainer<T>::Trainer(std::vector<std::shared_ptr<Program<T>>> programs, bool shared, AdamSettings settings)
     : state_(std::make_unique<TrainerState<T>>(settings)) {
     TrainerState<T>& s = *state_;
+    s.shared = shared;
     std::vector<T> parameters(size_t(programs.at(0)->parameter_count()));
     programs[0]->get_parameters(parameters.data());
     set_members(std::move(programs));
-    const size_t size = s.shared() ? parameters.size() : s.members[0]->program->master().size();
+    const size_t size = s.shared ? parameters.size() : s.members[0]->program->master().size();
     s.user_weights.assign(parameters.begin(), parameters.end());
     s.m.assign(size, T(0));
     s.v.assign(size, T(0));
@@ -563,7 +564,7 @@ int64_t Trainer<T>::parameter_count() const { return state_->members[0]->program
 
 template <class T>
 void Trainer<T>::get_parameters(T* parameters) const {
-    if (state_->shared())
+    if (state_->shared)
         std::copy(state_->user_weights.begin(), state_->user_weights.end(), parameters);
     else
         state_->members[0]->program->get_parameters(parameters);
@@ -578,7 +579,7 @@ void Trainer<T>::set_parameters(const T* parameters) {
 template <class T>
 void Trainer<T>::get_moments(T* first, T* second) const {
     const TrainerState<T>& s = *state_;
-    if (s.shared()) {
+    if (s.shared) {
         std::copy(s.m.begin(), s.m.end(), first);
         std::copy(s.v.begin(), s.v.end(), second);
     } else {
@@ -591,7 +592,7 @@ template <class T>
 void Trainer<T>::set_moments(const T* first, const T* second) {
     TrainerState<T>& s = *state_;
     for (size_t i = 0; i < s.m.size(); ++i) {
-        const size_t place = s.shared() ? i : size_t(s.members[0]->program->index()[i]);
+        const size_t place = s.shared ? i : size_t(s.members[0]->program->index()[i]);
         s.m[i] = first[place];
         s.v[i] = second[place];
     }
@@ -636,7 +637,7 @@ double Trainer<T>::epoch(const Batch& batch, const double* weights, int64_t batc
         Program<T>& program = *member.program;
         Gradients<T>& gradients = member.gradients;
         const auto& tasks = gradients.tasks();
-        if (s.shared()) program.set_parameters(s.user_weights.data());
+        if (s.shared) program.set_parameters(s.user_weights.data());
         s.gradient.resize(program.master().size());
         auto gradient_of = [&](int64_t t, bool add) { gradients.gradient(tasks[size_t(t)], add, s.gradient.data()); };
         const int64_t chunk = gradients.together() ? size : gradients.chunk(), chunks = (size + chunk - 1) / chunk;
@@ -659,10 +660,10 @@ double Trainer<T>::epoch(const Batch& batch, const double* weights, int64_t batc
         const double rate = rates[done] / (1 - std::pow(a.beta1, double(step)));
         const double root_correction = 1 / std::sqrt(1 - std::pow(a.beta2, double(step)));
         double scale = 1;
-        const bool ready = a.clip_norm > 0 || s.shared();
+        const bool ready = a.clip_norm > 0 || s.shared;
         T* gradient = s.gradient.data();
         if (ready) parallel_for(int64_t(tasks.size()), [&](int64_t t) { gradient_of(t, chunks > 1); });
-        if (s.shared()) {
+        if (s.shared) {
             s.user_gradient.assign(s.user_weights.size(), T(0));
             gradient = s.user_gradient.data();
             for (size_t i = 0; i < s.gradient.size(); ++i) gradient[program.index()[i]] = s.gradient[i];
@@ -676,7 +677,7 @@ double Trainer<T>::epoch(const Batch& batch, const double* weights, int64_t batc
         auto apply = [&](int64_t first, int64_t count) {
             k.adam(s.weights() + first, s.m.data() + first, s.v.data() + first, gradient + first, count, adam);
         };
-        if (s.shared()) {
+        if (s.shared) {
             constexpr int64_t together = 1 << 14;
             const int64_t count = int64_t(s.m.size());
             parallel_for((count + together - 1) / together,

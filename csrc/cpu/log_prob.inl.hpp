@@ -59,7 +59,7 @@ static void base_law(const StageView<T>& stage, int first, int count, const T* p
 template <class T>
 static void norm_law(const StageView<T>& stage, const T* x, T* next, int vectors) {
     constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
-    const T* beta = stage.rows[0] ? stage.bias[0] + stage.features : nullptr;
+    const T* beta = stage.trainable ? stage.bias[0] + stage.features : nullptr;
     for (int s = 0; s < stage.features; ++s)
         for (int j = 0; j < vectors; ++j) {
             const Vec<T> z = (at(x + s * lanes + j * W) - stage.loc[s]) * stage.scale[s];
@@ -94,7 +94,7 @@ static void linear_law(const StageView<T>& stage, int part, T* const* units, T* 
 template <class T>
 static void density_law(const StageView<T>& stage, const Step& step, T* const* units, int64_t shift, const T* x, T* next, int vectors,
                         double* log_det) {
-    T* const last = stage.maps ? units[stage.maps - 1] + shift : nullptr;
+    T* const last = units[stage.maps - 1] + shift;
     switch (stage.output) {
         case Output::transform: return transform_law<T>(stage, last, x, next, vectors, log_det);
         case Output::norm: return norm_law<T>(stage, x, next, vectors);

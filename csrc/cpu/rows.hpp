@@ -55,10 +55,11 @@ inline void spoil_outside(const double* log_det, int64_t n, T* lane) {
 }
 
 // A value that a discrete variable cannot have: 0, 1, ... `values` - 1 it can.
+template <class T>
 inline void refuse_other(const double* column, int64_t n, int values, double* log_det) {
     for (int64_t r = 0; r < n; ++r) {
-        const double x = column[r];
-        const bool possible = x >= 0 && x < values && x == double(int(x));
+        const T x = T(column[r]);
+        const bool possible = x >= 0 && x < values && x == T(int(x));
         if (!possible && x == x) log_det[r] = -INFINITY;
     }
 }

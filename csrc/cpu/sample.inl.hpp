@@ -48,7 +48,7 @@ static void base_draw(const StageView<T>& stage, int first, int count, const T* 
 template <class T>
 static void norm_draw(const StageView<T>& stage, const T* z, T* x, int vectors) {
     constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
-    const T* beta = stage.rows[0] ? stage.bias[0] + stage.features : nullptr;
+    const T* beta = stage.trainable ? stage.bias[0] + stage.features : nullptr;
     for (int s = 0; s < stage.features; ++s)
         for (int j = 0; j < vectors; ++j) {
             const Vec<T> own = at(z + stage.next[s] * lanes + j * W);
@@ -88,7 +88,7 @@ static int from_noise(const StageView<T>* stages, int count, const Tile<T>& tile
                 }
                 T* const own = x + stage.context * lanes + shift;
                 const T* const z = tile.x[(k + 1) % 2] + stage.context * lanes + shift;
-                const T* const last = stage.maps ? tile.units[stage.maps - 1] + shift : nullptr;
+                const T* const last = tile.units[stage.maps - 1] + shift;
                 if (stage.output == Output::transform) {
                     transform_draw<T>(stage, step.row, step.rows, last, z, own, vectors, tile.log_det + s * lanes);
                 } else if (stage.output == Output::norm) {
@@ -156,10 +156,11 @@ static void normals(uint64_t seed, const uint64_t* index, const uint32_t* contex
     }
 }
 
-// Uniform numbers in (0, 1), laid out like the noise: the third stream of random words.
+// Uniform numbers in (0, 1), laid out like the noise: the third stream of random words. In float the largest would round to 1.
 template <class T>
 static void uniforms(uint64_t seed, const uint64_t* index, const uint32_t* context, int features, int lanes, T* out) {
     constexpr int W = FASTMAF_VECTOR_BYTES / 4;
+    constexpr double most = sizeof(T) == 4 ? 1 - 0x1p-24 : 1;
     for (int r = 0; r < lanes; r += W) {
         Words low{}, high{}, row{};
         for (int i = 0; i < W && r + i < lanes; ++i) {
@@ -171,7 +172,10 @@ static void uniforms(uint64_t seed, const uint64_t* index, const uint32_t* conte
             Words word[4] = {low, high, row, Words{} + (uint32_t(d / 4) | 2u << 24)};
             philox(word, uint32_t(seed), uint32_t(seed >> 32));
             for (int c = 0; c < 4 && d + c < features; ++c)
-                for (int i = 0; i < W && r + i < lanes; ++i) out[(d + c) * lanes + r + i] = T((double(word[c][i]) + 0.5) * 0x1p-32);
+                for (int i = 0; i < W && r + i < lanes; ++i) {
+                    const double u = (double(word[c][i]) + 0.5) * 0x1p-32;
+                    out[(d + c) * lanes + r + i] = T(u < most ? u : most);
+                }
         }
     }
 }

@@ -44,7 +44,7 @@ struct AdamStep {
 template <class T>
 struct Kernels {
     int width;  // W: rows per vector; a sub-tile has 3 W lanes
-    // Fold one context row into the bias of map 0: folded [rows of map 0, padded to 8].
+    // Fold one context row into the bias of map 0: folded [padded_rows of map 0].
     void (*fold)(const StageView<T>& stage, const T* context, T* folded);
     // Load n values of a column: bijection and affine in double, narrowed; log|dz/dx| of the bijection is added to log_det.
     void (*load)(const double* in, int n, Bijection kind, double lower, double upper, double loc, double scale, T* out, double* log_det);

@@ -66,7 +66,7 @@ static void backward_law(const StageView<T>& stage, const Trace<T>& here, int ve
     const int features = stage.features;
     const T* const x = here.x + stage.context * L;
     T* const dx = below + stage.context * L;
-    T* const delta = stage.maps ? here.delta[stage.maps - 1] : nullptr;
+    T* const delta = here.delta[stage.maps - 1];
     for (int s = 0; s < features; ++s)
         for (int j = 0; j < vectors; ++j) {
             const int own = s * L + j * W;
@@ -82,7 +82,7 @@ static void backward_law(const StageView<T>& stage, const Trace<T>& here, int ve
                 at(delta + own) = at(here.delta[0] + own) = gz;
             } else if (stage.output == Output::norm) {
                 at(dx + own) = gz * stage.scale[s];
-                if (!stage.rows[0]) continue;
+                if (!stage.trainable) continue;
                 at(delta + own) = fma(gz, (at(x + own) - stage.loc[s]) * stage.scale[s], g);
                 at(delta + features * L + own) = gz;
             } else {
@@ -113,9 +113,8 @@ static void backward(const StageView<T>& stage, const Trace<T>& here, int lanes,
         const bool hidden = step.out >= 0;
         if (!hidden && (inner == 2 || (inner == 1 && step.out == kTile && step.row < stage.context))) continue;
         T* const out = buffer<T>(stage, step.out, below, here.delta) + step.row * L;
-        // In a network, sums of hidden units begin at zero and those of the variables with what the law gave; in a Linear it is the other way.
         panel<T>(vectors, step.width, stage.tape + step.tape, here.delta[step.in] + step.begin * L, step.end - step.begin, step.rows,
-                 hidden == is_network(stage.output) ? zeros : nullptr, false, out);
+                 step.start == Start::zero ? zeros : nullptr, false, out);
         if (!hidden || !is_network(stage.output)) continue;
         if (stage.activated[step.out]) {
             const T* argument = keeps_argument(stage.activation) ? here.raw[step.out] : here.units[step.out];

@@ -30,7 +30,8 @@ FASTMAF_INLINE Vec<T> log_sum_exp(int n, F term) {
 // log(1 + e^x).
 template <class T>
 FASTMAF_INLINE Vec<T> softplus(Vec<T> x) {
-    return (x > 0 ? x : Vec<T>{}) + log<T>(1 + exp<T>(-magnitude<T>(x))) + (x - x);  // NaN stays NaN
+    const Vec<T> value = (x > 0 ? x : Vec<T>{}) + log<T>(1 + exp<T>(-magnitude<T>(x)));
+    return x == x ? value : x;
 }
 
 // The rows of one variable, `lanes` apart.
@@ -70,16 +71,18 @@ static Vec<T> conditional_log_prob(const Conditional<T>& p, Vec<T> x) {
     }
 }
 
-// The first c < n whose cumulative probability exceeds u, and never one beyond the last.
+// The first c < n whose cumulative weight exceeds u times that of all, which are summed in the same order: nothing of weight zero is drawn.
 template <class T>
 FASTMAF_INLINE Vec<T> draw_index(const Conditional<T>& p, int n, Vec<T> u) {
-    const Vec<T> total = log_sum_exp<T>(n, [&](int c) { return p.row(c); });
-    Vec<T> sum{}, index{};
+    Vec<T> highest = p.row(0), total{}, sum{}, index{};
+    for (int c = 1; c < n; ++c) highest = p.row(c) > highest ? p.row(c) : highest;
+    for (int c = 0; c < n; ++c) total += exp<T>(p.row(c) - highest);
+    const Vec<T> threshold = u * total;
     for (int c = 0; c + 1 < n; ++c) {
-        sum += exp<T>(p.row(c) - total);
-        index += sum <= u ? splat<T>(1) : Vec<T>{};
+        sum += exp<T>(p.row(c) - highest);
+        index += sum <= threshold ? splat<T>(1) : Vec<T>{};
     }
-    return index + (total - total);  // NaN stays NaN
+    return total == total ? index : total;
 }
 
 template <class T>
@@ -91,12 +94,18 @@ static Vec<T> conditional_draw(const Conditional<T>& p, Vec<T> noise, Vec<T> u) 
     }
     const int n = p.stage.components;
     const Vec<T> index = draw_index<T>(p, n, u);
-    Vec<T> mean = p.mean(0) + (index - index), raw = p.row(2 * n);
+    Vec<T> mean = index == index ? p.mean(0) : index, raw = p.row(2 * n);
     for (int c = 1; c < n; ++c) {
         mean = index == T(c) ? p.mean(c) : mean;
         raw = index == T(c) ? p.row(2 * n + c) : raw;
     }
     return fma(noise, exp<T>(log_scale<T>(p.stage, raw)), mean);
+}
+
+// e^x of a negative logarithm, and zero where a product with it might be subnormal, which is slow.
+template <class T>
+FASTMAF_INLINE Vec<T> share_of(Vec<T> x) {
+    return x < Constants<T>::exp_low + 40 ? Vec<T>{} : exp<T>(x);
 }
 
 // Writes g d log p / d row to the rows of `delta`, and returns g d log p / dx (0 for discrete values); zeros where g is zero.
@@ -110,7 +119,7 @@ static Vec<T> conditional_gradient(const Conditional<T>& p, Vec<T> x, Vec<T> g, 
     if (p.stage.output == Output::categorical) {
         const Vec<T> total = log_sum_exp<T>(p.count, [&](int c) { return p.row(c); });
         for (int c = 0; c < p.count; ++c)
-            at(delta + c * lanes) = g * ((x == T(c) ? splat<T>(1) : Vec<T>{}) - exp<T>(p.row(c) - total));
+            at(delta + c * lanes) = g * ((x == T(c) ? splat<T>(1) : Vec<T>{}) - share_of<T>(p.row(c) - total));
         return Vec<T>{};
     }
     const int n = p.stage.components;
@@ -119,11 +128,13 @@ static Vec<T> conditional_gradient(const Conditional<T>& p, Vec<T> x, Vec<T> g, 
     Vec<T> dx{};
     for (int c = 0; c < n; ++c) {
         const Vec<T> a = p.scale(c), inverse = exp<T>(-a), z = (x - p.mean(c)) * inverse;
-        const Vec<T> share = g * exp<T>(p.term(x, c) - posterior), pull = share * z * inverse;
-        at(delta + c * lanes) = g == 0 ? g : share - g * exp<T>(p.row(c) - prior);
-        at(delta + (n + c) * lanes) = g == 0 ? g : pull;
-        at(delta + (2 * n + c) * lanes) = g == 0 ? g : share * fma(z, z, splat<T>(-1)) * log_scale_slope<T>(p.stage, a);
-        dx -= g == 0 ? g : pull;
+        // A component far away has no share; its slopes may not be finite.
+        const Vec<T> share = g * share_of<T>(p.term(x, c) - posterior);
+        const Vec<T> pull = share == 0 ? share : share * z * inverse;
+        at(delta + c * lanes) = g == 0 ? g : share - g * share_of<T>(p.row(c) - prior);
+        at(delta + (n + c) * lanes) = pull;
+        at(delta + (2 * n + c) * lanes) = share == 0 ? share : share * fma(z, z, splat<T>(-1)) * log_scale_slope<T>(p.stage, a);
+        dx -= pull;
     }
     return dx;
 }

@@ -27,17 +27,18 @@ std::vector<std::shared_ptr<Program<T>>> programs_of(const std::vector<PackedFlo
 void bind_train(py::module_& module) {
     const Poll poll = check_signals;
     py::class_<PyTrainer>(module, "Trainer")
-        .def(py::init([](const std::vector<PackedFlow>& flows, double beta1, double beta2, double eps, double l2, double weight_decay, double clip_norm) {
+        .def(py::init([](const std::vector<PackedFlow>& flows, bool shared, double beta1, double beta2, double eps, double l2, double weight_decay, double clip_norm) {
                  const AdamSettings settings{beta1, beta2, eps, l2, weight_decay, clip_norm};
                  PyTrainer self;
-                 if (flows.empty()) throw std::invalid_argument("a trainer needs a flow");
+                 if (flows.empty() || (flows.size() > 1 && !shared))
+                     throw std::invalid_argument("a trainer has " + std::to_string(flows.size()) + " flows");
                  flows[0].visit([&](auto& program) {
                      using T = typename std::decay_t<decltype(program)>::Value;
-                     self.trainer = std::make_unique<Trainer<T>>(programs_of<T>(flows), settings);
+                     self.trainer = std::make_unique<Trainer<T>>(programs_of<T>(flows), shared, settings);
                  });
                  return self;
              }),
-             py::arg("flows"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("l2"), py::arg("weight_decay"), py::arg("clip_norm"))
+             py::arg("flows"), py::arg("shared"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("l2"), py::arg("weight_decay"), py::arg("clip_norm"))
         .def("epoch",
              [poll](const PyTrainer& self, const py::array& x, const py::object& context, const py::object& weights,
                     const py::array_t<int64_t, py::array::c_style>& rows, int64_t batch_size, const py::array_t<double, py::array::c_style>& rates,
@@ -88,7 +89,7 @@ void bind_train(py::module_& module) {
              })
         .def("set_members",
              [](const PyTrainer& self, const std::vector<PackedFlow>& flows) {
-                 if (flows.size() < 2) throw std::invalid_argument("a trainer with members needs at least two");
+                 if (flows.empty()) throw std::invalid_argument("a trainer needs a flow");
                  self.visit([&](auto& trainer) {
                      using T = typename std::decay_t<decltype(trainer)>::Value;
                      trainer.set_members(programs_of<T>(flows));
