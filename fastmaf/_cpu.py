@@ -181,6 +181,8 @@ class _Engine:
         self._shared = members is not None
         self._statistics: Sequence[tuple[Array, Array]] = []
         self._trainer = _core.Trainer(self._packed, self._shared, *betas, eps, l2, weight_decay, clip_norm or 0.0)
+        if self._shared:
+            self.set_parameters(flow.parameters())
 
     def set_members(self, members: Sequence[Flow]) -> None:
         if not self._shared:

@@ -51,7 +51,7 @@ template <class T>
 struct TrainerState;
 
 // Owns programs and the optimizer's moments. If shared, the programs are networks with different masks over the same weights, and step t
-// trains number t mod their count.
+// trains number t mod their count; set_parameters says where all of them begin.
 template <class T>
 class Trainer {
 public:

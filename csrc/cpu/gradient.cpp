@@ -638,7 +638,10 @@ double Trainer<T>::epoch(const Batch& batch, const double* weights, int64_t batc
         Gradients<T>& gradients = member.gradients;
         const auto& tasks = gradients.tasks();
         if (s.shared) program.set_parameters(s.user_weights.data());
-        s.gradient.resize(program.master().size());
+        if (s.shared)
+            s.gradient.assign(program.master().size(), T(0));  // no task writes units that nobody reads
+        else
+            s.gradient.resize(program.master().size());
         auto gradient_of = [&](int64_t t, bool add) { gradients.gradient(tasks[size_t(t)], add, s.gradient.data()); };
         const int64_t chunk = gradients.together() ? size : gradients.chunk(), chunks = (size + chunk - 1) / chunk;
         double loss = 0;
