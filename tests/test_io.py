@@ -202,10 +202,22 @@ def test_the_file_is_a_plain_safetensors_file(tmp_path):
     assert tensors["layers.0.loc"].dtype == np.float64
 
 
+def member():
+    flow = fastmaf.MADE(3, "categorical", categories=(2, 3, 2), hidden_features=(4,), names=("a", "b", "c"), seed=1)
+    return flow.with_parameters(np.where(flow.parameters() == 0, 0, np.sin(np.arange(flow.parameters().size))))
+
+
+MEMBER = member()
+
+
 def test_the_golden_file_of_version_1():
     loaded = fastmaf.load(GOLDEN / "v1.safetensors")
     assert_same(loaded, everything_else())
     assert_same(fastmaf.load(GOLDEN / "v1_nflows.safetensors"), nflows())
+    loaded = fastmaf.load(GOLDEN / "v1_ensemble.safetensors")
+    expected = fastmaf.Ensemble(MEMBER, MEMBER.base.conditioner, [[1, 2, 3], [3, 1, 2]], [[1, 1, 2, 2], [2, 1, 2, 1]])
+    assert np.array_equal(loaded.parameters(), expected.parameters())
+    assert np.array_equal(loaded.ranks, expected.ranks) and np.array_equal(loaded.degrees, expected.degrees)
     assert FORMAT == 1, "a new format needs a golden file of its own; those of the older ones stay"
 
 
