@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-OPERATIONS = ("log_prob", "sample", "train", "overhead", "quality")
+OPERATIONS = ("log_prob", "sample", "train", "members", "overhead", "quality")
 
 
 def parse() -> argparse.Namespace:
