@@ -1,6 +1,8 @@
 """The tutorial runs, and what it says is so; with few rows, on any backend that trains."""
 
 import importlib.util
+import inspect
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 
 import fastmaf
 
-pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 MAKE = Path(__file__).resolve().parents[1] / "docs" / "tutorial" / "make.py"
 SMALL = {
     "phrase": {"epochs": 1500},
@@ -22,22 +24,48 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def tutorial():
     if not MAKE.exists():
         pytest.skip("the tutorial is not part of what is installed")
+    spec = importlib.util.spec_from_file_location("tutorial", MAKE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tutorial")
+
+
+@pytest.fixture(scope="module")
+def results(tutorial, folder):
     fastmaf.set_backend(None)
     if fastmaf.get_backend() != "cpu":
         pytest.skip("the compiled core is not there; the other backends would take minutes")
-    spec = importlib.util.spec_from_file_location("tutorial", MAKE)
-    tutorial = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tutorial)
-    folder = tmp_path_factory.mktemp("tutorial")
     found = tutorial.run(folder, (MAKE.parent / "README.md").read_text(encoding="utf-8"), SMALL)
     page = (folder / "README.md").read_text(encoding="utf-8")
     assert page.count("<!-- begin") == page.count("<!-- end") > 20
     for name in {part.split(")")[0] for part in page.split("(figures/")[1:]}:
         assert (folder / "figures" / name).stat().st_size > 1000
     return found
+
+
+def test_the_page_shows_the_code_that_runs_and_small_figures(tutorial):
+    page = (MAKE.parent / "README.md").read_text(encoding="utf-8")
+    for step in tutorial.STEPS:
+        sizes = {name: p.default for name, p in inspect.signature(step).parameters.items() if name != "page"}
+        for name, code in tutorial.snippets(step, sizes).items():
+            assert code in page, f"the page is older than snippet {name!r}; run docs/tutorial/make.py"
+    for name in re.findall(r"\(figures/(.*?)\)", page):
+        assert (MAKE.parent / "figures" / name).stat().st_size < 100_000
+
+
+def test_snippets_run_one_after_another(results, folder):
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL):
+        exec(code, names)
+    assert names["learned"].shape == (3, 4) and names["p_z"].shape == names["z"].shape
 
 
 def test_learned_probabilities_are_those_of_the_data(results):

@@ -1,6 +1,6 @@
 """Run every step of the tutorial, draw its figures, and write its snippets, tables and numbers into README.md.
 
-``python docs/tutorial/make.py`` takes about a minute and a half on two cores and needs fastmaf and matplotlib.  Each step is a function;
+``python docs/tutorial/make.py`` takes less than a minute and needs fastmaf and matplotlib.  Each step is a function;
 a snippet of the page is the part of it between ``# snippet`` and ``# end``, with the default values of ``rows`` and ``epochs`` put in.
 """
 
@@ -147,7 +147,7 @@ def one_outcome(page: Page, rows: int = 1000, epochs: int = 200) -> Results:
     # snippet one
     x = (np.random.default_rng(1).random((rows, 1)) < 0.3).astype(int)  # (n, 1): it fired, or not
     coin = fastmaf.MADE(features=1, conditional="bernoulli", hidden_features=())
-    history = coin.fit(x, validation=0, lr=0.1, schedule="cosine", max_epochs=epochs)
+    history = coin.fit(x, validation=0, batch_size=rows, lr=0.1, schedule="cosine", max_epochs=epochs)
     learned = coin.conditional_probs([[0]])[0, 0]
     # end
     fraction = float(x.mean())
@@ -263,9 +263,9 @@ def staircases(page: Page) -> Results:
         panel.set_yticks(np.arange(7) + 0.5, np.arange(7))
         panel.set_xticks([])
         panel.tick_params(length=0)
-        panel.invert_yaxis()
         named(panel, "", name)
     named(axes[0], "", names[0], "variables drawn so far")
+    axes[0].invert_yaxis()
     figure.suptitle("red: final from this step on;  blue: final before;  grey: still depends on the unknown", fontsize=10, color=INK)
     page.figure("3-sampling", figure)
     reads = [net.initial.weight, net.blocks[0].maps[0].weight, net.final.weight]
@@ -349,6 +349,7 @@ def jacobians(page: Page, rows: int = 60_000, epochs: int = 3) -> Results:
     ]
     header = ["at the first galaxy", "log det J, finite differences", "log p(x) - log N(u; 0, I)", "sum of the logs of the diagonal"]
     page.table("jacobian-table", header, lines)
+    short = ["red-\nshift", *names[1:]]
     figure, (axes,) = panels(1, 3, 8.6, 3.1)
     titles = ("MADE, columns as stored", "MADE, columns in its order", "MAF of two MADEs")
     for panel, j, title, columns in zip(axes, (j_made, j_sorted, j_maf), titles, (range(7), order, range(7)), strict=True):
@@ -356,8 +357,8 @@ def jacobians(page: Page, rows: int = 60_000, epochs: int = 3) -> Results:
         image = panel.pcolormesh(size[::-1], cmap=BLUES, vmin=-3, vmax=2, edgecolors="white", linewidth=0.8)
         for a, b in np.argwhere(j == 0):
             panel.text(b + 0.5, 6.5 - a, "0", ha="center", va="center", fontsize=9, color=QUIET)
-        panel.set_xticks(np.arange(7) + 0.5, [names[c][:4] for c in columns], fontsize=8)
-        panel.set_yticks(np.arange(7) + 0.5, [names[c][:4] for c in columns][::-1], fontsize=8)
+        panel.set_xticks(np.arange(7) + 0.5, [short[c] for c in columns], fontsize=8)
+        panel.set_yticks(np.arange(7) + 0.5, [short[c] for c in columns][::-1], fontsize=8)
         panel.tick_params(length=0)
         panel.set_aspect("equal")
         named(panel, title, "$x_j$", "$u_i$" if panel is axes[0] else "")
@@ -436,7 +437,7 @@ def repeat(page: Page, rows: int = 20_000, epochs: int = 20, layers: int = 5) ->
         p = np.exp(flows[k].log_prob(points)).reshape(first.size, first.size)
         upper.contourf(first, first, p, top * np.linspace(0.04, 1, 8), cmap=BLUES, extend="max")
         named(upper, f"{k + 1} MADE{'s' * (k > 0)}", "$x_1$", "$x_2$" if not k else "")
-        lower.plot(*noise[k][:1500].T, ".", color=BLUE, markersize=2, alpha=0.6, markeredgewidth=0)
+        lower.plot(*noise[k][:1000].T, ".", color=BLUE, markersize=2, alpha=0.6, markeredgewidth=0)
         for share in (0.5, 0.95):
             r = math.sqrt(-2 * math.log(1 - share))
             lower.plot(r * np.cos(angle), r * np.sin(angle), color=RED, linewidth=1.2)
@@ -572,7 +573,7 @@ def run(folder: Path, template: str, sizes: Mapping[str, Mapping[str, int]] | No
             page.snippet(name, code)
         results[step.__name__] = step(page, **values)
     for function in SHOWN:
-        page.snippet(function.__name__, inspect.getsource(function).replace(" -> Array", "").replace(" -> float", "").rstrip())
+        page.snippet(function.__name__, re.sub(r": (?:int|Array)\b|(?<=\)) -> \w+", "", inspect.getsource(function)).rstrip())
     (folder / "README.md").write_text(page.write(template), encoding="utf-8")
     return results
 
