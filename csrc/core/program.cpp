@@ -145,7 +145,7 @@ void write_backward(Writer writer, const StageSpec& stage, const Sorted& sorted,
         auto strip = [&](int first, int last) {
             for (int row = first; row < last; row += kPanel) {
                 const int rows = std::min(kPanel, last - row);
-                writer.panel(map, row, rows, std::min(stairs.first_reader(row), end), end, start, to >= 0 ? Finish::unit : Finish::raw);
+                writer.panel(map, row, rows, std::min(stairs.first_reader(row), end), end, start, Finish::raw);
             }
         };
         if (stage.output == Output::linear && map == 0) writer.law(0, 1);
