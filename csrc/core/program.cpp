@@ -182,6 +182,13 @@ Program<T>::Program(FlowSpec spec) : spec_(std::move(spec)) {
         for (size_t m = 0; m + 1 < widths.size(); ++m) row_path_ = row_path_ && activated[m] && adds[m] < 0;
         row_path_ = row_path_ && stage.output == Output::transform && !stage.skip;
         has_base_ = is_base(stage.output);
+        unit_rows_.resize(std::max(unit_rows_.size(), widths.size()));
+        raw_rows_.resize(unit_rows_.size());
+        for (size_t m = 0; m < widths.size(); ++m) {
+            const int rows = (widths[m] + 15) / 16 * 16;
+            unit_rows_[m] = std::max(unit_rows_[m], rows);
+            if (raw[m]) raw_rows_[m] = std::max(raw_rows_[m], rows);
+        }
         widths_.push_back(widths);
         adds_.push_back(adds);
         activated_.push_back(activated);
@@ -434,7 +441,7 @@ void Program<T>::lay_out(Direction direction) const {
             if (steps[s].kind == Kind::panel) panels.back()[size_t(steps[s].map)].push_back(int(s));
         tape->steps.push_back(std::move(steps));
     }
-    tape->data.resize(size_t(size));
+    tape->data.resize(size_t(size) + kPanel);  // the path of a single row reads all panels as if they had eight rows
     for (size_t k = 0; k < stages(); ++k)
         for (const Step& step : tape->steps[k]) pack_step(step, k, direction, tape->data.data());
 

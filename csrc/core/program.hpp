@@ -100,6 +100,9 @@ public:
     const std::vector<int>& noise() const { return noise_; }          // [features] row of the last tile before the base with noise column i
     const std::vector<int>& widths(size_t stage) const { return widths_[stage]; }  // rows in use of each map with units of its own
     const std::vector<std::pair<int, int>>& wires(size_t stage) const { return wires_[stage]; }  // what each map reads and writes
+    // What the buffer of map m must hold in any stage: rows of units, and of the sums beside them. A whole vector may begin at any row.
+    const std::vector<int>& unit_rows() const { return unit_rows_; }
+    const std::vector<int>& raw_rows() const { return raw_rows_; }
     // The map with units of its own that a map writes: direct weights share the final rows.
     size_t written(size_t stage, size_t map) const { return map < widths_[stage].size() ? map : widths_[stage].size() - 1; }
     bool keeps_raw(size_t stage, size_t map) const { return raw_[stage][map] != 0; }
@@ -148,6 +151,7 @@ private:
     std::vector<std::vector<std::pair<int, int>>> wires_;
     bool has_base_ = false, row_path_ = true;
     std::vector<std::vector<int>> widths_, adds_;
+    std::vector<int> unit_rows_, raw_rows_;
     std::vector<std::vector<char>> activated_, raw_;  // booleans, one byte each
     std::vector<std::vector<int>> place_;             // [stage][variable] row, after the context, in the tile of a stage; then of the noise
     std::vector<std::vector<int>> next_;

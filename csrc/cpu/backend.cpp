@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 #include <stdexcept>
+#include <thread>
 
 #include <unistd.h>
 
@@ -21,6 +22,7 @@ namespace fastmaf {
 namespace {
 
 constexpr int kRowPath = 2;  // up to this many rows go one by one, units in lanes
+constexpr int64_t kCrewBytes = 512 << 10;  // of the tape, for each thread that works on a single row
 
 // Sub-tiles that share one pass over the tape: several when the tape of one stage outgrows the cache. Measured: 1.3 times faster than one
 // at (784, 1024), a little slower at (43, 512), whose MADEs fit.
@@ -38,7 +40,6 @@ int subtiles(const Program<T>& program, Direction direction) {
 template <class T>
 struct Room {
     Tile<T> tile;
-    std::vector<T*> units, raw;
     double* column;      // [lanes of all sub-tiles]
     uint64_t* index;     // [lanes] counters of one sub-tile
     uint32_t* context;
@@ -54,25 +55,19 @@ struct Room {
         const size_t before = carve.used();
         for (T*& x : tile.x) x = carve.take<T>(width * size_t(lanes));
         tile.uniform = program.has_base() ? carve.take<T>(size_t(program.features()) * size_t(lanes)) : nullptr;
-        std::vector<size_t> most, most_raw;  // rows that map m needs in any stage
-        for (size_t k = 0; k < program.stages(); ++k)
-            for (size_t m = 0; m < program.widths(k).size(); ++m) {
-                if (m == most.size()) {
-                    most.push_back(0);
-                    most_raw.push_back(0);
-                }
-                // Room for whole vectors of units, which the path of a single row uses.
-                const size_t rows = size_t(round_up(program.widths(k)[m], 16));
-                most[m] = std::max(most[m], rows);
-                if (program.keeps_raw(k, m)) most_raw[m] = std::max(most_raw[m], rows);
+        auto buffers = [&](const std::vector<int>& rows) {
+            T** pieces = carve.take<T*>(rows.size());
+            for (size_t m = 0; m < rows.size(); ++m) {
+                T* piece = carve.take<T>(size_t(rows[m]) * size_t(lanes));
+                if (pieces) pieces[m] = piece;
             }
-        for (size_t rows : most) units.push_back(carve.take<T>(rows * size_t(lanes)));
-        for (size_t rows : most_raw) raw.push_back(carve.take<T>(rows * size_t(lanes)));
+            return pieces;
+        };
+        tile.units = buffers(program.unit_rows());
+        tile.raw = buffers(program.raw_rows());
         const size_t block = carve.used() - before;
         tile.stride = int64_t(block / sizeof(T));
         for (int s = 1; s < subtiles; ++s) carve.take<char>(block);
-        tile.units = units.data();
-        tile.raw = raw.data();
         tile.density = false;
         tile.rows = 0;
         tile.folded = nullptr;
@@ -140,6 +135,24 @@ void load_tile(const Program<T>& program, const RowReader& reader, int64_t begin
         for (int c = 0; c < context; ++c) each(program.spec().context_columns, c, c, true);
 }
 
+// How many threads share one row: worth their while only where its weights are too many for one core's cache to hand over quickly.
+template <class T>
+int crew_size(const Program<T>& program) {
+    if (!program.row_path() || num_threads() == 1) return 1;
+    for (int rows : program.unit_rows())
+        if (rows > 8 * kCrewPanels * kCrewGroups) return 1;
+    const int64_t bytes = int64_t(program.tape(Direction::density).data.size() * sizeof(T));
+    return int(std::clamp<int64_t>(bytes / kCrewBytes, 1, std::min(num_threads(), 8)));
+}
+
+// Helps with a row as soon as somebody has begun it.
+template <class T>
+void assist(const std::vector<StageView<T>>& views, int count, const Tile<T>& row, Crew& crew) {
+    while (__atomic_load_n(&crew.claims, __ATOMIC_ACQUIRE) == 0) crew.yield();
+    if (__atomic_load_n(&crew.claims, __ATOMIC_ACQUIRE) == kCrewOver) return;
+    kernels<T>().assist_row(views.data(), count, row.x, row.units, row.folded, &crew);
+}
+
 // Density and noise share everything but what they write.
 template <class T>
 void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noise, const Poll& poll) {
@@ -157,6 +170,10 @@ void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noi
     const Cut cut(total, k.width, int64_t(lanes) * tiles_together);
     Carver measure;
     Room<T>(measure, program, lanes, tiles_together);
+
+    const int together = total == 1 ? crew_size(program) : 1;
+    Crew crew{0, 0, [] { std::this_thread::yield(); }};
+    Tile<T> shared_row{};
 
     auto run = [&](int64_t t) {
         Carver carve(thread_scratch(measure.used()));
@@ -179,11 +196,11 @@ void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noi
             for (int64_t r = 0; r < n; ++r) {
                 load_tile(program, reader, begin + r, 1, context > 0 && !shared, room.column, tile);
                 // Lane 0 of the tile becomes a contiguous row.
-                T* const x[2] = {tile.x[0], tile.x[1]};
-                for (int i = 0; i < context + features; ++i) x[0][i] = x[0][i * lanes];
-                for (int i = 0; i < context; ++i) x[1][i] = x[1][i * lanes];
-                const int at = k.to_noise_row(views.data(), count, x, tile.units, tile.log_det, tile.folded);
-                const T* z = x[at] + context;
+                for (int i = 0; i < context + features; ++i) tile.x[0][i] = tile.x[0][i * lanes];
+                for (int i = 0; i < context; ++i) tile.x[1][i] = tile.x[1][i * lanes];
+                shared_row = tile;
+                const int at = k.to_noise_row(views.data(), count, tile.x, tile.units, tile.log_det, tile.folded, together > 1 ? &crew : nullptr);
+                const T* z = tile.x[at] + context;
                 if (log_prob) k.base(z, features, 1, 1, tile.log_det);
                 write(begin + r, 1, z, 0, 1, tile.log_det);
             }
@@ -200,7 +217,15 @@ void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noi
             write(begin + first, rows, z, 1, lanes, tile.log_det + first);
         }
     };
-    parallel_for(cut.tiles, run, poll ? &poll : nullptr);
+    if (together == 1) return parallel_for(cut.tiles, run, poll ? &poll : nullptr);
+    parallel_for(together, [&](int64_t t) {
+        if (t > 0) return assist<T>(views, count, shared_row, crew);
+        struct Over {
+            Crew& crew;
+            ~Over() { __atomic_store_n(&crew.claims, kCrewOver, __ATOMIC_RELEASE); }
+        } over{crew};
+        run(0);
+    });
 }
 
 // The range of T strictly inside the bounds of a column.

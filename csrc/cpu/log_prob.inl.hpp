@@ -182,87 +182,158 @@ FASTMAF_INLINE typename Eight<T>::V fma_eight(typename Eight<T>::V w, T x, typen
     }
 }
 
-// P consecutive panels of width 8: all of them up to the first one's end, the rest up to theirs.
+// P consecutive panels: all of them up to the first one's end, the rest up to theirs. The last one's tape may be narrower than eight: the
+// lanes beyond then sum whatever lies behind, and nobody reads them.
 template <class T, int P>
-FASTMAF_INLINE void row_panels(const Step* step, const T* tape, const T* x, int k, typename Eight<T>::V* sum) {
-    typename Eight<T>::V acc[P];
+FASTMAF_INLINE void row_panels(const Step* step, const T* tape, int last_width, const T* x, int k, typename Eight<T>::V* sum) {
+    using V = typename Eight<T>::V;
+    V acc[P];
     const T* w[P];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int p = 0; p < P; ++p) {
         acc[p] = sum[p];
         w[p] = tape + step[p].tape;
     }
     const int end = step[0].end;
-    for (; k < end; ++k) {
+    const T* last = w[P - 1] + k * last_width;
+    for (; k < end; ++k, last += last_width) {
         const T in = x[k];
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) acc[p] = fma_eight<T>(*reinterpret_cast<const typename Eight<T>::V*>(w[p] + k * 8), in, acc[p]);
+#pragma GCC unroll 16
+        for (int p = 0; p + 1 < P; ++p) acc[p] = fma_eight<T>(*reinterpret_cast<const V*>(w[p] + k * 8), in, acc[p]);
+        acc[P - 1] = fma_eight<T>(*reinterpret_cast<const V*>(last), in, acc[P - 1]);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int p = 0; p < P; ++p) sum[p] = acc[p];
-    if constexpr (P > 1) row_panels<T, P - 1>(step + 1, tape, x, k, sum + 1);
+    if constexpr (P > 1) row_panels<T, P - 1>(step + 1, tape, last_width, x, k, sum + 1);
 }
 
 template <class T, int P>
 static void row_group(const Step* step, const T* tape, const T* x, int k, const T* bias, T* out) {
     using V = typename Eight<T>::V;
     V sum[P];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int p = 0; p < P; ++p) sum[p] = *reinterpret_cast<const V*>(bias + step[p].row);
-    row_panels<T, P>(step, tape, x, k, sum);
-#pragma GCC unroll 8
+    row_panels<T, P>(step, tape, step[P - 1].width, x, k, sum);
+#pragma GCC unroll 16
     for (int p = 0; p < P; ++p) *reinterpret_cast<V*>(out + step[p].row) = sum[p];
 }
 
-// The last panel of a map, when it is narrower than eight.
-template <class T, int WIDTH>
-static void row_tail(const Step& step, const T* tape, const T* x, int k, const T* bias, T* out) {
-    T sum[WIDTH];
-    const T* w = tape + step.tape + k * WIDTH;
-#pragma GCC unroll 4
-    for (int i = 0; i < WIDTH; ++i) sum[i] = i < step.rows ? bias[step.row + i] : T(0);
-    for (; k < step.end; ++k, w += WIDTH)
-#pragma GCC unroll 4
-        for (int i = 0; i < WIDTH; ++i) sum[i] = fma_one(w[i], x[k], sum[i]);
-    for (int i = 0; i < step.rows; ++i) out[step.row + i] = sum[i];
+// Consecutive panels of a map, `first` rows of x already in the bias.
+template <class T>
+static void row_range(const Step* step, int count, const T* tape, const T* x, int first, const T* bias, T* out) {
+    constexpr int most = 14;  // a sum waits for itself at every input, so as many panels as there are registers run side by side
+    for (; count > most; count -= 8, step += 8) row_group<T, 8>(step, tape, x, first, bias, out);
+    switch (count) {
+        case 14: return row_group<T, 14>(step, tape, x, first, bias, out);
+        case 13: return row_group<T, 13>(step, tape, x, first, bias, out);
+        case 12: return row_group<T, 12>(step, tape, x, first, bias, out);
+        case 11: return row_group<T, 11>(step, tape, x, first, bias, out);
+        case 10: return row_group<T, 10>(step, tape, x, first, bias, out);
+        case 9: return row_group<T, 9>(step, tape, x, first, bias, out);
+        case 8: return row_group<T, 8>(step, tape, x, first, bias, out);
+        case 7: return row_group<T, 7>(step, tape, x, first, bias, out);
+        case 6: return row_group<T, 6>(step, tape, x, first, bias, out);
+        case 5: return row_group<T, 5>(step, tape, x, first, bias, out);
+        case 4: return row_group<T, 4>(step, tape, x, first, bias, out);
+        case 3: return row_group<T, 3>(step, tape, x, first, bias, out);
+        case 2: return row_group<T, 2>(step, tape, x, first, bias, out);
+        case 1: return row_group<T, 1>(step, tape, x, first, bias, out);
+    }
+}
+
+// One map of a row: its panels, what they read, and where its sums go.
+template <class T>
+struct RowMap {
+    const Step* step;
+    int panels, first;
+    const T *tape, *x, *bias;
+    T* out;
+
+    RowMap(const StageView<T>& stage, const Step* step, T* tile, T* const* units, const T* folded) : step(step), panels(1) {
+        const Step* const end = stage.steps + stage.step_count;
+        while (step + panels < end && step[panels].kind == Kind::panel && step[panels].map == step->map) ++panels;
+        first = folded && step->map == 0 ? stage.context : 0;
+        tape = stage.tape;
+        x = step->map ? units[step->map - 1] : tile;
+        bias = first ? folded : stage.bias[step->map];
+        out = units[step->map];
+    }
+    void run(int begin, int count) const { row_range<T>(step + begin, count, tape, x, first, bias, out); }
+};
+
+// Takes a group of the job, from the front or from the back; -1 if none is left, or another job has begun.
+FASTMAF_INLINE int take_group(Crew* crew, uint64_t job, bool front) {
+    uint64_t claims = __atomic_load_n(&crew->claims, __ATOMIC_ACQUIRE);
+    for (;;) {
+        const int low = int(claims >> 16 & 0xffff), high = int(claims & 0xffff);
+        if (claims >> 32 != job || low == high) return -1;
+        const uint64_t next = front ? claims + 0x10000 : claims - 1;
+        if (__atomic_compare_exchange_n(&crew->claims, &claims, next, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) return front ? low : high - 1;
+    }
+}
+
+template <class F>
+FASTMAF_INLINE void wait_until(const Crew* crew, F ready) {
+    for (int spins = 1; !ready(); ++spins) {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+        if (spins % 1024 == 0) crew->yield();
+    }
 }
 
 template <class T>
-static void row_map(const StageView<T>& stage, const Step* step, int count, const T* x, const T* folded, T* out) {
-    const int skip = folded && step->map == 0 ? stage.context : 0;
-    const T* bias = skip ? folded : stage.bias[step->map];
-    const Step& last = step[count - 1];
-    if (last.width == 4) row_tail<T, 4>(last, stage.tape, x, skip, bias, out);
-    if (last.width == 2) row_tail<T, 2>(last, stage.tape, x, skip, bias, out);
-    count -= last.width < 8;
-    for (; count >= 8; count -= 8, step += 8) row_group<T, 8>(step, stage.tape, x, skip, bias, out);
-    switch (count) {
-        case 7: return row_group<T, 7>(step, stage.tape, x, skip, bias, out);
-        case 6: return row_group<T, 6>(step, stage.tape, x, skip, bias, out);
-        case 5: return row_group<T, 5>(step, stage.tape, x, skip, bias, out);
-        case 4: return row_group<T, 4>(step, stage.tape, x, skip, bias, out);
-        case 3: return row_group<T, 3>(step, stage.tape, x, skip, bias, out);
-        case 2: return row_group<T, 2>(step, stage.tape, x, skip, bias, out);
-        case 1: return row_group<T, 1>(step, stage.tape, x, skip, bias, out);
+FASTMAF_INLINE void run_group(const RowMap<T>& map, int group) {
+    const int begin = group * kCrewPanels;
+    map.run(begin, map.panels - begin < kCrewPanels ? map.panels - begin : kCrewPanels);
+}
+
+// `helped`: groups that others have taken so far.
+template <class T>
+static void lead(const RowMap<T>& map, Crew* crew, uint64_t job, uint64_t& helped) {
+    const int groups = (map.panels + kCrewPanels - 1) / kCrewPanels;
+    __atomic_store_n(&crew->claims, job << 32 | uint64_t(groups), __ATOMIC_RELEASE);
+    int own = 0;
+    for (int group; (group = take_group(crew, job, true)) >= 0; ++own) run_group<T>(map, group);
+    helped += uint64_t(groups - own);
+    wait_until(crew, [&] { return __atomic_load_n(&crew->done, __ATOMIC_ACQUIRE) == helped; });
+}
+
+template <class T>
+static void assist_row(const StageView<T>* stages, int count, T* const x[2], T* const* units, const T* const* folded, Crew* crew) {
+    uint64_t job = 0;
+    for (int k = 0; k < count; ++k) {
+        const StageView<T>& stage = stages[k];
+        for (int i = 0; i < stage.step_count && stage.steps[i].kind == Kind::panel;) {
+            const RowMap<T> map(stage, stage.steps + i, x[k % 2], units, folded ? folded[k] : nullptr);
+            ++job;
+            wait_until(crew, [&] { return __atomic_load_n(&crew->claims, __ATOMIC_ACQUIRE) >> 32 >= job; });
+            for (int group; (group = take_group(crew, job, false)) >= 0;) {
+                run_group<T>(map, group);
+                __atomic_fetch_add(&crew->done, 1, __ATOMIC_ACQ_REL);
+            }
+            i += map.panels;
+        }
     }
 }
 
 // Buffers hold their rows padded to a multiple of 16, so whole vectors may be processed.
 template <class T>
-static int to_noise_row(const StageView<T>* stages, int count, T* const x[2], T** units, double* log_det, const T* const* folded) {
+static int to_noise_row(const StageView<T>* stages, int count, T* const x[2], T* const* units, double* log_det, const T* const* folded, Crew* crew) {
     constexpr int W = Lanes<T>::W;
     double sum = 0;
+    uint64_t job = 0, helped = 0;
     for (int k = 0; k < count; ++k) {
         const StageView<T>& stage = stages[k];
-        const T* in = x[k % 2];
         for (int i = 0; i < stage.step_count && stage.steps[i].kind == Kind::panel;) {
-            const int map = stage.steps[i].map;
-            int panels = 1;
-            while (stage.steps[i + panels].kind == Kind::panel && stage.steps[i + panels].map == map) ++panels;
-            row_map<T>(stage, stage.steps + i, panels, in, folded ? folded[k] : nullptr, units[map]);
-            if (map + 1 < stage.maps) activate<T>(stage.activation, units[map], 1, (stage.rows[map] + W - 1) / W, 0);
-            in = units[map];
-            i += panels;
+            const RowMap<T> map(stage, stage.steps + i, x[k % 2], units, folded ? folded[k] : nullptr);
+            if (crew)
+                lead<T>(map, crew, ++job, helped);
+            else
+                map.run(0, map.panels);
+            const int m = stage.steps[i].map;
+            if (m + 1 < stage.maps) activate<T>(stage.activation, units[m], 1, (stage.rows[m] + W - 1) / W, 0);
+            i += map.panels;
         }
         const T* parameters = units[stage.maps - 1];
         const T* variables = x[k % 2] + stage.context;

@@ -85,30 +85,34 @@ public:
     bool acquire() { return !busy_.exchange(true, std::memory_order_acquire); }
     void release() { busy_.store(false, std::memory_order_release); }
 
+    // Helpers that are not awake when the caller runs out of tasks are not waited for.
     void run(Loop& loop, int helpers, const std::function<void()>* poll) {
         while (workers_ < helpers) {
-            std::thread(&Pool::live, this, workers_).detach();
+            std::thread(&Pool::live, this).detach();
             ++workers_;
         }
         {
             std::lock_guard<std::mutex> lock(mutex_);
             loop_ = &loop;
-            helpers_ = helpers;
-            running_.store(helpers, std::memory_order_relaxed);
+            vacant_ = helpers;
             generation_.fetch_add(1, std::memory_order_release);
         }
         wake_.notify_all();
         loop.work(poll);
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            loop_ = nullptr;
+        }
         const auto until = Clock::now() + kSpin;
-        while (running_.load(std::memory_order_acquire) > 0) {
+        while (active_.load(std::memory_order_acquire) > 0) {
             if (Clock::now() < until) continue;
             std::unique_lock<std::mutex> lock(mutex_);
-            done_.wait(lock, [&] { return running_.load(std::memory_order_acquire) == 0; });
+            done_.wait(lock, [&] { return active_.load(std::memory_order_acquire) == 0; });
         }
     }
 
 private:
-    void live(int number) {
+    void live() {
         uint64_t seen = 0;
         for (;;) {
             const auto until = Clock::now() + kSpin;
@@ -119,11 +123,15 @@ private:
                 std::unique_lock<std::mutex> lock(mutex_);
                 wake_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
                 seen = generation_.load(std::memory_order_relaxed);
-                if (number < helpers_) loop = loop_;
+                if (loop_ && vacant_ > 0) {
+                    --vacant_;
+                    active_.fetch_add(1, std::memory_order_relaxed);
+                    loop = loop_;
+                }
             }
             if (!loop) continue;
             loop->work(nullptr);
-            if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+            if (active_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
                 std::lock_guard<std::mutex> lock(mutex_);
                 done_.notify_one();
             }
@@ -132,11 +140,11 @@ private:
 
     std::atomic<bool> busy_{false};
     std::atomic<uint64_t> generation_{0};
-    std::atomic<int> running_{0};
+    std::atomic<int> active_{0};
     std::mutex mutex_;
     std::condition_variable wake_, done_;
     Loop* loop_ = nullptr;
-    int helpers_ = 0, workers_ = 0;
+    int vacant_ = 0, workers_ = 0;
 };
 
 // Never destroyed: its threads may outlive static destructors. After a fork the child's copy has no threads, so it gets a new pool.
@@ -165,7 +173,7 @@ void set_num_threads(int threads) {
     chosen_threads = threads;
 }
 
-void parallel_for(int64_t tasks, const std::function<void(int64_t)>& body, const std::function<void()>* poll) {
+void parallel_loop(int64_t tasks, const std::function<void(int64_t)>& body, const std::function<void()>* poll) {
     Loop loop(body, tasks);
     const int helpers = int(std::min<int64_t>(num_threads(), tasks)) - 1;
     if (helpers > 0 && the_pool().acquire()) {

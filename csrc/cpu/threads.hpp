@@ -13,6 +13,12 @@ void set_num_threads(int threads);  // throws std::invalid_argument below 1
 
 // Calls body(task) for every task, each exactly once, on several threads. `poll`, if any, is called by the calling thread about every
 // 100 ms; what it throws, and what a body throws, stops the loop and reaches the caller.
-void parallel_for(int64_t tasks, const std::function<void(int64_t)>& body, const std::function<void()>* poll = nullptr);
+void parallel_loop(int64_t tasks, const std::function<void(int64_t)>& body, const std::function<void()>* poll);
+
+template <class F>
+void parallel_for(int64_t tasks, F&& body, const std::function<void()>* poll = nullptr) {
+    if (tasks == 1) return body(0);
+    parallel_loop(tasks, std::ref(body), poll);
+}
 
 }  // namespace fastmaf

@@ -23,6 +23,17 @@ struct Tile {
     const T* const* folded;  // per stage, bias of map 0 with the shared context added; null when rows have their own context
 };
 
+// Threads that work on one row together, map by map: the one that has the row takes groups of panels from the front, the others from
+// the back, so that each core meets mostly the same weights again, in its own cache. Those who come late find less to do.
+struct Crew {
+    alignas(64) uint64_t claims;  // job << 32 | front << 16 | back: what nobody has taken of a map
+    alignas(64) uint64_t done;    // groups that the others have finished, over all maps
+    void (*yield)();              // lets another thread run where a wait is long
+};
+constexpr int kCrewPanels = 4;            // panels in a group
+constexpr int kCrewGroups = 0xffff;       // most groups of a map
+constexpr uint64_t kCrewOver = ~0ull << 32;  // the claims that send the others home
+
 // Everything that gradients keep of one stage, for one tile.
 template <class T>
 struct Trace {
@@ -52,8 +63,10 @@ struct Kernels {
     void (*store)(const T* in, int n, Bijection kind, double lower, double upper, double loc, double scale, T* out, double* log_det);
     // x[0] -> noise tile; returns which of x[0], x[1] holds it ([features][lanes] after the context rows). log_det gets -sum a.
     int (*to_noise)(const StageView<T>* stages, int count, const Tile<T>& tile);
-    // The same for one row: x [context + features] in, noise out, contiguous units; scratch as long as all units together.
-    int (*to_noise_row)(const StageView<T>* stages, int count, T* const x[2], T** units, double* log_det, const T* const* folded);
+    // The same for one row: x [context + features] in, noise out, contiguous units; scratch as long as all units together. Those who
+    // call assist_row at the same time, with the same arguments, take a part of it; `crew` is null without them.
+    int (*to_noise_row)(const StageView<T>* stages, int count, T* const x[2], T* const* units, double* log_det, const T* const* folded, Crew* crew);
+    void (*assist_row)(const StageView<T>* stages, int count, T* const x[2], T* const* units, const T* const* folded, Crew* crew);
     // x[count % 2] holds the noise; returns which tile holds x.
     int (*from_noise)(const StageView<T>* stages, int count, const Tile<T>& tile);
     // log_det [n] -= |z|^2 / 2.

@@ -931,6 +931,46 @@ void many_callers() {
     for (int same : equal) CHECK(same == 1);
 }
 
+// A row alone whose weights are enough for several threads.
+void crew() {
+    Random rng(5);
+    Network n;
+    n.hidden = {301, 299};
+    std::vector<StageSpec> stages;
+    for (int k = 0; k < 5; ++k) stages.push_back(network(9, 2, n, rng));
+    const FlowSpec spec = flow(9, 2, stages, rng);
+    const Reals parameters = random_parameters(spec, rng), x = normals(9 * 5, rng), context = normals(2 * 5, rng);
+    for (const std::string& isa : available_isas()) {
+        what_runs = "crew, " + isa;
+        set_isa(isa);
+        set_num_threads(1);
+        const auto program = make_program<double>(spec, parameters);
+        Reals expected(5);
+        log_prob<double>(*program, batch_of(*program, x, context, 5), expected.data(), {});
+        auto each_alone = [&] {
+            bool same = true;
+            for (size_t i = 0; i < 5; ++i) {
+                double value = 0;
+                log_prob<double>(*program, batch_of(*program, Reals(x.begin() + 9 * long(i), x.end()), Reals(context.begin() + 2 * long(i), context.end()), 1),
+                                 &value, {});
+                same = same && value == expected[i];
+            }
+            return same;
+        };
+        for (int threads : {1, 2, 3, 7}) {
+            set_num_threads(threads);
+            set_poison(true);
+            for (int repeat = 0; repeat < 20; ++repeat) CHECK(each_alone());
+            set_poison(false);
+        }
+        std::vector<std::thread> callers;
+        std::vector<int> equal(4, 0);
+        for (size_t t = 0; t < equal.size(); ++t) callers.emplace_back([&, t] { equal[t] = each_alone() && each_alone(); });
+        for (auto& caller : callers) caller.join();
+        for (int same : equal) CHECK(same == 1);
+    }
+}
+
 void after_fork() {
     what_runs = "fork";
     Random rng(4);
@@ -982,6 +1022,8 @@ int main() {
     large();
     set_num_threads(2);
     many_callers();
+    crew();
+    set_num_threads(2);
     after_fork();
     for (const Course& course : courses()) {
         gradients_of_training(course);
