@@ -32,21 +32,24 @@ class Data:
         The class of each row; a model is then conditioned on it, one-hot.
     transform : callable, optional
         Takes pixels in (0, 1) to the rows to be modelled.
+    symmetries : (k, D) array, optional
+        Permutations of the pixels under which the data look the same; training rows go through one at random in each epoch.
     """
 
     parts: tuple[Array, ...]
     labels: tuple[Array, ...] | None = None
     transform: Callable[[Array], Array] | None = None
+    symmetries: Array | None = None
 
     def training(self, seed: int) -> Callable[[int], Array] | Array:
-        """What `fit` takes: the rows, or for each epoch those with fresh noise, a function of seed and epoch."""
-        return self.parts[TRAIN] if self.transform is None else lambda epoch: self.rows(TRAIN, seed, epoch)
+        """What `fit` takes: the rows, or for each epoch those with fresh noise and symmetries, a function of seed and epoch."""
+        return self.parts[TRAIN] if self.transform is None else lambda epoch: self.rows(TRAIN, seed, epoch, self.symmetries)
 
-    def rows(self, part: int, seed: int = 0, epoch: int = 0) -> Array:
+    def rows(self, part: int, seed: int = 0, epoch: int = 0, symmetries: Array | None = None) -> Array:
         """One part; the noise of validation and test rows is the same in every run."""
         if self.transform is None:
             return self.parts[part]
-        return dequantised(self.parts[part], self.transform, seed, part, epoch)
+        return dequantised(self.parts[part], self.transform, seed, part, epoch, symmetries)
 
     def context(self, part: int) -> Array | None:
         """The class of each row, one-hot (n, classes), if there are classes."""
@@ -58,12 +61,16 @@ class Data:
         return 0 if self.labels is None else int(self.labels[TRAIN].max()) + 1
 
 
-def dequantised(pixels: Array, transform: Callable[[Array], Array], seed: int, part: int, epoch: int) -> Array:
+def dequantised(
+    pixels: Array, transform: Callable[[Array], Array], seed: int, part: int, epoch: int, symmetries: Array | None = None
+) -> Array:
     """Pixels plus uniform noise over 256, transformed; block by block, in float32 at last."""
     rng = np.random.Generator(np.random.Philox(key=np.array([seed, part << 32 | epoch], np.uint64)))
     out = np.empty((len(pixels), transform(np.full((1, pixels.shape[1]), 0.5)).shape[1]), np.float32)
     for first in range(0, len(pixels), BLOCK):
         block = pixels[first : first + BLOCK]
+        if symmetries is not None:
+            block = np.take_along_axis(block, symmetries[rng.integers(len(symmetries), size=len(block))], axis=1)
         out[first : first + BLOCK] = transform((rng.random(block.shape) + block) / 256)
     return out
 
@@ -87,10 +94,16 @@ def mnist(folder: Path, labelled: bool = False) -> Data:
     return Data((x[:50000], x[50000:], file["x_test"]), labels, logit)
 
 
+def turned(side: int) -> Array:
+    """The eight ways of turning and mirroring a square image, as permutations of its pixels, (8, side * side)."""
+    image = np.arange(side * side).reshape(side, side)
+    return np.stack([np.rot90(one, turns).ravel() for one in (image, image.T) for turns in range(4)])
+
+
 def bsds(folder: Path) -> Data:
     """Patches of 8 x 8 pixels of the BSDS300 photographs, D = 63."""
     file = np.load(folder / "bsds300_like_patches_u8.npz")
-    return Data((file["train"], file["val"], file["test"]), transform=centred)
+    return Data((file["train"], file["val"], file["test"]), transform=centred, symmetries=turned(8))
 
 
 def binary(folder: Path, name: str) -> Data:

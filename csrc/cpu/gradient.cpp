@@ -51,8 +51,7 @@ struct Places {
     std::vector<size_t> inputs;  // first row of each map's transposed inputs, in whole chunks of lanes
 };
 
-// Up to eight panels of one map's weights, enough to reuse the inputs while they are in the cache.
-constexpr int kTaskRows = 64;
+// Some rows of one map's weights.
 struct Task {
     int stage, map, row, rows;
     int64_t cost;

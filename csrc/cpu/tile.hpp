@@ -44,6 +44,9 @@ struct Trace {
     T** delta;     // [maps] d(sum of cotangent * log_prob) / d(output of map m before its activation)
 };
 
+// Most rows of a map whose weight gradients are summed together: its inputs, which may come from far away, are read once for all of them.
+constexpr int kTaskRows = 128;
+
 // The constants of one Adam step (Kingma and Ba 2015), each rounded once from double: 1 - beta taken in float would be off by 1e-5.
 template <class T>
 struct AdamStep {

@@ -182,12 +182,12 @@ static void weight_gradient_block(const T* const* delta, const int* tile_rows, c
         for (int j = 0; j < NV; ++j) at(sums + i * L + j * W) = acc[i][j];
 }
 
-// At most 64 rows of a map. A few tiles of one chunk of inputs stay in L1 while all rows pass over them.
+// At most kTaskRows rows of a map. A few tiles of one chunk of inputs stay in L1 while all rows pass over them.
 template <class T>
 static void weight_gradient(const T* const* delta, const int* tile_rows, const int64_t* tile_begin, int tiles, int rows, const T* inputs,
                             int64_t capacity, const int* limit, const int64_t* offset, bool add, T* gradient) {
     constexpr int W = Lanes<T>::W, L = lanes_of<T>(), together = 4;
-    T sums[64 * L] __attribute__((aligned(64)));
+    T sums[kTaskRows * L] __attribute__((aligned(64)));
     for (int first = 0; first < limit[rows - 1]; first += L) {
         const T* chunk = inputs + (first / L) * capacity * L;
         for (int t = 0; t < tiles; t += together)
