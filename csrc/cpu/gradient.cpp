@@ -26,7 +26,8 @@ namespace {
 
 // What a chunk may keep. Chunks that stay in L2 were slower on two threads: each ends with all threads waiting.
 constexpr int64_t kChunkBytes = int64_t(64) << 20;
-constexpr int64_t kBlockRows = 64;  // 96 leaves more of a usual batch to one of two threads
+// Rows of a block: twice as many where enough blocks are left for all threads. 96 left more of a usual batch to one of two.
+constexpr int64_t kBlockRows = 64;
 
 // Polls every 100 ms.
 class PollClock {
@@ -124,7 +125,8 @@ public:
             if (parameters_) keep(room, kept, rows, place);
         };
         if (small_) {
-            const int64_t blocks = (n + kBlockRows - 1) / kBlockRows, rows = (n + blocks - 1) / blocks;
+            const int64_t most = n < 8 * kBlockRows ? kBlockRows : 2 * kBlockRows;
+            const int64_t blocks = (n + most - 1) / most, rows = (n + blocks - 1) / blocks;
             block_gradients_.resize(size_t(blocks) * program_.master().size());
             blocks_ = int(blocks);
             parallel_for(blocks, [&](int64_t b) {

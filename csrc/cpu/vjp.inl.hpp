@@ -209,17 +209,19 @@ template <class T>
 static void bias_gradient(const T* const* delta, const int* tile_rows, const int64_t* tile_begin, int tiles, int rows, bool add, T* gradient) {
     constexpr int W = Lanes<T>::W, L = lanes_of<T>(), sums = 64 / int(sizeof(T)), parts = sums / W, R = 8;
     for (int top = 0; top < rows; top += R) {
-        T acc[R][sums] __attribute__((aligned(64))) = {};
-        for (int t = 0; t < tiles; ++t)
-            for (int r = 0; r < tile_rows[t]; r += W) {
-                const int p = int((tile_begin[t] + r) / W % parts) * W;
-#pragma GCC unroll 8
-                for (int i = 0; i < R; ++i) at(acc[i] + p) += at(delta[t] + (top + i) * L + r);
-            }
         T total[R] = {};
-        for (int p = 0; p < sums; ++p)
+        for (int p = 0; p < parts; ++p) {
+            Vec<T> acc[R] = {};
+            for (int t = 0; t < tiles; ++t) {
+                const int ahead = int((p + parts - tile_begin[t] / W % parts) % parts);
+                for (int r = ahead * W; r < tile_rows[t]; r += parts * W)
 #pragma GCC unroll 8
-            for (int i = 0; i < R; ++i) total[i] += acc[i][p];
+                    for (int i = 0; i < R; ++i) acc[i] += at(delta[t] + (top + i) * L + r);
+            }
+            for (int w = 0; w < W; ++w)
+#pragma GCC unroll 8
+                for (int i = 0; i < R; ++i) total[i] += acc[i][w];
+        }
         for (int i = 0; i < R && top + i < rows; ++i) gradient[top + i] = add ? gradient[top + i] + total[i] : total[i];
     }
 }
