@@ -218,7 +218,7 @@ void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noi
         }
     };
     if (together == 1) return parallel_for(cut.tiles, run, poll ? &poll : nullptr);
-    parallel_for(together, [&](int64_t t) {
+    parallel_briefly(together, [&](int64_t t) {
         if (t > 0) return assist<T>(views, count, shared_row, crew);
         struct Over {
             Crew& crew;

@@ -85,8 +85,9 @@ public:
     bool acquire() { return !busy_.exchange(true, std::memory_order_acquire); }
     void release() { busy_.store(false, std::memory_order_release); }
 
-    // Helpers that are not awake when the caller runs out of tasks are not waited for.
-    void run(Loop& loop, int helpers, const std::function<void()>* poll) {
+    // Helpers that are not awake when the caller runs out of tasks are not waited for. Waking one takes longer than a short loop: with
+    // `wake` false that is left to the end, for the sake of the next loop.
+    void run(Loop& loop, int helpers, bool wake, const std::function<void()>* poll) {
         while (workers_ < helpers) {
             std::thread(&Pool::live, this).detach();
             ++workers_;
@@ -97,12 +98,13 @@ public:
             vacant_ = helpers;
             generation_.fetch_add(1, std::memory_order_release);
         }
-        wake_.notify_all();
+        if (wake) wake_.notify_all();
         loop.work(poll);
         {
             std::lock_guard<std::mutex> lock(mutex_);
             loop_ = nullptr;
         }
+        if (!wake) wake_.notify_all();
         const auto until = Clock::now() + kSpin;
         while (active_.load(std::memory_order_acquire) > 0) {
             if (Clock::now() < until) continue;
@@ -173,14 +175,14 @@ void set_num_threads(int threads) {
     chosen_threads = threads;
 }
 
-void parallel_loop(int64_t tasks, const std::function<void(int64_t)>& body, const std::function<void()>* poll) {
+void parallel_loop(int64_t tasks, const std::function<void(int64_t)>& body, bool wake, const std::function<void()>* poll) {
     Loop loop(body, tasks);
     const int helpers = int(std::min<int64_t>(num_threads(), tasks)) - 1;
     if (helpers > 0 && the_pool().acquire()) {
         struct Release {
             ~Release() { the_pool().release(); }
         } release;
-        the_pool().run(loop, helpers, poll);
+        the_pool().run(loop, helpers, wake, poll);
     } else {
         loop.work(poll);
     }

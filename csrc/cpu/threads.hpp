@@ -13,12 +13,18 @@ void set_num_threads(int threads);  // throws std::invalid_argument below 1
 
 // Calls body(task) for every task, each exactly once, on several threads. `poll`, if any, is called by the calling thread about every
 // 100 ms; what it throws, and what a body throws, stops the loop and reaches the caller.
-void parallel_loop(int64_t tasks, const std::function<void(int64_t)>& body, const std::function<void()>* poll);
+void parallel_loop(int64_t tasks, const std::function<void(int64_t)>& body, bool wake, const std::function<void()>* poll);
 
 template <class F>
 void parallel_for(int64_t tasks, F&& body, const std::function<void()>* poll = nullptr) {
     if (tasks == 1) return body(0);
-    parallel_loop(tasks, std::ref(body), poll);
+    parallel_loop(tasks, std::ref(body), true, poll);
+}
+
+// The same for a loop so short that only threads which are still awake from the last one are of use.
+template <class F>
+void parallel_briefly(int64_t tasks, F&& body) {
+    parallel_loop(tasks, std::ref(body), false, nullptr);
 }
 
 }  // namespace fastmaf
