@@ -25,6 +25,9 @@ class Backend(Protocol):
     def log_prob(self, flow: Flow, x: Any, context: Any, out: Any) -> None:
         """Fill `out`, (n,) or (c, n)."""
 
+    def conditional_probs(self, flow: Flow, x: Any, context: Any, out: Any) -> None:
+        """Fill `out`, (n, D, m) or (c, n, D, m), for discrete variables of at most m values; m is 1 for Bernoulli variables."""
+
     def to_noise(self, flow: Flow, x: Any, context: Any, out: Any) -> None:
         """Fill `out`, (n, D) or (c, n, D)."""
 

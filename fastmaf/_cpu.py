@@ -42,8 +42,12 @@ def _missing_in(layer: Autoregressive | Terminal, context_features: int) -> str 
     if any(dense.context_bias is not None for dense in maps):
         return "a context map with a bias of its own"
     modes = [dense.context for dense in maps]
-    if modes != ["added" if context_features else "none"] + ["none"] * (len(maps) - 1):
-        return f"a context that enters as {', '.join(modes)} (the core has: added, at the first map of every layer)"
+    if (
+        modes[0] != ("added" if context_features else "none")
+        or any(mode != "none" for mode in modes[1:-1])
+        or modes[-1] not in ("none", "added")
+    ):
+        return f"a context that enters as {', '.join(modes)} (the core has: added, at the first map of every layer, and at the last)"
     return None
 
 
@@ -272,6 +276,9 @@ class _Cpu:
 
     def log_prob(self, flow: Flow, x: Array, context: Array | None, out: Array) -> None:
         self._packed(flow).log_prob(x, context, out)
+
+    def conditional_probs(self, flow: Flow, x: Array, context: Array | None, out: Array) -> None:
+        self._packed(flow).conditional_probs(x, context, out)
 
     def to_noise(self, flow: Flow, x: Array, context: Array | None, out: Array) -> None:
         self._packed(flow).to_noise(x, context, out)

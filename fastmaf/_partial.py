@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastmaf import _arrays, _backends, _reference
-from fastmaf.flow import Flow, trainable
+from fastmaf.flow import Flow
 from fastmaf.layers import (
     Affine,
     Autoregressive,
@@ -30,7 +30,7 @@ from fastmaf.layers import (
     Terminal,
 )
 
-__all__ = ["conditional_probs", "order", "prefix", "rest", "sample_given"]
+__all__ = ["order", "prefix", "rest", "sample_given"]
 
 Array = NDArray[Any]
 
@@ -327,29 +327,3 @@ def _through_noise(
 def _options(flow: Flow) -> dict[str, Any]:
     """What the parts of a flow share."""
     return {name: getattr(flow, name) for name in ("features", "context_features", "context_layers", "dtype")}
-
-
-# Probabilities
-
-
-@np.errstate(all="ignore")
-def conditional_probs(flow: Flow, x: ArrayLike, context: ArrayLike | None) -> Array:
-    """Probabilities of the values of each variable given those before it; see `Flow.conditional_probs`."""
-    base = flow.base
-    if not isinstance(base, Terminal) or base.conditional == "mixture":
-        raise ValueError(f"conditional_probs is for bernoulli and categorical flows; this one is {flow!r}")
-    x, context, shape = _arrays.rows("x", x, context, flow.features, flow.context_features)
-    weights = list(trainable(base))
-    result = np.zeros((*shape, flow.features, max(base.categories, default=1)), flow.dtype)
-    flat = result.reshape(-1, *result.shape[-2:])
-    for rows in _reference._chunks(flow, len(flat)):
-        xs, cs = _reference._take(x, shape, rows), _reference._take(context, shape, rows)
-        logits, _ = _reference._network(base, weights, xs.astype(flow.dtype), _reference._context(flow, cs)[0])
-        if base.conditional == "bernoulli":
-            flat[rows, :, 0] = _reference._sigmoid(logits)
-            continue
-        first = np.cumsum((0, *base.rows))
-        for j, count in enumerate(base.rows):
-            own = logits[:, first[j] : first[j + 1]]
-            flat[rows, j, :count] = np.exp(own - _reference._log_sum_exp(own))
-    return result if base.categories else result[..., 0]

@@ -830,6 +830,23 @@ class _Reference:
             out.reshape(-1)[rows] = _log_prob(flow, weights, xs, cs)[0]
 
     @np.errstate(all="ignore")
+    def conditional_probs(self, flow: Flow, x: Array, context: Array | None, out: Array) -> None:
+        """Probabilities of the values of discrete variables, zero where a variable has no such value."""
+        base, flat = flow.base, out.reshape(-1, *out.shape[-2:])
+        assert isinstance(base, Terminal)
+        weights, first = list(trainable(base)), np.cumsum((0, *base.rows))
+        for rows in _chunks(flow, len(flat)):
+            xs, cs = _take(x, out.shape[:-2], rows), _take(context, out.shape[:-2], rows)
+            logits, _ = _network(base, weights, xs.astype(flow.dtype), _context(flow, cs)[0])
+            if base.conditional == "bernoulli":
+                flat[rows, :, 0] = _sigmoid(logits)
+                continue
+            flat[rows] = 0
+            for j, count in enumerate(base.rows):
+                own = logits[:, first[j] : first[j + 1]]
+                flat[rows, j, :count] = np.exp(own - _log_sum_exp(own))
+
+    @np.errstate(all="ignore")
     def to_noise(self, flow: Flow, x: Array, context: Array | None, out: Array) -> None:
         """Noise of rows; NaN for a row at or outside a bound."""
         weights = _all_weights(flow)

@@ -505,9 +505,15 @@ class Flow:
         >>> flow.conditional_probs(np.zeros((5, 3))).shape
         (5, 3, 4)
         """
-        from fastmaf import _partial
-
-        return _partial.conditional_probs(self, x, context)
+        base = self.base
+        if not isinstance(base, Terminal) or base.conditional == "mixture":
+            raise ValueError(f"conditional_probs is for bernoulli and categorical flows; this one is {self!r}")
+        x, context, shape = _arrays.rows("x", x, context, self.features, self.context_features)
+        result = np.empty((*shape, self.features, max(base.categories, default=1)), self.dtype)
+        backend = self._backend()
+        if result.size:
+            backend.conditional_probs(self, x, context, result)
+        return result if base.categories else result[..., 0]
 
     # Gradients
 

@@ -14,7 +14,7 @@ import scipy.stats
 from tolerances import P_VALUE
 
 import fastmaf
-from fastmaf import _partial
+from fastmaf import _backends, _partial
 from fastmaf.layers import ACTIVATIONS, Autoregressive, BatchNorm, Block, Conditioner, Linear, Permutation, Terminal
 
 ORDER = [2, 0, 4, 1, 3]
@@ -247,6 +247,21 @@ def test_a_known_conditional():
         assert scipy.stats.kstest(column, "norm").pvalue > P_VALUE
 
 
+@pytest.mark.parametrize("options", [{"context_features": 2}, {"hidden_features": (7, 7), "residual": True}, {"conditional": "mixture"}])
+def test_direct_weights_to_the_rest_run_on_the_core(core, options):
+    flow = made(**{"conditional": "gaussian", "direct": True, **options})
+    assert _backends.choose().unsupported(_partial.rest(flow, 2)) is None
+    context = make.contexts(flow, 3)
+    given = np.random.default_rng(5).normal(size=(3, 2))
+    samples = flow.sample_given(given, 131, context, seed=4)
+    one = flow.sample_given(given[1], 131, None if context is None else context[1], seed=4)
+    with make.reference():
+        expected = flow.sample_given(given, 131, context, seed=4)
+        expected_one = flow.sample_given(given[1], 131, None if context is None else context[1], seed=4)
+    np.testing.assert_allclose(samples, expected, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(one, expected_one, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("context", ["gated", "activated"])
 def test_a_network_that_cannot_be_split_goes_through_its_noise(context):
     flow = tied(2, context)
@@ -332,6 +347,27 @@ def test_bernoulli_probabilities(context_features, options):
     samples = flow.sample_given(np.empty(0), 20000, context, seed=1)
     counts = np.bincount((samples @ 2 ** np.arange(4, -1, -1)).astype(int), minlength=32)
     assert scipy.stats.chisquare(counts, 20000 * p / p.sum()).pvalue > P_VALUE
+
+
+@pytest.mark.parametrize("conditional", ["bernoulli", "categorical"])
+@pytest.mark.parametrize(
+    "options", [{}, {"direct": True, "context_features": 2}, {"residual": True, "hidden_features": (7,), "context_features": 1}]
+)
+def test_probabilities_on_the_core(core, dtype, conditional, options):
+    flow = made(conditional, **{**options, "dtype": dtype})
+    rng = np.random.default_rng(6)
+    x = rng.integers(0, 2, (131, 5)).astype(float)
+    x[rng.random(x.shape) < 0.05] = 0.5  # goes into the network like any other number
+    x[7, ORDER[2]] = np.nan
+    contexts = [None] if not flow.context_features else [rng.normal(size=(*shape, flow.context_features)) for shape in ((), (131,), (3, 1))]
+    for context in contexts:
+        probs = flow.conditional_probs(x, context)
+        with make.reference():
+            expected = flow.conditional_probs(x, context)
+        assert probs.shape == expected.shape and probs.dtype == dtype
+        np.testing.assert_allclose(probs, expected, rtol=0, atol=1e-12 if dtype == "float64" else 2e-6)
+        assert np.isnan(probs).any()
+    assert flow.conditional_probs(x[:0], contexts[0]).shape == (0, *probs.shape[-2 if conditional == "categorical" else -1 :])
 
 
 @pytest.mark.parametrize("context_features", [0, 1])

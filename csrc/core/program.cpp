@@ -51,7 +51,7 @@ std::vector<std::pair<int, int>> wires_of(const StageSpec& stage) {
     std::vector<std::pair<int, int>> wires;
     if (stage.output == Output::linear) return {{kVariables, 0}, {0, 1}};
     for (int m = 0; m < int(stage.maps.size()); ++m) wires.push_back({m ? m - 1 : kTile, m});
-    if (stage.skip) wires.push_back({kVariables, int(stage.maps.size()) - 1});
+    if (stage.direct()) wires.push_back({stage.late_context() ? kTile : kVariables, int(stage.maps.size()) - 1});
     return wires;
 }
 
@@ -70,7 +70,7 @@ void write_density(Writer writer, const StageSpec& stage, const Sorted& sorted, 
     for (int row = 0, done = 0; row < rows; row += chunk) {
         const int end = std::min(rows, row + chunk);
         writer.stairs(final, sorted.maps[size_t(final)], row, end, Start::bias, Finish::raw);
-        if (stage.skip) writer.stairs(final + 1, sorted.maps[size_t(final + 1)], row, end, Start::partial, Finish::raw);
+        if (stage.direct()) writer.stairs(final + 1, sorted.maps[size_t(final + 1)], row, end, Start::partial, Finish::raw);
         int complete = done;
         while (complete < features && sorted.first[size_t(complete + 1)] <= end) ++complete;
         if (complete > done) writer.law(done, complete);
@@ -96,6 +96,7 @@ void write_sampler(Writer writer, const StageSpec& stage, const Sorted& sorted, 
     // Units of map l alive once groups below g are known; inputs of map l alive then.
     auto units = [&](int l, int g) { return sorted.known[size_t(l)][size_t(std::min(g, groups - 1))]; };
     auto alive = [&](int l, int g) { return l == 0 ? context + sorted.groups[size_t(g)] : units(l - 1, g); };
+    auto direct = [&](int g) { return (stage.late_context() ? context : 0) + (stage.skip ? sorted.groups[size_t(g)] : 0); };
     auto grow = [&](int from, int to, int begin_group, int end_group, Start start, Finish finish) {
         for (int l = 0; l < final; ++l)
             writer.panels(l, units(l, from), units(l, to), begin_group < 0 ? 0 : alive(l, begin_group), alive(l, end_group), start, finish);
@@ -105,8 +106,8 @@ void write_sampler(Writer writer, const StageSpec& stage, const Sorted& sorted, 
         const bool bulk = begin_group < 0;
         const int begin = bulk ? 0 : alive(final, begin_group), end = alive(final, end_group);
         if (bulk || end > begin) writer.panels(final, first, last, begin, end, bulk ? Start::bias : Start::partial, Finish::raw);
-        const int from = bulk ? 0 : sorted.groups[size_t(begin_group)], to = sorted.groups[size_t(end_group)];
-        if (stage.skip && to > from) writer.panels(final + 1, first, last, from, to, Start::partial, Finish::raw);
+        const int from = bulk ? 0 : direct(begin_group), to = direct(end_group);
+        if (to > from) writer.panels(final + 1, first, last, from, to, Start::partial, Finish::raw);
     };
 
     for (int l = 0; l < final; ++l) writer.panels(l, 0, units(l, 0), 0, alive(l, 0), Start::bias, Finish::unit);
@@ -180,7 +181,8 @@ Program<T>::Program(FlowSpec spec) : spec_(std::move(spec)) {
         for (int map : adds)
             if (map >= 0 && activated[size_t(map)]) raw[size_t(map)] = 1;
         for (size_t m = 0; m + 1 < widths.size(); ++m) row_path_ = row_path_ && activated[m] && adds[m] < 0;
-        row_path_ = row_path_ && stage.output == Output::transform && !stage.skip;
+        row_path_ = row_path_ && stage.output == Output::transform && !stage.direct();
+        late_context_ = late_context_ || stage.late_context();
         has_base_ = is_base(stage.output);
         unit_rows_.resize(std::max(unit_rows_.size(), widths.size()));
         raw_rows_.resize(unit_rows_.size());
@@ -283,10 +285,15 @@ void Program<T>::index_parameters() {
                 };
                 add(m, at, [&](int j) { return bias + row_of(j); });
             }
-            if (stage.skip) {
-                const int64_t weight = parameter_count_;
-                parameter_count_ += int64_t(final_rows.size()) * n;
-                add(stage.maps.size(), [&](int j, int i) { return weight + final_rows[size_t(j)] * n + sorted.variables[size_t(i)]; }, none);
+            if (stage.direct()) {
+                const int shift = stage.late_context() ? context : 0;
+                const int64_t weight = parameter_count_, of_context = weight - int64_t(final_rows.size()) * shift;
+                parameter_count_ += stage.skip ? int64_t(final_rows.size()) * n : 0;
+                auto at = [&](int j, int i) {
+                    if (i < shift) return of_context + final_rows[size_t(j)] * shift + i;
+                    return weight + final_rows[size_t(j)] * n + sorted.variables[size_t(i - shift)];
+                };
+                add(stage.maps.size(), at, none);
             }
         }
         weight_offset_.push_back(weight_offset);

@@ -108,6 +108,7 @@ public:
     bool keeps_raw(size_t stage, size_t map) const { return raw_[stage][map] != 0; }
     bool discrete() const { return has_base_ && spec_.stages.back().output != Output::mixture; }
     int values(int variable) const;  // how many values a discrete variable has (no layer stands before such a base); 0 for any number
+    bool late_context() const { return late_context_; }  // whether a context is read behind the first map of a stage
     bool row_path() const { return row_path_; }    // whether the path of a single row can run all stages
     double constant() const { return constant_; }  // of log_prob: the normal's, and log|det| of all scales that rows share
 
@@ -149,7 +150,7 @@ private:
     FlowSpec spec_;
     std::vector<Sorted> sorted_;
     std::vector<std::vector<std::pair<int, int>>> wires_;
-    bool has_base_ = false, row_path_ = true;
+    bool has_base_ = false, row_path_ = true, late_context_ = false;
     std::vector<std::vector<int>> widths_, adds_;
     std::vector<int> unit_rows_, raw_rows_;
     std::vector<std::vector<char>> activated_, raw_;  // booleans, one byte each

@@ -85,7 +85,11 @@ Sorted sort_stage(const StageSpec& stage, int context) {
     std::vector<int64_t> outputs;  // strictly below the rank
     for (size_t s = 0; s < ranks.size(); ++s) outputs.insert(outputs.end(), size_t(sorted.first[s + 1] - sorted.first[s]), ranks[s] - 1);
     add_map(inputs, outputs);
-    if (stage.skip) add_map(ranks, outputs);
+    if (stage.direct()) {
+        inputs.assign(stage.late_context() ? size_t(context) : 0, INT64_MIN);
+        if (stage.skip) inputs.insert(inputs.end(), ranks.begin(), ranks.end());
+        add_map(inputs, outputs);
+    }
     return sorted;
 }
 

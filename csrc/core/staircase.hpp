@@ -20,7 +20,8 @@ struct Staircase {
 
 // A stage with its units and variables sorted.
 //
-// A network has its hidden maps, the final one and, if there are direct weights, those from the variables to the final rows. A Linear
+// A network has its hidden maps, the final one and, if there are direct weights, those from the context or the variables, or both, to the
+// final rows. A Linear
 // z = L U x + b has two maps: U over the coordinates from the last to the first, which makes it a staircase, and L without its
 // diagonal over those from the first to the last. A norm has no weights, only "biases": log_gamma, then beta.
 struct Sorted {

@@ -30,7 +30,7 @@ struct MapSpec {
     int rows = 0;
     int inputs = 0;
     std::vector<int64_t> degrees;
-    bool context = false;    // reads the context too; its weights (rows, C) follow the bias in the flat parameters
+    bool context = false;    // of the first and the final map: reads the context too; its weights (rows, C) follow the bias in the flat parameters
     bool activated = false;  // the next map reads activations
     int adds = -1;           // the hidden map whose sums are added to those of this one; its units have the same degrees
 };
@@ -53,6 +53,11 @@ struct StageSpec {
     bool of_batch = false;           // in training the statistics are those of the batch
     std::vector<double> mean, var;
     double eps = 0;
+
+    // The context enters a second time, at the final map.
+    bool late_context() const { return maps.size() > 1 && maps.back().context; }
+    // There are weights from the tile of variables to the final rows.
+    bool direct() const { return skip || late_context(); }
 };
 
 struct FlowSpec {

@@ -100,9 +100,11 @@ struct Folded {
     }
 };
 
-// Loads rows [begin, begin + n) of a batch: variables into x[0], contexts into the top of both tiles. log_det gets the bijections'.
+// Loads rows [begin, begin + n) of a batch: variables into x[0], contexts into the top of both tiles. log_det gets the bijections', and
+// -inf where a discrete variable has a value that it cannot have, unless these are `allowed`.
 template <class T>
-void load_tile(const Program<T>& program, const RowReader& reader, int64_t begin, int64_t n, bool contexts, double* column, Tile<T>& tile) {
+void load_tile(const Program<T>& program, const RowReader& reader, int64_t begin, int64_t n, bool contexts, bool allowed, double* column,
+               Tile<T>& tile) {
     const Kernels<T>& k = kernels<T>();
     const int lanes = 3 * k.width, context = program.context();
     std::fill(tile.log_det, tile.log_det + int64_t(lanes) * tile.subtiles, 0.0);
@@ -119,7 +121,7 @@ void load_tile(const Program<T>& program, const RowReader& reader, int64_t begin
                    columns.loc[size_t(c)], columns.scale[size_t(c)], out, of_context ? of_bound : tile.log_det + s * lanes);
             if (of_context)
                 spoil_outside(of_bound, count, out);
-            else if (const int values = program.values(c))
+            else if (const int values = allowed ? 0 : program.values(c))
                 refuse_other<T>(column + s * lanes, count, values, tile.log_det + s * lanes);
             std::fill(out + count, out + round_up(count, k.width), out[count - 1]);
             if (of_context) std::copy_n(out, round_up(count, k.width), tile.x[1] + s * tile.stride + row * lanes);
@@ -153,15 +155,31 @@ void assist(const std::vector<StageView<T>>& views, int count, const Tile<T>& ro
     kernels<T>().assist_row(views.data(), count, row.x, row.units, row.folded, &crew);
 }
 
-// Density and noise share everything but what they write.
+// The probabilities of discrete variables, from their final rows to rows of `out`, `most` for each variable.
 template <class T>
-void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noise, const Poll& poll) {
+void write_probabilities(const Program<T>& program, T* final, int64_t rows, int most, T* out) {
+    const StageView<T>& stage = program.views(Direction::density).back();
+    const int width = kernels<T>().width, lanes = 3 * width, features = program.features();
+    kernels<T>().probabilities(stage, final, int((rows + width - 1) / width));
+    for (int v = 0; v < features; ++v) {
+        const int s = program.first()[size_t(v)], count = stage.first[s + 1] - stage.first[s];
+        for (int64_t r = 0; r < rows; ++r) {
+            T* const values = out + (r * features + v) * most;
+            for (int c = 0; c < most; ++c) values[c] = c < count ? final[(stage.first[s] + c) * lanes + r] : T(0);
+        }
+    }
+}
+
+// Density, noise and probabilities share everything but what they write.
+template <class T>
+void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noise, T* probabilities, const Poll& poll) {
     const int64_t total = batch.rows();
     if (total == 0) return;
     const Kernels<T>& k = kernels<T>();
     const auto& views = program.views(Direction::density);
     const int lanes = 3 * k.width, features = program.features(), context = program.context();
-    const int count = int(log_prob ? program.stages() : program.transforms());
+    const int count = int(noise ? program.transforms() : program.stages());
+    const int most = probabilities ? most_values(program) : 0;
     const RowReader reader(batch);
     const bool shared = context > 0 && reader.shared_context();
     std::unique_ptr<Folded<T>> folded;
@@ -194,7 +212,7 @@ void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noi
         if (n <= kRowPath && program.row_path()) {
             tile.subtiles = 1;
             for (int64_t r = 0; r < n; ++r) {
-                load_tile(program, reader, begin + r, 1, context > 0 && !shared, room.column, tile);
+                load_tile(program, reader, begin + r, 1, context > 0 && !shared, false, room.column, tile);
                 // Lane 0 of the tile becomes a contiguous row.
                 for (int i = 0; i < context + features; ++i) tile.x[0][i] = tile.x[0][i * lanes];
                 for (int i = 0; i < context; ++i) tile.x[1][i] = tile.x[1][i * lanes];
@@ -208,10 +226,13 @@ void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noi
         }
         tile.rows = int(n);
         tile.subtiles = int((n + lanes - 1) / lanes);
-        load_tile(program, reader, begin, n, context > 0 && !shared, room.column, tile);
+        load_tile(program, reader, begin, n, context > 0 && (!shared || program.late_context()), probabilities, room.column, tile);
         const int at = k.to_noise(views.data(), count, tile);
         for (int s = 0; s < tile.subtiles; ++s) {
             const int64_t first = int64_t(s) * lanes, rows = std::min<int64_t>(lanes, n - first);
+            if (probabilities)
+                write_probabilities(program, tile.units[views.back().maps - 1] + s * tile.stride, rows, most,
+                                    probabilities + (begin + first) * features * most);
             const T* z = tile.x[at] + s * tile.stride + context * lanes;
             if (log_prob && !program.has_base()) k.base(z, features, lanes, int(rows), tile.log_det + first);
             write(begin + first, rows, z, 1, lanes, tile.log_det + first);
@@ -296,7 +317,7 @@ void generate(const Program<T>& program, const Batch& batch, const Draw* draw, T
                     for (int r = 0; r < padded; ++r) lane[r] = T(room.column[std::min(r, rows - 1)]);
                 }
             }
-            if (context > 0 && !shared)
+            if (context > 0 && (!shared || program.late_context()))
                 for (int c = 0; c < context; ++c) {
                     double of_bound[48] = {};
                     reader.context_column(first, rows, c, room.column);
@@ -335,12 +356,23 @@ void generate(const Program<T>& program, const Batch& batch, const Draw* draw, T
 
 template <class T>
 void log_prob(const Program<T>& program, const Batch& batch, T* out, const Poll& poll) {
-    evaluate<T>(program, batch, out, nullptr, poll);
+    evaluate<T>(program, batch, out, nullptr, nullptr, poll);
+}
+
+template <class T>
+int most_values(const Program<T>& program) {
+    const StageSpec& base = program.spec().stages.back();
+    return *std::max_element(base.rows.begin(), base.rows.end());
+}
+
+template <class T>
+void conditional_probs(const Program<T>& program, const Batch& batch, T* out, const Poll& poll) {
+    evaluate<T>(program, batch, nullptr, nullptr, out, poll);
 }
 
 template <class T>
 void to_noise(const Program<T>& program, const Batch& batch, T* out, const Poll& poll) {
-    evaluate<T>(program, batch, nullptr, out, poll);
+    evaluate<T>(program, batch, nullptr, out, nullptr, poll);
 }
 
 template <class T>
@@ -396,6 +428,8 @@ bool poisoned() { return poison.load(std::memory_order_relaxed); }
 
 #define FASTMAF_INSTANTIATE(T)                                                              \
     template void log_prob<T>(const Program<T>&, const Batch&, T*, const Poll&);            \
+    template int most_values<T>(const Program<T>&);                                         \
+    template void conditional_probs<T>(const Program<T>&, const Batch&, T*, const Poll&);   \
     template void to_noise<T>(const Program<T>&, const Batch&, T*, const Poll&);            \
     template void from_noise<T>(const Program<T>&, const Batch&, T*, const Poll&);          \
     template void sample<T>(const Program<T>&, const Draw&, T*, T*, const Poll&);           \

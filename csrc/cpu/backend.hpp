@@ -31,6 +31,12 @@ using Poll = std::function<void()>;
 
 template <class T>
 void log_prob(const Program<T>& program, const Batch& batch, T* out, const Poll& poll);  // out [rows]
+// Of discrete variables: p(x_i = 1 | x_<i) as (n, D), or p(x_i = c | x_<i) as (n, D, most values), zero where there is no c. Whatever x
+// holds goes into the network.
+template <class T>
+void conditional_probs(const Program<T>& program, const Batch& batch, T* out, const Poll& poll);
+template <class T>
+int most_values(const Program<T>& program);  // 1 for bernoulli variables
 template <class T>
 void to_noise(const Program<T>& program, const Batch& batch, T* out, const Poll& poll);  // out [rows][features]
 template <class T>

@@ -92,7 +92,7 @@ FASTMAF_INLINE P* buffer(const StageView<T>& stage, int wire, P* tile, P* const*
 template <class T>
 static void run_panel(const StageView<T>& stage, const Step& step, const T* in, T* out, T* raw, const T* add, int vectors, const T* folded) {
     constexpr int lanes = lanes_of<T>(), W = Lanes<T>::W;
-    const int skip = folded && step.in == kTile && step.begin == 0 ? stage.context : 0;  // already in the folded bias
+    const int skip = folded && step.in == kTile && step.start == Start::bias ? stage.context : 0;  // already in the folded bias
     const T* bias = step.start == Start::partial ? nullptr : (skip ? folded : stage.bias[step.map]) + step.row;
     const bool activated = step.finish == Finish::unit && stage.activated[step.map];
     const bool rectify = activated && !raw && !add && stage.activation == Activation::relu;

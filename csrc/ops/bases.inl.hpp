@@ -71,6 +71,22 @@ static Vec<T> conditional_log_prob(const Conditional<T>& p, Vec<T> x) {
     }
 }
 
+// Final rows of a discrete base become the probabilities of the values: of a bernoulli that of 1.
+template <class T>
+static void probabilities(const StageView<T>& stage, T* rows, int vectors) {
+    for (int s = 0; s < stage.features; ++s)
+        for (int j = 0; j < vectors; ++j) {
+            T* const own = rows + stage.first[s] * lanes_of<T>() + j * Lanes<T>::W;
+            const Conditional<T> p{stage, own, stage.first[s + 1] - stage.first[s]};
+            if (stage.output == Output::bernoulli) {
+                at(own) = sigmoid<T>(p.row(0));
+                continue;
+            }
+            const Vec<T> all = log_sum_exp<T>(p.count, [&](int c) { return p.row(c); });
+            for (int c = 0; c < p.count; ++c) at(own + c * lanes_of<T>()) = exp<T>(p.row(c) - all);
+        }
+}
+
 // The first c < n whose cumulative weight exceeds u times that of all, which are summed in the same order: nothing of weight zero is drawn.
 template <class T>
 FASTMAF_INLINE Vec<T> draw_index(const Conditional<T>& p, int n, Vec<T> u) {

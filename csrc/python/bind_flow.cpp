@@ -101,6 +101,17 @@ void bind_flow(py::module_& module) {
                      log_prob<T>(program, batch, result, poll);
                  });
              })
+        .def("conditional_probs",
+             [poll](const PackedFlow& self, const py::array& x, const py::object& context, const py::object& out) {
+                 const Batch batch = batch_of(x, context);
+                 self.visit([&](const auto& program) {
+                     using T = typename std::decay_t<decltype(program)>::Value;
+                     if (!program.discrete()) throw std::invalid_argument("the variables are not discrete");
+                     T* result = output<T>(out, batch.rows() * program.features() * most_values<T>(program));
+                     Unlocked unlocked;
+                     conditional_probs<T>(program, batch, result, poll);
+                 });
+             })
         .def("to_noise",
              [poll](const PackedFlow& self, const py::array& x, const py::object& context, const py::object& out) {
                  const Batch batch = batch_of(x, context);

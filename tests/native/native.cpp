@@ -74,6 +74,7 @@ struct Network {
     Activation activation = Activation::tanh;
     bool residual = false;  // hidden: one width per block
     bool skip = false;
+    bool late = false;  // the context enters at the final map too
     int components = 1;
     std::vector<int> categories;
     Law law = Law::exp_soft;
@@ -98,7 +99,8 @@ StageSpec network(int features, int context, const Network& n, Random& rng) {
     stage.components = n.components;
     int inputs = features;
     auto add = [&](int width, std::vector<int64_t> degrees, bool activated, int adds) {
-        stage.maps.push_back({width, inputs, std::move(degrees), stage.maps.empty() && context > 0, activated, adds});
+        const bool reads_context = stage.maps.empty() || (n.late && degrees.empty());
+        stage.maps.push_back({width, inputs, std::move(degrees), reads_context && context > 0, activated, adds});
         inputs = width;
     };
     auto degrees = [&](int width) {
@@ -237,6 +239,14 @@ std::vector<Case> cases() {
     block.hidden = {70, 70, 70};
     block.activation = Activation::relu;
     stages("wide residual", 9, 2, {net(9, 2, block), net(9, 2, block)});
+    block.late = true;
+    stages("residual with direct weights from the context", 5, 3, {net(5, 3, block), net(5, 3, block)});
+    n.late = n.skip = true;
+    n.hidden = {40, 21};
+    add("direct weights from the context", 9, 2, {n, n});
+    n.skip = false;
+    add("direct weights from the context alone", 4, 5, {n, n});
+    n.late = false;
     stages("one variable in a Linear and a norm", 1, 0, {norm(1, Norm::of_data, rng), linear(1, rng)});
     stages("Linear and norm alone", 2, 2, {linear(2, rng), norm(2, Norm::of_batch, rng), linear(2, rng)});
 
@@ -275,6 +285,8 @@ std::vector<Case> cases() {
     base.hidden = {6};
     base.categories = {40, 300, 150, 2, 30};
     add("more categories", 5, 0, {base});
+    base.late = true;
+    add("more categories given a context", 5, 4, {base});
     return all;
 }
 
@@ -776,7 +788,7 @@ std::vector<Course> courses() {
         }
         all.push_back(course);
     };
-    n.skip = true;
+    n.skip = n.late = true;
     members("members", 2, n, false, {});
     members("residual members with a norm of the batch", 0, block, true, careful);
     base = n;
