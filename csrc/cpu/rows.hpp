@@ -57,11 +57,13 @@ inline void spoil_outside(const double* log_det, int64_t n, T* lane) {
 // A value that a discrete variable cannot have: 0, 1, ... `values` - 1 it can.
 template <class T>
 inline void refuse_other(const double* column, int64_t n, int values, double* log_det) {
-    for (int64_t r = 0; r < n; ++r) {
-        const T x = T(column[r]);
-        const bool possible = x >= 0 && x < values && x == T(int(x));
-        if (!possible && x == x) log_det[r] = -INFINITY;
-    }
+    constexpr double shift = 0x1.8p52;  // rounds what is added to it and taken away again to an integer
+    const double end = values;
+    auto possible = [&](double x) { return (x >= 0) & (x < end) & (x == (x + shift) - shift); };
+    int64_t others = 0;  // seldom any
+    for (int64_t r = 0; r < n; ++r) others |= possible(double(T(column[r]))) ? 0 : 1;
+    for (int64_t r = 0; r < n && others > 0; ++r)
+        if (!possible(double(T(column[r]))) && column[r] == column[r]) log_det[r] = -INFINITY;
 }
 
 // A row at or outside a bound goes on as zeros, so that nothing beside the bound matters: its density stays zero, its gradient too. Only
