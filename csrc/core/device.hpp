@@ -1,4 +1,4 @@
-// Evaluation on a GPU: defined by cuda/backend.cu, or by cuda/none.cpp where CUDA was not built.
+// Evaluation on a GPU: defined by cuda/backend.cpp, or by cuda/none.cpp where CUDA was not built.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +20,8 @@ struct State {
     std::vector<std::string> gpus;
 };
 State state();
+int device_of(uintptr_t address);                // -1 for memory of the host
+void synchronize(int device, uintptr_t stream);  // waits for all that was enqueued
 
 // Where the arrays of a call lie. On a device the call only enqueues work on the caller's stream.
 struct Place {

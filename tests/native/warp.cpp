@@ -124,6 +124,58 @@ void warp_generate(const Program<T>& program, const Batch& batch, const Draw* dr
     run(program, Direction::sampler, rows, warps, job, [](const auto&... all) { warp::generate<T>(all...); });
 }
 
+#ifdef FASTMAF_CUDA_CHUNK
+}  // namespace fastmaf
+
+#include "cuda/kernels.hpp"
+#include "runtime.hpp"
+
+// The kernels of the host's runtime.
+namespace fastmaf {
+namespace cuda {
+
+constexpr int kWarps = 2;
+
+template <class T>
+cudaError_t resident_blocks(Operation, int* blocks) {
+    *blocks = 1;
+    return cudaSuccess;
+}
+template <class T>
+cudaError_t launch(Operation operation, const FlowView<T>& flow, const Job<T>& job, int blocks, cudaStream_t stream) {
+    enqueue(stream, [=] {
+        for (int block = 0; block < blocks; ++block)
+            with_team(kWarps, [&](const Team& team) {
+                char* const scratch = job.scratch + block * flow.scratch;
+                const int64_t rows = 32 * job.vectors;
+                for (int64_t begin = block * rows; begin < job.rows; begin += blocks * rows)
+                    operation == Operation::evaluate ? warp::evaluate<T>(flow, job, begin, scratch, team)
+                                                     : warp::generate<T>(flow, job, begin, scratch, team);
+            });
+    });
+    return cudaSuccess;
+}
+template <class T>
+cudaError_t launch_fold(const FlowView<T>& flow, const Job<T>& job, T* room, T* folded, const T** table, cudaStream_t stream) {
+    enqueue(stream, [=] {
+        for (int k = 0; k < flow.stage_count; ++k) {
+            table[k] = folded + flow.folded[k];
+            with_team(kWarps, [&](const Team& team) { warp::fold<T>(flow, job, k, room, folded + flow.folded[k], team); });
+        }
+    });
+    return cudaSuccess;
+}
+#define FASTMAF_INSTANTIATE(T)                                                                          \
+    template cudaError_t resident_blocks<T>(Operation, int*);                                           \
+    template cudaError_t launch<T>(Operation, const FlowView<T>&, const Job<T>&, int, cudaStream_t);     \
+    template cudaError_t launch_fold<T>(const FlowView<T>&, const Job<T>&, T*, T*, const T**, cudaStream_t);
+FASTMAF_INSTANTIATE(float)
+FASTMAF_INSTANTIATE(double)
+#undef FASTMAF_INSTANTIATE
+
+}  // namespace cuda
+#endif
+
 #define FASTMAF_INSTANTIATE(T)                                                             \
     template void warp_evaluate<T>(const Program<T>&, const Batch&, const Warps&, T*, T*); \
     template void warp_generate<T>(const Program<T>&, const Batch&, const Draw*, const Warps&, T*, T*);

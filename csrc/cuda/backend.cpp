@@ -1,7 +1,7 @@
 // The host's side of a GPU: copies of flows, scratch, launches, and arrays of the host streamed through pinned buffers.
 #include "../core/device.hpp"
 
-#include <cuda_runtime.h>
+#include <cuda_runtime_api.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -13,6 +13,9 @@
 #include "image.hpp"
 #include "kernels.hpp"
 
+#ifndef FASTMAF_CUDA_CHUNK
+#define FASTMAF_CUDA_CHUNK (int64_t(16) << 20)
+#endif
 #ifndef FASTMAF_CUDA_ARCHITECTURES
 #define FASTMAF_CUDA_ARCHITECTURES "unknown"
 #endif
@@ -24,7 +27,7 @@ namespace {
 
 constexpr int kLanes = 128;                        // of the widest tile: four vectors
 constexpr int64_t kScratch = int64_t(1) << 30;     // at most, for the blocks of a launch
-constexpr int64_t kChunk = int64_t(16) << 20;      // bytes of a host array that travel together
+constexpr int64_t kChunk = FASTMAF_CUDA_CHUNK;     // bytes of a host array that travel together
 constexpr uint64_t kKept = uint64_t(256) << 20;    // scratch that the pool keeps between calls
 
 std::string size_of(double bytes) {
@@ -481,6 +484,20 @@ State state() {
     }
     if (state.gpus.empty()) state.reason = "no GPU can be used: none is visible (" + state.versions + ")";
     return state;
+}
+
+int device_of(uintptr_t address) {
+    cudaPointerAttributes attributes{};
+    if (cudaPointerGetAttributes(&attributes, reinterpret_cast<const void*>(address)) != cudaSuccess) {
+        cudaGetLastError();
+        return -1;
+    }
+    return attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged ? attributes.device : -1;
+}
+
+void synchronize(int device, uintptr_t stream) {
+    const Current current(device);
+    check(cudaStreamSynchronize(reinterpret_cast<cudaStream_t>(stream)), "waiting for a stream");
 }
 
 template class Flow<float>;
