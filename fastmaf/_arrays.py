@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import secrets
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -24,7 +24,7 @@ NATIVE = frozenset(map(np.dtype, "?bhilqBHILQefd"))
 """What backends read: booleans, integers and floats of at most 64 bits in the byte order of this machine."""
 
 
-def real(name: str, value: ArrayLike, device: str = "cpu") -> Any:
+def real(name: str, value: ArrayLike, device: str = "cpu") -> Array:
     """An array of real numbers in a dtype of `NATIVE`; an array in one of them as it lies in memory, on the device of the flow or the host.
 
     Raises
@@ -35,8 +35,10 @@ def real(name: str, value: ArrayLike, device: str = "cpu") -> Any:
     if type(value) is not np.ndarray:
         if _device.is_on_device(name, value):
             if device == "cpu":
-                raise ValueError(f"{name} is a CUDA array; this flow computes on the CPU: copy the array to the host first, or flow.to('cuda')")
-            return _device.wrap(name, value, device, NATIVE)
+                raise ValueError(
+                    f"{name} is a CUDA array; this flow computes on the CPU: copy the array to the host first, or flow.to('cuda')"
+                )
+            return cast("Array", _device.wrap(name, value, device, NATIVE))
         if np.ma.is_masked(value):
             raise ValueError(f"{name} has masked entries; fill or drop them first")
         try:
@@ -52,7 +54,7 @@ def real(name: str, value: ArrayLike, device: str = "cpu") -> Any:
 
 def rows(
     name: str, x: ArrayLike, context: ArrayLike | None, features: int, context_features: int, device: str = "cpu"
-) -> tuple[Any, Any, Shape]:
+) -> tuple[Array, Array | None, Shape]:
     """Rows and their contexts, and the shape of one number per row.
 
     Parameters
@@ -111,7 +113,7 @@ def rows(
     return array, context, result
 
 
-def _context(context: ArrayLike | None, context_features: int, device: str = "cpu") -> Any:
+def _context(context: ArrayLike | None, context_features: int, device: str = "cpu") -> Array | None:
     if context is None:
         if context_features:
             raise ValueError(f"context is missing; the flow has {context_features} context feature{'s' * (context_features != 1)}")
@@ -124,7 +126,7 @@ def _context(context: ArrayLike | None, context_features: int, device: str = "cp
     return array
 
 
-def contexts(context: ArrayLike | None, context_features: int, device: str = "cpu") -> tuple[Any, int]:
+def contexts(context: ArrayLike | None, context_features: int, device: str = "cpu") -> tuple[Array | None, int]:
     """Contexts to sample under, None, (C,) or (c, C), and how many they are.
 
     Examples
@@ -187,7 +189,7 @@ def seed_or_fresh(seed: Any) -> int:
     return secrets.randbits(64) if seed is None else count("seed", seed, limit=2**64)
 
 
-def output(out: Any, shape: Shape, dtype: np.dtype[Any], *inputs: Array | None, device: str = "cpu") -> Any:
+def output(out: Any, shape: Shape, dtype: np.dtype[Any], *inputs: Array | None, device: str = "cpu") -> Array:
     """`out`, if results of this shape and dtype can be written to it as they come.
 
     Raises
@@ -199,7 +201,7 @@ def output(out: Any, shape: Shape, dtype: np.dtype[Any], *inputs: Array | None, 
         result = _device.output(out, shape, dtype, device)
         for array in inputs:
             _device.together("out", result, array)
-        return result
+        return cast("Array", result)
     if not isinstance(out, np.ndarray):
         raise ValueError(f"out is of type {type(out).__name__}; it must be a NumPy array")
     if out.dtype != dtype or out.shape != shape:

@@ -702,8 +702,8 @@ class Flow:
         Parameters
         ----------
         device : {"cpu", "cuda", "cuda:0", "cuda:1", ...}
-            "cuda" is the first GPU. There the flow takes NumPy arrays, which are streamed, and arrays of that GPU (torch, cupy, jax), for which
-            results are of the same kind, in the same place and on the caller's stream.
+            "cuda" is the first GPU. There the flow takes NumPy arrays, which are streamed, and arrays of that GPU (torch, cupy, jax), for
+            which results are of the same kind, in the same place and on the caller's stream.
         precision : {"highest", "high", "medium"}
             The least that matrix products on a GPU must have. So far they all have the highest, the dtype of the flow, as on the CPU.
 

@@ -11,10 +11,10 @@ import types
 
 import numpy as np
 import pytest
+from tolerances import assert_close
 
 import fastmaf
 from fastmaf import _backends
-from tolerances import assert_close
 
 absent = _backends.reason("cuda")
 needs_device = pytest.mark.skipif(absent is not None, reason=f"cuda: {absent}")
@@ -92,7 +92,8 @@ def framework(request, monkeypatch):
 
 
 def conditional(dtype="float32"):
-    return fastmaf.MAF(features=5, context_features=2, transforms=2, hidden_features=(20, 20), bounds=[(0, None), *[None] * 4], dtype=dtype, seed=1)
+    bounds = [(0, None), *[None] * 4]
+    return fastmaf.MAF(features=5, context_features=2, transforms=2, hidden_features=(20, 20), bounds=bounds, dtype=dtype, seed=1)
 
 
 def rows(n):
@@ -120,7 +121,11 @@ def test_a_device_that_is_absent_says_why(monkeypatch):
 def test_a_flow_of_the_host_refuses_arrays_of_a_device():
     flow = conditional()
     x, context = rows(3)
-    for call in (lambda: flow.log_prob(Pretended(x), context), lambda: flow.log_prob(x, Pretended(context)), lambda: flow.sample(3, Pretended(context))):
+    for call in (
+        lambda: flow.log_prob(Pretended(x), context),
+        lambda: flow.log_prob(x, Pretended(context)),
+        lambda: flow.sample(3, Pretended(context)),
+    ):
         with pytest.raises(ValueError, match="is a CUDA array; this flow computes on the CPU"):
             call()
 
