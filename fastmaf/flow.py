@@ -184,8 +184,8 @@ class Flow:
     # Evaluation
 
     def _backend(self) -> _backends.Backend:
-        backend = _backends.active
-        if self.device != "cpu" or backend is None or backend is not self._approved:
+        backend = _backends.active if self.device == "cpu" else self._approved
+        if backend is None or backend is not self._approved:
             backend = _backends.choose() if self.device == "cpu" else _backends.require("cuda")
             missing = backend.unsupported(self)
             if missing is not None:
