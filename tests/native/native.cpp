@@ -702,7 +702,8 @@ void warps_of(const Case& one) {
     else
         from_noise<T>(*program, batch_of(*program, x, context, n), x.data(), {});
     auto wrong = x;  // NaN, and values on and beyond bounds or that a variable cannot have
-    for (size_t i = 0; i < 20; ++i) wrong[rng() % wrong.size()] = T(i % 4 == 0 ? NAN : i % 4 == 1 ? 1 : i % 4 == 2 ? -7 : 0.5);
+    const double odd[] = {NAN, 1, -7, 0.5, 2};
+    for (size_t i = 0; i < 25; ++i) wrong[rng() % wrong.size()] = T(odd[i % 5]);
     const auto noise = narrowed<T>(normals(n * features, rng));
 
     for (int shared = 0; shared < (width ? 3 : 1); ++shared) {  // contexts by row, one for all, one for each of three groups

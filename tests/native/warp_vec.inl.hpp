@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
 
 #include "cpu/rows.hpp"
 
@@ -90,10 +91,13 @@ FASTMAF_INLINE V root(V x) {
     return x;
 }
 
+// A GPU loads those side by side together, so they must be aligned.
 template <class T, int R, int IS>
 struct Weights {
     const T* w;
-    explicit Weights(const T* w) : w(w) {}
+    explicit Weights(const T* w) : w(w) {
+        if (IS == 1 && reinterpret_cast<uintptr_t>(w) % std::min<size_t>(16, R * sizeof(T))) throw std::logic_error("weights are not aligned");
+    }
     T operator[](int i) const { return w[i * IS]; }
 };
 
