@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import operator
 import secrets
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from fastmaf import _device
 
 __all__ = ["NATIVE", "contexts", "count", "cotangents", "float_dtype", "output", "real", "rows", "seed_and_offsets", "seed_or_fresh"]
 
@@ -22,8 +24,8 @@ NATIVE = frozenset(map(np.dtype, "?bhilqBHILQefd"))
 """What backends read: booleans, integers and floats of at most 64 bits in the byte order of this machine."""
 
 
-def real(name: str, value: ArrayLike) -> Array:
-    """An array of real numbers in a dtype of `NATIVE`; an array in one of them as it lies in memory.
+def real(name: str, value: ArrayLike, device: str = "cpu") -> Array:
+    """An array of real numbers in a dtype of `NATIVE`; an array in one of them as it lies in memory, on the device of the flow or the host.
 
     Raises
     ------
@@ -31,8 +33,12 @@ def real(name: str, value: ArrayLike) -> Array:
         For complex numbers, objects, strings and dates, CUDA arrays, masked entries and ragged lists.
     """
     if type(value) is not np.ndarray:
-        if hasattr(value, "__cuda_array_interface__"):
-            raise ValueError(f"{name} is a CUDA array; this flow computes on the CPU: copy the array to the host first")
+        if _device.is_on_device(name, value):
+            if device == "cpu":
+                raise ValueError(
+                    f"{name} is a CUDA array; this flow computes on the CPU: copy the array to the host first, or flow.to('cuda')"
+                )
+            return cast("Array", _device.wrap(name, value, device, NATIVE))
         if np.ma.is_masked(value):
             raise ValueError(f"{name} has masked entries; fill or drop them first")
         try:
@@ -46,7 +52,9 @@ def real(name: str, value: ArrayLike) -> Array:
     return value.astype(np.float64 if value.dtype.kind == "f" else value.dtype.newbyteorder("="))
 
 
-def rows(name: str, x: ArrayLike, context: ArrayLike | None, features: int, context_features: int) -> tuple[Array, Array | None, Shape]:
+def rows(
+    name: str, x: ArrayLike, context: ArrayLike | None, features: int, context_features: int, device: str = "cpu"
+) -> tuple[Array, Array | None, Shape]:
     """Rows and their contexts, and the shape of one number per row.
 
     Parameters
@@ -57,6 +65,8 @@ def rows(name: str, x: ArrayLike, context: ArrayLike | None, features: int, cont
     context : None or (C,), (n, C), (c, 1, C) or (c, n, C) array
     features, context_features : int
         D and C of the flow.
+    device : str
+        Where the flow is: on a GPU arrays of that GPU are taken too.
 
     Returns
     -------
@@ -74,7 +84,7 @@ def rows(name: str, x: ArrayLike, context: ArrayLike | None, features: int, cont
     >>> rows("x", np.zeros((4, 2)), np.zeros((3, 1, 5)), 2, 5)[2]
     (3, 4)
     """
-    array = x if type(x) is np.ndarray and x.dtype in NATIVE else real(name, x)
+    array = x if type(x) is np.ndarray and x.dtype in NATIVE else real(name, x, device)
     shape = array.shape
     if context is None and not context_features and len(shape) == 2 and shape[1] == features:
         return array, None, shape[:1]
@@ -83,7 +93,8 @@ def rows(name: str, x: ArrayLike, context: ArrayLike | None, features: int, cont
         if len(shape) not in (2, 3):
             expected += f", so {name} must be (n, {features}) or (c, n, {features})"
         raise ValueError(f"{name} has shape {shape}; {expected}")
-    context = _context(context, context_features)
+    context = _context(context, context_features, device)
+    _device.together(name, array, context)
     if context is None or context.ndim == 1:
         return array, context, shape[:-1]
     if context.ndim == 2:
@@ -102,12 +113,12 @@ def rows(name: str, x: ArrayLike, context: ArrayLike | None, features: int, cont
     return array, context, result
 
 
-def _context(context: ArrayLike | None, context_features: int) -> Array | None:
+def _context(context: ArrayLike | None, context_features: int, device: str = "cpu") -> Array | None:
     if context is None:
         if context_features:
             raise ValueError(f"context is missing; the flow has {context_features} context feature{'s' * (context_features != 1)}")
         return None
-    array = real("context", context)
+    array = real("context", context, device)
     if not context_features:
         raise ValueError(f"context has shape {array.shape}; the flow has no context features")
     if array.ndim not in (1, 2, 3) or array.shape[-1] != context_features:
@@ -115,7 +126,7 @@ def _context(context: ArrayLike | None, context_features: int) -> Array | None:
     return array
 
 
-def contexts(context: ArrayLike | None, context_features: int) -> tuple[Array | None, int]:
+def contexts(context: ArrayLike | None, context_features: int, device: str = "cpu") -> tuple[Array | None, int]:
     """Contexts to sample under, None, (C,) or (c, C), and how many they are.
 
     Examples
@@ -123,7 +134,7 @@ def contexts(context: ArrayLike | None, context_features: int) -> tuple[Array | 
     >>> contexts(np.zeros((3, 2)), 2)[1]
     3
     """
-    array = _context(context, context_features)
+    array = _context(context, context_features, device)
     if array is not None and array.ndim == 3:
         raise ValueError(f"context has shape {array.shape}; it must be ({context_features},) or (c, {context_features})")
     return array, 1 if array is None or array.ndim == 1 else int(array.shape[0])
@@ -178,7 +189,7 @@ def seed_or_fresh(seed: Any) -> int:
     return secrets.randbits(64) if seed is None else count("seed", seed, limit=2**64)
 
 
-def output(out: Any, shape: Shape, dtype: np.dtype[Any], *inputs: Array | None) -> Array:
+def output(out: Any, shape: Shape, dtype: np.dtype[Any], *inputs: Array | None, device: str = "cpu") -> Array:
     """`out`, if results of this shape and dtype can be written to it as they come.
 
     Raises
@@ -186,6 +197,11 @@ def output(out: Any, shape: Shape, dtype: np.dtype[Any], *inputs: Array | None) 
     ValueError
         If it is not a writeable, C-contiguous array of that shape and dtype, or shares memory with an input.
     """
+    if any(isinstance(array, _device.DeviceArray) for array in inputs) or (device != "cpu" and _device.is_on_device("out", out)):
+        result = _device.output(out, shape, dtype, device)
+        for array in inputs:
+            _device.together("out", result, array)
+        return cast("Array", result)
     if not isinstance(out, np.ndarray):
         raise ValueError(f"out is of type {type(out).__name__}; it must be a NumPy array")
     if out.dtype != dtype or out.shape != shape:

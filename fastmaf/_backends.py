@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from fastmaf.flow import Flow
 
-__all__ = ["Backend", "active", "choose", "get_backend", "names", "reason", "set_backend"]
+__all__ = ["Backend", "active", "choose", "get_backend", "names", "reason", "require", "set_backend"]
 
 
 class Backend(Protocol):
@@ -49,16 +49,16 @@ class Backend(Protocol):
         """An engine of `fastmaf.train`."""
 
 
-_MODULES = {"cpu": "fastmaf._cpu", "numba": "fastmaf._numba", "reference": "fastmaf._reference"}
+_MODULES = {"cpu": "fastmaf._cpu", "numba": "fastmaf._numba", "reference": "fastmaf._reference", "cuda": "fastmaf._cuda"}
 _REMEDIES = {
     "cpu": "install fastmaf from source with a C++17 compiler: pip install .",
     "numba": "pip install 'fastmaf[numba]'",
     "reference": "reinstall fastmaf",
+    "cuda": "an NVIDIA GPU with its driver, and nvcc when fastmaf is installed: pip install . -Ccmake.define.FASTMAF_CUDA=ON",
 }
-_ABSENT = {"cuda": "this version of fastmaf has no CUDA kernels"}
 
-names = (*_MODULES, *_ABSENT)
-"""All backends, best first; the first that is there becomes the default."""
+names = tuple(_MODULES)
+"""All backends; the first one of the host that is there becomes the default."""
 
 active: Backend | None = None
 """The backend in use; None until the first evaluation chooses one."""
@@ -70,8 +70,6 @@ def _load(name: str) -> Backend | str:
     """The backend, or why it is absent."""
     if name not in names:
         raise ValueError(f"backend is {name!r}; it must be one of {', '.join(map(repr, names))}")
-    if name in _ABSENT:
-        return _ABSENT[name]
     if name not in _loaded:
         try:
             _loaded[name] = importlib.import_module(_MODULES[name]).backend
@@ -92,11 +90,25 @@ def reason(name: str) -> str | None:
     return loaded if isinstance(loaded, str) else None
 
 
+def require(name: str) -> Backend:
+    """The backend of this name.
+
+    Raises
+    ------
+    RuntimeError
+        If it is absent here; the text says why and what would bring it.
+    """
+    loaded = _load(name)
+    if isinstance(loaded, str):
+        raise RuntimeError(f"the {name} backend is absent: {loaded}")
+    return loaded
+
+
 def choose() -> Backend:
     """The backend in use; the first call settles it."""
     global active
     if active is None:
-        active = next(loaded for loaded in map(_load, _MODULES) if not isinstance(loaded, str))
+        active = next(loaded for loaded in map(_load, ("cpu", "numba", "reference")) if not isinstance(loaded, str))
     return active
 
 
@@ -117,8 +129,9 @@ def set_backend(name: str | None) -> None:
 
     Parameters
     ----------
-    name : {"cpu", "numba", "reference"} or None
-        None goes back to the default: the first of these that is there.
+    name : {"cpu", "numba", "reference", "cuda"} or None
+        None goes back to the default: the first of "cpu", "numba" and "reference" that is there. With "cuda" every flow computes on the
+        first GPU; `Flow.to` moves one.
 
     Raises
     ------
@@ -136,7 +149,4 @@ def set_backend(name: str | None) -> None:
     >>> fastmaf.set_backend(None)
     """
     global active
-    loaded = None if name is None else _load(name)
-    if isinstance(loaded, str):
-        raise RuntimeError(f"the {name} backend is absent: {loaded}")
-    active = loaded
+    active = None if name is None else require(name)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["backend"]
+__all__ = ["backend", "unsupported"]
 
 LAWS = ("exp", "exp_soft")
 
@@ -161,6 +161,22 @@ def _describe_stage(layer: Any) -> dict[str, Any]:
     }
 
 
+def unsupported(flow: Flow) -> str | None:
+    """What the compiled core, and the CUDA kernels with it, cannot pack."""
+    if isinstance(flow.base, Terminal) and (missing := _missing_in(flow.base, flow.context_features)):
+        return missing
+    _, _, count = _front(flow.layers, flow.features)
+    for layer in flow.layers[count:]:
+        if not isinstance(layer, (Affine, BatchNorm, Linear, Permutation, Autoregressive)):
+            where = " behind other layers" if isinstance(layer, Elementwise) else ""
+            return f"a {type(layer).__name__} layer{where}"
+        if isinstance(layer, Autoregressive) and (missing := _missing_in(layer, flow.context_features)):
+            return missing
+    if _front(flow.context_layers, flow.context_features)[2] != len(flow.context_layers):
+        return "context layers other than an Elementwise and then Affines"
+    return None
+
+
 def _pack(flow: Flow) -> _core.Flow:
     return _core.Flow(_describe(flow), flow.parameters())
 
@@ -255,18 +271,7 @@ class _Cpu:
     name = "cpu"
 
     def unsupported(self, flow: Flow) -> str | None:
-        if isinstance(flow.base, Terminal) and (missing := _missing_in(flow.base, flow.context_features)):
-            return missing
-        _, _, count = _front(flow.layers, flow.features)
-        for layer in flow.layers[count:]:
-            if not isinstance(layer, (Affine, BatchNorm, Linear, Permutation, Autoregressive)):
-                where = " behind other layers" if isinstance(layer, Elementwise) else ""
-                return f"a {type(layer).__name__} layer{where}"
-            if isinstance(layer, Autoregressive) and (missing := _missing_in(layer, flow.context_features)):
-                return missing
-        if _front(flow.context_layers, flow.context_features)[2] != len(flow.context_layers):
-            return "context layers other than an Elementwise and then Affines"
-        return None
+        return unsupported(flow)
 
     def _packed(self, flow: Flow) -> _core.Flow:
         packed = flow._packed.get("cpu")

@@ -221,6 +221,11 @@ def show_config() -> Report:
         missing = _backends.reason(name)
         values[name] = "available" if missing is None else f"absent: {missing}"
     if _backends.reason("cpu") is None:
+        state = _core().device_state()
+        if state["built"]:
+            values["cuda kernels"] = f"for {state['architectures']}; {state['versions']}"
+        for number, gpu in enumerate(state["gpus"]):
+            values[f"cuda:{number}"] = gpu
         values["built"] = ", ".join(f"{key} {_words(value)}" for key, value in _core().build_info().items())
         try:
             values["isa"] = f"{get_isa()}, of {', '.join(available_isas())}{_from('FASTMAF_ISA')}"

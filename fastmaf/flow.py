@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastmaf import _arrays, _backends, masks
+from fastmaf import _arrays, _backends, _device, masks
 from fastmaf import layers as _layers
 from fastmaf.layers import Affine, Autoregressive, BatchNorm, Conditioner, Dense, Elementwise, Linear, Normal, Permutation, Terminal
 
@@ -75,6 +75,7 @@ class Flow:
     """
 
     device = "cpu"
+    _precision = "high"
 
     def __init__(
         self,
@@ -172,14 +173,20 @@ class Flow:
     def _with(self, **changes: Any) -> Flow:
         values = {name: getattr(self, name) for name in ("features", "context_features", "context_layers", "dtype", "names", "training")}
         values.update(changes)
-        return Flow(values.pop("layers", self.layers), values.pop("base", self.base), **values)
+        flow = Flow(values.pop("layers", self.layers), values.pop("base", self.base), **values)
+        flow.device, flow._precision = self.device, self._precision
+        return flow
+
+    def _empty(self, shape: tuple[int, ...], like: Any) -> Any:
+        """Room for results, where the arrays that came in lie."""
+        return like.empty(shape, self.dtype) if type(like) is _device.DeviceArray else np.empty(shape, self.dtype)
 
     # Evaluation
 
     def _backend(self) -> _backends.Backend:
-        backend = _backends.active
+        backend = _backends.active if self.device == "cpu" else self._approved
         if backend is None or backend is not self._approved:
-            backend = _backends.choose()
+            backend = _backends.choose() if self.device == "cpu" else _backends.require("cuda")
             missing = backend.unsupported(self)
             if missing is not None:
                 raise NotImplementedError(f"the {backend.name} backend has no kernel for {missing}")
@@ -215,12 +222,12 @@ class Flow:
         >>> fastmaf.MAF(features=3).log_prob(np.zeros((5, 3))).shape
         (5,)
         """
-        x, context, shape = _arrays.rows("x", x, context, self.features, self.context_features)
-        result = np.empty(shape, self.dtype) if out is None else _arrays.output(out, shape, self.dtype, x, context)
+        x, context, shape = _arrays.rows("x", x, context, self.features, self.context_features, self.device)
+        result = self._empty(shape, x) if out is None else _arrays.output(out, shape, self.dtype, x, context, device=self.device)
         backend = self._backend()
         if result.size:
             backend.log_prob(self, x, context, result)
-        return result
+        return result if type(result) is np.ndarray else _device.native(result, x)
 
     def to_noise(self, x: ArrayLike, context: ArrayLike | None = None) -> Array:
         """The noise that rows come from: the layers applied, the base left out.
@@ -249,12 +256,12 @@ class Flow:
         True
         """
         self._check_continuous("noise")
-        x, context, shape = _arrays.rows("x", x, context, self.features, self.context_features)
-        result = np.empty((*shape, self.features), self.dtype)
+        x, context, shape = _arrays.rows("x", x, context, self.features, self.context_features, self.device)
+        result = self._empty((*shape, self.features), x)
         backend = self._backend()
         if result.size:
             backend.to_noise(self, x, context, result)
-        return result
+        return result if type(result) is np.ndarray else _device.native(result, x)
 
     def from_noise(self, u: ArrayLike, context: ArrayLike | None = None) -> Array:
         """The rows that noise turns into: the inverse of `to_noise`.
@@ -282,12 +289,12 @@ class Flow:
         (4, 2)
         """
         self._check_continuous("noise")
-        u, context, shape = _arrays.rows("u", u, context, self.features, self.context_features)
-        result = np.empty((*shape, self.features), self.dtype)
+        u, context, shape = _arrays.rows("u", u, context, self.features, self.context_features, self.device)
+        result = self._empty((*shape, self.features), u)
         backend = self._backend()
         if result.size:
             backend.from_noise(self, u, context, result)
-        return result
+        return result if type(result) is np.ndarray else _device.native(result, u)
 
     def sample(
         self,
@@ -371,13 +378,18 @@ class Flow:
         self, n: int, context: ArrayLike | None, seed: int | None, offset: int, context_offset: int, out: Array | None, density: bool
     ) -> tuple[Array, Array | None]:
         n = _arrays.count("n", n)
-        context, c = _arrays.contexts(context, self.context_features)
+        context, c = _arrays.contexts(context, self.context_features, self.device)
         seed, offset, context_offset = _arrays.seed_and_offsets(seed, offset, context_offset, n, c)
         groups = (c,) if context is not None and context.ndim == 2 else ()
         shape = (*groups, n, self.features)
-        samples = np.empty(shape, self.dtype) if out is None else _arrays.output(out, shape, self.dtype, context)
-        log_prob = np.empty((*groups, n), self.dtype) if density else None
+        samples = self._empty(shape, context) if out is None else _arrays.output(out, shape, self.dtype, context, device=self.device)
+        log_prob = self._empty((*groups, n), samples) if density else None
         backend = self._backend()
+        if isinstance(samples, _device.DeviceArray):
+            if samples.size:
+                backend.sample(self, c, n, context, seed, offset, context_offset, samples, log_prob)
+            like = samples if context is None else context
+            return _device.native(samples, like), None if log_prob is None else _device.native(log_prob, like)
         if samples.size:
             log_prob_out = None if log_prob is None else log_prob.reshape(c, n)
             backend.sample(self, c, n, context, seed, offset, context_offset, samples.reshape(c, n, self.features), log_prob_out)
@@ -587,6 +599,8 @@ class Flow:
     def _backward(
         self, x: ArrayLike, context: ArrayLike | None, cotangent: ArrayLike | None, dparameters: Array | None
     ) -> tuple[Array, Array | None, Array | None]:
+        if self.device != "cpu":
+            raise NotImplementedError(f"gradients on {self.device} are to come; they run on the cpu: flow.to('cpu')")
         x, context, shape = _arrays.rows("x", x, context, self.features, self.context_features)
         factor = np.ones(shape, self.dtype) if cotangent is None else _arrays.cotangents(cotangent, shape, self.dtype)
         value = np.empty(shape, self.dtype)
@@ -693,9 +707,11 @@ class Flow:
 
         Parameters
         ----------
-        device : {"cpu", "cuda"}
+        device : {"cpu", "cuda", "cuda:0", "cuda:1", ...}
+            "cuda" is the first GPU. There the flow takes NumPy arrays, which are streamed, and arrays of that GPU (torch, cupy, jax), for
+            which results are of the same kind, in the same place and on the caller's stream.
         precision : {"highest", "high", "medium"}
-            Of matrix products on a GPU; the CPU always computes in the dtype of the flow.
+            The least that matrix products on a GPU must have. So far they all have the highest, the dtype of the flow, as on the CPU.
 
         Returns
         -------
@@ -716,11 +732,16 @@ class Flow:
         """
         if precision not in _PRECISIONS:
             raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(map(repr, _PRECISIONS))}")
-        if device == "cpu":
-            return self._with()
-        if device != "cuda":
-            raise ValueError(f"device is {device!r}; it must be 'cpu' or 'cuda'")
-        raise RuntimeError(f"the cuda backend is absent: {_backends.reason('cuda')}")
+        name, _, number = device.partition(":") if isinstance(device, str) else ("", "", "")
+        if device != "cpu" and (name != "cuda" or not (number.isdecimal() if ":" in device else not number)):
+            raise ValueError(f"device is {device!r}; it must be 'cpu', 'cuda' or 'cuda:' and a number")
+        flow = self._with()
+        flow.device, flow._precision = device, precision
+        if device != "cpu":
+            backend: Any = _backends.require("cuda")
+            flow.device = f"cuda:{int(number or 0)}"
+            backend.check(_device.index_of(flow.device))
+        return flow
 
     # Training
 
@@ -816,7 +837,8 @@ class Flow:
         groups = [(name, len(list(group))) for name, group in itertools.groupby(map(_describe, self.layers))]
         words = [name if times == 1 else f"{times} x {name}" for name, times in groups]
         context = f", context_features={self.context_features}" if self.context_features else ""
-        return f"Flow(features={self.features}{context}, dtype={self.dtype}): {' -> '.join([*words, _describe(self.base)])}"
+        device = f", device={self.device}" if self.device != "cpu" else ""
+        return f"Flow(features={self.features}{context}, dtype={self.dtype}{device}): {' -> '.join([*words, _describe(self.base)])}"
 
     def summary(self) -> str:
         """A table of the layers, with what each does and how many weights it has.
@@ -843,7 +865,8 @@ class Flow:
             total += weights
             lines.append((prefix + type(record).__name__, _details(record), f"{weights:,}"))
         context = f", {self.context_features} context features" if self.context_features else ""
-        lines.append(("total", f"{self.features} features{context}, {self.dtype}", f"{total:,}"))
+        device = f", on {self.device}" if self.device != "cpu" else ""
+        lines.append(("total", f"{self.features} features{context}, {self.dtype}{device}", f"{total:,}"))
         first, second, third = (max(len(line[i]) for line in lines) for i in range(3))
         return "\n".join(f"{a:<{first}}  {b:<{second}}  {c:>{third}}" for a, b, c in lines)
 

@@ -245,8 +245,9 @@ def fit(
     factor = _schedule(schedule, settings["max_epochs"])
     if resume and checkpoint is None:
         raise ValueError("resume is True, but no checkpoint is named")
-    if device != "auto":
-        flow.to(device)
+    where = flow.device if device == "auto" else flow.to(device).device
+    if where != "cpu":
+        raise NotImplementedError(f"training on {where} is to come; it runs on the cpu: flow.to('cpu').fit(...)")
     backend = flow._backend()
 
     train, held = _split(flow, x(0) if callable(x) else x, context, weights, validation, settings["seed"])

@@ -30,6 +30,7 @@ struct Writer {
     }
     void panel(int map, int row, int rows, int begin, int end, Start start, Finish finish) {
         const int width = panel_width(rows);
+        tape = (tape + kPanel - 1) / kPanel * kPanel;  // for loads of several weights at once
         steps.push_back({Kind::panel, start, finish, uint8_t(width), map, row, rows, begin, end, tape, wires[size_t(map)].first,
                          wires[size_t(map)].second});
         tape += int64_t(width) * std::max(0, end - begin);

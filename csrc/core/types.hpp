@@ -4,20 +4,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "view.hpp"
+
 namespace fastmaf {
-
-enum class Activation : int { relu, tanh, elu, gelu, silu };
-// Whether act' needs the argument of act, so that backward has to keep it; otherwise the value will do.
-constexpr bool keeps_argument(Activation a) { return a == Activation::gelu || a == Activation::silu; }
-
-enum class Law : int { exp, exp_soft };
-enum class Form : int { standardize, affine };
-// What becomes of the outputs of a stage: parameters of a law, or of the conditionals of a base; a linear map; a norm per variable.
-enum class Output : int { transform, mixture, bernoulli, categorical, linear, norm };
-constexpr bool is_base(Output o) { return o == Output::mixture || o == Output::bernoulli || o == Output::categorical; }
-constexpr bool is_network(Output o) { return o != Output::linear && o != Output::norm; }
-enum class Bijection : int { identity, logit, log_above, log_below };
-enum class DType : int { f16, f32, f64, i8, i16, i32, i64, u8, u16, u32, u64, boolean };
 
 // Per column: a fixed bijection to the real line, then z = (x - loc) * scale. All in double.
 struct Columns {
@@ -66,13 +55,6 @@ struct FlowSpec {
     Columns columns, context_columns;
     std::vector<StageSpec> stages;    // from data to noise; the last one may be a base
     std::vector<int> noise_variable;  // [features] variable carried by each column of the noise
-};
-
-// A caller's array of rows (c, n, width); a stride of 0 repeats. Strides in bytes.
-struct Rows {
-    const char* data = nullptr;
-    DType dtype = DType::f64;
-    int64_t outer = 0, inner = 0, column = 0;
 };
 
 }  // namespace fastmaf

@@ -11,6 +11,7 @@
 
 #include <unistd.h>
 
+#include "../core/columns.hpp"
 #include "cut.hpp"
 #include "isa.hpp"
 #include "rows.hpp"
@@ -247,23 +248,6 @@ void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noi
         } over{crew};
         run(0);
     });
-}
-
-// The range of T strictly inside the bounds of a column.
-template <class T>
-void inner_range(const Columns& columns, size_t v, T& low, T& high) {
-    constexpr T infinity = std::numeric_limits<T>::infinity();
-    low = -infinity;
-    high = infinity;
-    const Bijection kind = columns.kind[v];
-    if (kind == Bijection::logit || kind == Bijection::log_above) {
-        low = T(columns.lower[v]);
-        while (!(double(low) > columns.lower[v])) low = std::nextafter(low, infinity);
-    }
-    if (kind == Bijection::logit || kind == Bijection::log_below) {
-        high = T(columns.upper[v]);
-        while (!(double(high) < columns.upper[v])) high = std::nextafter(high, -infinity);
-    }
 }
 
 // Sampling: noise from counters, or from the batch when `draw` is null.

@@ -2,11 +2,11 @@
 // standard containers, no inline function that another file shares, so no code of one set can be linked into another's path.
 #include "kernels.hpp"
 
+#define FASTMAF_VEC "../cpu/vec.inl.hpp"
 #include "columns.inl.hpp"
-#include "log_prob.inl.hpp"
-#include "masked_linear.inl.hpp"
+#include "noise.inl.hpp"
 #include "optimizer.inl.hpp"
-#include "sample.inl.hpp"
+#include "tiles.inl.hpp"
 #include "vjp.inl.hpp"
 
 namespace fastmaf {

@@ -1,3 +1,4 @@
+// What ops need of a vector; csrc/cuda/vec.inl.hpp offers the same with the threads of a warp for lanes.
 // Vectors of the instruction set being compiled: Lanes<T>::V holds W values of T, I the integers of the same width.
 // Arithmetic is that of the compiler's vector types; what they lack, or what must round the same everywhere, stands here.
 // The baseline has no fused multiply-add on x86, so its results differ from avx2 and avx512 in the last bits.
@@ -19,7 +20,11 @@ namespace FASTMAF_ISA {
 #else
 #define FASTMAF_VECTOR_BYTES 16
 #endif
+#define FASTMAF_FN static
 #define FASTMAF_INLINE static inline __attribute__((always_inline))
+#define FASTMAF_MEMBER inline __attribute__((always_inline))
+#define FASTMAF_PRAGMA(text) _Pragma(#text)
+#define FASTMAF_UNROLL(n) FASTMAF_PRAGMA(GCC unroll n)
 
 template <class T>
 struct Lanes;
@@ -44,6 +49,12 @@ struct Lanes<double> {
 
 // A sub-tile of rows is three vectors wide.
 constexpr int kVectors = 3;
+// Rows of a panel that are summed at once.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRows = 8;
+#else
+constexpr int kRows = 4;
+#endif
 template <class T>
 constexpr int lanes_of() {
     return kVectors * Lanes<T>::W;
@@ -65,6 +76,14 @@ FASTMAF_INLINE Vec<T>& at(T* p) {
 template <class T>
 FASTMAF_INLINE const Vec<T>& at(const T* p) {
     return *reinterpret_cast<const Vec<T>*>(p);
+}
+template <class T>
+FASTMAF_INLINE Bits<T> bits(Vec<T> x) {
+    return (Bits<T>)x;
+}
+template <class T>
+FASTMAF_INLINE Vec<T> from_bits(Bits<T> x) {
+    return (Vec<T>)x;
 }
 template <class T>
 FASTMAF_INLINE Vec<T> load_loose(const T* p) {
@@ -134,6 +153,14 @@ FASTMAF_INLINE T fma_one(T a, T b, T c) {
 #endif
 }
 
+// R weights that lie IS apart.
+template <class T, int R, int IS>
+struct Weights {
+    const T* w;
+    FASTMAF_MEMBER explicit Weights(const T* w) : w(w) {}
+    FASTMAF_MEMBER T operator[](int i) const { return w[i * IS]; }
+};
+
 template <class T>
 FASTMAF_INLINE Vec<T> magnitude(Vec<T> x) {
     return (Vec<T>)((Bits<T>)x & ~(Bits<T>)splat<T>(T(-0.0)));
@@ -185,6 +212,29 @@ FASTMAF_INLINE void multiply(Words a, uint32_t m, Words& low, Words& high) {
         high[i] = uint32_t(product >> 32);
     }
 #endif
+}
+
+// Words below 2^31 as float; words [h, h + W) as double.
+FASTMAF_INLINE Vec<float> float_of(Words w) {
+    typedef int32_t Signed __attribute__((vector_size(FASTMAF_VECTOR_BYTES)));
+    return __builtin_convertvector((Signed)w, Vec<float>);
+}
+FASTMAF_INLINE Vec<double> double_of(Words w, int h) {
+    Vec<double> x;
+    for (int i = 0; i < Lanes<double>::W; ++i) x[i] = double(w[h + i]);
+    return x;
+}
+template <class T>
+FASTMAF_INLINE void store_as(T* p, Vec<double> v) {
+    for (int i = 0; i < Lanes<double>::W; ++i) p[i] = T(v[i]);
+}
+
+FASTMAF_INLINE Lanes<float>::Wide widen(Vec<float> v) { return __builtin_convertvector(v, Lanes<float>::Wide); }
+FASTMAF_INLINE Lanes<double>::Wide widen(Vec<double> v) { return v; }
+template <class T>
+FASTMAF_INLINE void add_to(double* sums, typename Lanes<T>::Wide v) {
+    typedef typename Lanes<T>::Wide Loose __attribute__((aligned(8), may_alias));
+    *reinterpret_cast<Loose*>(sums) += v;
 }
 
 }  // namespace FASTMAF_ISA

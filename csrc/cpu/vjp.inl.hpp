@@ -9,7 +9,8 @@
 // delta is read where backward left it; the sum runs over rows in index order, so its bits do not depend on threads or tiles.
 #pragma once
 
-#include "log_prob.inl.hpp"
+#include "../ops/log_prob.inl.hpp"
+#include "tile.hpp"
 
 namespace fastmaf {
 namespace FASTMAF_ISA {

@@ -1,7 +1,7 @@
 // Each activation: its value, and its derivative as a function of the value (relu, tanh, elu) or of the argument (gelu, silu).
 #pragma once
 
-#include "../core/types.hpp"
+#include "../core/view.hpp"
 #include "math.inl.hpp"
 
 namespace fastmaf {
@@ -15,7 +15,7 @@ FASTMAF_INLINE void each(T* p, int rows, int vectors, int stride, F f) {
 
 // Applied in place to `rows` x `vectors` vectors; rows lie `stride` apart.
 template <class T>
-static void activate(Activation activation, T* p, int rows, int vectors, int stride) {
+FASTMAF_FN void activate(Activation activation, T* p, int rows, int vectors, int stride) {
     using V = Vec<T>;
     switch (activation) {
         case Activation::relu: return each<T>(p, rows, vectors, stride, [](V x) { return relu(x); });
@@ -28,7 +28,7 @@ static void activate(Activation activation, T* p, int rows, int vectors, int str
 
 // delta *= derivative; `unit` holds values or arguments, see keeps_argument.
 template <class T>
-static void times_derivative(Activation activation, T* delta, const T* unit, int rows, int vectors, int stride) {
+FASTMAF_FN void times_derivative(Activation activation, T* delta, const T* unit, int rows, int vectors, int stride) {
     using V = Vec<T>;
     auto apply = [&](auto derivative) {
         for (int r = 0; r < rows; ++r)

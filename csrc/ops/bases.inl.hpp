@@ -41,18 +41,18 @@ struct Conditional {
     const T* rows;
     int count;
 
-    inline __attribute__((always_inline)) Vec<T> row(int r) const { return at(rows + r * lanes_of<T>()); }
-    inline __attribute__((always_inline)) Vec<T> mean(int c) const { return row(stage.components + c); }
-    inline __attribute__((always_inline)) Vec<T> scale(int c) const { return log_scale<T>(stage, row(2 * stage.components + c)); }
+    FASTMAF_MEMBER Vec<T> row(int r) const { return at(rows + r * lanes_of<T>()); }
+    FASTMAF_MEMBER Vec<T> mean(int c) const { return row(stage.components + c); }
+    FASTMAF_MEMBER Vec<T> scale(int c) const { return log_scale<T>(stage, row(2 * stage.components + c)); }
     // log of w_c N(x; m_c, e^a_c), up to the logarithm of sum e^l.
-    inline __attribute__((always_inline)) Vec<T> term(Vec<T> x, int c) const {
+    FASTMAF_MEMBER Vec<T> term(Vec<T> x, int c) const {
         const Vec<T> a = scale(c), z = (x - mean(c)) * exp<T>(-a);
         return row(c) - a - T(0.5) * z * z;
     }
 };
 
 template <class T>
-static Vec<T> conditional_log_prob(const Conditional<T>& p, Vec<T> x) {
+FASTMAF_FN Vec<T> conditional_log_prob(const Conditional<T>& p, Vec<T> x) {
     const Vec<T> never = splat<T>(-T(__builtin_inf()));
     switch (p.stage.output) {
         case Output::mixture: {
@@ -71,20 +71,14 @@ static Vec<T> conditional_log_prob(const Conditional<T>& p, Vec<T> x) {
     }
 }
 
-// Final rows of a discrete base become the probabilities of the values: of a bernoulli that of 1.
+// Probability of value c of a discrete variable, of a bernoulli that of 1; `all`: log_total.
 template <class T>
-static void probabilities(const StageView<T>& stage, T* rows, int vectors) {
-    for (int s = 0; s < stage.features; ++s)
-        for (int j = 0; j < vectors; ++j) {
-            T* const own = rows + stage.first[s] * lanes_of<T>() + j * Lanes<T>::W;
-            const Conditional<T> p{stage, own, stage.first[s + 1] - stage.first[s]};
-            if (stage.output == Output::bernoulli) {
-                at(own) = sigmoid<T>(p.row(0));
-                continue;
-            }
-            const Vec<T> all = log_sum_exp<T>(p.count, [&](int c) { return p.row(c); });
-            for (int c = 0; c < p.count; ++c) at(own + c * lanes_of<T>()) = exp<T>(p.row(c) - all);
-        }
+FASTMAF_INLINE Vec<T> log_total(const Conditional<T>& p) {
+    return log_sum_exp<T>(p.count, [&](int c) { return p.row(c); });
+}
+template <class T>
+FASTMAF_INLINE Vec<T> probability(const Conditional<T>& p, Vec<T> all, int c) {
+    return p.stage.output == Output::bernoulli ? sigmoid<T>(p.row(0)) : exp<T>(p.row(c) - all);
 }
 
 // The first c < n whose cumulative weight exceeds u times that of all, which are summed in the same order: nothing of weight zero is drawn.
@@ -102,7 +96,7 @@ FASTMAF_INLINE Vec<T> draw_index(const Conditional<T>& p, int n, Vec<T> u) {
 }
 
 template <class T>
-static Vec<T> conditional_draw(const Conditional<T>& p, Vec<T> noise, Vec<T> u) {
+FASTMAF_FN Vec<T> conditional_draw(const Conditional<T>& p, Vec<T> noise, Vec<T> u) {
     if (p.stage.output == Output::categorical) return draw_index<T>(p, p.count, u);
     if (p.stage.output == Output::bernoulli) {
         const Vec<T> zero = sigmoid<T>(-p.row(0));
@@ -126,7 +120,7 @@ FASTMAF_INLINE Vec<T> share_of(Vec<T> x) {
 
 // Writes g d log p / d row to the rows of `delta`, and returns g d log p / dx (0 for discrete values); zeros where g is zero.
 template <class T>
-static Vec<T> conditional_gradient(const Conditional<T>& p, Vec<T> x, Vec<T> g, T* delta) {
+FASTMAF_FN Vec<T> conditional_gradient(const Conditional<T>& p, Vec<T> x, Vec<T> g, T* delta) {
     constexpr int lanes = lanes_of<T>();
     if (p.stage.output == Output::bernoulli) {
         at(delta) = g * ((x == 1 ? splat<T>(1) : Vec<T>{}) - sigmoid<T>(p.row(0)));

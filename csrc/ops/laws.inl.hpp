@@ -6,7 +6,7 @@
 // Both forms are written with s = log|dx/dz|, which is a in the first and -a in the second.
 #pragma once
 
-#include "../core/program.hpp"
+#include "../core/view.hpp"
 #include "math.inl.hpp"
 
 namespace fastmaf {

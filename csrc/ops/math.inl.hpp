@@ -6,10 +6,16 @@
 //     erfc          e^(-x^2) t P(t), t = 1 / (1 + x / 2)
 #pragma once
 
-#include "../cpu/vec.inl.hpp"
+#include FASTMAF_VEC
 
 namespace fastmaf {
 namespace FASTMAF_ISA {
+
+// Device code cannot refer to a static member, but a function may begin with a copy of it.
+template <class T, int N>
+struct Polynomial {
+    T c[N];
+};
 
 template <class T>
 struct Constants;
@@ -21,11 +27,12 @@ struct Constants<float> {
     static constexpr float exp_low = -87.0f, exp_high = 88.0f;
     static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
     static constexpr float tanh_limit = 9.1f;
-    static constexpr float exp_poly[] = {0.5f, 0.166665769896987757f, 0.0416665546172045742f, 0.00836317905272257737f, 0.00139261835877134945f};
-    static constexpr float log_poly[] = {0.666666850451560291f, 0.399887782821628077f, 0.295800530431884422f};
-    static constexpr float erfc_poly[] = {0.555955140633615179f, 0.331870647074672438f, 0.11140093552227091f, 0.00830818903108421958f,
+    static constexpr Polynomial<float, 5> exp_poly{{0.5f, 0.166665769896987757f, 0.0416665546172045742f, 0.00836317905272257737f,
+                                                     0.00139261835877134945f}};
+    static constexpr Polynomial<float, 3> log_poly{{0.666666850451560291f, 0.399887782821628077f, 0.295800530431884422f}};
+    static constexpr Polynomial<float, 11> erfc_poly{{0.555955140633615179f, 0.331870647074672438f, 0.11140093552227091f, 0.00830818903108421958f,
                                           -0.00726556979345894559f, -0.00101952258339506657f, 0.000792434954731634284f,
-                                          0.0000466178026852377867f, -0.000103947164402522075f, 5.156698866395428e-6f, 9.92113690045469202e-6f};
+                                          0.0000466178026852377867f, -0.000103947164402522075f, 5.156698866395428e-6f, 9.92113690045469202e-6f}};
 };
 
 template <>
@@ -35,23 +42,23 @@ struct Constants<double> {
     static constexpr double exp_low = -708.0, exp_high = 709.0;
     static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
     static constexpr double tanh_limit = 20.0;
-    static constexpr double exp_poly[] = {0.5, 0.16666666666666671, 0.0416666666666666698, 0.00833333333332613513, 0.00138888888888837483,
+    static constexpr Polynomial<double, 11> exp_poly{{0.5, 0.16666666666666671, 0.0416666666666666698, 0.00833333333332613513, 0.00138888888888837483,
                                           0.000198412698748206253, 0.0000248015873255477412, 2.75572554002064244e-6, 2.75572736431102953e-7,
-                                          2.51052170047207452e-8, 2.09146869680868772e-9};
-    static constexpr double log_poly[] = {0.666666666666666665, 0.400000000000008776, 0.2857142857080323, 0.222222223918004693,
-                                          0.181817956308847532, 0.153862402058134779, 0.132687596685606127, 0.130867670099481738};
-    static constexpr double erfc_poly[] = {
+                                          2.51052170047207452e-8, 2.09146869680868772e-9}};
+    static constexpr Polynomial<double, 8> log_poly{{0.666666666666666665, 0.400000000000008776, 0.2857142857080323, 0.222222223918004693,
+                                          0.181817956308847532, 0.153862402058134779, 0.132687596685606127, 0.130867670099481738}};
+    static constexpr Polynomial<double, 23> erfc_poly{{
         0.555955140633615179, 0.331870683233227132, 0.111400941840481822, 0.00830745774298222874, -0.00726569432576719541,
         -0.00101530974419102816, 0.000793105311245723919, 0.0000364374327279175973, -0.000105346493543288851, 0.0000165712989680575943,
         0.0000109961990967249631, -5.61639552939636418e-6, 5.24070637103562565e-8, 9.01703805716316719e-7, -3.49453348699783001e-7,
         -1.60384855966973086e-8, 7.13344498662807402e-8, -3.06149088430798624e-8, -7.82579387872153861e-10, 7.44713060660932444e-9,
-        -2.46428222582612553e-9, -6.66590635415254193e-10, 3.94441622680940893e-10};
+        -2.46428222582612553e-9, -6.66590635415254193e-10, 3.94441622680940893e-10}};
 };
 
 template <class T, int N>
 FASTMAF_INLINE Vec<T> polynomial(const T (&c)[N], Vec<T> x) {
     Vec<T> sum = splat<T>(c[N - 1]);
-#pragma GCC unroll 32
+FASTMAF_UNROLL(32)
     for (int i = N - 2; i >= 0; --i) sum = fma(sum, x, splat<T>(c[i]));
     return sum;
 }
@@ -60,13 +67,14 @@ FASTMAF_INLINE Vec<T> polynomial(const T (&c)[N], Vec<T> x) {
 template <class T>
 FASTMAF_INLINE void split_exp(Vec<T> x, Vec<T>& scale, Vec<T>& q) {
     using C = Constants<T>;
+    constexpr auto poly = C::exp_poly;
     x = at_least<T>(at_most<T>(x, C::exp_high), C::exp_low);
     const Vec<T> shifted = fma(x, splat<T>(T(1.4426950408889634)), splat<T>(C::shifter));
     const Vec<T> n = shifted - C::shifter;
     Vec<T> r = fma(n, splat<T>(-C::ln2_high), x);
     r = fma(n, splat<T>(-C::ln2_low), r);
-    q = fma(polynomial<T>(C::exp_poly, r), r * r, r);
-    scale = (Vec<T>)(((Bits<T>)shifted + C::bias) << C::mantissa);
+    q = fma(polynomial<T>(poly.c, r), r * r, r);
+    scale = from_bits<T>((bits<T>(shifted) + C::bias) << C::mantissa);
 }
 
 template <class T>
@@ -98,15 +106,16 @@ FASTMAF_INLINE Vec<T> sigmoid(Vec<T> x) {
 template <class T>
 FASTMAF_INLINE Vec<T> log(Vec<T> x) {
     using C = Constants<T>;
-    const Bits<T> one = (Bits<T>)splat<T>(1), half_root = (Bits<T>)splat<T>(T(0.70710678118654752));
-    const Bits<T> shifted = (Bits<T>)x + (one - half_root);
+    constexpr auto poly = C::log_poly;
+    const Bits<T> one = bits<T>(splat<T>(1)), half_root = bits<T>(splat<T>(T(0.70710678118654752)));
+    const Bits<T> shifted = bits<T>(x) + (one - half_root);
     const Bits<T> exponent = shifted >> C::mantissa;
     const Bits<T> below = ((Bits<T>{} + 1) << C::mantissa) - 1;
-    const Vec<T> m = (Vec<T>)((shifted & below) + half_root);
+    const Vec<T> m = from_bits<T>((shifted & below) + half_root);
     // Small integers become floats through the shifter, with no conversion that an instruction set might lack.
-    const Vec<T> n = (Vec<T>)(exponent + (Bits<T>)splat<T>(C::shifter)) - (C::shifter + T(C::bias));
+    const Vec<T> n = from_bits<T>(exponent + bits<T>(splat<T>(C::shifter))) - (C::shifter + T(C::bias));
     const Vec<T> f = m - 1, s = f / (m + 1), s2 = s * s;
-    const Vec<T> tail = s2 * polynomial<T>(C::log_poly, s2);
+    const Vec<T> tail = s2 * polynomial<T>(poly.c, s2);
     const Vec<T> log_m = f - s * (f - tail);
     return fma(n, splat<T>(C::ln2_high), fma(n, splat<T>(C::ln2_low), log_m));
 }
@@ -114,10 +123,11 @@ FASTMAF_INLINE Vec<T> log(Vec<T> x) {
 // Phi(x), the normal distribution function, by way of erfc(|x| / sqrt 2) / 2.
 template <class T>
 FASTMAF_INLINE Vec<T> normal_cdf(Vec<T> x) {
+    constexpr auto poly = Constants<T>::erfc_poly;
     const Vec<T> a = magnitude<T>(x) * T(0.70710678118654752);
     const Vec<T> t = 1 / fma(at_most<T>(a, T(14)), splat<T>(T(0.5)), splat<T>(1));
     const Vec<T> u = fma(t, splat<T>(T(2 / 0.875)), splat<T>(T(-1.125 / 0.875)));
-    const Vec<T> upper = T(0.5) * t * polynomial<T>(Constants<T>::erfc_poly, u) * exp<T>(-a * a);
+    const Vec<T> upper = T(0.5) * t * polynomial<T>(poly.c, u) * exp<T>(-a * a);
     return x < 0 ? upper : 1 - upper;
 }
 

@@ -60,10 +60,50 @@ FASTMAF_INLINE Vec<double> normal_quantile(Vec<double> p) {
 }
 
 FASTMAF_INLINE Vec<float> to_normal(Words word) {
-    typedef int32_t Signed __attribute__((vector_size(FASTMAF_VECTOR_BYTES)));
-    const Vec<float> m = __builtin_convertvector((Signed)(word >> 1), Vec<float>);
-    const Vec<float> z = normal_quantile(fma(m, splat<float>(0x1p-32f), splat<float>(0x1p-33f)));
-    return (Vec<float>)((Lanes<float>::I)z ^ (Lanes<float>::I)(word << 31));
+    const Vec<float> z = normal_quantile(fma(float_of(word >> 1), splat<float>(0x1p-32f), splat<float>(0x1p-33f)));
+    return from_bits<float>(bits<float>(z) ^ (Bits<float>)(word << 31));
+}
+
+// The counters of as many rows as a vector of words has lanes.
+struct Counters {
+    Words low, high, row;
+};
+
+FASTMAF_INLINE void words_of(const Counters& c, uint64_t seed, uint32_t stream, Words (&word)[4]) {
+    word[0] = c.low;
+    word[1] = c.high;
+    word[2] = c.row;
+    word[3] = Words{} + stream;
+    philox(word, uint32_t(seed), uint32_t(seed >> 32));
+}
+
+// Normal numbers of the columns [4 block, 4 block + columns), which lie `lanes` apart; of the first `rows` rows, a multiple of the vector.
+template <class T>
+FASTMAF_INLINE void normal_block(const Counters& counters, uint64_t seed, int block, int columns, int lanes, int rows, T* out) {
+    Words word[4];
+    words_of(counters, seed, uint32_t(block), word);
+    if constexpr (sizeof(T) == 4) {
+        for (int d = 0; d < columns; ++d) at(out + (4 * block + d) * lanes) = to_normal(word[d]);
+    } else {
+        Words fine[4];
+        words_of(counters, seed, uint32_t(block) | 1u << 24, fine);
+        for (int d = 0; d < columns; ++d)
+            for (int h = 0; h < rows; h += Lanes<T>::W) {
+                const Vec<double> p = (double_of(word[d] >> 1, h) + (double_of(fine[d], h) + 0.5) * 0x1p-32) * 0x1p-32;
+                at(out + (4 * block + d) * lanes + h) = normal_quantile(p) * (1 - 2 * double_of(word[d] & 1u, h));
+            }
+    }
+}
+
+// Uniform numbers in (0, 1), laid out like the noise: the third stream of random words. In float the largest would round to 1.
+template <class T>
+FASTMAF_INLINE void uniform_block(const Counters& counters, uint64_t seed, int block, int columns, int lanes, int rows, T* out) {
+    constexpr double most = sizeof(T) == 4 ? 1 - 0x1p-24 : 1;
+    Words word[4];
+    words_of(counters, seed, uint32_t(block) | 2u << 24, word);
+    for (int d = 0; d < columns; ++d)
+        for (int h = 0; h < rows; h += Lanes<double>::W)
+            store_as(out + (4 * block + d) * lanes + h, at_most<double>((double_of(word[d], h) + 0.5) * 0x1p-32, most));
 }
 
 }  // namespace FASTMAF_ISA

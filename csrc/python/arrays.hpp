@@ -59,6 +59,22 @@ inline Batch batch_of(const py::array& x, const py::object& context) {
     return batch;
 }
 
+// Rows with counters and contexts of their own.
+inline Draw scattered_draw(const py::array_t<uint64_t, py::array::c_style>& index, const py::array_t<uint64_t, py::array::c_style>& group,
+                           const py::object& context, uint64_t seed) {
+    Draw draw;
+    draw.rows = index.size();
+    draw.seed = seed;
+    draw.index = index.data();
+    draw.group = group.data();
+    int64_t outer = 1, inner = 1;
+    if (!context.is_none()) draw.context = rows_of(py::reinterpret_borrow<py::array>(context), outer, inner);
+    if (group.size() != index.size() || (inner != 1 && inner != draw.rows))
+        throw std::invalid_argument(std::to_string(index.size()) + " rows are drawn, of " + std::to_string(group.size()) + " groups under " +
+                                    std::to_string(inner) + " contexts");
+    return draw;
+}
+
 // The elements of an output that Python allocated: C-contiguous, of the flow's dtype, `count` long; null for None.
 template <class T>
 T* output(const py::object& object, int64_t count) {

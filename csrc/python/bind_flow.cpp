@@ -157,16 +157,7 @@ void bind_flow(py::module_& module) {
         .def("sample_rows",
              [poll](const PackedFlow& self, const py::array_t<uint64_t, py::array::c_style>& index,
                     const py::array_t<uint64_t, py::array::c_style>& group, const py::object& context, uint64_t seed, const py::object& out) {
-                 Draw draw;
-                 draw.rows = index.size();
-                 draw.seed = seed;
-                 draw.index = index.data();
-                 draw.group = group.data();
-                 int64_t outer = 1, inner = 1;
-                 if (!context.is_none()) draw.context = rows_of(py::reinterpret_borrow<py::array>(context), outer, inner);
-                 if (group.size() != index.size() || (inner != 1 && inner != draw.rows))
-                     throw std::invalid_argument(std::to_string(index.size()) + " rows are drawn, of " + std::to_string(group.size()) + " groups under " +
-                                                 std::to_string(inner) + " contexts");
+                 const Draw draw = scattered_draw(index, group, context, seed);
                  self.visit([&](const auto& program) {
                      using T = typename std::decay_t<decltype(program)>::Value;
                      T* x = output<T>(out, draw.rows * program.features());

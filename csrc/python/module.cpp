@@ -2,6 +2,7 @@
 
 namespace fastmaf {
 void bind_config(pybind11::module_& module);
+void bind_cuda(pybind11::module_& module);
 void bind_flow(pybind11::module_& module);
 void bind_train(pybind11::module_& module);
 }  // namespace fastmaf
@@ -9,5 +10,6 @@ void bind_train(pybind11::module_& module);
 PYBIND11_MODULE(_core, module) {
     fastmaf::bind_config(module);
     fastmaf::bind_flow(module);
+    fastmaf::bind_cuda(module);
     fastmaf::bind_train(module);
 }

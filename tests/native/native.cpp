@@ -20,6 +20,7 @@
 #include "cpu/isa.hpp"
 #include "cpu/scratch.hpp"
 #include "cpu/threads.hpp"
+#include "warp.hpp"
 
 using namespace fastmaf;
 
@@ -684,6 +685,140 @@ void operations(const Case& one, size_t n, bool alone) {
     if (of.count("avx2") && of.count("avx512")) CHECK(of["avx2"] == of["avx512"]);
 }
 
+// ---- what a GPU computes -----------------------------------------------------------------------------------------------------------
+
+template <class T>
+bool same(const std::vector<T>& got, const std::vector<T>& expected, size_t count, bool exactly) {
+    for (size_t i = 0; i < count; ++i) {
+        const double a = double(got[i]), b = double(expected[i]);
+        if (std::isnan(a) && std::isnan(b)) continue;
+        if (a == b) continue;
+        if (exactly || !(std::fabs(a - b) <= (sizeof(T) == 4 ? 2e-3 : 1e-9) * (1 + std::fabs(b)))) return false;
+    }
+    return true;
+}
+
+// The body of the CUDA kernels, run by the host in 32 lanes, against the CPU: to the bit where the CPU has fused multiply-adds.
+template <class T>
+void warps_of(const Case& one) {
+    Random rng{3};
+    const FlowSpec& spec = one.spec;
+    const size_t features = size_t(spec.features), width = size_t(spec.context), n = 129;
+    const bool of_values = discrete(spec), fused = available_isas().size() > 1;
+    const auto program = make_program<T>(spec, random_parameters(spec, rng));
+    set_isa(available_isas().front());
+    auto x = narrowed<T>(normals(n * features, rng));
+    const auto context = narrowed<T>(normals(n * std::max<size_t>(width, 1), rng));
+    if (of_values)
+        for (T& v : x) v = T(rng() % 2);
+    else
+        from_noise<T>(*program, batch_of(*program, x, context, n), x.data(), {});
+    auto wrong = x;  // NaN, and values on and beyond bounds or that a variable cannot have
+    const double odd[] = {NAN, 1, -7, 0.5, 2};
+    for (size_t i = 0; i < 25; ++i) wrong[rng() % wrong.size()] = T(odd[i % 5]);
+    const auto noise = narrowed<T>(normals(n * features, rng));
+
+    for (int shared = 0; shared < (width ? 3 : 1); ++shared) {  // contexts by row, one for all, one for each of three groups
+        auto batch_for = [&](const std::vector<T>& values, size_t rows) {
+            Batch batch = batch_of(*program, values, context, rows);
+            if (shared) batch.context.inner = 0;
+            if (shared == 2) {
+                batch.outer = 3;
+                batch.context.outer = int64_t(width * sizeof(T));
+            }
+            return batch;
+        };
+        for (const auto* values : {&x, &wrong}) {
+            const size_t groups = shared == 2 ? 3 : 1;
+            std::vector<T> density(n * groups), z(n * groups * features), back(n * groups * features);
+            for (size_t rows : {size_t(1), size_t(31), size_t(32), size_t(33), size_t(127), size_t(128), n}) {
+                const Batch batch = batch_for(*values, rows), of_noise = batch_for(noise, rows);
+                log_prob<T>(*program, batch, density.data(), {});
+                if (!of_values) to_noise<T>(*program, batch, z.data(), {});
+                if (!of_values) from_noise<T>(*program, of_noise, back.data(), {});
+                for (const Warps& warps : {Warps{1, 4}, Warps{3, rows < 33 ? 1 : 2}}) {
+                    if (warps.count > 1 && rows != 33 && rows != n && rows != 1) continue;
+                    what_runs = one.name + ", " + std::to_string(warps.count) + " warps" + (sizeof(T) == 4 ? ", float, " : ", double, ") +
+                                std::to_string(rows) + " rows, context " + std::to_string(shared);
+                    std::vector<T> got(density.size()), got_z(z.size()), got_back(back.size());
+                    warp_evaluate<T>(*program, batch, warps, got.data(), nullptr);
+                    CHECK(same(got, density, rows * groups, fused));
+                    if (of_values) continue;
+                    warp_evaluate<T>(*program, batch, warps, nullptr, got_z.data());
+                    CHECK(same(got_z, z, rows * groups * features, fused));
+                    warp_generate<T>(*program, of_noise, nullptr, warps, got_back.data(), nullptr);
+                    CHECK(same(got_back, back, rows * groups * features, fused));
+                }
+            }
+        }
+    }
+
+    Draw request;
+    request.seed = 11;
+    request.offset = (uint64_t(1) << 32) - 40;
+    request.context_offset = 5;
+    request.context = rows_of(context, int(width));
+    std::swap(request.context.outer, request.context.inner);
+    for (int64_t contexts : {1, 3}) {
+        what_runs = one.name + (sizeof(T) == 4 ? ", float, draws" : ", double, draws");
+        request.contexts = contexts;
+        request.rows = 37;
+        const size_t rows = size_t(37 * contexts);
+        std::vector<T> draws(rows * features), density(rows), got(draws.size()), got_density(rows);
+        sample<T>(*program, request, draws.data(), density.data(), {});
+        for (const Warps& warps : {Warps{1, 4}, Warps{2, 1}}) {
+            warp_generate<T>(*program, {}, &request, warps, got.data(), got_density.data());
+            CHECK(same(got, draws, got.size(), fused) && same(got_density, density, rows, fused));
+        }
+    }
+    Draw part = request;  // the last rows of a call
+    part.contexts = 1;
+    part.rows = 7;
+    std::vector<T> last(7 * features);
+    warp_generate<T>(*program, {}, &part, Warps{2, 2, 30}, last.data(), nullptr);
+    request.contexts = 1;
+    std::vector<T> all(37 * features);
+    sample<T>(*program, request, all.data(), static_cast<T*>(nullptr), {});
+    CHECK(same(last, std::vector<T>(all.end() - long(7 * features), all.end()), last.size(), fused));
+
+    std::vector<uint64_t> index, group;  // scattered rows
+    for (size_t i = 0; i < n; ++i) {
+        index.push_back((uint64_t(rng()) << 20) + i);
+        group.push_back(rng());
+    }
+    Draw scattered;
+    scattered.rows = int64_t(n);
+    scattered.seed = 5;
+    scattered.index = index.data();
+    scattered.group = group.data();
+    scattered.context = rows_of(context, int(width));
+    std::vector<T> expected(n * features), got(n * features);
+    sample<T>(*program, scattered, expected.data(), static_cast<T*>(nullptr), {});
+    warp_generate<T>(*program, {}, &scattered, Warps{1, 4}, got.data(), nullptr);
+    CHECK(same(got, expected, got.size(), fused));
+}
+
+// Rows of every dtype, with strides of either sign.
+template <class S>
+void warps_read(DType dtype) {
+    Random rng{4};
+    const FlowSpec spec = flow(3, 0, {norm(3, Norm::fixed, rng)}, rng);
+    const auto program = make_program<double>(spec, random_parameters(spec, rng));
+    const size_t n = 45;
+    std::vector<S> values(3 * n * 2);
+    for (S& v : values) v = S(sizeof(S) == 1 && dtype == DType::boolean ? rng() % 2 : rng() % 100);
+    Batch batch;
+    batch.inner = int64_t(n);
+    batch.x.dtype = dtype;
+    batch.x.data = reinterpret_cast<const char*>(values.data() + 3 * n);
+    batch.x.inner = 3 * int64_t(sizeof(S));
+    batch.x.column = -int64_t(sizeof(S));
+    Reals got(n), expected(n);
+    log_prob<double>(*program, batch, expected.data(), {});
+    warp_evaluate<double>(*program, batch, Warps{1, 2}, got.data(), nullptr);
+    CHECK(same(got, expected, n, available_isas().size() > 1));
+}
+
 // Values that a discrete variable cannot have.
 void impossible() {
     Random rng(2);
@@ -1030,6 +1165,22 @@ int main() {
             operations<double>(one, n, n == 37);
         }
     set_num_threads(2);
+    for (const Case& one : cases()) {
+        warps_of<float>(one);
+        warps_of<double>(one);
+    }
+    warps_read<uint16_t>(DType::f16);
+    warps_read<float>(DType::f32);
+    warps_read<double>(DType::f64);
+    warps_read<int8_t>(DType::i8);
+    warps_read<int16_t>(DType::i16);
+    warps_read<int32_t>(DType::i32);
+    warps_read<int64_t>(DType::i64);
+    warps_read<uint8_t>(DType::u8);
+    warps_read<uint16_t>(DType::u16);
+    warps_read<uint32_t>(DType::u32);
+    warps_read<uint64_t>(DType::u64);
+    warps_read<uint8_t>(DType::boolean);
     impossible();
     large();
     set_num_threads(2);

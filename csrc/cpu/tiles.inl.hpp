@@ -1,120 +1,21 @@
-// Density: a tile of rows goes through all maps of all stages; the variables arrive in the order of the first stage and leave each law
-// in the order of the next, so permutations cost nothing. One row alone runs with units in lanes over the same tape.
+// The loops over the steps of all stages: sub-tiles of rows share a pass over the tape. The density of one row alone runs with units in
+// lanes over the same tape.
 #pragma once
 
-#include "../ops/bases.inl.hpp"
-#include "masked_linear.inl.hpp"
+#include "../ops/sample.inl.hpp"
 
 namespace fastmaf {
 namespace FASTMAF_ISA {
-
-FASTMAF_INLINE Lanes<float>::Wide widen(Vec<float> v) { return __builtin_convertvector(v, Lanes<float>::Wide); }
-FASTMAF_INLINE Lanes<double>::Wide widen(Vec<double> v) { return v; }
-
-// Log-determinants are summed in double, lane by lane.
-template <class T>
-FASTMAF_INLINE void add_to(double* sums, typename Lanes<T>::Wide v) {
-    typedef typename Lanes<T>::Wide Loose __attribute__((aligned(8), may_alias));
-    *reinterpret_cast<Loose*>(sums) += v;
-}
 
 FASTMAF_INLINE int vectors_of(int rows, int subtile, int width) {
     const int left = rows - subtile * kVectors * width;
     return left >= kVectors * width ? kVectors : (left + width - 1) / width;
 }
 
-// Parameters [2 features][lanes] and x [features][lanes] -> z, scattered into the rows of the next tile.
 template <class T>
-static void transform_law(const StageView<T>& stage, const T* parameters, const T* x, T* next, int vectors, double* log_det) {
-    constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
-    for (int j = 0; j < vectors; ++j) {
-        typename Lanes<T>::Wide sum{};
-        for (int s = 0; s < stage.features; ++s) {
-            const T* row = parameters + 2 * s * lanes + j * W;
-            const Vec<T> scale = log_scale<T>(stage, at(row + lanes));
-            Vec<T> z = to_z<T>(stage, at(x + s * lanes + j * W), at(row), scale);
-            if (stage.scale) z = (z - stage.loc[s]) * stage.scale[s];
-            at(next + stage.next[s] * lanes + j * W) = z;
-            sum -= widen(scale);
-        }
-        add_to<T>(log_det + j * W, sum);
-    }
-}
-
-// Log-densities of the variables [first, first + count) of a base.
-template <class T>
-static void base_law(const StageView<T>& stage, int first, int count, const T* parameters, const T* x, int vectors, double* log_det) {
-    constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
-    for (int j = 0; j < vectors; ++j) {
-        typename Lanes<T>::Wide sum{};
-        for (int s = first; s < first + count; ++s) {
-            const Conditional<T> p{stage, parameters + stage.first[s] * lanes + j * W, stage.first[s + 1] - stage.first[s]};
-            sum += widen(conditional_log_prob<T>(p, at(x + s * lanes + j * W)));
-        }
-        add_to<T>(log_det + j * W, sum);
-    }
-}
-
-// The variables of a norm, scattered into the next tile.
-template <class T>
-static void norm_law(const StageView<T>& stage, const T* x, T* next, int vectors) {
-    constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
-    const T* beta = stage.trainable ? stage.bias[0] + stage.features : nullptr;
-    for (int s = 0; s < stage.features; ++s)
-        for (int j = 0; j < vectors; ++j) {
-            const Vec<T> z = (at(x + s * lanes + j * W) - stage.loc[s]) * stage.scale[s];
-            at(next + stage.next[s] * lanes + j * W) = beta ? z + beta[s] : z;
-        }
-}
-
-// Turns rows around: the last one first.
-template <class T>
-static void flip(T* units, int rows, int vectors) {
-    constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
-    for (int s = 0; 2 * s < rows - 1; ++s)
-        for (int j = 0; j < vectors; ++j) {
-            Vec<T>&a = at(units + s * lanes + j * W), &b = at(units + (rows - 1 - s) * lanes + j * W);
-            const Vec<T> kept = a;
-            a = b;
-            b = kept;
-        }
-}
-
-// A Linear: after U its units are turned around, after L they are added (its diagonal) and scattered into the next tile.
-template <class T>
-static void linear_law(const StageView<T>& stage, int part, T* const* units, T* next, int vectors) {
-    constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
-    if (part == 0) return flip<T>(units[0], stage.features, vectors);
-    for (int i = 0; i < stage.features; ++i)
-        for (int j = 0; j < vectors; ++j)
-            at(next + stage.next[i] * lanes + j * W) = at(units[1] + i * lanes + j * W) + at(units[0] + i * lanes + j * W);
-}
-
-// x and next: the variables of this tile and of the next one; `shift`: where the sub-tile lies.
-template <class T>
-static void density_law(const StageView<T>& stage, const Step& step, T* const* units, int64_t shift, const T* x, T* next, int vectors,
-                        double* log_det) {
-    T* const last = units[stage.maps - 1] + shift;
-    switch (stage.output) {
-        case Output::transform: return transform_law<T>(stage, last, x, next, vectors, log_det);
-        case Output::norm: return norm_law<T>(stage, x, next, vectors);
-        case Output::linear: {
-            T* const shifted[2] = {units[0] + shift, units[1] + shift};
-            return linear_law<T>(stage, step.row, shifted, next, vectors);
-        }
-        default: return base_law<T>(stage, step.row, step.rows, last, x, vectors, log_det);
-    }
-}
-
-// One panel step of a sub-tile that lies `shift` behind the first one.
-template <class T>
-FASTMAF_INLINE void panel_step(const StageView<T>& stage, const Step& step, T* tile, T* const* units, T* const* raw, int64_t shift, int vectors,
-                               const T* folded) {
-    const int add = step.finish == Finish::unit ? stage.adds[step.map] : -1;
-    const T* added = add < 0 ? nullptr : (stage.raw[add] ? raw[add] : units[add]) + shift;
-    T* kept = step.map < stage.maps && stage.raw[step.map] ? raw[step.map] + shift : nullptr;
-    run_panel<T>(stage, step, buffer<T>(stage, step.in, tile, units) + shift, buffer<T>(stage, step.out, tile, units) + shift, kept, added,
-                 vectors, folded);
+static void fold(const StageView<T>& stage, const T* context, T* folded) {
+    for (int s = 0; s < stage.step_count; ++s)
+        if (folds(stage.steps[s])) fold_step<T>(stage, stage.steps[s], context, 1, folded);
 }
 
 template <class T>
@@ -140,6 +41,40 @@ static int to_noise(const StageView<T>* stages, int count, const Tile<T>& tile) 
     return count % 2;
 }
 
+// Final rows of a discrete base become the probabilities of the values.
+template <class T>
+static void probabilities(const StageView<T>& stage, T* rows, int vectors) {
+    for (int s = 0; s < stage.features; ++s)
+        for (int j = 0; j < vectors; ++j) {
+            T* const own = rows + stage.first[s] * lanes_of<T>() + j * Lanes<T>::W;
+            const Conditional<T> p{stage, own, stage.first[s + 1] - stage.first[s]};
+            const Vec<T> all = log_total<T>(p);
+            for (int c = 0; c < p.count; ++c) at(own + c * lanes_of<T>()) = probability<T>(p, all, c);
+        }
+}
+
+template <class T>
+static int from_noise(const StageView<T>* stages, int count, const Tile<T>& tile) {
+    constexpr int lanes = lanes_of<T>();
+    for (int k = count; k-- > 0;) {
+        const StageView<T>& stage = stages[k];
+        T* const x = tile.x[k % 2];
+        for (int i = 0; i < stage.step_count; ++i) {
+            const Step& step = stage.steps[i];
+            for (int s = 0; s < tile.subtiles; ++s) {
+                const int vectors = vectors_of(tile.rows, s, Lanes<T>::W);
+                const int64_t shift = s * tile.stride, variables = shift + stage.context * lanes;
+                if (step.kind == Kind::panel)
+                    panel_step<T>(stage, step, x, tile.units, tile.raw, shift, vectors, tile.folded ? tile.folded[k] : nullptr);
+                else
+                    sampler_law<T>(stage, step, tile.units, shift, tile.x[(k + 1) % 2] + variables,
+                                   tile.uniform ? tile.uniform + shift : nullptr, x + variables, vectors, tile.density, tile.log_det + s * lanes);
+            }
+        }
+    }
+    return 0;
+}
+
 template <class T>
 static void base(const T* z, int features, int lanes, int n, double* log_det) {
     double sum[lanes_of<T>()];
@@ -148,8 +83,6 @@ static void base(const T* z, int features, int lanes, int n, double* log_det) {
         for (int r = 0; r < n; ++r) sum[r] += double(z[s * lanes + r]) * double(z[s * lanes + r]);
     for (int r = 0; r < n; ++r) log_det[r] -= 0.5 * sum[r];
 }
-
-// ---- one row ---------------------------------------------------------------------------------------------------------------------
 
 // Eight rows of a panel in lanes.
 template <class T>

@@ -2,33 +2,29 @@
 //
 //     acc[i][j] += w[k * KS + i * IS] * a[k * stride + j * W ...]      i < R rows of the panel, j < NV vectors of rows
 //
-// R x NV accumulators, NV vectors of inputs and one broadcast weight stay in registers: 8 x 3 with 32 registers, 4 x 3 with 16.
+// R x NV accumulators, NV vectors of inputs and one broadcast weight stay in registers: 8 x 3 with 32 registers, 4 x 3 with 16,
+// and 8 x 4 with those of a GPU, where three vectors run as four.
 // Each sum runs over k upwards with fused multiply-adds, whatever the tile, so a row's bits do not depend on where it stands.
 #pragma once
 
-#include "../cpu/tile.hpp"
-#include "../ops/activations.inl.hpp"
+#include "activations.inl.hpp"
+#include "tile.hpp"
 
 namespace fastmaf {
 namespace FASTMAF_ISA {
-
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRows = 8;
-#else
-constexpr int kRows = 4;
-#endif
 
 template <class T, int R, int NV, int KS, int IS>
 FASTMAF_INLINE void accumulate(Vec<T> (&acc)[R][NV], const T* w, const T* a, int stride, int n) {
     constexpr int W = Lanes<T>::W;
     for (int k = 0; k < n; ++k) {
+        const Weights<T, R, IS> weights(w);
         Vec<T> in[NV];
-#pragma GCC unroll 4
+FASTMAF_UNROLL(4)
         for (int j = 0; j < NV; ++j) in[j] = at(a + j * W);
-#pragma GCC unroll 8
+FASTMAF_UNROLL(8)
         for (int i = 0; i < R; ++i) {
-            const Vec<T> weight = splat<T>(w[i * IS]);
-#pragma GCC unroll 4
+            const Vec<T> weight = splat<T>(weights[i]);
+FASTMAF_UNROLL(4)
             for (int j = 0; j < NV; ++j) acc[i][j] = fma(weight, in[j], acc[i][j]);
         }
         w += KS;
@@ -38,37 +34,37 @@ FASTMAF_INLINE void accumulate(Vec<T> (&acc)[R][NV], const T* w, const T* a, int
 
 // One strip of R rows of a panel whose tape holds WIDTH rows. `bias` null: the sum continues what lies in out.
 template <class T, int R, int WIDTH, int NV>
-static void strip(const T* w, const T* in, int n, int rows, const T* bias, bool rectify, T* out) {
+FASTMAF_FN void strip(const T* w, const T* in, int n, int rows, const T* bias, bool rectify, T* out) {
     constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
     Vec<T> acc[R][NV];
-#pragma GCC unroll 8
+FASTMAF_UNROLL(8)
     for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
+FASTMAF_UNROLL(4)
         for (int j = 0; j < NV; ++j) acc[i][j] = bias ? splat<T>(bias[i]) : i < rows ? at(out + i * lanes + j * W) : Vec<T>{};
     accumulate<T, R, NV, WIDTH, 1>(acc, w, in, lanes, n);
     if (rectify) {
-#pragma GCC unroll 8
+FASTMAF_UNROLL(8)
         for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
+FASTMAF_UNROLL(4)
             for (int j = 0; j < NV; ++j) acc[i][j] = relu(acc[i][j]);
     }
-#pragma GCC unroll 8
+FASTMAF_UNROLL(8)
     for (int i = 0; i < R; ++i)
         if (i < rows)
-#pragma GCC unroll 4
+FASTMAF_UNROLL(4)
             for (int j = 0; j < NV; ++j) at(out + i * lanes + j * W) = acc[i][j];
 }
 
 template <class T, int WIDTH, int NV>
-static void strips(const T* w, const T* in, int n, int rows, const T* bias, bool rectify, T* out) {
+FASTMAF_FN void strips(const T* w, const T* in, int n, int rows, const T* bias, bool rectify, T* out) {
     constexpr int R = WIDTH < kRows ? WIDTH : kRows;
-#pragma GCC unroll 2
+FASTMAF_UNROLL(2)
     for (int i = 0; i < WIDTH; i += R)
         if (i < rows) strip<T, R, WIDTH, NV>(w + i, in, n, rows - i, bias ? bias + i : nullptr, rectify, out + i * lanes_of<T>());
 }
 
 template <class T, int NV>
-static void panel(int width, const T* w, const T* in, int n, int rows, const T* bias, bool rectify, T* out) {
+FASTMAF_FN void panel(int width, const T* w, const T* in, int n, int rows, const T* bias, bool rectify, T* out) {
     if (width == 8) return strips<T, 8, NV>(w, in, n, rows, bias, rectify, out);
     if (width == 4) return strips<T, 4, NV>(w, in, n, rows, bias, rectify, out);
     return strips<T, 2, NV>(w, in, n, rows, bias, rectify, out);
@@ -76,7 +72,10 @@ static void panel(int width, const T* w, const T* in, int n, int rows, const T* 
 
 template <class T>
 FASTMAF_INLINE void panel(int vectors, int width, const T* w, const T* in, int n, int rows, const T* bias, bool rectify, T* out) {
-    if (vectors == 3) return panel<T, 3>(width, w, in, n, rows, bias, rectify, out);
+    if constexpr (kVectors == 4)
+        if (vectors > 2) return panel<T, 4>(width, w, in, n, rows, bias, rectify, out);
+    if constexpr (kVectors == 3)
+        if (vectors == 3) return panel<T, 3>(width, w, in, n, rows, bias, rectify, out);
     if (vectors == 2) return panel<T, 2>(width, w, in, n, rows, bias, rectify, out);
     return panel<T, 1>(width, w, in, n, rows, bias, rectify, out);
 }
@@ -90,7 +89,7 @@ FASTMAF_INLINE P* buffer(const StageView<T>& stage, int wire, P* tile, P* const*
 // A panel step of the density or the sampler. `in` holds the map's inputs and `out` takes its units; `raw` takes their sums if these are
 // kept beside the activations; `add` holds the sums that are added. `folded` as in Tile.
 template <class T>
-static void run_panel(const StageView<T>& stage, const Step& step, const T* in, T* out, T* raw, const T* add, int vectors, const T* folded) {
+FASTMAF_FN void run_panel(const StageView<T>& stage, const Step& step, const T* in, T* out, T* raw, const T* add, int vectors, const T* folded) {
     constexpr int lanes = lanes_of<T>(), W = Lanes<T>::W;
     const int skip = folded && step.in == kTile && step.start == Start::bias ? stage.context : 0;  // already in the folded bias
     const T* bias = step.start == Start::partial ? nullptr : (skip ? folded : stage.bias[step.map]) + step.row;
@@ -111,16 +110,16 @@ static void run_panel(const StageView<T>& stage, const Step& step, const T* in, 
     if (activated) activate<T>(stage.activation, rows, step.rows, vectors, lanes);
 }
 
+// Whether a step begins with the context, so that a context that all rows share can be added to its bias.
+FASTMAF_INLINE bool folds(const Step& step) { return step.kind == Kind::panel && step.in == kTile && step.start == Start::bias; }
+
+// One context, whose numbers lie `stride` apart, added to the biases of such a step.
 template <class T>
-static void fold(const StageView<T>& stage, const T* context, T* folded) {
-    for (int s = 0; s < stage.step_count; ++s) {
-        const Step& step = stage.steps[s];
-        if (step.kind != Kind::panel || step.in != kTile || step.start != Start::bias) continue;
-        for (int i = 0; i < step.rows; ++i) {
-            T sum = stage.bias[step.map][step.row + i];
-            for (int k = 0; k < stage.context; ++k) sum = fma_one(stage.tape[step.tape + k * step.width + i], context[k], sum);
-            folded[step.row + i] = sum;
-        }
+FASTMAF_FN void fold_step(const StageView<T>& stage, const Step& step, const T* context, int stride, T* folded) {
+    for (int i = 0; i < step.rows; ++i) {
+        T sum = stage.bias[step.map][step.row + i];
+        for (int k = 0; k < stage.context; ++k) sum = fma_one(stage.tape[step.tape + k * step.width + i], context[k * stride], sum);
+        folded[step.row + i] = sum;
     }
 }
 

@@ -1,0 +1,56 @@
+// Evaluation on a GPU: defined by cuda/backend.cpp, or by cuda/none.cpp where CUDA was not built.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "calls.hpp"
+#include "program.hpp"
+
+namespace fastmaf {
+namespace device {
+
+struct State {
+    bool built = false;
+    std::string reason;         // why nothing can run here; empty where something can
+    std::string versions;       // of the runtime and the driver
+    std::string architectures;  // compiled for
+    std::vector<std::string> gpus;
+};
+State state();
+int device_of(uintptr_t address);                // -1 for memory of the host
+void synchronize(int device, uintptr_t stream);  // waits for all that was enqueued
+
+// Where the arrays of a call lie. On a device the call only enqueues work on the caller's stream.
+struct Place {
+    bool on_device = false;
+    uintptr_t stream = 0;
+};
+
+// A program with its copy on one device, made when first needed and freed with it. Results are those of the functions in cpu/backend.hpp.
+template <class T>
+class Flow {
+public:
+    Flow(std::shared_ptr<const Program<T>> program, int device);
+    ~Flow();
+    Flow(const Flow&) = delete;
+    Flow& operator=(const Flow&) = delete;
+
+    const Program<T>& program() const;
+    void log_prob(const Batch& batch, T* out, const Place& place, const Poll& poll) const;
+    void to_noise(const Batch& batch, T* out, const Place& place, const Poll& poll) const;
+    void from_noise(const Batch& noise, T* out, const Place& place, const Poll& poll) const;
+    void sample(const Draw& draw, T* out, T* log_prob, const Place& place, const Poll& poll) const;
+
+private:
+    struct Parts;
+    std::unique_ptr<Parts> parts_;
+};
+
+extern template class Flow<float>;
+extern template class Flow<double>;
+
+}  // namespace device
+}  // namespace fastmaf

@@ -1,0 +1,507 @@
+// The host's side of a GPU: copies of flows, scratch, launches, and arrays of the host streamed through pinned buffers.
+#include "../core/device.hpp"
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+
+#include "image.hpp"
+#include "kernels.hpp"
+
+#ifndef FASTMAF_CUDA_CHUNK
+#define FASTMAF_CUDA_CHUNK (int64_t(16) << 20)
+#endif
+#ifndef FASTMAF_CUDA_ARCHITECTURES
+#define FASTMAF_CUDA_ARCHITECTURES "unknown"
+#endif
+
+namespace fastmaf {
+namespace device {
+
+namespace {
+
+constexpr int kLanes = 128;                        // of the widest tile: four vectors
+constexpr int64_t kScratch = int64_t(1) << 30;     // at most, for the blocks of a launch
+constexpr int64_t kChunk = FASTMAF_CUDA_CHUNK;     // bytes of a host array that travel together
+constexpr uint64_t kKept = uint64_t(256) << 20;    // scratch that the pool keeps between calls
+
+std::string size_of(double bytes) {
+    const char* const units[] = {"B", "KiB", "MiB", "GiB"};
+    int unit = 0;
+    for (; bytes >= 1024 && unit < 3; ++unit) bytes /= 1024;
+    char text[32];
+    std::snprintf(text, sizeof text, unit ? "%.1f %s" : "%.0f %s", bytes, units[unit]);
+    return text;
+}
+
+// Errors that no later call of this process can leave behind.
+bool is_lost(cudaError_t error) {
+    switch (error) {
+        case cudaErrorIllegalAddress:
+        case cudaErrorMisalignedAddress:
+        case cudaErrorIllegalInstruction:
+        case cudaErrorInvalidAddressSpace:
+        case cudaErrorInvalidPc:
+        case cudaErrorHardwareStackError:
+        case cudaErrorLaunchFailure:
+        case cudaErrorLaunchTimeout:
+        case cudaErrorECCUncorrectable:
+        case cudaErrorDevicesUnavailable:
+        case cudaErrorContextIsDestroyed: return true;
+        default: return false;
+    }
+}
+
+void check(cudaError_t error, const std::string& attempt) {
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // forgets it, so that the next call does not meet it again
+    std::string text = std::string(cudaGetErrorName(error)) + " while " + attempt + ": " + cudaGetErrorString(error);
+    if (is_lost(error)) text += "; the device is lost to this process, which has to be started again";
+    throw std::runtime_error(text);
+}
+
+[[noreturn]] void out_of_memory(int64_t bytes, const std::string& what) {
+    cudaGetLastError();
+    size_t free = 0, total = 0;
+    int device = 0;
+    cudaGetDevice(&device);
+    cudaMemGetInfo(&free, &total);
+    throw std::runtime_error("cuda:" + std::to_string(device) + " is out of memory: " + size_of(double(bytes)) + " were asked for " + what + ", " +
+                             size_of(double(free)) + " of " + size_of(double(total)) + " are free");
+}
+
+// Makes a device current for the time of a scope.
+class Current {
+public:
+    explicit Current(int device) {
+        check(cudaGetDevice(&before_), "asking for the current device");
+        if (device != before_) check(cudaSetDevice(device), "turning to cuda:" + std::to_string(device));
+        changed_ = device != before_;
+    }
+    Current(const Current&) = delete;
+    Current& operator=(const Current&) = delete;
+    ~Current() {
+        if (changed_) cudaSetDevice(before_);
+    }
+
+private:
+    int before_ = 0;
+    bool changed_ = false;
+};
+
+class Stream {
+public:
+    Stream() { check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "making a stream"); }
+    Stream(const Stream&) = delete;
+    Stream& operator=(const Stream&) = delete;
+    ~Stream() { cudaStreamDestroy(stream_); }
+    operator cudaStream_t() const { return stream_; }
+
+private:
+    cudaStream_t stream_ = nullptr;
+};
+
+// Grow-only memory, of the device or pinned on the host.
+class Buffer {
+public:
+    explicit Buffer(bool pinned) : pinned_(pinned) {}
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    ~Buffer() { release(); }
+    char* at_least(int64_t bytes) {
+        if (bytes <= size_) return data_;
+        release();
+        void* p = nullptr;
+        const cudaError_t error = pinned_ ? cudaHostAlloc(&p, size_t(bytes), cudaHostAllocDefault) : cudaMalloc(&p, size_t(bytes));
+        if (error == cudaErrorMemoryAllocation && !pinned_) out_of_memory(bytes, "rows on their way");
+        check(error, "allocating " + size_of(double(bytes)) + (pinned_ ? " of pinned memory" : ""));
+        size_ = bytes;
+        return data_ = static_cast<char*>(p);
+    }
+
+private:
+    void release() {
+        if (data_) pinned_ ? cudaFreeHost(data_) : cudaFree(data_);
+        data_ = nullptr;
+        size_ = 0;
+    }
+    bool pinned_;
+    char* data_ = nullptr;
+    int64_t size_ = 0;
+};
+
+struct Slot {
+    Stream stream;
+    Buffer host_in{true}, host_out{true}, in{false}, out{false};
+};
+
+// What the flows of a device share: what launches need of it, and the two slots through which arrays of the host are streamed. It goes
+// with the last of them.
+struct Station {
+    int device;
+    int processors = 0, cache = 0;
+    cudaMemPool_t pool = nullptr;
+    std::mutex streaming;
+    std::unique_ptr<Slot> slots[2];
+
+    explicit Station(int device) : device(device) {
+        check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "asking for the multiprocessors");
+        check(cudaDeviceGetAttribute(&cache, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device), "asking for the cache");
+        cudaMemPoolProps properties{};
+        properties.allocType = cudaMemAllocationTypePinned;
+        properties.location.type = cudaMemLocationTypeDevice;
+        properties.location.id = device;
+        check(cudaMemPoolCreate(&pool, &properties), "making a memory pool on cuda:" + std::to_string(device));
+        uint64_t kept = kKept;
+        check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &kept), "setting up a memory pool");
+    }
+    Station(const Station&) = delete;
+    Station& operator=(const Station&) = delete;
+    ~Station() {
+        int before = 0;
+        if (cudaGetDevice(&before) != cudaSuccess) return;
+        cudaSetDevice(device);
+        for (auto& slot : slots) slot.reset();
+        cudaMemPoolDestroy(pool);
+        cudaSetDevice(before);
+    }
+
+    static std::shared_ptr<Station> of(int device) {
+        static std::mutex mutex;
+        static std::map<int, std::weak_ptr<Station>> all;
+        std::lock_guard<std::mutex> lock(mutex);
+        std::shared_ptr<Station> station = all[device].lock();
+        if (!station) all[device] = station = std::make_shared<Station>(device);
+        return station;
+    }
+};
+
+int64_t size_of(DType dtype) {
+    switch (dtype) {
+        case DType::f64:
+        case DType::i64:
+        case DType::u64: return 8;
+        case DType::f32:
+        case DType::i32:
+        case DType::u32: return 4;
+        case DType::f16:
+        case DType::i16:
+        case DType::u16: return 2;
+        default: return 1;
+    }
+}
+
+// Rows [begin, begin + count) of a host array, one behind the other.
+void gather_rows(const Source& source, int64_t begin, int64_t count, int width, char* out) {
+    const Rows& rows = source.rows;
+    const int64_t element = size_of(rows.dtype), row = width * element;
+    for (int64_t r = begin, end = begin + count; r < end;) {
+        const char* p = rows.data + r / source.inner * rows.outer + r % source.inner * rows.inner;
+        const int64_t run = rows.column == element && rows.inner == row ? std::min(end - r, source.inner - r % source.inner) : 1;
+        if (rows.column == element)
+            std::memcpy(out, p, size_t(run * row));
+        else
+            for (int c = 0; c < width; ++c) std::memcpy(out + c * element, p + c * rows.column, size_t(element));
+        out += run * row;
+        r += run;
+    }
+}
+
+}  // namespace
+
+template <class T>
+struct Flow<T>::Parts {
+    struct Copy {
+        FlowView<T> view;
+        char* memory = nullptr;
+    };
+
+    std::shared_ptr<const Program<T>> program;
+    std::shared_ptr<Station> station;
+    std::mutex mutex;
+    std::unique_ptr<Copy> copies[2];
+
+    ~Parts() {
+        int before = 0;
+        if (!station || cudaGetDevice(&before) != cudaSuccess) return;
+        cudaSetDevice(station->device);
+        cudaDeviceSynchronize();  // a caller's stream may still read the copies
+        for (auto& copy : copies)
+            if (copy) cudaFree(copy->memory);
+        cudaSetDevice(before);
+    }
+
+    const FlowView<T>& view(Direction direction) {
+        std::lock_guard<std::mutex> lock(mutex);
+        std::unique_ptr<Copy>& copy = copies[direction == Direction::sampler];
+        if (copy) return copy->view;
+        Image measure;
+        lay_out(measure, *program, direction, kLanes);
+        const int64_t bytes = int64_t(measure.bytes().size());
+        void* memory = nullptr;
+        const cudaError_t error = cudaMalloc(&memory, size_t(bytes));
+        if (error == cudaErrorMemoryAllocation) out_of_memory(bytes, "the weights of a flow");
+        check(error, "allocating " + size_of(double(bytes)) + " for the weights of a flow");
+        auto made = std::make_unique<Copy>();
+        made->memory = static_cast<char*>(memory);
+        try {
+            Image image(made->memory);
+            made->view = lay_out(image, *program, direction, kLanes);
+            const Stream stream;
+            check(cudaMemcpyAsync(memory, image.bytes().data(), size_t(bytes), cudaMemcpyHostToDevice, stream), "copying the weights of a flow");
+            check(cudaStreamSynchronize(stream), "copying the weights of a flow");
+        } catch (...) {
+            cudaFree(memory);
+            throw;
+        }
+        copy = std::move(made);
+        return copy->view;
+    }
+
+    // The widest tile that leaves no multiprocessor without one and fits in the cache with its neighbours.
+    int vectors_for(const FlowView<T>& flow, int64_t rows, int resident) const {
+        for (int vectors : {4, 2})
+            if (flow.scratch * vectors / 4 * resident <= station->cache && rows >= int64_t(32) * vectors * station->processors) return vectors;
+        return 1;
+    }
+
+    void launch(cuda::Operation operation, Job<T> job, bool shared, cudaStream_t stream) {
+        const FlowView<T>& flow = view(operation == cuda::Operation::evaluate ? Direction::density : Direction::sampler);
+        int resident = 0;
+        check(cuda::resident_blocks<T>(operation, &resident), "preparing a kernel");
+        resident = std::max(1, resident);
+        job.vectors = vectors_for(flow, job.rows, resident);
+        const int64_t rows = 32 * job.vectors, tiles = (job.rows + rows - 1) / rows;
+        int64_t blocks = std::min({tiles, int64_t(resident) * station->processors, std::max<int64_t>(1, kScratch / flow.scratch)});
+        auto padded = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
+        const int64_t room = shared ? padded(int64_t(flow.stage_count) * flow.context * 32 * int64_t(sizeof(T))) : 0;
+        const int64_t folded = shared ? padded(flow.folded_size * int64_t(sizeof(T))) : 0;
+        const int64_t table = shared ? padded(flow.stage_count * int64_t(sizeof(T*))) : 0;
+
+        void* memory = nullptr;
+        for (;; blocks /= 2) {
+            const int64_t bytes = blocks * flow.scratch + room + folded + table;
+            const cudaError_t error = cudaMallocFromPoolAsync(&memory, size_t(bytes), station->pool, stream);
+            if (error == cudaSuccess) break;
+            if (error != cudaErrorMemoryAllocation) check(error, "allocating " + size_of(double(bytes)) + " of scratch");
+            if (blocks == 1) out_of_memory(bytes, "the scratch of one block");
+            cudaGetLastError();
+        }
+        job.scratch = static_cast<char*>(memory);
+        cudaError_t error = cudaSuccess;
+        if (shared && flow.stage_count) {
+            char* const behind = job.scratch + blocks * flow.scratch;
+            const T** const pointers = reinterpret_cast<const T**>(behind + room + folded);
+            error = cuda::launch_fold<T>(flow, job, reinterpret_cast<T*>(behind), reinterpret_cast<T*>(behind + room), pointers, stream);
+            job.folded = pointers;
+        }
+        if (error == cudaSuccess) error = cuda::launch<T>(operation, flow, job, int(blocks), stream);
+        const cudaError_t freed = cudaFreeAsync(memory, stream);
+        check(error, "launching a kernel");
+        check(freed, "freeing scratch");
+    }
+
+    // Rows of the host, in chunks: while one is computed, its neighbours travel. `job` holds host arrays.
+    void stream_rows(cuda::Operation operation, const Job<T>& job, bool shared, const Poll& poll) {
+        const int features = program->features(), context = program->context();
+        std::lock_guard<std::mutex> lock(station->streaming);
+        const bool reads = !job.draws, scattered = job.index != nullptr;
+        const int64_t x_row = reads ? features * size_of(job.x.rows.dtype) : 0, context_row = context * size_of(job.context.rows.dtype);
+        const int64_t out_row = job.out ? features * int64_t(sizeof(T)) : 0, density_row = job.log_prob ? int64_t(sizeof(T)) : 0;
+        const int64_t row = x_row + (shared ? 0 : context_row) + (scattered ? 16 : 0) + out_row + density_row;
+        const int64_t chunk = std::min(job.rows, std::max<int64_t>(kLanes, kChunk / std::max<int64_t>(1, row) / kLanes * kLanes));
+        auto padded = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
+        const int64_t of_context = padded(chunk * x_row), of_index = of_context + padded((shared ? 1 : chunk) * context_row);
+        const int64_t of_group = of_index + (scattered ? padded(chunk * 8) : 0), in_size = of_group + (scattered ? padded(chunk * 8) : 0);
+        const int64_t of_density = padded(chunk * out_row), out_size = of_density + padded(chunk * density_row);
+
+        struct Settled {  // nothing is under way when a call ends, however it ends
+            Station& station;
+            ~Settled() {
+                for (auto& slot : station.slots)
+                    if (slot) cudaStreamSynchronize(slot->stream);
+            }
+        } settled{*station};
+        int64_t waiting[2] = {-1, -1};
+        auto collect = [&](int s) {
+            if (waiting[s] < 0) return;
+            Slot& slot = *station->slots[s];
+            check(cudaStreamSynchronize(slot.stream), "computing rows " + std::to_string(waiting[s]) + " and on");
+            const int64_t count = std::min(chunk, job.rows - waiting[s]);
+            const char* const results = slot.host_out.at_least(out_size);
+            if (job.out) std::memcpy(job.out + waiting[s] * features, results, size_t(count * out_row));
+            if (job.log_prob) std::memcpy(job.log_prob + waiting[s], results + of_density, size_t(count * density_row));
+            waiting[s] = -1;
+        };
+        int s = 0;
+        for (int64_t begin = 0; begin < job.rows; begin += chunk, s = 1 - s) {
+            if (poll) poll();
+            if (!station->slots[s]) station->slots[s] = std::make_unique<Slot>();
+            Slot& slot = *station->slots[s];
+            collect(s);
+            const int64_t count = std::min(chunk, job.rows - begin);
+            char *const host = slot.host_in.at_least(in_size), *const in = slot.in.at_least(in_size), *const out = slot.out.at_least(out_size);
+            char* const results = slot.host_out.at_least(out_size);
+            Job<T> part = job;
+            part.rows = count;
+            part.begin = uint64_t(begin);
+            auto placed = [&](const Source& source, int64_t at, int64_t width, bool once) {
+                Source moved = source;
+                moved.rows.data = in + at;
+                moved.rows.column = size_of(source.rows.dtype);
+                moved.rows.inner = once ? 0 : width;
+                moved.rows.outer = 0;
+                moved.inner = count;
+                return moved;
+            };
+            if (reads) {
+                gather_rows(job.x, begin, count, features, host);
+                part.x = placed(job.x, 0, x_row, false);
+            }
+            if (context) {
+                gather_rows(job.context, shared ? 0 : begin, shared ? 1 : count, context, host + of_context);
+                part.context = placed(job.context, of_context, context_row, shared);
+            }
+            if (scattered) {
+                std::memcpy(host + of_index, job.index + begin, size_t(count * 8));
+                std::memcpy(host + of_group, job.group + begin, size_t(count * 8));
+                part.index = reinterpret_cast<const uint64_t*>(in + of_index);
+                part.group = reinterpret_cast<const uint64_t*>(in + of_group);
+            }
+            if (in_size) check(cudaMemcpyAsync(in, host, size_t(in_size), cudaMemcpyHostToDevice, slot.stream), "copying rows to the device");
+            part.out = job.out ? reinterpret_cast<T*>(out) : nullptr;
+            part.log_prob = job.log_prob ? reinterpret_cast<T*>(out + of_density) : nullptr;
+            launch(operation, part, shared, slot.stream);
+            check(cudaMemcpyAsync(results, out, size_t(out_size), cudaMemcpyDeviceToHost, slot.stream), "copying results from the device");
+            waiting[s] = begin;
+        }
+        collect(s);
+        collect(1 - s);
+    }
+
+    void run(cuda::Operation operation, const Job<T>& job, int64_t outer, int64_t inner, const Place& place, const Poll& poll) {
+        if (job.rows == 0) return;
+        const Current current(station->device);
+        const bool shared = program->context() > 0 && shares_context(job.context.rows, outer, inner);
+        if (place.on_device)
+            launch(operation, job, shared, reinterpret_cast<cudaStream_t>(place.stream));
+        else
+            stream_rows(operation, job, shared, poll);
+    }
+};
+
+template <class T>
+Flow<T>::Flow(std::shared_ptr<const Program<T>> program, int device) : parts_(std::make_unique<Parts>()) {
+    const State found = state();
+    if (!found.reason.empty()) throw std::runtime_error(found.reason);
+    if (device < 0 || device >= int(found.gpus.size()))
+        throw std::runtime_error("there is no cuda:" + std::to_string(device) + " here; GPUs: " + std::to_string(found.gpus.size()));
+    const Current current(device);
+    parts_->program = std::move(program);
+    parts_->station = Station::of(device);
+}
+
+template <class T>
+Flow<T>::~Flow() = default;
+
+template <class T>
+const Program<T>& Flow<T>::program() const {
+    return *parts_->program;
+}
+
+template <class T>
+void Flow<T>::log_prob(const Batch& batch, T* out, const Place& place, const Poll& poll) const {
+    Job<T> job;
+    job.rows = batch.rows();
+    job.x = {batch.x, batch.inner};
+    job.context = {batch.context, batch.inner};
+    job.log_prob = out;
+    parts_->run(cuda::Operation::evaluate, job, batch.outer, batch.inner, place, poll);
+}
+
+template <class T>
+void Flow<T>::to_noise(const Batch& batch, T* out, const Place& place, const Poll& poll) const {
+    Job<T> job;
+    job.rows = batch.rows();
+    job.x = {batch.x, batch.inner};
+    job.context = {batch.context, batch.inner};
+    job.out = out;
+    parts_->run(cuda::Operation::evaluate, job, batch.outer, batch.inner, place, poll);
+}
+
+template <class T>
+void Flow<T>::from_noise(const Batch& noise, T* out, const Place& place, const Poll& poll) const {
+    Job<T> job;
+    job.rows = noise.rows();
+    job.x = {noise.x, noise.inner};
+    job.context = {noise.context, noise.inner};
+    job.out = out;
+    parts_->run(cuda::Operation::generate, job, noise.outer, noise.inner, place, poll);
+}
+
+template <class T>
+void Flow<T>::sample(const Draw& draw, T* out, T* log_prob, const Place& place, const Poll& poll) const {
+    Job<T> job;
+    job.rows = draw.contexts * draw.rows;
+    job.context = {draw.context, draw.rows};
+    job.out = out;
+    job.log_prob = log_prob;
+    job.draws = true;
+    job.seed = draw.seed;
+    job.offset = draw.offset;
+    job.context_offset = draw.context_offset;
+    job.inner = uint64_t(draw.rows);
+    job.index = draw.index;
+    job.group = draw.group;
+    parts_->run(cuda::Operation::generate, job, draw.contexts, draw.rows, place, poll);
+}
+
+State state() {
+    State state;
+    state.built = true;
+    state.architectures = FASTMAF_CUDA_ARCHITECTURES;
+    int runtime = 0, driver = 0, count = 0;
+    cudaRuntimeGetVersion(&runtime);
+    cudaDriverGetVersion(&driver);
+    auto version = [](int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); };
+    state.versions = "CUDA " + version(runtime) + (driver ? ", driver for CUDA " + version(driver) : ", no driver");
+    const cudaError_t error = cudaGetDeviceCount(&count);
+    if (error != cudaSuccess) {
+        cudaGetLastError();
+        state.reason = std::string("no GPU can be used: ") + cudaGetErrorString(error) + " (" + state.versions + ")";
+        return state;
+    }
+    for (int device = 0; device < count; ++device) {
+        cudaDeviceProp properties{};
+        if (cudaGetDeviceProperties(&properties, device) != cudaSuccess) continue;
+        state.gpus.push_back(std::string(properties.name) + " (sm_" + std::to_string(properties.major) + std::to_string(properties.minor) + ", " +
+                             size_of(double(properties.totalGlobalMem)) + ")");
+    }
+    if (state.gpus.empty()) state.reason = "no GPU can be used: none is visible (" + state.versions + ")";
+    return state;
+}
+
+int device_of(uintptr_t address) {
+    cudaPointerAttributes attributes{};
+    if (cudaPointerGetAttributes(&attributes, reinterpret_cast<const void*>(address)) != cudaSuccess) {
+        cudaGetLastError();
+        return -1;
+    }
+    return attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged ? attributes.device : -1;
+}
+
+void synchronize(int device, uintptr_t stream) {
+    const Current current(device);
+    check(cudaStreamSynchronize(reinterpret_cast<cudaStream_t>(stream)), "waiting for a stream");
+}
+
+template class Flow<float>;
+template class Flow<double>;
+
+}  // namespace device
+}  // namespace fastmaf

@@ -1,0 +1,278 @@
+// A tile of rows from the caller's array to the result: what one block of warps does, and the whole of the device's arithmetic.
+//
+// The warps of a block form a team. They share the panels of a map, and the vectors and columns elsewhere; where one needs what another
+// wrote, all meet. A vector's log-determinant belongs to one warp throughout, so its sum has one order. `mine` deals out the parts.
+// Nothing here depends on the number of warps but the time.
+#pragma once
+
+#include "../ops/columns.inl.hpp"
+#include "../ops/rng.inl.hpp"
+#include "../ops/sample.inl.hpp"
+#include "launch.hpp"
+
+namespace fastmaf {
+namespace FASTMAF_ISA {
+
+template <class T, class Team>
+FASTMAF_FN Tile<T> tile_of(const FlowView<T>& flow, const Job<T>& job, char* scratch, const Team& team) {
+    T** const pointers = reinterpret_cast<T**>(scratch + flow.pointers);
+    if (team.mine(0))
+        for (int m = 0; m < flow.maps; ++m) {
+            pointers[m] = reinterpret_cast<T*>(scratch + flow.units[m]);
+            pointers[flow.maps + m] = flow.raw[m] < 0 ? nullptr : reinterpret_cast<T*>(scratch + flow.raw[m]);
+        }
+    Tile<T> tile{};
+    tile.subtiles = 1;
+    for (int i = 0; i < 2; ++i) tile.x[i] = reinterpret_cast<T*>(scratch + flow.x[i]);
+    tile.units = pointers;
+    tile.raw = pointers + flow.maps;
+    tile.uniform = flow.has_base ? reinterpret_cast<T*>(scratch + flow.uniform) : nullptr;
+    tile.log_det = reinterpret_cast<double*>(scratch + flow.log_det);
+    tile.density = job.log_prob != nullptr;
+    tile.folded = job.folded;
+    return tile;
+}
+
+FASTMAF_INLINE Index offset_of(const Source& source, Index row) {
+    return row / uint64_t(source.inner) * uint64_t(source.rows.outer) + row % uint64_t(source.inner) * uint64_t(source.rows.inner);
+}
+FASTMAF_INLINE D column_of(const Source& source, Index offset, int c) {
+    return gather(source.rows.dtype, source.rows.data + c * source.rows.column, offset);
+}
+
+// The value of a column in the tile; slope = log|dz/dx| of its bijection.
+FASTMAF_INLINE D load(const ColumnView& column, D x, D& slope) {
+    slope = D{};
+    const D z = column.kind == Bijection::identity ? x : to_line(x, column.kind, column.lower, column.upper, column.range, slope);
+    return (z - column.loc) * column.scale;
+}
+
+// A context at or outside a bound has no meaning: NaN.
+FASTMAF_INLINE D load_context(const ColumnView& column, D x) {
+    D slope;
+    const D z = load(column, x, slope);
+    return slope == -__builtin_inf() ? splat<double>(__builtin_nan("")) : z;
+}
+
+// -inf for a value that a discrete variable cannot have, else 0.
+FASTMAF_INLINE D refusal(D x, int values) {
+    const D never = splat<double>(-__builtin_inf()), whole = (x + Constants<double>::shifter) - Constants<double>::shifter;
+    const D inside = x >= 0 ? (x < double(values) ? (x == whole ? D{} : never) : never) : never;
+    return x == x ? inside : D{};
+}
+
+template <class T, class Team>
+FASTMAF_FN void load_contexts(const FlowView<T>& flow, const Job<T>& job, int64_t begin, const Tile<T>& tile, const Team& team) {
+    constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
+    if (job.folded && !flow.late_context) return;
+    for (int j = 0; j < job.vectors; ++j) {
+        const Index row = offset_of(job.context, counted(uint64_t(begin + j * W), uint64_t(job.rows - 1)));
+        for (int c = 0; c < flow.context; ++c) {
+            if (!team.mine(c * job.vectors + j)) continue;
+            const Vec<T> value = narrow<T>(load_context(flow.context_columns[c], column_of(job.context, row, c)));
+            at(tile.x[0] + c * lanes + j * W) = value;
+            at(tile.x[1] + c * lanes + j * W) = value;
+        }
+    }
+}
+
+// Variables into x[0], log-determinants of their bijections into log_det. Rows at or outside a bound go on as zeros.
+template <class T, class Team>
+FASTMAF_FN void load_rows(const FlowView<T>& flow, const Job<T>& job, int64_t begin, const Tile<T>& tile, const Team& team) {
+    constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
+    T* const x = tile.x[0] + flow.context * lanes;
+    for (int j = 0; j < job.vectors; ++j) {
+        const Index row = offset_of(job.x, counted(uint64_t(begin + j * W), uint64_t(job.rows - 1)));
+        if (team.mine(j)) at(tile.log_det + j * W) = D{};
+        for (int v = 0; v < flow.features; ++v) {
+            const ColumnView& column = flow.columns[v];
+            const bool plain = column.kind == Bijection::identity && column.values == 0;
+            if (!team.mine(plain ? v * job.vectors + j : j)) continue;
+            const D own = column_of(job.x, row, v);
+            D slope;
+            at(x + flow.first[v] * lanes + j * W) = narrow<T>(load(column, own, slope));
+            if (column.kind != Bijection::identity) at(tile.log_det + j * W) += slope;
+            if (column.values) at(tile.log_det + j * W) += refusal(widen(narrow<T>(own)), column.values);
+        }
+    }
+    if (!flow.bounded) return;
+    team.sync();
+    for (int v = 0; v < flow.features; ++v)
+        for (int j = 0; j < job.vectors; ++j) {
+            if (!team.mine(v * job.vectors + j)) continue;
+            const D own = widen(at(x + v * lanes + j * W)), kept = own == own ? D{} : own;
+            at(x + v * lanes + j * W) = narrow<T>(at(tile.log_det + j * W) == -__builtin_inf() ? kept : own);
+        }
+}
+
+// Noise of the counters of the rows: normal numbers, and uniform ones for a base.
+template <class T, class Team>
+FASTMAF_FN void draw_noise(const FlowView<T>& flow, const Job<T>& job, int64_t begin, T* normal, T* uniform, const Team& team) {
+    constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
+    for (int j = 0; j < job.vectors; ++j) {
+        const Index own = counted(uint64_t(begin + j * W), uint64_t(job.rows - 1)), row = own + job.begin;
+        const Index index = job.index ? gather_index(job.index, own) : row % job.inner + job.offset;
+        const Index group = job.index ? gather_index(job.group, own) : row / job.inner + uint64_t(job.context_offset);
+        const Counters counters{low_words(index), high_words(index), low_words(group)};
+        for (int block = 0; 4 * block < flow.features; ++block) {
+            if (!team.mine(block * job.vectors + j)) continue;
+            const int columns = flow.features - 4 * block < 4 ? flow.features - 4 * block : 4;
+            if (!flow.discrete)
+                normal_block<T>(counters, job.seed, block, columns, lanes, W, normal + j * W);
+            else
+                for (int d = 4 * block; d < 4 * block + columns; ++d) at(normal + d * lanes + j * W) = Vec<T>{};
+            if (flow.has_base) uniform_block<T>(counters, job.seed, block, columns, lanes, W, uniform + j * W);
+        }
+    }
+}
+
+// log_det -= |z|^2 / 2 of one vector.
+template <class T>
+FASTMAF_FN void add_base(const T* z, int features, double* log_det) {
+    typename Lanes<T>::Wide sum{};
+    for (int s = 0; s < features; ++s) {
+        const typename Lanes<T>::Wide own = widen(at(z + s * lanes_of<T>()));
+        sum += own * own;
+    }
+    at(log_det) -= 0.5 * sum;
+}
+
+// f(step) for each step of a stage, panels by one warp each; `law` gets a step and a vector. Steps of a kind, and panels of one map, do
+// not read what the others of them write.
+template <class T, class Team, class Panel, class LawStep>
+FASTMAF_INLINE void run_steps(const StageView<T>& stage, int vectors, const Team& team, Panel panel_of, LawStep law) {
+    int last = 0, turn = 0;
+    for (int i = 0; i < stage.step_count; ++i) {
+        const Step& step = stage.steps[i];
+        const int kind = step.kind == Kind::panel ? step.map : -1;
+        if (i == 0 || kind != last) {
+            team.sync();
+            turn = 0;
+        }
+        last = kind;
+        if (step.kind == Kind::panel) {
+            if (team.mine(turn++)) panel_of(step);
+        } else {
+            for (int j = 0; j < vectors; ++j)
+                if (team.mine(j)) law(step, j);
+        }
+    }
+}
+
+template <class T, class Team>
+FASTMAF_FN void run_density(const FlowView<T>& flow, int count, int vectors, const Tile<T>& tile, const Team& team) {
+    constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
+    for (int k = 0; k < count; ++k) {
+        const StageView<T>& stage = flow.stages[k];
+        T *const x = tile.x[k % 2], *const next = tile.x[(k + 1) % 2] + stage.context * lanes;
+        run_steps<T>(
+            stage, vectors, team,
+            [&](const Step& step) { panel_step<T>(stage, step, x, tile.units, tile.raw, 0, vectors, tile.folded ? tile.folded[k] : nullptr); },
+            [&](const Step& step, int j) {
+                density_law<T>(stage, step, tile.units, j * W, x + stage.context * lanes + j * W, next + j * W, 1, tile.log_det + j * W);
+            });
+    }
+    team.sync();
+}
+
+template <class T, class Team>
+FASTMAF_FN void run_sampler(const FlowView<T>& flow, int count, int vectors, const Tile<T>& tile, const Team& team) {
+    constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
+    for (int k = count; k-- > 0;) {
+        const StageView<T>& stage = flow.stages[k];
+        T *const x = tile.x[k % 2], *const z = tile.x[(k + 1) % 2] + stage.context * lanes;
+        run_steps<T>(
+            stage, vectors, team,
+            [&](const Step& step) { panel_step<T>(stage, step, x, tile.units, tile.raw, 0, vectors, tile.folded ? tile.folded[k] : nullptr); },
+            [&](const Step& step, int j) {
+                sampler_law<T>(stage, step, tile.units, j * W, z + j * W, tile.uniform ? tile.uniform + j * W : nullptr,
+                               x + stage.context * lanes + j * W, 1, tile.density, tile.log_det + j * W);
+            });
+    }
+    team.sync();
+}
+
+// Density or noise of the rows from `begin`.
+template <class T, class Team>
+FASTMAF_FN void evaluate(const FlowView<T>& flow, const Job<T>& job, int64_t begin, char* scratch, const Team& team) {
+    constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
+    team.sync();  // the scratch still serves the tile before
+    const Tile<T> tile = tile_of(flow, job, scratch, team);
+    load_rows(flow, job, begin, tile, team);
+    load_contexts(flow, job, begin, tile, team);
+    const int count = job.log_prob ? flow.stage_count : flow.transforms;
+    run_density(flow, count, job.vectors, tile, team);
+    const T* const z = tile.x[count % 2] + flow.context * lanes;
+    for (int j = 0; j < job.vectors; ++j) {
+        const int64_t first = begin + j * W, left = job.rows - first;
+        const Index row = counted(uint64_t(first), uint64_t(job.rows - 1));
+        double* const log_det = tile.log_det + j * W;
+        if (job.log_prob && team.mine(j)) {
+            if (!flow.has_base) add_base(z + j * W, flow.features, log_det);
+            scatter<T>(job.log_prob, row, narrow<T>(flow.constant + at(log_det)), left);
+        }
+        if (!job.out) continue;
+        for (int d = 0; d < flow.features; ++d) {
+            if (!team.mine(d * job.vectors + j)) continue;
+            const D own = widen(at(z + flow.noise[d] * lanes + j * W)), none = splat<double>(__builtin_nan(""));
+            scatter<T>(job.out, row * uint64_t(flow.features) + uint64_t(d), narrow<T>(at(log_det) == -__builtin_inf() ? none : own), left);
+        }
+    }
+}
+
+// Samples, from counters or from the noise in x.
+template <class T, class Team>
+FASTMAF_FN void generate(const FlowView<T>& flow, const Job<T>& job, int64_t begin, char* scratch, const Team& team) {
+    constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
+    team.sync();
+    const Tile<T> tile = tile_of(flow, job, scratch, team);
+    const int count = job.draws ? flow.stage_count : flow.transforms;
+    T* const noise = tile.x[count % 2] + flow.context * lanes;
+    if (job.draws) draw_noise(flow, job, begin, noise, tile.uniform, team);
+    load_contexts(flow, job, begin, tile, team);
+    for (int j = 0; j < job.vectors; ++j) {
+        if (team.mine(j)) at(tile.log_det + j * W) = D{};
+        if (job.draws) continue;
+        const Index row = offset_of(job.x, counted(uint64_t(begin + j * W), uint64_t(job.rows - 1)));
+        for (int d = 0; d < flow.features; ++d)
+            if (team.mine(d * job.vectors + j)) at(noise + flow.noise[d] * lanes + j * W) = narrow<T>(column_of(job.x, row, d));
+    }
+    if (job.log_prob && !flow.has_base) {
+        team.sync();
+        for (int j = 0; j < job.vectors; ++j)
+            if (team.mine(j)) add_base(noise + j * W, flow.features, tile.log_det + j * W);
+    }
+    run_sampler(flow, count, job.vectors, tile, team);
+    for (int j = 0; j < job.vectors; ++j) {
+        const int64_t first = begin + j * W, left = job.rows - first;
+        const Index row = counted(uint64_t(first), uint64_t(job.rows - 1));
+        for (int v = 0; v < flow.features; ++v) {
+            const ColumnView& column = flow.columns[v];
+            const bool plain = column.kind == Bijection::identity;
+            if (!team.mine(plain ? v * job.vectors + j : j)) continue;
+            D value = widen(at(tile.x[0] + (flow.context + flow.first[v]) * lanes + j * W)) / column.scale + column.loc, slope = D{};
+            if (!plain) {
+                value = from_line(value, column.kind, column.lower, column.upper, column.range, slope);
+                at(tile.log_det + j * W) += slope;
+            }
+            const Vec<T> x = at_least<T>(at_most<T>(narrow<T>(value), flow.high[v]), flow.low[v]);
+            scatter<T>(job.out, row * uint64_t(flow.features) + uint64_t(v), x, left);
+        }
+        if (job.log_prob && team.mine(j)) scatter<T>(job.log_prob, row, narrow<T>(flow.constant + at(tile.log_det + j * W)), left);
+    }
+}
+
+// The shared context added to the biases of the first map of a stage. context: room for its numbers, each in all lanes.
+template <class T, class Team>
+FASTMAF_FN void fold(const FlowView<T>& flow, const Job<T>& job, int k, T* context, T* folded, const Team& team) {
+    constexpr int W = Lanes<T>::W;
+    for (int c = 0; c < flow.context; ++c)
+        if (team.mine(c)) at(context + c * W) = narrow<T>(load_context(flow.context_columns[c], column_of(job.context, Index{}, c)));
+    team.sync();
+    const StageView<T>& stage = flow.stages[k];
+    for (int s = team.thread(); s < stage.step_count; s += team.threads())
+        if (folds(stage.steps[s])) fold_step<T>(stage, stage.steps[s], context, W, folded);
+}
+
+}  // namespace FASTMAF_ISA
+}  // namespace fastmaf

@@ -1,0 +1,136 @@
+// A packed flow as one block of memory with the pointers of the place where it will lie: what a device gets in one copy.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "../core/columns.hpp"
+#include "../core/program.hpp"
+#include "launch.hpp"
+
+namespace fastmaf {
+
+// Arrays one behind the other, as they will lie at `base`. With a null base it only measures.
+class Image {
+public:
+    explicit Image(char* base = nullptr) : base_(base) {}
+    template <class U>
+    const U* put(const U* values, size_t count) {
+        const size_t begin = bytes_.size();
+        bytes_.resize(begin + (count * sizeof(U) + 255) / 256 * 256);
+        if (count) std::memcpy(bytes_.data() + begin, values, count * sizeof(U));
+        return reinterpret_cast<const U*>(base_ + begin);
+    }
+    template <class V>
+    auto put(const V& values) {
+        return put(values.data(), values.size());
+    }
+    const std::vector<char>& bytes() const { return bytes_; }
+
+private:
+    char* base_;
+    std::vector<char> bytes_;
+};
+
+inline std::vector<ColumnView> views_of(const Columns& columns) {
+    std::vector<ColumnView> views;
+    for (size_t c = 0; c < columns.kind.size(); ++c) {
+        const double range = columns.kind[c] == Bijection::logit ? std::log(columns.upper[c] - columns.lower[c]) : 0;
+        views.push_back({columns.kind[c], 0, columns.lower[c], columns.upper[c], range, columns.loc[c], columns.scale[c]});
+    }
+    return views;
+}
+
+// `lanes`: rows of the widest tile.
+template <class T>
+FlowView<T> lay_out(Image& image, const Program<T>& program, Direction direction, int lanes) {
+    FlowView<T> flow{};
+    flow.stage_count = int(program.stages());
+    flow.transforms = int(program.transforms());
+    flow.features = program.features();
+    flow.context = program.context();
+    flow.has_base = program.has_base();
+    flow.discrete = program.discrete();
+    flow.late_context = program.late_context();
+    flow.constant = program.constant();
+
+    std::vector<ColumnView> columns = views_of(program.spec().columns);
+    std::vector<T> low, high;
+    for (size_t v = 0; v < columns.size(); ++v) {
+        columns[v].values = program.values(int(v));
+        flow.bounded = flow.bounded || columns[v].values || columns[v].kind != Bijection::identity;
+        low.emplace_back();
+        high.emplace_back();
+        inner_range(program.spec().columns, v, low.back(), high.back());
+    }
+    flow.columns = image.put(columns);
+    flow.context_columns = image.put(views_of(program.spec().context_columns));
+    flow.low = image.put(low);
+    flow.high = image.put(high);
+    flow.first = image.put(program.first());
+    flow.noise = image.put(program.noise());
+
+    const size_t features = size_t(flow.features);
+    const T* const tape = image.put(program.tape(direction).data);
+    std::vector<StageView<T>> stages = program.views(direction);
+    std::vector<int64_t> units, raw;  // rows that map m needs in any stage
+    for (size_t k = 0; k < stages.size(); ++k) {
+        StageView<T>& stage = stages[k];
+        const size_t maps = size_t(stage.maps);
+        units.resize(std::max(units.size(), maps), 0);
+        raw.resize(units.size(), 0);
+        for (size_t m = 0; m < maps; ++m) {
+            units[m] = std::max<int64_t>(units[m], stage.rows[m]);
+            if (stage.raw[m]) raw[m] = std::max<int64_t>(raw[m], stage.rows[m]);
+        }
+        std::vector<const T*> bias;
+        for (size_t m = 0; m < program.sorted()[k].maps.size(); ++m)
+            bias.push_back(image.put(stage.bias[m], size_t(padded_rows(program.sorted()[k].maps[m].rows()))));
+        stage.bias = image.put(bias);
+        stage.rows = image.put(stage.rows, maps);
+        stage.activated = image.put(stage.activated, maps);
+        stage.adds = image.put(stage.adds, maps);
+        stage.raw = image.put(stage.raw, maps);
+        if (is_network(stage.output)) stage.first = image.put(stage.first, features + 1);
+        stage.next = image.put(stage.next, features);
+        if (stage.scale) {
+            stage.loc = image.put(stage.loc, features);
+            stage.scale = image.put(stage.scale, features);
+        }
+        stage.steps = image.put(stage.steps, size_t(stage.step_count));
+        stage.tape = tape;
+    }
+    flow.maps = int(units.size());
+    flow.stages = image.put(stages);
+
+    auto take = [&](int64_t bytes) {
+        const int64_t begin = flow.scratch;
+        flow.scratch += (bytes + 127) / 128 * 128;
+        return begin;
+    };
+    const int64_t row = lanes * int64_t(sizeof(T));
+    flow.pointers = take(2 * flow.maps * int64_t(sizeof(T*)));
+    flow.log_det = take(lanes * int64_t(sizeof(double)));
+    for (int64_t& x : flow.x) x = take((flow.features + flow.context) * row);
+    flow.uniform = flow.has_base ? take(flow.features * row) : 0;
+    for (int64_t& rows : units) rows = take(rows * row);
+    for (int64_t& rows : raw) rows = rows ? take(rows * row) : -1;
+    std::vector<int64_t> folded;
+    for (size_t k = 0; k < program.stages(); ++k) {
+        folded.push_back(flow.folded_size);
+        flow.folded_size += padded_rows(program.widths(k)[0]);
+    }
+    flow.folded = image.put(folded);
+    flow.units = image.put(units);
+    flow.raw = image.put(raw);
+    return flow;
+}
+
+// Rows for which one context is shared by all.
+inline bool shares_context(const Rows& context, int64_t outer, int64_t inner) {
+    return (outer == 1 || context.outer == 0) && (inner == 1 || context.inner == 0);
+}
+
+}  // namespace fastmaf

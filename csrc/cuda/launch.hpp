@@ -1,0 +1,54 @@
+// What a launch takes: a packed flow for one direction, and the rows of a call. Plain structures whose pointers are the device's.
+#pragma once
+
+#include "../core/view.hpp"
+
+namespace fastmaf {
+
+// A column of data or of the context: a bijection, then (x - loc) * scale.
+struct ColumnView {
+    Bijection kind;
+    int values;  // of a discrete variable; 0 for any number
+    double lower, upper, range, loc, scale;  // range: log(upper - lower) of a logit
+};
+
+template <class T>
+struct FlowView {
+    const StageView<T>* stages;
+    int stage_count, transforms, features, context, maps;
+    bool has_base, discrete, late_context;  // see Program
+    bool bounded;                           // some rows have density zero
+    double constant;
+    const ColumnView *columns, *context_columns;
+    const T *low, *high;       // [features] the range of samples
+    const int *first, *noise;  // rows of the first and of the last tile; see Program
+    // Scratch of a tile, in bytes.
+    int64_t scratch, pointers, log_det, x[2], uniform;
+    const int64_t *units, *raw;  // [maps]; raw is negative where none is kept
+    // Biases of the first maps with a context folded in: where those of each stage begin, and how many they are.
+    const int64_t* folded;
+    int64_t folded_size;
+};
+
+// Row i of a call lies (i / inner) * rows.outer + (i % inner) * rows.inner behind rows.data.
+struct Source {
+    Rows rows;
+    int64_t inner = 1;
+};
+
+template <class T>
+struct Job {
+    int64_t rows = 0;
+    int vectors = 1;  // of a tile: 1, 2 or 4
+    Source x, context;
+    const T* const* folded = nullptr;  // per stage, bias of its first map with the shared context added
+    T *log_prob = nullptr, *out = nullptr;
+    // Noise from counters instead of x. Row i is number `begin` + i of the call, whose contexts have `inner` rows each.
+    bool draws = false;
+    uint64_t seed = 0, offset = 0, begin = 0, inner = 1;
+    uint32_t context_offset = 0;
+    const uint64_t *index = nullptr, *group = nullptr;
+    char* scratch = nullptr;
+};
+
+}  // namespace fastmaf

@@ -1,0 +1,48 @@
+// In place of the CUDA backend where it was not built.
+#include <stdexcept>
+
+#include "../core/device.hpp"
+
+namespace fastmaf {
+namespace device {
+
+namespace {
+const char* const kReason = "this build of fastmaf has no CUDA kernels";
+}
+
+State state() {
+    State state;
+    state.reason = kReason;
+    return state;
+}
+
+int device_of(uintptr_t) { return -1; }
+void synchronize(int, uintptr_t) {}
+
+template <class T>
+struct Flow<T>::Parts {};
+
+template <class T>
+Flow<T>::Flow(std::shared_ptr<const Program<T>>, int) {
+    throw std::runtime_error(kReason);
+}
+template <class T>
+Flow<T>::~Flow() = default;
+template <class T>
+const Program<T>& Flow<T>::program() const {
+    throw std::runtime_error(kReason);
+}
+template <class T>
+void Flow<T>::log_prob(const Batch&, T*, const Place&, const Poll&) const {}
+template <class T>
+void Flow<T>::to_noise(const Batch&, T*, const Place&, const Poll&) const {}
+template <class T>
+void Flow<T>::from_noise(const Batch&, T*, const Place&, const Poll&) const {}
+template <class T>
+void Flow<T>::sample(const Draw&, T*, T*, const Place&, const Poll&) const {}
+
+template class Flow<float>;
+template class Flow<double>;
+
+}  // namespace device
+}  // namespace fastmaf

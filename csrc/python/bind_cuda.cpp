@@ -1,0 +1,170 @@
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <tuple>
+
+#include "../core/device.hpp"
+#include "flow.hpp"
+
+namespace fastmaf {
+
+namespace {
+
+DType dtype_named(const std::string& name) {
+    static const std::pair<const char*, DType> names[] = {
+        {"float16", DType::f16}, {"float32", DType::f32}, {"float64", DType::f64}, {"int8", DType::i8},   {"int16", DType::i16},  {"int32", DType::i32},
+        {"int64", DType::i64},   {"uint8", DType::u8},    {"uint16", DType::u16},  {"uint32", DType::u32}, {"uint64", DType::u64}, {"bool", DType::boolean}};
+    for (const auto& [known, dtype] : names)
+        if (name == known) return dtype;
+    throw std::invalid_argument("an array has dtype " + name + ", which the CUDA kernels do not read");
+}
+
+// An array of the device: (address, dtype, shape, strides in bytes), as fastmaf._cuda gives it.
+using Description = std::tuple<uintptr_t, std::string, std::vector<int64_t>, std::vector<int64_t>>;
+
+Rows rows_at(const Description& array, int64_t& outer, int64_t& inner) {
+    const auto& [address, dtype, shape, strides] = array;
+    const size_t ndim = shape.size();
+    if (ndim < 1 || ndim > 3 || strides.size() != ndim) throw std::invalid_argument("an array has " + std::to_string(ndim) + " dimensions");
+    Rows rows;
+    rows.data = reinterpret_cast<const char*>(address);
+    rows.dtype = dtype_named(dtype);
+    rows.column = strides[ndim - 1];
+    auto axis = [&, &shape = shape, &strides = strides](size_t back, int64_t& extent, int64_t& stride) {
+        if (ndim < back || shape[ndim - back] == 1) return;
+        extent = shape[ndim - back];
+        stride = strides[ndim - back];
+    };
+    axis(2, inner, rows.inner);
+    axis(3, outer, rows.outer);
+    return rows;
+}
+
+struct PyDeviceFlow {
+    std::variant<std::unique_ptr<device::Flow<float>>, std::unique_ptr<device::Flow<double>>> flow;
+
+    template <class F>
+    void visit(F f) const {
+        std::visit([&](const auto& p) { f(*p, typename std::decay_t<decltype(p->program())>::Value()); }, flow);
+    }
+};
+
+// Rows of the host, or of the device.
+Batch batch_at(const py::object& x, const py::object& context, bool on_device) {
+    if (!on_device) return batch_of(py::reinterpret_borrow<py::array>(x), context);
+    Batch batch;
+    batch.outer = batch.inner = 1;
+    batch.x = rows_at(x.cast<Description>(), batch.outer, batch.inner);
+    if (!context.is_none()) batch.context = rows_at(context.cast<Description>(), batch.outer, batch.inner);
+    return batch;
+}
+
+// An output of `count` contiguous elements: an array of the host, or an address that Python answers for.
+template <class T>
+T* output_at(const py::object& out, int64_t count, bool on_device) {
+    if (out.is_none()) return nullptr;
+    return on_device ? reinterpret_cast<T*>(out.cast<uintptr_t>()) : output<T>(out, count);
+}
+
+device::Place place_of(const std::optional<uintptr_t>& stream) {
+    return {stream.has_value(), stream.value_or(0)};
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& module) {
+    const Poll poll = check_signals;
+    module.def("device_state", [] {
+        const device::State state = device::state();
+        py::dict result;
+        result["built"] = state.built;
+        result["reason"] = state.reason;
+        result["versions"] = state.versions;
+        result["architectures"] = state.architectures;
+        result["gpus"] = state.gpus;
+        return result;
+    });
+    module.def("device_of", &device::device_of);
+    module.def(
+        "synchronize", [](int device, uintptr_t stream) { device::synchronize(device, stream); }, py::call_guard<py::gil_scoped_release>());
+    // With a stream, arrays are descriptions or addresses on the device; without one, NumPy arrays.
+    py::class_<PyDeviceFlow>(module, "DeviceFlow")
+        .def(py::init([](const PackedFlow& flow, int device) {
+                 PyDeviceFlow self;
+                 std::visit(
+                     [&](const auto& program) {
+                         using T = typename std::decay_t<decltype(*program)>::Value;
+                         self.flow = std::make_unique<device::Flow<T>>(program, device);
+                     },
+                     flow.program);
+                 return self;
+             }),
+             py::arg("flow"), py::arg("device"))
+        .def("log_prob",
+             [poll](const PyDeviceFlow& self, const py::object& x, const py::object& context, const py::object& out, std::optional<uintptr_t> stream) {
+                 const Batch batch = batch_at(x, context, stream.has_value());
+                 self.visit([&](const auto& flow, auto zero) {
+                     using T = decltype(zero);
+                     T* result = output_at<T>(out, batch.rows(), stream.has_value());
+                     Unlocked unlocked;
+                     flow.log_prob(batch, result, place_of(stream), poll);
+                 });
+             })
+        .def("to_noise",
+             [poll](const PyDeviceFlow& self, const py::object& x, const py::object& context, const py::object& out, std::optional<uintptr_t> stream) {
+                 const Batch batch = batch_at(x, context, stream.has_value());
+                 self.visit([&](const auto& flow, auto zero) {
+                     using T = decltype(zero);
+                     T* result = output_at<T>(out, batch.rows() * flow.program().features(), stream.has_value());
+                     Unlocked unlocked;
+                     flow.to_noise(batch, result, place_of(stream), poll);
+                 });
+             })
+        .def("from_noise",
+             [poll](const PyDeviceFlow& self, const py::object& noise, const py::object& context, const py::object& out,
+                    std::optional<uintptr_t> stream) {
+                 const Batch batch = batch_at(noise, context, stream.has_value());
+                 self.visit([&](const auto& flow, auto zero) {
+                     using T = decltype(zero);
+                     T* result = output_at<T>(out, batch.rows() * flow.program().features(), stream.has_value());
+                     Unlocked unlocked;
+                     flow.from_noise(batch, result, place_of(stream), poll);
+                 });
+             })
+        .def("sample",
+             [poll](const PyDeviceFlow& self, int64_t contexts, int64_t rows, const py::object& context, uint64_t seed, uint64_t offset,
+                    uint64_t context_offset, const py::object& out, const py::object& log_prob_out, std::optional<uintptr_t> stream) {
+                 Draw draw;
+                 draw.contexts = contexts;
+                 draw.rows = rows;
+                 draw.seed = seed;
+                 draw.offset = offset;
+                 draw.context_offset = uint32_t(context_offset);
+                 if (!context.is_none()) {
+                     int64_t outer = 1, inner = 1;  // (C,) or (contexts, C)
+                     draw.context = stream ? rows_at(context.cast<Description>(), outer, inner)
+                                           : rows_of(py::reinterpret_borrow<py::array>(context), outer, inner);
+                     std::swap(draw.context.outer, draw.context.inner);
+                 }
+                 self.visit([&](const auto& flow, auto zero) {
+                     using T = decltype(zero);
+                     T* x = output_at<T>(out, contexts * rows * flow.program().features(), stream.has_value());
+                     T* density = output_at<T>(log_prob_out, contexts * rows, stream.has_value());
+                     Unlocked unlocked;
+                     flow.sample(draw, x, density, place_of(stream), poll);
+                 });
+             })
+        .def("sample_rows", [poll](const PyDeviceFlow& self, const py::array_t<uint64_t, py::array::c_style>& index,
+                                   const py::array_t<uint64_t, py::array::c_style>& group, const py::object& context, uint64_t seed,
+                                   const py::object& out) {
+            const Draw draw = scattered_draw(index, group, context, seed);
+            self.visit([&](const auto& flow, auto zero) {
+                using T = decltype(zero);
+                T* x = output<T>(out, draw.rows * flow.program().features());
+                Unlocked unlocked;
+                flow.sample(draw, x, nullptr, {}, poll);
+            });
+        });
+}
+
+}  // namespace fastmaf

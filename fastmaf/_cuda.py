@@ -1,0 +1,87 @@
+"""The CUDA kernels as a backend: flows are packed as for the compiled core, and copied to a device when first used there.
+
+Arrays of the host are streamed; arrays of a device are used in place, on the caller's stream.  Products are summed in the dtype of the flow
+whatever the precision asked for, so results are never less precise than that; gradients and training are left to the cpu.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastmaf import _core
+from fastmaf._cpu import _pack, unsupported
+from fastmaf._device import DeviceArray, index_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from fastmaf.flow import Flow
+
+    Array = NDArray[Any]
+
+__all__ = ["backend"]
+
+
+def _state() -> dict[str, Any]:
+    state: dict[str, Any] = _core.device_state()
+    return state
+
+
+if _state()["reason"]:
+    raise ImportError(_state()["reason"])
+
+
+def _at(array: Any) -> Any:
+    return array.describe() if isinstance(array, DeviceArray) else array
+
+
+def _where(out: Any) -> tuple[Any, int | None]:
+    """The output as the core takes it, and the stream if it lies on a device."""
+    return (out.address, out.stream) if isinstance(out, DeviceArray) else (out, None)
+
+
+class _Cuda:
+    name = "cuda"
+
+    def check(self, device: int) -> None:
+        """Refuse a device that is not there."""
+        gpus = _state()["gpus"]
+        if device >= len(gpus):
+            raise RuntimeError(f"there is no cuda:{device} here; there is {', '.join(f'cuda:{k}, {gpu}' for k, gpu in enumerate(gpus))}")
+
+    def unsupported(self, flow: Flow) -> str | None:
+        return unsupported(flow)
+
+    def _packed(self, flow: Flow) -> _core.DeviceFlow:
+        device = index_of(flow.device) if flow.device != "cpu" else 0
+        packed = flow._packed.get(f"cuda:{device}")
+        if packed is None:
+            packed = flow._packed[f"cuda:{device}"] = _core.DeviceFlow(_pack(flow), device)
+        return packed
+
+    def log_prob(self, flow: Flow, x: Any, context: Any, out: Any) -> None:
+        self._packed(flow).log_prob(_at(x), _at(context), *_where(out))
+
+    def to_noise(self, flow: Flow, x: Any, context: Any, out: Any) -> None:
+        self._packed(flow).to_noise(_at(x), _at(context), *_where(out))
+
+    def from_noise(self, flow: Flow, u: Any, context: Any, out: Any) -> None:
+        self._packed(flow).from_noise(_at(u), _at(context), *_where(out))
+
+    def sample(
+        self, flow: Flow, c: int, n: int, context: Any, seed: int, offset: int, context_offset: int, out: Any, log_prob_out: Any
+    ) -> None:
+        (x, stream), (log_prob, _) = _where(out), _where(log_prob_out)
+        self._packed(flow).sample(c, n, _at(context), seed, offset, context_offset, x, log_prob, stream)
+
+    def sample_rows(self, flow: Flow, index: Array, group: Array, context: Array | None, seed: int, out: Array) -> None:
+        self._packed(flow).sample_rows(index, group, context, seed, out)
+
+    def vjp(self, flow: Flow, x: Any, context: Any, cotangent: Any, value: Any, dx: Any, dcontext: Any, dparameters: Any) -> None:
+        raise NotImplementedError("the cuda backend has no gradients yet; the cpu has: flow.to('cpu')")
+
+    def trainer(self, flow: Flow, **options: Any) -> Any:
+        raise NotImplementedError("the cuda backend has no training yet; it runs on the cpu: flow.to('cpu').fit(...)")
+
+
+backend = _Cuda()

@@ -1,0 +1,174 @@
+"""Arrays on a GPU: what a caller's array is, on which device and stream, and results of the caller's own kind.
+
+Nothing here imports a framework; those whose arrays come in are imported already.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["DeviceArray", "index_of", "is_on_device", "output", "together", "wrap"]
+
+Shape = tuple[int, ...]
+
+
+def index_of(device: str) -> int:
+    """The number of a GPU: 1 for "cuda:1"."""
+    return int(device.partition(":")[2])
+
+
+def _interface(name: str, value: Any) -> dict[str, Any] | None:
+    try:
+        interface: dict[str, Any] | None = getattr(value, "__cuda_array_interface__", None)
+    except RuntimeError:  # how torch refuses
+        raise ValueError(f"{name} requires a gradient, which a flow on a GPU does not give; hand over {name}.detach()") from None
+    return interface
+
+
+def is_on_device(name: str, value: Any) -> bool:
+    """Whether this is an array of a GPU."""
+    return type(value) is not np.ndarray and _interface(name, value) is not None
+
+
+class DeviceArray:
+    """A caller's array on a GPU, as it lies there.
+
+    Attributes
+    ----------
+    owner : object
+        The caller's array.
+    address : int
+    shape, strides : tuple of int
+        Strides in bytes.
+    dtype : numpy.dtype
+    kind : str
+        The framework it belongs to.
+    device : int
+    stream : int
+        The stream on which it is used.
+    """
+
+    def __init__(self, name: str, owner: Any, device: int) -> None:
+        interface = _interface(name, owner)
+        assert interface is not None
+        self.owner = owner
+        self.address, self.read_only = interface["data"]
+        self.shape: Shape = tuple(interface["shape"])
+        self.dtype = np.dtype(interface["typestr"])
+        steps = interface.get("strides")
+        if steps is None:
+            steps = [self.dtype.itemsize * int(np.prod(self.shape[k + 1 :])) for k in range(len(self.shape))]
+        self.strides: Shape = tuple(steps)
+        self.device = device
+        self.kind = type(owner).__module__.partition(".")[0].replace("jaxlib", "jax")
+        self.stream = _stream(self.kind, device, interface)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+    def describe(self) -> tuple[int, str, list[int], list[int]]:
+        """What `_core.DeviceFlow` takes."""
+        return int(self.address or 0), self.dtype.name, list(self.shape), list(self.strides)
+
+    def empty(self, shape: Shape, dtype: np.dtype[Any]) -> DeviceArray:
+        """A new array of the same kind in the same place."""
+        return DeviceArray("out", _empty(_maker(self.kind), self.device, shape, dtype), self.device)
+
+
+def _stream(kind: str, device: int, interface: dict[str, Any]) -> int:
+    if kind == "torch":
+        return int(sys.modules["torch"].cuda.current_stream(device).cuda_stream)
+    if kind == "cupy":
+        cupy = sys.modules["cupy"]
+        with cupy.cuda.Device(device):
+            return int(cupy.cuda.get_current_stream().ptr)
+    return int(interface.get("stream") or 0)
+
+
+def _maker(kind: str) -> str:
+    """The framework that allocates results."""
+    if kind in ("torch", "cupy"):
+        return kind
+    for name in ("cupy", "torch"):
+        try:
+            __import__(name)
+        except ImportError:
+            continue
+        return name
+    raise ValueError(f"results for arrays of {kind} are allocated by cupy or torch, and neither can be imported")
+
+
+def _empty(kind: str, device: int, shape: Shape, dtype: np.dtype[Any]) -> Any:
+    if kind == "torch":
+        torch = sys.modules["torch"]
+        return torch.empty(shape, dtype=getattr(torch, dtype.name), device=f"cuda:{device}")
+    cupy = sys.modules["cupy"]
+    with cupy.cuda.Device(device):
+        return cupy.empty(shape, dtype)
+
+
+def wrap(name: str, value: Any, device: str, native: frozenset[np.dtype[Any]]) -> DeviceArray:
+    """The caller's array, which must lie where the flow does.
+
+    Raises
+    ------
+    ValueError
+        If it lies on another device, or its dtype is none that the kernels read.
+    """
+    from fastmaf import _core
+
+    interface = _interface(name, value)
+    assert interface is not None
+    where = _core.device_of(int(interface["data"][0] or 0))
+    expected = index_of(device)
+    if where not in (expected, -1):
+        raise ValueError(f"{name} lies on cuda:{where}; the flow is on {device}")
+    array = DeviceArray(name, value, expected)
+    if array.dtype not in native:
+        raise ValueError(f"{name} has dtype {array.dtype}; it must hold real numbers of at most 64 bits")
+    return array
+
+
+def together(name: str, x: Any, context: Any) -> None:
+    """Refuse an array of a GPU beside one of the host."""
+    if context is not None and isinstance(x, DeviceArray) != isinstance(context, DeviceArray):
+        first, second = (name, "context") if isinstance(x, DeviceArray) else ("context", name)
+        raise ValueError(f"{first} is a CUDA array and {second} is not; both must lie in one place")
+
+
+def output(out: Any, shape: Shape, dtype: np.dtype[Any], device: str) -> DeviceArray:
+    """`out`, if results of this shape and dtype can be written to it as they come."""
+    if not is_on_device("out", out):
+        raise ValueError(f"out is of type {type(out).__name__}; it must be a CUDA array like the other arrays")
+    array = wrap("out", out, device, frozenset([dtype]))
+    if array.shape != shape:
+        raise ValueError(f"out has shape {array.shape}; the result has shape {shape}")
+    contiguous = tuple(dtype.itemsize * int(np.prod(shape[k + 1 :])) for k in range(len(shape)))
+    if any(size > 1 and step != expected for size, step, expected in zip(shape, array.strides, contiguous, strict=True)):
+        raise ValueError("out is not C-contiguous")
+    if array.read_only:
+        raise ValueError("out is read-only")
+    return array
+
+
+def native(result: NDArray[Any] | DeviceArray, like: Any) -> Any:
+    """The result as the caller's framework has it; `like` is what came in."""
+    if not isinstance(result, DeviceArray):
+        return result
+    if not isinstance(like, DeviceArray) or like.kind in ("torch", "cupy"):
+        return result.owner
+    from fastmaf import _core
+
+    _core.synchronize(result.device, result.stream)  # the other framework has streams of its own
+    if like.kind == "jax":
+        return sys.modules["jax"].dlpack.from_dlpack(result.owner)
+    return result.owner

@@ -1,0 +1,21 @@
+// What a GPU computes, computed by the host: the blocks of a launch one after the other, their warps as threads.
+#pragma once
+
+#include "core/calls.hpp"
+#include "core/program.hpp"
+
+namespace fastmaf {
+
+struct Warps {
+    int count = 1;      // of a block
+    int vectors = 4;    // of a tile
+    int64_t begin = 0;  // draws: number of the first row; the call has as many more rows
+};
+
+template <class T>
+void warp_evaluate(const Program<T>& program, const Batch& batch, const Warps& warps, T* log_prob, T* noise);
+// Noise from the batch when `draw` is null.
+template <class T>
+void warp_generate(const Program<T>& program, const Batch& batch, const Draw* draw, const Warps& warps, T* out, T* log_prob);
+
+}  // namespace fastmaf

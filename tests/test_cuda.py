@@ -1,0 +1,261 @@
+"""Flows on a GPU: moving them there, arrays of the host and of the device, and what is refused.
+
+Where the package was built with ``FASTMAF_CUDA=HOST`` the host stands in for a GPU, and arrays of a make-believe framework for its arrays.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import types
+
+import numpy as np
+import pytest
+from tolerances import assert_close
+
+import fastmaf
+from fastmaf import _backends
+
+absent = _backends.reason("cuda")
+needs_device = pytest.mark.skipif(absent is not None, reason=f"cuda: {absent}")
+
+
+def state():
+    from fastmaf import _core
+
+    return _core.device_state()
+
+
+class Pretended:
+    """Memory of the host that says it lies on a device."""
+
+    __module__ = "cupy"
+
+    def __init__(self, values):
+        self.values = values
+
+    @property
+    def __cuda_array_interface__(self):
+        v = self.values
+        return {
+            "shape": v.shape,
+            "typestr": v.dtype.str,
+            "strides": v.strides,
+            "data": (v.ctypes.data, not v.flags.writeable),
+            "version": 3,
+        }
+
+
+class Framework:
+    """How a framework moves arrays to the device and back."""
+
+    def __init__(self, name, monkeypatch):
+        self.name = name
+        if name == "pretended":
+            if state()["architectures"] != "host":
+                pytest.skip("arrays of the host are no arrays of this device")
+            cuda = types.SimpleNamespace(Device=lambda number: _Nothing(), get_current_stream=lambda: types.SimpleNamespace(ptr=0))
+            module = types.SimpleNamespace(cuda=cuda, empty=lambda shape, dtype: Pretended(np.empty(shape, dtype)))
+            monkeypatch.setitem(sys.modules, "cupy", module)
+        else:
+            self.module = pytest.importorskip(name)
+            if name == "torch" and not self.module.cuda.is_available():
+                pytest.skip("torch sees no GPU")
+
+    def put(self, array):
+        if self.name == "pretended":
+            return Pretended(np.array(array))
+        return self.module.as_tensor(array, device="cuda:0") if self.name == "torch" else self.module.asarray(array)
+
+    def get(self, array):
+        from fastmaf import _core
+
+        _core.synchronize(0, 0)
+        if self.name == "pretended":
+            return array.values
+        return array.cpu().numpy() if self.name == "torch" else self.module.asnumpy(array)
+
+
+class _Nothing:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+
+@pytest.fixture(params=["torch", "cupy", "pretended"])
+def framework(request, monkeypatch):
+    if absent is not None:
+        pytest.skip(f"cuda: {absent}")
+    return Framework(request.param, monkeypatch)
+
+
+def conditional(dtype="float32"):
+    bounds = [(0, None), *[None] * 4]
+    return fastmaf.MAF(features=5, context_features=2, transforms=2, hidden_features=(20, 20), bounds=bounds, dtype=dtype, seed=1)
+
+
+def rows(n):
+    rng = np.random.default_rng(0)
+    return np.abs(rng.normal(size=(n, 5))), rng.normal(size=(n, 2))
+
+
+# Without a device too
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "", 3, None])
+def test_unknown_devices_are_refused(device):
+    with pytest.raises(ValueError, match="device is .*; it must be 'cpu', 'cuda' or 'cuda:' and a number"):
+        fastmaf.MAF(features=2).to(device)
+
+
+def test_a_device_that_is_absent_says_why(monkeypatch):
+    monkeypatch.setitem(_backends._loaded, "cuda", "no GPU was at hand")
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(RuntimeError, match="the cuda backend is absent: no GPU was at hand"):
+            fastmaf.MAF(features=2).to(device)
+    assert fastmaf.show_config().values["cuda"] == "absent: no GPU was at hand"
+
+
+def test_a_flow_of_the_host_refuses_arrays_of_a_device():
+    flow = conditional()
+    x, context = rows(3)
+    for call in (
+        lambda: flow.log_prob(Pretended(x), context),
+        lambda: flow.log_prob(x, Pretended(context)),
+        lambda: flow.sample(3, Pretended(context)),
+    ):
+        with pytest.raises(ValueError, match="is a CUDA array; this flow computes on the CPU"):
+            call()
+
+
+def test_a_tensor_that_wants_a_gradient_is_refused():
+    class Tensor:
+        @property
+        def __cuda_array_interface__(self):
+            raise RuntimeError("requires grad")
+
+    with pytest.raises(ValueError, match=r"x requires a gradient, .* hand over x.detach\(\)"):
+        fastmaf.MAF(features=2).log_prob(Tensor())
+
+
+# On a device
+
+
+@needs_device
+def test_a_flow_moves_and_says_where_it_is():
+    flow = fastmaf.MAF(features=3)
+    there = flow.to("cuda", precision="highest")
+    assert (flow.device, there.device) == ("cpu", "cuda:0")
+    assert "device=cuda:0" in repr(there) and "on cuda:0" in there.summary() and "cuda" not in repr(flow)
+    assert there.astype("float64").device == there.with_parameters(there.parameters()).device == "cuda:0"
+    assert there.to("cpu").device == "cpu" and repr(there.to("cpu")) == repr(flow)
+    assert pickle.loads(pickle.dumps(there)).device == "cpu"
+    values = fastmaf.show_config().values
+    assert values["cuda"] == "available" and values["cuda:0"] and values["cuda kernels"]
+
+
+@needs_device
+def test_a_device_that_is_not_there_is_named():
+    with pytest.raises(RuntimeError, match="there is no cuda:99 here; there is cuda:0, "):
+        fastmaf.MAF(features=2).to("cuda:99")
+
+
+@needs_device
+def test_no_precision_is_less_than_that_of_the_dtype(dtype):
+    x, context = rows(50)
+    flow = conditional(dtype)
+    expected = conditional("float64").log_prob(x, context)
+    for precision in ("highest", "high", "medium"):
+        assert_close("log_prob", dtype, flow.to("cuda", precision).log_prob(x, context), expected)
+
+
+@needs_device
+def test_gradients_and_training_say_where_they_run():
+    flow = fastmaf.MAF(features=2).to("cuda")
+    x = np.zeros((100, 2))
+    for call in (lambda: flow.vjp(x, None, np.ones(100)), lambda: flow.log_prob_and_grad(x), lambda: flow.fit(x)):
+        with pytest.raises(NotImplementedError, match=r"cuda:0 .* on the cpu: flow.to\('cpu'\)"):
+            call()
+
+
+@needs_device
+@pytest.mark.parametrize("n", [1, 33, 1000, 40000])
+def test_arrays_of_the_host_are_streamed(n, dtype):
+    flow = conditional(dtype)
+    there = flow.to("cuda")
+    x, context = rows(n)
+    for given in (context, context[0]):
+        assert_close("log_prob", dtype, there.log_prob(x, given), flow.log_prob(x, given).astype("float64"))
+        assert_close("to_noise", dtype, there.to_noise(x, given), flow.to_noise(x, given).astype("float64"))
+    first, second = there.sample(n // 3, context[:3], seed=1), there.sample(n // 3, context[1:3], seed=1, context_offset=1)
+    assert np.array_equal(first[1:3], second[: len(first) - 1])
+    assert_close("sample", dtype, first, flow.sample(n // 3, context[:3], seed=1).astype("float64"))
+
+
+@needs_device
+def test_arrays_of_a_device_are_used_in_place(framework, dtype):
+    flow = conditional(dtype)
+    there = flow.to("cuda")
+    x, context = rows(300)
+    of_x, of_context = framework.put(x), framework.put(context)
+    result = there.log_prob(of_x, of_context)
+    assert type(result) is type(of_x)
+    assert_close("log_prob", dtype, framework.get(result), flow.log_prob(x, context).astype("float64"))
+    noise = there.to_noise(of_x, of_context)
+    assert_close("to_noise", dtype, framework.get(noise), flow.to_noise(x, context).astype("float64"))
+    assert_close("round trip", dtype, framework.get(there.from_noise(noise, of_context)), x, factor=20)
+    one = framework.put(context[0])
+    assert_close("log_prob", dtype, framework.get(there.log_prob(of_x, one)), flow.log_prob(x, context[0]).astype("float64"))
+    groups = framework.put(context[:4, None])
+    assert_close("log_prob", dtype, framework.get(there.log_prob(of_x, groups)), flow.log_prob(x, context[:4, None]).astype("float64"))
+    draws, density = there.sample_and_log_prob(10, framework.put(context[:4]), seed=3)
+    expected = flow.sample_and_log_prob(10, context[:4], seed=3)
+    assert_close("sample", dtype, framework.get(draws), expected[0].astype("float64"))
+    assert_close("log_prob", dtype, framework.get(density), expected[1].astype("float64"), factor=4)
+
+
+@needs_device
+def test_results_are_written_where_the_caller_says(framework):
+    flow = fastmaf.MAF(features=5, seed=1)
+    there = flow.to("cuda")
+    out = framework.put(np.zeros((20, 5), "float32"))
+    assert there.sample(20, seed=4, out=out) is out
+    assert_close("sample", "float32", framework.get(out), flow.sample(20, seed=4).astype("float64"))
+    for wrong, message in (
+        (np.zeros((20, 5), "float64"), "out has dtype float64"),
+        (np.zeros((20, 4), "float32"), r"out has shape \(20, 4\); the result has shape \(20, 5\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            there.sample(20, seed=4, out=framework.put(wrong))
+    x = np.zeros((20, 5), "float32")
+    with pytest.raises(ValueError, match="out is of type ndarray; it must be a CUDA array"):
+        there.log_prob(framework.put(x), out=np.zeros(20, "float32"))
+    with pytest.raises(ValueError, match="out is a CUDA array and context is not|x is a CUDA array|is a CUDA array and .* is not"):
+        there.log_prob(x, out=framework.put(np.zeros(20, "float32")))
+
+
+@needs_device
+def test_arrays_of_two_places_are_refused(framework):
+    there = conditional().to("cuda")
+    x, context = rows(5)
+    with pytest.raises(ValueError, match="x is a CUDA array and context is not; both must lie in one place"):
+        there.log_prob(framework.put(x), context)
+    with pytest.raises(ValueError, match="context is a CUDA array and x is not"):
+        there.log_prob(x, framework.put(context))
+    with pytest.raises(ValueError, match="x has dtype complex64"):
+        there.log_prob(framework.put(x.astype("complex64")), framework.put(context))
+    with pytest.raises(ValueError, match=r"x has shape \(5, 4\); the flow has 5 features"):
+        there.log_prob(framework.put(x[:, :4]), framework.put(context))
+
+
+@needs_device
+def test_empty_arrays_and_odd_strides(framework):
+    flow = fastmaf.MAF(features=5, seed=1)
+    there = flow.to("cuda")
+    assert framework.get(there.log_prob(framework.put(np.zeros((0, 5))))).shape == (0,)
+    x = np.random.default_rng(1).normal(size=(5, 40))
+    turned = framework.put(x)
+    turned = Pretended(turned.values.T) if framework.name == "pretended" else turned.T
+    assert_close("log_prob", "float32", framework.get(there.log_prob(turned)), flow.log_prob(x.T).astype("float64"))
