@@ -71,8 +71,8 @@ void check(cudaError_t error, const std::string& attempt) {
     int device = 0;
     cudaGetDevice(&device);
     cudaMemGetInfo(&free, &total);
-    throw std::runtime_error("cuda:" + std::to_string(device) + " is out of memory: " + size_of(double(bytes)) + " were asked for " + what + ", " +
-                             size_of(double(free)) + " of " + size_of(double(total)) + " are free");
+    throw std::runtime_error("cuda:" + std::to_string(device) + " is out of memory: " + size_of(double(bytes)) + " were asked for " + what +
+                             ", " + size_of(double(free)) + " of " + size_of(double(total)) + " are free");
 }
 
 // Makes a device current for the time of a scope.
@@ -253,8 +253,9 @@ struct Flow<T>::Parts {
             Image image(made->memory);
             made->view = lay_out(image, *program, direction, kLanes);
             const Stream stream;
-            check(cudaMemcpyAsync(memory, image.bytes().data(), size_t(bytes), cudaMemcpyHostToDevice, stream), "copying the weights of a flow");
-            check(cudaStreamSynchronize(stream), "copying the weights of a flow");
+            const char* const attempt = "copying the weights of a flow";
+            check(cudaMemcpyAsync(memory, image.bytes().data(), size_t(bytes), cudaMemcpyHostToDevice, stream), attempt);
+            check(cudaStreamSynchronize(stream), attempt);
         } catch (...) {
             cudaFree(memory);
             throw;
@@ -266,7 +267,8 @@ struct Flow<T>::Parts {
     // The widest tile that leaves no multiprocessor without one and fits in the cache with its neighbours.
     int vectors_for(const FlowView<T>& flow, int64_t rows, int resident) const {
         for (int vectors : {4, 2})
-            if (flow.scratch * vectors / 4 * resident <= station->cache && rows >= int64_t(32) * vectors * station->processors) return vectors;
+            if (flow.scratch * vectors / 4 * resident <= station->cache && rows >= int64_t(32) * vectors * station->processors)
+                return vectors;
         return 1;
     }
 
@@ -345,8 +347,8 @@ struct Flow<T>::Parts {
             Slot& slot = *station->slots[s];
             collect(s);
             const int64_t count = std::min(chunk, job.rows - begin);
-            char *const host = slot.host_in.at_least(in_size), *const in = slot.in.at_least(in_size), *const out = slot.out.at_least(out_size);
-            char* const results = slot.host_out.at_least(out_size);
+            char *const host = slot.host_in.at_least(in_size), *const in = slot.in.at_least(in_size);
+            char *const results = slot.host_out.at_least(out_size), *const out = slot.out.at_least(out_size);
             Job<T> part = job;
             part.rows = count;
             part.begin = uint64_t(begin);
@@ -373,7 +375,8 @@ struct Flow<T>::Parts {
                 part.index = reinterpret_cast<const uint64_t*>(in + of_index);
                 part.group = reinterpret_cast<const uint64_t*>(in + of_group);
             }
-            if (in_size) check(cudaMemcpyAsync(in, host, size_t(in_size), cudaMemcpyHostToDevice, slot.stream), "copying rows to the device");
+            if (in_size)
+                check(cudaMemcpyAsync(in, host, size_t(in_size), cudaMemcpyHostToDevice, slot.stream), "copying rows to the device");
             part.out = job.out ? reinterpret_cast<T*>(out) : nullptr;
             part.log_prob = job.log_prob ? reinterpret_cast<T*>(out + of_density) : nullptr;
             launch(operation, part, shared, slot.stream);
@@ -479,8 +482,8 @@ State state() {
     for (int device = 0; device < count; ++device) {
         cudaDeviceProp properties{};
         if (cudaGetDeviceProperties(&properties, device) != cudaSuccess) continue;
-        state.gpus.push_back(std::string(properties.name) + " (sm_" + std::to_string(properties.major) + std::to_string(properties.minor) + ", " +
-                             size_of(double(properties.totalGlobalMem)) + ")");
+        const std::string architecture = std::to_string(properties.major) + std::to_string(properties.minor);
+        state.gpus.push_back(std::string(properties.name) + " (sm_" + architecture + ", " + size_of(double(properties.totalGlobalMem)) + ")");
     }
     if (state.gpus.empty()) state.reason = "no GPU can be used: none is visible (" + state.versions + ")";
     return state;

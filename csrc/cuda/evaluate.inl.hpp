@@ -164,10 +164,11 @@ FASTMAF_FN void run_density(const FlowView<T>& flow, int count, int vectors, con
     constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
     for (int k = 0; k < count; ++k) {
         const StageView<T>& stage = flow.stages[k];
+        const T* const folded = tile.folded ? tile.folded[k] : nullptr;
         T *const x = tile.x[k % 2], *const next = tile.x[(k + 1) % 2] + stage.context * lanes;
         run_steps<T>(
             stage, vectors, team,
-            [&](const Step& step) { panel_step<T>(stage, step, x, tile.units, tile.raw, 0, vectors, tile.folded ? tile.folded[k] : nullptr); },
+            [&](const Step& step) { panel_step<T>(stage, step, x, tile.units, tile.raw, 0, vectors, folded); },
             [&](const Step& step, int j) {
                 density_law<T>(stage, step, tile.units, j * W, x + stage.context * lanes + j * W, next + j * W, 1, tile.log_det + j * W);
             });
@@ -180,10 +181,11 @@ FASTMAF_FN void run_sampler(const FlowView<T>& flow, int count, int vectors, con
     constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
     for (int k = count; k-- > 0;) {
         const StageView<T>& stage = flow.stages[k];
+        const T* const folded = tile.folded ? tile.folded[k] : nullptr;
         T *const x = tile.x[k % 2], *const z = tile.x[(k + 1) % 2] + stage.context * lanes;
         run_steps<T>(
             stage, vectors, team,
-            [&](const Step& step) { panel_step<T>(stage, step, x, tile.units, tile.raw, 0, vectors, tile.folded ? tile.folded[k] : nullptr); },
+            [&](const Step& step) { panel_step<T>(stage, step, x, tile.units, tile.raw, 0, vectors, folded); },
             [&](const Step& step, int j) {
                 sampler_law<T>(stage, step, tile.units, j * W, z + j * W, tile.uniform ? tile.uniform + j * W : nullptr,
                                x + stage.context * lanes + j * W, 1, tile.density, tile.log_det + j * W);
