@@ -26,7 +26,7 @@ class Backend(Protocol):
         """Fill `out`, (n,) or (c, n)."""
 
     def conditional_probs(self, flow: Flow, x: Any, context: Any, out: Any) -> None:
-        """Fill `out`, (n, D, m) or (c, n, D, m), for discrete variables of at most m values; m is 1 for Bernoulli variables."""
+        """Fill `out`, (n, D) or (c, n, D) for Bernoulli variables, with another axis for the values of categorical ones."""
 
     def to_noise(self, flow: Flow, x: Any, context: Any, out: Any) -> None:
         """Fill `out`, (n, D) or (c, n, D)."""

@@ -65,6 +65,9 @@ class _Cuda:
     def to_noise(self, flow: Flow, x: Any, context: Any, out: Any) -> None:
         self._packed(flow).to_noise(_at(x), _at(context), *_where(out))
 
+    def conditional_probs(self, flow: Flow, x: Any, context: Any, out: Any) -> None:
+        self._packed(flow).conditional_probs(_at(x), _at(context), *_where(out))
+
     def from_noise(self, flow: Flow, u: Any, context: Any, out: Any) -> None:
         self._packed(flow).from_noise(_at(u), _at(context), *_where(out))
 

@@ -832,11 +832,13 @@ class _Reference:
     @np.errstate(all="ignore")
     def conditional_probs(self, flow: Flow, x: Array, context: Array | None, out: Array) -> None:
         """Probabilities of the values of discrete variables, zero where a variable has no such value."""
-        base, flat = flow.base, out.reshape(-1, *out.shape[-2:])
+        base = flow.base
         assert isinstance(base, Terminal)
+        shape = out.shape[: -2 if base.categories else -1]
+        flat = out.reshape(-1, flow.features, max(base.categories, default=1))
         weights, first = list(trainable(base)), np.cumsum((0, *base.rows))
         for rows in _chunks(flow, len(flat)):
-            xs, cs = _take(x, out.shape[:-2], rows), _take(context, out.shape[:-2], rows)
+            xs, cs = _take(x, shape, rows), _take(context, shape, rows)
             logits, _ = _network(base, weights, xs.astype(flow.dtype), _context(flow, cs)[0])
             if base.conditional == "bernoulli":
                 flat[rows, :, 0] = _sigmoid(logits)

@@ -520,12 +520,12 @@ class Flow:
         base = self.base
         if not isinstance(base, Terminal) or base.conditional == "mixture":
             raise ValueError(f"conditional_probs is for bernoulli and categorical flows; this one is {self!r}")
-        x, context, shape = _arrays.rows("x", x, context, self.features, self.context_features)
-        result = np.empty((*shape, self.features, max(base.categories, default=1)), self.dtype)
+        x, context, shape = _arrays.rows("x", x, context, self.features, self.context_features, self.device)
+        result = self._empty((*shape, self.features, *([max(base.categories)] if base.categories else [])), x)
         backend = self._backend()
         if result.size:
             backend.conditional_probs(self, x, context, result)
-        return result if base.categories else result[..., 0]
+        return result if type(result) is np.ndarray else _device.native(result, x)
 
     # Gradients
 

@@ -41,6 +41,7 @@ public:
     const Program<T>& program() const;
     void log_prob(const Batch& batch, T* out, const Place& place, const Poll& poll) const;
     void to_noise(const Batch& batch, T* out, const Place& place, const Poll& poll) const;
+    void conditional_probs(const Batch& batch, T* out, const Place& place, const Poll& poll) const;
     void from_noise(const Batch& noise, T* out, const Place& place, const Poll& poll) const;
     void sample(const Draw& draw, T* out, T* log_prob, const Place& place, const Poll& poll) const;
 

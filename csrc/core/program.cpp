@@ -316,6 +316,12 @@ int Program<T>::values(int variable) const {
 }
 
 template <class T>
+int Program<T>::most_values() const {
+    const std::vector<int>& rows = spec_.stages.back().rows;
+    return *std::max_element(rows.begin(), rows.end());
+}
+
+template <class T>
 void Program<T>::set_parameters(const T* parameters) {
     for (size_t i = 0; i < index_.size(); ++i) master_[i] = parameters[index_[i]];
     repack();

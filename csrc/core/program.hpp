@@ -58,6 +58,7 @@ public:
     bool discrete() const { return has_base_ && spec_.stages.back().output != Output::mixture; }
     int values(int variable) const;  // how many values a discrete variable has (no layer stands before such a base); 0 for any number
     bool late_context() const { return late_context_; }  // whether a context is read behind the first map of a stage
+    int most_values() const;  // of a discrete variable; 1 for bernoulli variables
     bool row_path() const { return row_path_; }    // whether the path of a single row can run all stages
     double constant() const { return constant_; }  // of log_prob: the normal's, and log|det| of all scales that rows share
 

@@ -180,7 +180,7 @@ void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noi
     const auto& views = program.views(Direction::density);
     const int lanes = 3 * k.width, features = program.features(), context = program.context();
     const int count = int(noise ? program.transforms() : program.stages());
-    const int most = probabilities ? most_values(program) : 0;
+    const int most = probabilities ? program.most_values() : 0;
     const RowReader reader(batch);
     const bool shared = context > 0 && reader.shared_context();
     std::unique_ptr<Folded<T>> folded;
@@ -344,12 +344,6 @@ void log_prob(const Program<T>& program, const Batch& batch, T* out, const Poll&
 }
 
 template <class T>
-int most_values(const Program<T>& program) {
-    const StageSpec& base = program.spec().stages.back();
-    return *std::max_element(base.rows.begin(), base.rows.end());
-}
-
-template <class T>
 void conditional_probs(const Program<T>& program, const Batch& batch, T* out, const Poll& poll) {
     evaluate<T>(program, batch, nullptr, nullptr, out, poll);
 }
@@ -412,7 +406,6 @@ bool poisoned() { return poison.load(std::memory_order_relaxed); }
 
 #define FASTMAF_INSTANTIATE(T)                                                              \
     template void log_prob<T>(const Program<T>&, const Batch&, T*, const Poll&);            \
-    template int most_values<T>(const Program<T>&);                                         \
     template void conditional_probs<T>(const Program<T>&, const Batch&, T*, const Poll&);   \
     template void to_noise<T>(const Program<T>&, const Batch&, T*, const Poll&);            \
     template void from_noise<T>(const Program<T>&, const Batch&, T*, const Poll&);          \

@@ -17,8 +17,6 @@ void log_prob(const Program<T>& program, const Batch& batch, T* out, const Poll&
 template <class T>
 void conditional_probs(const Program<T>& program, const Batch& batch, T* out, const Poll& poll);
 template <class T>
-int most_values(const Program<T>& program);  // 1 for bernoulli variables
-template <class T>
 void to_noise(const Program<T>& program, const Batch& batch, T* out, const Poll& poll);  // out [rows][features]
 template <class T>
 void from_noise(const Program<T>& program, const Batch& noise, T* out, const Poll& poll);  // out [rows][features]

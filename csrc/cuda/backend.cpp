@@ -71,8 +71,8 @@ void check(cudaError_t error, const std::string& attempt) {
     int device = 0;
     cudaGetDevice(&device);
     cudaMemGetInfo(&free, &total);
-    throw std::runtime_error("cuda:" + std::to_string(device) + " is out of memory: " + size_of(double(bytes)) + " were asked for " + what + ", " +
-                             size_of(double(free)) + " of " + size_of(double(total)) + " are free");
+    throw std::runtime_error("cuda:" + std::to_string(device) + " is out of memory: " + size_of(double(bytes)) + " were asked for " + what +
+                             ", " + size_of(double(free)) + " of " + size_of(double(total)) + " are free");
 }
 
 // Makes a device current for the time of a scope.
@@ -253,8 +253,9 @@ struct Flow<T>::Parts {
             Image image(made->memory);
             made->view = lay_out(image, *program, direction, kLanes);
             const Stream stream;
-            check(cudaMemcpyAsync(memory, image.bytes().data(), size_t(bytes), cudaMemcpyHostToDevice, stream), "copying the weights of a flow");
-            check(cudaStreamSynchronize(stream), "copying the weights of a flow");
+            const char* const attempt = "copying the weights of a flow";
+            check(cudaMemcpyAsync(memory, image.bytes().data(), size_t(bytes), cudaMemcpyHostToDevice, stream), attempt);
+            check(cudaStreamSynchronize(stream), attempt);
         } catch (...) {
             cudaFree(memory);
             throw;
@@ -266,7 +267,8 @@ struct Flow<T>::Parts {
     // The widest tile that leaves no multiprocessor without one and fits in the cache with its neighbours.
     int vectors_for(const FlowView<T>& flow, int64_t rows, int resident) const {
         for (int vectors : {4, 2})
-            if (flow.scratch * vectors / 4 * resident <= station->cache && rows >= int64_t(32) * vectors * station->processors) return vectors;
+            if (flow.scratch * vectors / 4 * resident <= station->cache && rows >= int64_t(32) * vectors * station->processors)
+                return vectors;
         return 1;
     }
 
@@ -312,7 +314,7 @@ struct Flow<T>::Parts {
         std::lock_guard<std::mutex> lock(station->streaming);
         const bool reads = !job.draws, scattered = job.index != nullptr;
         const int64_t x_row = reads ? features * size_of(job.x.rows.dtype) : 0, context_row = context * size_of(job.context.rows.dtype);
-        const int64_t out_row = job.out ? features * int64_t(sizeof(T)) : 0, density_row = job.log_prob ? int64_t(sizeof(T)) : 0;
+        const int64_t out_row = job.out ? job.width * int64_t(sizeof(T)) : 0, density_row = job.log_prob ? int64_t(sizeof(T)) : 0;
         const int64_t row = x_row + (shared ? 0 : context_row) + (scattered ? 16 : 0) + out_row + density_row;
         const int64_t chunk = std::min(job.rows, std::max<int64_t>(kLanes, kChunk / std::max<int64_t>(1, row) / kLanes * kLanes));
         auto padded = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
@@ -334,7 +336,7 @@ struct Flow<T>::Parts {
             check(cudaStreamSynchronize(slot.stream), "computing rows " + std::to_string(waiting[s]) + " and on");
             const int64_t count = std::min(chunk, job.rows - waiting[s]);
             const char* const results = slot.host_out.at_least(out_size);
-            if (job.out) std::memcpy(job.out + waiting[s] * features, results, size_t(count * out_row));
+            if (job.out) std::memcpy(job.out + waiting[s] * job.width, results, size_t(count * out_row));
             if (job.log_prob) std::memcpy(job.log_prob + waiting[s], results + of_density, size_t(count * density_row));
             waiting[s] = -1;
         };
@@ -345,8 +347,8 @@ struct Flow<T>::Parts {
             Slot& slot = *station->slots[s];
             collect(s);
             const int64_t count = std::min(chunk, job.rows - begin);
-            char *const host = slot.host_in.at_least(in_size), *const in = slot.in.at_least(in_size), *const out = slot.out.at_least(out_size);
-            char* const results = slot.host_out.at_least(out_size);
+            char *const host = slot.host_in.at_least(in_size), *const in = slot.in.at_least(in_size);
+            char *const results = slot.host_out.at_least(out_size), *const out = slot.out.at_least(out_size);
             Job<T> part = job;
             part.rows = count;
             part.begin = uint64_t(begin);
@@ -373,7 +375,8 @@ struct Flow<T>::Parts {
                 part.index = reinterpret_cast<const uint64_t*>(in + of_index);
                 part.group = reinterpret_cast<const uint64_t*>(in + of_group);
             }
-            if (in_size) check(cudaMemcpyAsync(in, host, size_t(in_size), cudaMemcpyHostToDevice, slot.stream), "copying rows to the device");
+            if (in_size)
+                check(cudaMemcpyAsync(in, host, size_t(in_size), cudaMemcpyHostToDevice, slot.stream), "copying rows to the device");
             part.out = job.out ? reinterpret_cast<T*>(out) : nullptr;
             part.log_prob = job.log_prob ? reinterpret_cast<T*>(out + of_density) : nullptr;
             launch(operation, part, shared, slot.stream);
@@ -431,6 +434,19 @@ void Flow<T>::to_noise(const Batch& batch, T* out, const Place& place, const Pol
     job.x = {batch.x, batch.inner};
     job.context = {batch.context, batch.inner};
     job.out = out;
+    job.width = program().features();
+    parts_->run(cuda::Operation::evaluate, job, batch.outer, batch.inner, place, poll);
+}
+
+template <class T>
+void Flow<T>::conditional_probs(const Batch& batch, T* out, const Place& place, const Poll& poll) const {
+    Job<T> job;
+    job.rows = batch.rows();
+    job.x = {batch.x, batch.inner};
+    job.context = {batch.context, batch.inner};
+    job.out = out;
+    job.most = program().most_values();
+    job.width = program().features() * job.most;
     parts_->run(cuda::Operation::evaluate, job, batch.outer, batch.inner, place, poll);
 }
 
@@ -441,6 +457,7 @@ void Flow<T>::from_noise(const Batch& noise, T* out, const Place& place, const P
     job.x = {noise.x, noise.inner};
     job.context = {noise.context, noise.inner};
     job.out = out;
+    job.width = program().features();
     parts_->run(cuda::Operation::generate, job, noise.outer, noise.inner, place, poll);
 }
 
@@ -450,6 +467,7 @@ void Flow<T>::sample(const Draw& draw, T* out, T* log_prob, const Place& place, 
     job.rows = draw.contexts * draw.rows;
     job.context = {draw.context, draw.rows};
     job.out = out;
+    job.width = program().features();
     job.log_prob = log_prob;
     job.draws = true;
     job.seed = draw.seed;
@@ -479,8 +497,8 @@ State state() {
     for (int device = 0; device < count; ++device) {
         cudaDeviceProp properties{};
         if (cudaGetDeviceProperties(&properties, device) != cudaSuccess) continue;
-        state.gpus.push_back(std::string(properties.name) + " (sm_" + std::to_string(properties.major) + std::to_string(properties.minor) + ", " +
-                             size_of(double(properties.totalGlobalMem)) + ")");
+        const std::string architecture = std::to_string(properties.major) + std::to_string(properties.minor);
+        state.gpus.push_back(std::string(properties.name) + " (sm_" + architecture + ", " + size_of(double(properties.totalGlobalMem)) + ")");
     }
     if (state.gpus.empty()) state.reason = "no GPU can be used: none is visible (" + state.versions + ")";
     return state;

@@ -92,7 +92,7 @@ FASTMAF_FN void load_rows(const FlowView<T>& flow, const Job<T>& job, int64_t be
             D slope;
             at(x + flow.first[v] * lanes + j * W) = narrow<T>(load(column, own, slope));
             if (column.kind != Bijection::identity) at(tile.log_det + j * W) += slope;
-            if (column.values) at(tile.log_det + j * W) += refusal(widen(narrow<T>(own)), column.values);
+            if (column.values && !job.most) at(tile.log_det + j * W) += refusal(widen(narrow<T>(own)), column.values);
         }
     }
     if (!flow.bounded) return;
@@ -164,10 +164,11 @@ FASTMAF_FN void run_density(const FlowView<T>& flow, int count, int vectors, con
     constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
     for (int k = 0; k < count; ++k) {
         const StageView<T>& stage = flow.stages[k];
+        const T* const folded = tile.folded ? tile.folded[k] : nullptr;
         T *const x = tile.x[k % 2], *const next = tile.x[(k + 1) % 2] + stage.context * lanes;
         run_steps<T>(
             stage, vectors, team,
-            [&](const Step& step) { panel_step<T>(stage, step, x, tile.units, tile.raw, 0, vectors, tile.folded ? tile.folded[k] : nullptr); },
+            [&](const Step& step) { panel_step<T>(stage, step, x, tile.units, tile.raw, 0, vectors, folded); },
             [&](const Step& step, int j) {
                 density_law<T>(stage, step, tile.units, j * W, x + stage.context * lanes + j * W, next + j * W, 1, tile.log_det + j * W);
             });
@@ -180,10 +181,11 @@ FASTMAF_FN void run_sampler(const FlowView<T>& flow, int count, int vectors, con
     constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
     for (int k = count; k-- > 0;) {
         const StageView<T>& stage = flow.stages[k];
+        const T* const folded = tile.folded ? tile.folded[k] : nullptr;
         T *const x = tile.x[k % 2], *const z = tile.x[(k + 1) % 2] + stage.context * lanes;
         run_steps<T>(
             stage, vectors, team,
-            [&](const Step& step) { panel_step<T>(stage, step, x, tile.units, tile.raw, 0, vectors, tile.folded ? tile.folded[k] : nullptr); },
+            [&](const Step& step) { panel_step<T>(stage, step, x, tile.units, tile.raw, 0, vectors, folded); },
             [&](const Step& step, int j) {
                 sampler_law<T>(stage, step, tile.units, j * W, z + j * W, tile.uniform ? tile.uniform + j * W : nullptr,
                                x + stage.context * lanes + j * W, 1, tile.density, tile.log_det + j * W);
@@ -192,7 +194,24 @@ FASTMAF_FN void run_sampler(const FlowView<T>& flow, int count, int vectors, con
     team.sync();
 }
 
-// Density or noise of the rows from `begin`.
+// Probabilities of the values of discrete variables, in the order of the columns.
+template <class T, class Team>
+FASTMAF_FN void write_probabilities(const FlowView<T>& flow, const Job<T>& job, int64_t begin, const Tile<T>& tile, const Team& team) {
+    constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
+    const StageView<T>& stage = flow.stages[flow.stage_count - 1];
+    for (int v = 0; v < flow.features; ++v)
+        for (int j = 0; j < job.vectors; ++j) {
+            if (!team.mine(v * job.vectors + j)) continue;
+            const int s = flow.first[v];
+            const Conditional<T> p{stage, tile.units[stage.maps - 1] + stage.first[s] * lanes + j * W, stage.first[s + 1] - stage.first[s]};
+            const Index row = counted(uint64_t(begin + j * W), uint64_t(job.rows - 1)) * uint64_t(job.width);
+            const Vec<T> all = log_total<T>(p);
+            for (int c = 0; c < job.most; ++c)
+                scatter<T>(job.out, row + uint64_t(v * job.most + c), c < p.count ? probability<T>(p, all, c) : Vec<T>{}, job.rows - begin - j * W);
+        }
+}
+
+// Density, noise or probabilities of the rows from `begin`.
 template <class T, class Team>
 FASTMAF_FN void evaluate(const FlowView<T>& flow, const Job<T>& job, int64_t begin, char* scratch, const Team& team) {
     constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
@@ -200,8 +219,9 @@ FASTMAF_FN void evaluate(const FlowView<T>& flow, const Job<T>& job, int64_t beg
     const Tile<T> tile = tile_of(flow, job, scratch, team);
     load_rows(flow, job, begin, tile, team);
     load_contexts(flow, job, begin, tile, team);
-    const int count = job.log_prob ? flow.stage_count : flow.transforms;
+    const int count = job.log_prob || job.most ? flow.stage_count : flow.transforms;
     run_density(flow, count, job.vectors, tile, team);
+    if (job.most) return write_probabilities(flow, job, begin, tile, team);
     const T* const z = tile.x[count % 2] + flow.context * lanes;
     for (int j = 0; j < job.vectors; ++j) {
         const int64_t first = begin + j * W, left = job.rows - first;

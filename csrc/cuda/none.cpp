@@ -37,6 +37,8 @@ void Flow<T>::log_prob(const Batch&, T*, const Place&, const Poll&) const {}
 template <class T>
 void Flow<T>::to_noise(const Batch&, T*, const Place&, const Poll&) const {}
 template <class T>
+void Flow<T>::conditional_probs(const Batch&, T*, const Place&, const Poll&) const {}
+template <class T>
 void Flow<T>::from_noise(const Batch&, T*, const Place&, const Poll&) const {}
 template <class T>
 void Flow<T>::sample(const Draw&, T*, T*, const Place&, const Poll&) const {}

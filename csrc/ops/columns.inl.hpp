@@ -24,7 +24,8 @@ FASTMAF_INLINE D to_line(D x, Bijection kind, double lower, double upper, double
     // z = low - high, log|dz/dx| = log(upper - lower) - low - high, or without the part of the absent bound. At or outside a bound
     // the density is zero whatever the rest says: the row goes on with z = 0.
     const double infinity = __builtin_inf();
-    const D nearest = above_lower < below_upper ? above_lower : below_upper, farthest = above_lower < below_upper ? below_upper : above_lower;
+    const D nearest = above_lower < below_upper ? above_lower : below_upper;
+    const D farthest = above_lower < below_upper ? below_upper : above_lower;
     const D z = low - high;
     slope = (kind == Bijection::logit ? range : 0.0) - low - high;
     slope = nearest <= 0 ? splat<double>(-infinity) : slope;

@@ -12,8 +12,9 @@ namespace {
 
 DType dtype_named(const std::string& name) {
     static const std::pair<const char*, DType> names[] = {
-        {"float16", DType::f16}, {"float32", DType::f32}, {"float64", DType::f64}, {"int8", DType::i8},   {"int16", DType::i16},  {"int32", DType::i32},
-        {"int64", DType::i64},   {"uint8", DType::u8},    {"uint16", DType::u16},  {"uint32", DType::u32}, {"uint64", DType::u64}, {"bool", DType::boolean}};
+        {"float16", DType::f16}, {"float32", DType::f32}, {"float64", DType::f64}, {"int8", DType::i8},
+        {"int16", DType::i16},   {"int32", DType::i32},   {"int64", DType::i64},   {"uint8", DType::u8},
+        {"uint16", DType::u16},  {"uint32", DType::u32},  {"uint64", DType::u64},  {"bool", DType::boolean}};
     for (const auto& [known, dtype] : names)
         if (name == known) return dtype;
     throw std::invalid_argument("an array has dtype " + name + ", which the CUDA kernels do not read");
@@ -101,7 +102,8 @@ void bind_cuda(py::module_& module) {
              }),
              py::arg("flow"), py::arg("device"))
         .def("log_prob",
-             [poll](const PyDeviceFlow& self, const py::object& x, const py::object& context, const py::object& out, std::optional<uintptr_t> stream) {
+             [poll](const PyDeviceFlow& self, const py::object& x, const py::object& context, const py::object& out,
+                    std::optional<uintptr_t> stream) {
                  const Batch batch = batch_at(x, context, stream.has_value());
                  self.visit([&](const auto& flow, auto zero) {
                      using T = decltype(zero);
@@ -111,13 +113,26 @@ void bind_cuda(py::module_& module) {
                  });
              })
         .def("to_noise",
-             [poll](const PyDeviceFlow& self, const py::object& x, const py::object& context, const py::object& out, std::optional<uintptr_t> stream) {
+             [poll](const PyDeviceFlow& self, const py::object& x, const py::object& context, const py::object& out,
+                    std::optional<uintptr_t> stream) {
                  const Batch batch = batch_at(x, context, stream.has_value());
                  self.visit([&](const auto& flow, auto zero) {
                      using T = decltype(zero);
                      T* result = output_at<T>(out, batch.rows() * flow.program().features(), stream.has_value());
                      Unlocked unlocked;
                      flow.to_noise(batch, result, place_of(stream), poll);
+                 });
+             })
+        .def("conditional_probs",
+             [poll](const PyDeviceFlow& self, const py::object& x, const py::object& context, const py::object& out, std::optional<uintptr_t> stream) {
+                 const Batch batch = batch_at(x, context, stream.has_value());
+                 self.visit([&](const auto& flow, auto zero) {
+                     using T = decltype(zero);
+                     const auto& program = flow.program();
+                     if (!program.discrete()) throw std::invalid_argument("the variables are not discrete");
+                     T* result = output_at<T>(out, batch.rows() * program.features() * program.most_values(), stream.has_value());
+                     Unlocked unlocked;
+                     flow.conditional_probs(batch, result, place_of(stream), poll);
                  });
              })
         .def("from_noise",

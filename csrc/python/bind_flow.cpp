@@ -107,7 +107,7 @@ void bind_flow(py::module_& module) {
                  self.visit([&](const auto& program) {
                      using T = typename std::decay_t<decltype(program)>::Value;
                      if (!program.discrete()) throw std::invalid_argument("the variables are not discrete");
-                     T* result = output<T>(out, batch.rows() * program.features() * most_values<T>(program));
+                     T* result = output<T>(out, batch.rows() * program.features() * program.most_values());
                      Unlocked unlocked;
                      conditional_probs<T>(program, batch, result, poll);
                  });

@@ -59,7 +59,7 @@ void runtime_break(cudaError_t error) { broken = error; }
 using namespace fastmaf;
 
 extern "C" {
-const char* cudaGetErrorName(cudaError_t error) { return error == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation" : "cudaErrorOther"; }
+const char* cudaGetErrorName(cudaError_t) { return "cudaErrorOfTheHost"; }
 const char* cudaGetErrorString(cudaError_t) { return "an error of the host's runtime"; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaGetDevice(int* device) {

@@ -80,7 +80,8 @@ void run(const Program<T>& program, Direction direction, const Batch& batch, con
         folded.resize(size_t(flow.folded_size));
         for (int k = 0; k < flow.stage_count; ++k) {
             table.push_back(folded.data() + flow.folded[k]);
-            with_team(warps.count, [&](const Team& team) { warp::fold<T>(flow, job, k, room.data(), folded.data() + flow.folded[k], team); });
+            T* const own = folded.data() + flow.folded[k];
+            with_team(warps.count, [&](const Team& team) { warp::fold<T>(flow, job, k, room.data(), own, team); });
         }
         job.folded = table.data();
     }

@@ -96,7 +96,8 @@ template <class T, int R, int IS>
 struct Weights {
     const T* w;
     explicit Weights(const T* w) : w(w) {
-        if (IS == 1 && reinterpret_cast<uintptr_t>(w) % std::min<size_t>(16, R * sizeof(T))) throw std::logic_error("weights are not aligned");
+        constexpr size_t together = std::min<size_t>(16, R * sizeof(T));
+        if (IS == 1 && reinterpret_cast<uintptr_t>(w) % together) throw std::logic_error("weights are not aligned");
     }
     T operator[](int i) const { return w[i * IS]; }
 };
