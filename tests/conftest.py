@@ -78,6 +78,12 @@ def core(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from use(request.param)
 
 
+@pytest.fixture(params=[case for case in BACKENDS if case.startswith(("cpu", "cuda"))])
+def compiled(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The compiled core, and GPUs."""
+    yield from use(request.param)
+
+
 @pytest.fixture(params=("float32", "float64"))
 def dtype(request: pytest.FixtureRequest) -> str:
     """Both dtypes of a flow."""

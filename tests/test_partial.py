@@ -248,7 +248,7 @@ def test_a_known_conditional():
 
 
 @pytest.mark.parametrize("options", [{"context_features": 2}, {"hidden_features": (7, 7), "residual": True}, {"conditional": "mixture"}])
-def test_direct_weights_to_the_rest_run_on_the_core(core, options):
+def test_direct_weights_to_the_rest_run_on_the_core(compiled, options):
     flow = made(**{"conditional": "gaussian", "direct": True, **options})
     assert _backends.choose().unsupported(_partial.rest(flow, 2)) is None
     context = make.contexts(flow, 3)
@@ -353,7 +353,7 @@ def test_bernoulli_probabilities(context_features, options):
 @pytest.mark.parametrize(
     "options", [{}, {"direct": True, "context_features": 2}, {"residual": True, "hidden_features": (7,), "context_features": 1}]
 )
-def test_probabilities_on_the_core(core, dtype, conditional, options):
+def test_probabilities_on_the_core(compiled, dtype, conditional, options):
     flow = made(conditional, **{**options, "dtype": dtype})
     rng = np.random.default_rng(6)
     x = rng.integers(0, 2, (131, 5)).astype(float)

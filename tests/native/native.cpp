@@ -743,7 +743,13 @@ void warps_of(const Case& one) {
                     std::vector<T> got(density.size()), got_z(z.size()), got_back(back.size());
                     warp_evaluate<T>(*program, batch, warps, got.data(), nullptr);
                     CHECK(same(got, density, rows * groups, fused));
-                    if (of_values) continue;
+                    if (of_values) {
+                        std::vector<T> probs(n * groups * features * size_t(program->most_values())), got_probs(probs.size());
+                        conditional_probs<T>(*program, batch, probs.data(), {});
+                        warp_probabilities<T>(*program, batch, warps, got_probs.data());
+                        CHECK(same(got_probs, probs, probs.size() / n * rows, fused));
+                        continue;
+                    }
                     warp_evaluate<T>(*program, batch, warps, nullptr, got_z.data());
                     CHECK(same(got_z, z, rows * groups * features, fused));
                     warp_generate<T>(*program, of_noise, nullptr, warps, got_back.data(), nullptr);

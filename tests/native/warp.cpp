@@ -98,6 +98,17 @@ void warp_evaluate(const Program<T>& program, const Batch& batch, const Warps& w
     job.x = {batch.x, batch.inner};
     job.log_prob = log_prob;
     job.out = noise;
+    job.width = program.features();
+    run(program, Direction::density, batch, warps, job, [](const auto&... all) { warp::evaluate<T>(all...); });
+}
+
+template <class T>
+void warp_probabilities(const Program<T>& program, const Batch& batch, const Warps& warps, T* out) {
+    Job<T> job;
+    job.x = {batch.x, batch.inner};
+    job.out = out;
+    job.most = program.most_values();
+    job.width = program.features() * job.most;
     run(program, Direction::density, batch, warps, job, [](const auto&... all) { warp::evaluate<T>(all...); });
 }
 
@@ -179,6 +190,7 @@ FASTMAF_INSTANTIATE(double)
 
 #define FASTMAF_INSTANTIATE(T)                                                             \
     template void warp_evaluate<T>(const Program<T>&, const Batch&, const Warps&, T*, T*); \
+    template void warp_probabilities<T>(const Program<T>&, const Batch&, const Warps&, T*); \
     template void warp_generate<T>(const Program<T>&, const Batch&, const Draw*, const Warps&, T*, T*);
 FASTMAF_INSTANTIATE(float)
 FASTMAF_INSTANTIATE(double)

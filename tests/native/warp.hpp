@@ -14,6 +14,8 @@ struct Warps {
 
 template <class T>
 void warp_evaluate(const Program<T>& program, const Batch& batch, const Warps& warps, T* log_prob, T* noise);
+template <class T>
+void warp_probabilities(const Program<T>& program, const Batch& batch, const Warps& warps, T* out);
 // Noise from the batch when `draw` is null.
 template <class T>
 void warp_generate(const Program<T>& program, const Batch& batch, const Draw* draw, const Warps& warps, T* out, T* log_prob);
