@@ -41,7 +41,7 @@ int subtiles(const Program<T>& program, Direction direction) {
 template <class T>
 struct Room {
     Tile<T> tile;
-    double* column;      // [lanes of all sub-tiles]
+    double* column;      // [kColumns][lanes of all sub-tiles]
     uint64_t* index;     // [lanes] counters of one sub-tile
     uint32_t* context;
 
@@ -50,7 +50,7 @@ struct Room {
         const size_t all = size_t(lanes) * size_t(subtiles);
         tile.subtiles = subtiles;
         tile.log_det = carve.take<double>(all);
-        column = carve.take<double>(all);
+        column = carve.take<double>(kColumns * all);
         index = carve.take<uint64_t>(size_t(lanes));
         context = carve.take<uint32_t>(size_t(lanes));
         const size_t before = carve.used();
@@ -104,16 +104,12 @@ struct Folded {
 // Loads rows [begin, begin + n) of a batch: variables into x[0], contexts into the top of both tiles. log_det gets the bijections', and
 // -inf where a discrete variable has a value that it cannot have, unless these are `allowed`.
 template <class T>
-void load_tile(const Program<T>& program, const RowReader& reader, int64_t begin, int64_t n, bool contexts, bool allowed, double* column,
+void load_tile(const Program<T>& program, const RowReader& reader, int64_t begin, int64_t n, bool contexts, bool allowed, double* block,
                Tile<T>& tile) {
     const Kernels<T>& k = kernels<T>();
     const int lanes = 3 * k.width, context = program.context();
     std::fill(tile.log_det, tile.log_det + int64_t(lanes) * tile.subtiles, 0.0);
-    auto each = [&](const Columns& columns, int c, int row, bool of_context) {
-        if (of_context)
-            reader.context_column(begin, n, c, column);
-        else
-            reader.column(begin, n, c, column);
+    auto each = [&](const Columns& columns, int c, const double* column, int row, bool of_context) {
         for (int64_t s = 0; s * lanes < n; ++s) {
             const int count = int(std::min<int64_t>(lanes, n - s * lanes));
             T* out = tile.x[0] + s * tile.stride + row * lanes;
@@ -123,19 +119,25 @@ void load_tile(const Program<T>& program, const RowReader& reader, int64_t begin
             if (of_context)
                 spoil_outside(of_bound, count, out);
             else if (const int values = allowed ? 0 : program.values(c))
-                refuse_other<T>(column + s * lanes, count, values, tile.log_det + s * lanes);
+                k.refuse_other(column + s * lanes, count, values, tile.log_det + s * lanes);
             std::fill(out + count, out + round_up(count, k.width), out[count - 1]);
             if (of_context) std::copy_n(out, round_up(count, k.width), tile.x[1] + s * tile.stride + row * lanes);
         }
     };
-    for (int v = 0; v < program.features(); ++v) each(program.spec().columns, v, context + program.first()[size_t(v)], false);
+    const int64_t stride = int64_t(lanes) * tile.subtiles;
+    for (int v = 0; v < program.features(); ++v) {
+        if (v % kColumns == 0) reader.columns(begin, n, v, std::min(kColumns, program.features() - v), stride, block);
+        each(program.spec().columns, v, block + v % kColumns * stride, context + program.first()[size_t(v)], false);
+    }
     for (int64_t s = 0; s * lanes < n; ++s) {
         const int64_t count = std::min<int64_t>(lanes, n - s * lanes);
         zero_outside(tile.log_det + s * lanes, count, round_up(count, k.width), program.features(), lanes,
                      tile.x[0] + s * tile.stride + context * lanes);
     }
-    if (contexts)
-        for (int c = 0; c < context; ++c) each(program.spec().context_columns, c, c, true);
+    for (int c = 0; contexts && c < context; ++c) {
+        if (c % kColumns == 0) reader.context_columns(begin, n, c, std::min(kColumns, context - c), stride, block);
+        each(program.spec().context_columns, c, block + c % kColumns * stride, c, true);
+    }
 }
 
 // How many threads share one row: worth their while only where its weights are too many for one core's cache to hand over quickly.

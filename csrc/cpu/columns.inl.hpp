@@ -27,6 +27,18 @@ static void load(const double* in, int n, Bijection kind, double lower, double u
 }
 
 template <class T>
+static void refuse_other(const double* in, int n, int values, double* log_det) {
+    constexpr int W = Lanes<double>::W;
+    typedef T Narrow __attribute__((vector_size(W * sizeof(T))));
+    for (int i = 0; i < n; i += W) {
+        const D x = __builtin_convertvector(__builtin_convertvector(at(in + i), Narrow), D);
+        const D whole = (x + Constants<double>::shifter) - Constants<double>::shifter;
+        const D least = at(log_det + i), never = splat<double>(-__builtin_inf());
+        at(log_det + i) = x == x ? (x >= 0 ? (x < double(values) ? (x == whole ? least : never) : never) : never) : least;
+    }
+}
+
+template <class T>
 static void store(const T* in, int n, Bijection kind, double lower, double upper, double loc, double scale, T* out, double* log_det) {
     constexpr int W = Lanes<double>::W;
     if (kind == Bijection::identity) {

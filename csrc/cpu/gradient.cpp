@@ -312,7 +312,7 @@ private:
             const size_t lanes = size_t(owner.lanes_), features = size_t(program.features());
             const size_t width = features + size_t(program.context());
             log_det = carve.take<double>(lanes);
-            column = carve.take<double>(lanes);
+            column = carve.take<double>(kColumns * lanes);
             cotangent = carve.take<T>(lanes);
             for (T*& d : dx) d = carve.take<T>(width * lanes);
             T* own_deltas = deltas ? deltas : carve.take<T>((owner.delta_rows_ + 8) * lanes);
@@ -357,21 +357,22 @@ private:
     void load(Room& room, const RowReader& reader, int64_t begin, int n) {
         const int features = program_.features(), context = program_.context(), lanes = lanes_;
         std::fill(room.log_det, room.log_det + lanes, 0.0);
-        auto load = [&](const Columns& columns, int c, int row, double* log_det) {
-            kernels_.load(room.column, n, columns.kind[size_t(c)], columns.lower[size_t(c)], columns.upper[size_t(c)],
+        auto load = [&](const Columns& columns, int c, const double* column, int row, double* log_det) {
+            kernels_.load(column, n, columns.kind[size_t(c)], columns.lower[size_t(c)], columns.upper[size_t(c)],
                           columns.loc[size_t(c)], columns.scale[size_t(c)], room.trace[0].x + row * lanes, log_det);
             T* lane = room.trace[0].x + row * lanes;
             std::fill(lane + n, lane + padded(n), lane[n - 1]);
         };
         for (int v = 0; v < features; ++v) {
-            reader.column(begin, n, v, room.column);
-            load(program_.spec().columns, v, context + program_.first()[size_t(v)], room.log_det);
-            if (const int values = program_.values(v)) refuse_other<T>(room.column, n, values, room.log_det);
+            const double* column = room.column + v % kColumns * lanes;
+            if (v % kColumns == 0) reader.columns(begin, n, v, std::min(kColumns, features - v), lanes, room.column);
+            load(program_.spec().columns, v, column, context + program_.first()[size_t(v)], room.log_det);
+            if (const int values = program_.values(v)) kernels_.refuse_other(column, n, values, room.log_det);
         }
         for (int c = 0; c < context; ++c) {
             double of_bound[48] = {};
-            reader.context_column(begin, n, c, room.column);
-            load(program_.spec().context_columns, c, c, of_bound);
+            if (c % kColumns == 0) reader.context_columns(begin, n, c, std::min(kColumns, context - c), lanes, room.column);
+            load(program_.spec().context_columns, c, room.column + c % kColumns * lanes, c, of_bound);
             spoil_outside(of_bound, padded(n), room.trace[0].x + c * lanes);
             for (size_t j = 1; j < room.trace.size(); ++j) std::copy_n(room.trace[0].x + c * lanes, padded(n), room.trace[j].x + c * lanes);
         }

@@ -1,4 +1,4 @@
-// Reads rows of any real dtype, stride and broadcast, a column at a time, as double.
+// Reads rows of any real dtype, stride and broadcast, a few columns at a time, as double.
 #pragma once
 
 #include <cmath>
@@ -15,28 +15,31 @@ inline double read_half(uint16_t h) {
     return h & 0x8000 ? -size : size;
 }
 
+// Function objects, since pointers to functions would not be inlined.
 template <class S>
-inline double read_as(const char* p) {
-    S value;
-    std::memcpy(&value, p, sizeof value);
-    return double(value);
-}
+struct ReadAs {
+    double operator()(const char* p) const {
+        S value;
+        std::memcpy(&value, p, sizeof value);
+        return double(value);
+    }
+};
 
 // Calls f with a function that reads one element of the dtype.
 template <class F>
 inline void with_reader(DType dtype, F f) {
     switch (dtype) {
         case DType::f16: return f([](const char* p) { uint16_t h; std::memcpy(&h, p, 2); return read_half(h); });
-        case DType::f32: return f(read_as<float>);
-        case DType::f64: return f(read_as<double>);
-        case DType::i8: return f(read_as<int8_t>);
-        case DType::i16: return f(read_as<int16_t>);
-        case DType::i32: return f(read_as<int32_t>);
-        case DType::i64: return f(read_as<int64_t>);
-        case DType::u8: return f(read_as<uint8_t>);
-        case DType::u16: return f(read_as<uint16_t>);
-        case DType::u32: return f(read_as<uint32_t>);
-        case DType::u64: return f(read_as<uint64_t>);
+        case DType::f32: return f(ReadAs<float>{});
+        case DType::f64: return f(ReadAs<double>{});
+        case DType::i8: return f(ReadAs<int8_t>{});
+        case DType::i16: return f(ReadAs<int16_t>{});
+        case DType::i32: return f(ReadAs<int32_t>{});
+        case DType::i64: return f(ReadAs<int64_t>{});
+        case DType::u8: return f(ReadAs<uint8_t>{});
+        case DType::u16: return f(ReadAs<uint16_t>{});
+        case DType::u32: return f(ReadAs<uint32_t>{});
+        case DType::u64: return f(ReadAs<uint64_t>{});
         case DType::boolean: return f([](const char* p) { return *p ? 1.0 : 0.0; });
     }
 }
@@ -54,18 +57,6 @@ inline void spoil_outside(const double* log_det, int64_t n, T* lane) {
         if (log_det[r] == -INFINITY) lane[r] = T(NAN);
 }
 
-// A value that a discrete variable cannot have: 0, 1, ... `values` - 1 it can.
-template <class T>
-inline void refuse_other(const double* column, int64_t n, int values, double* log_det) {
-    constexpr double shift = 0x1.8p52;  // rounds what is added to it and taken away again to an integer
-    const double end = values;
-    auto possible = [&](double x) { return (x >= 0) & (x < end) & (x == (x + shift) - shift); };
-    int64_t others = 0;  // seldom any
-    for (int64_t r = 0; r < n; ++r) others |= possible(double(T(column[r]))) ? 0 : 1;
-    for (int64_t r = 0; r < n && others > 0; ++r)
-        if (!possible(double(T(column[r]))) && column[r] == column[r]) log_det[r] = -INFINITY;
-}
-
 // A row at or outside a bound goes on as zeros, so that nothing beside the bound matters: its density stays zero, its gradient too. Only
 // a NaN stays. x: [variables][lanes]; lanes from n to `padded` are copies of the last row.
 template <class T>
@@ -78,6 +69,8 @@ inline void zero_outside(const double* log_det, int64_t n, int64_t padded, int v
             }
 }
 
+constexpr int kColumns = 8;  // read together: more would leave too little of the nearest cache to what is made of them
+
 class RowReader {
 public:
     explicit RowReader(const Batch& batch) : batch_(batch) {}
@@ -87,19 +80,26 @@ public:
         const Rows& context = batch_.context;
         return (batch_.outer == 1 || context.outer == 0) && (batch_.inner == 1 || context.inner == 0);
     }
-    void column(int64_t begin, int64_t n, int c, double* out) const { gather(batch_.x, begin, n, c, out); }
-    void context_column(int64_t begin, int64_t n, int c, double* out) const { gather(batch_.context, begin, n, c, out); }
+    void column(int64_t begin, int64_t n, int c, double* out) const { gather(batch_.x, begin, n, c, 1, n, out); }
+    void context_column(int64_t begin, int64_t n, int c, double* out) const { gather(batch_.context, begin, n, c, 1, n, out); }
+    // Columns [c, c + count) to out [count][stride].
+    void columns(int64_t begin, int64_t n, int c, int count, int64_t stride, double* out) const {
+        gather(batch_.x, begin, n, c, count, stride, out);
+    }
+    void context_columns(int64_t begin, int64_t n, int c, int count, int64_t stride, double* out) const {
+        gather(batch_.context, begin, n, c, count, stride, out);
+    }
 
 private:
-    const char* address(const Rows& rows, int64_t row) const {
-        if (batch_.index) return rows.data + batch_.index[row] * rows.inner;
-        return rows.data + row / batch_.inner * rows.outer + row % batch_.inner * rows.inner;
-    }
-    void gather(const Rows& rows, int64_t begin, int64_t n, int c, double* out) const {
+    // Row by row, so that what lies together is read together.
+    void gather(const Rows& rows, int64_t begin, int64_t n, int c, int count, int64_t stride, double* out) const {
         const int64_t shift = c * rows.column;
         with_reader(rows.dtype, [&](auto reader) {
+            auto row = [&](const char* p, double* to) {
+                for (int k = 0; k < count; ++k, p += rows.column) to[k * stride] = reader(p);
+            };
             if (batch_.index) {
-                for (int64_t i = 0; i < n; ++i) out[i] = reader(rows.data + batch_.index[begin + i] * rows.inner + shift);
+                for (int64_t i = 0; i < n; ++i) row(rows.data + batch_.index[begin + i] * rows.inner + shift, out + i);
                 return;
             }
             // Runs of rows with the same outer index.
@@ -107,7 +107,7 @@ private:
                 const int64_t o = (begin + i) / batch_.inner, first = (begin + i) % batch_.inner;
                 const int64_t run = n - i < batch_.inner - first ? n - i : batch_.inner - first;
                 const char* p = rows.data + o * rows.outer + first * rows.inner + shift;
-                for (int64_t j = 0; j < run; ++j, p += rows.inner) out[i + j] = reader(p);
+                for (int64_t j = 0; j < run; ++j, p += rows.inner) row(p, out + i + j);
                 i += run;
             }
         });
