@@ -117,15 +117,24 @@ def test_row_is_written_once(own, settings):
     assert ("test_given_class" in result) == (own.labels is not None)
 
 
+def test_training_images_are_turned_and_others_are_not():
+    pixels = np.arange(9, dtype=np.uint8)[None] * 16 + np.zeros((300, 1), np.uint8)
+    own = data.Data((pixels, pixels[:5], pixels[:5]), transform=lambda x: x, symmetries=data.turned(3))
+    seen = {tuple(row) for row in np.floor(own.training(0)(1) * 16).astype(int)}
+    images = {tuple(np.arange(9)[one]) for one in data.turned(3)}
+    assert len(images) == 8 and seen == images
+    assert all((np.diff(part) > 0).all() for part in (own.rows(data.TRAIN), own.rows(data.TEST)))
+
+
 def test_interrupted_row_goes_on_to_the_same_result(own, settings, monkeypatch, tmp_path):
     whole = run.run(TINY, 0, settings)
     settings = run.Settings(tmp_path, tmp_path / "again", tmp_path / "checkpoints", minutes=5, threads=1)
     rows = data.Data.rows
 
-    def stop(self, part, seed=0, epoch=0):
+    def stop(self, part, seed=0, epoch=0, symmetries=None):
         if epoch == 3:
             raise KeyboardInterrupt
-        return rows(self, part, seed, epoch)
+        return rows(self, part, seed, epoch, symmetries)
 
     with monkeypatch.context() as patch, pytest.raises(run.Interrupted):
         patch.setattr(data.Data, "rows", stop)
