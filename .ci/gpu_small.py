@@ -1,5 +1,7 @@
 """Every operation of small flows on a GPU, against the CPU: what compute-sanitizer watches."""
 
+import sys
+
 import numpy as np
 
 import fastmaf
@@ -31,4 +33,13 @@ for name, flow in FLOWS.items():
             pairs.append((there.from_noise(x, context), own.from_noise(x, context)))
         worst = max(float(np.max(np.abs(a - b) / (1 + np.abs(b)))) for a, b in pairs)
         assert worst < (1e-3 if dtype == "float32" else 1e-8), f"{name} in {dtype}: {worst}"
+
+# Tiles of every width, blocks that take one tile after the other, and host arrays in several chunks: row by row the same, every time.
+flow = FLOWS["transforms"].to("cuda")
+x, context = np.abs(rng.normal(size=(1_000_000, 5))), rng.normal(size=2)
+few = flow.log_prob(x[:150], context)
+for n in (10_000, 200_000, 1_000_000) if len(sys.argv) > 1 else (40_000,):
+    own = flow.log_prob(x[:n], context)
+    assert np.array_equal(own[:150], few) and np.array_equal(own, flow.log_prob(x[:n], context)), f"{n} rows"
+    assert np.array_equal(flow.sample(n, context, seed=3)[-7:], flow.sample(7, context, seed=3, offset=n - 7)), f"{n} samples"
 print("agree")

@@ -124,22 +124,32 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
+def said_by(command: list[str]) -> str:
+    """What a program prints; nothing where there is no such program."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
 def main() -> None:
     """Measure all models, print the table and write what was measured."""
     import torch
     import zuko
 
     query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.max.sm,clocks.mem", "--format=csv,noheader"]
-    gpu = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    gpu, commit = said_by(query), said_by(["git", "rev-parse", "HEAD"])
     lines: list[dict[str, Any]] = []
-    for name in MODELS:
-        lines += measure(name)
-    found = {"gpu": gpu, "torch": torch.__version__, "zuko": zuko.__version__, "commit": commit, "lines": lines}
-    if len(sys.argv) > 1:
-        with open(sys.argv[1], "w") as file:
-            json.dump(found, file, indent=1)
-    print(gpu, table(lines), sep="\n\n")
+    for name in MODELS:  # what was measured stays, whatever comes next
+        try:
+            lines += measure(name)
+        except Exception as problem:
+            print(f"{name}: {type(problem).__name__}: {problem}", file=sys.stderr, flush=True)
+        found = {"gpu": gpu, "torch": torch.__version__, "zuko": zuko.__version__, "commit": commit, "lines": lines}
+        if len(sys.argv) > 1:
+            with open(sys.argv[1], "w") as file:
+                json.dump(found, file, indent=1)
+        print(gpu, table(lines), sep="\n\n", flush=True)
 
 
 if __name__ == "__main__":

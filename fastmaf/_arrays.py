@@ -198,7 +198,7 @@ def output(out: Any, shape: Shape, dtype: np.dtype[Any], *inputs: Array | None, 
         If it is not a writeable, C-contiguous array of that shape and dtype, or shares memory with an input.
     """
     if any(isinstance(array, _device.DeviceArray) for array in inputs) or (device != "cpu" and _device.is_on_device("out", out)):
-        result = _device.output(out, shape, dtype, device)
+        result = _device.output(out, shape, dtype, device, NATIVE, inputs)
         for array in inputs:
             _device.together("out", result, array)
         return cast("Array", result)

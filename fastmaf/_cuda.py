@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastmaf import _core
 from fastmaf._cpu import _pack, unsupported
-from fastmaf._device import DeviceArray, index_of
+from fastmaf._device import DeviceArray, finished, index_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -35,9 +35,12 @@ def _at(array: Any) -> Any:
     return array.describe() if isinstance(array, DeviceArray) else array
 
 
-def _where(out: Any) -> tuple[Any, int | None]:
-    """The output as the core takes it, and the stream if it lies on a device."""
-    return (out.address, out.stream) if isinstance(out, DeviceArray) else (out, None)
+def _where(out: Any, *inputs: Any) -> tuple[Any, int | None]:
+    """The output as the core takes it, and the stream if it lies on a device; inputs from other streams are there then."""
+    if not isinstance(out, DeviceArray):
+        return out, None
+    finished(*inputs, stream=out.stream)
+    return out.address, out.stream
 
 
 class _Cuda:
@@ -60,21 +63,21 @@ class _Cuda:
         return packed
 
     def log_prob(self, flow: Flow, x: Any, context: Any, out: Any) -> None:
-        self._packed(flow).log_prob(_at(x), _at(context), *_where(out))
+        self._packed(flow).log_prob(_at(x), _at(context), *_where(out, x, context))
 
     def to_noise(self, flow: Flow, x: Any, context: Any, out: Any) -> None:
-        self._packed(flow).to_noise(_at(x), _at(context), *_where(out))
+        self._packed(flow).to_noise(_at(x), _at(context), *_where(out, x, context))
 
     def conditional_probs(self, flow: Flow, x: Any, context: Any, out: Any) -> None:
-        self._packed(flow).conditional_probs(_at(x), _at(context), *_where(out))
+        self._packed(flow).conditional_probs(_at(x), _at(context), *_where(out, x, context))
 
     def from_noise(self, flow: Flow, u: Any, context: Any, out: Any) -> None:
-        self._packed(flow).from_noise(_at(u), _at(context), *_where(out))
+        self._packed(flow).from_noise(_at(u), _at(context), *_where(out, u, context))
 
     def sample(
         self, flow: Flow, c: int, n: int, context: Any, seed: int, offset: int, context_offset: int, out: Any, log_prob_out: Any
     ) -> None:
-        (x, stream), (log_prob, _) = _where(out), _where(log_prob_out)
+        (x, stream), (log_prob, _) = _where(out, context), _where(log_prob_out, context)
         self._packed(flow).sample(c, n, _at(context), seed, offset, context_offset, x, log_prob, stream)
 
     def sample_rows(self, flow: Flow, index: Array, group: Array, context: Array | None, seed: int, out: Array) -> None:

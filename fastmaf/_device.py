@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DeviceArray", "index_of", "is_on_device", "output", "together", "wrap"]
+__all__ = ["DeviceArray", "finished", "index_of", "is_on_device", "output", "together", "wrap"]
 
 Shape = tuple[int, ...]
 
@@ -64,8 +64,10 @@ class DeviceArray:
             steps = [self.dtype.itemsize * int(np.prod(self.shape[k + 1 :])) for k in range(len(self.shape))]
         self.strides: Shape = tuple(steps)
         self.device = device
-        self.kind = type(owner).__module__.partition(".")[0].replace("jaxlib", "jax")
+        self.kind = _kind(owner)
         self.stream = _stream(self.kind, device, interface)
+        if self.kind == "jax":  # says nothing of its streams
+            owner.block_until_ready()
 
     @property
     def ndim(self) -> int:
@@ -75,6 +77,12 @@ class DeviceArray:
     def size(self) -> int:
         return int(np.prod(self.shape))
 
+    def span(self) -> tuple[int, int]:
+        """The first address, and the one behind the last."""
+        steps = [step * (size - 1) for size, step in zip(self.shape, self.strides, strict=True)]
+        first = int(self.address or 0)
+        return first + sum(min(step, 0) for step in steps), first + sum(max(step, 0) for step in steps) + self.dtype.itemsize
+
     def describe(self) -> tuple[int, str, list[int], list[int]]:
         """What `_core.DeviceFlow` takes."""
         return int(self.address or 0), self.dtype.name, list(self.shape), list(self.strides)
@@ -82,6 +90,15 @@ class DeviceArray:
     def empty(self, shape: Shape, dtype: np.dtype[Any]) -> DeviceArray:
         """A new array of the same kind in the same place."""
         return DeviceArray("out", _empty(_maker(self.kind), self.device, shape, dtype), self.device)
+
+
+def _kind(owner: Any) -> str:
+    """Its framework; a subclass belongs to that of its base."""
+    for name, base in (("torch", "Tensor"), ("cupy", "ndarray")):
+        known = getattr(sys.modules.get(name), base, None)
+        if known is not None and isinstance(owner, known):
+            return name
+    return type(owner).__module__.partition(".")[0].replace("jaxlib", "jax")
 
 
 def _stream(kind: str, device: int, interface: dict[str, Any]) -> int:
@@ -130,11 +147,13 @@ def wrap(name: str, value: Any, device: str, native: frozenset[np.dtype[Any]]) -
     assert interface is not None
     where = _core.device_of(int(interface["data"][0] or 0))
     expected = index_of(device)
+    array = DeviceArray(name, value, expected)
     if where not in (expected, -1):
         raise ValueError(f"{name} lies on cuda:{where}; the flow is on {device}")
-    array = DeviceArray(name, value, expected)
     if array.dtype not in native:
         raise ValueError(f"{name} has dtype {array.dtype}; it must hold real numbers of at most 64 bits")
+    if any(number % array.dtype.itemsize for number in (int(array.address or 0), *array.strides)):
+        raise ValueError(f"{name} is not aligned to its {array.dtype.itemsize} bytes")
     return array
 
 
@@ -145,19 +164,34 @@ def together(name: str, x: Any, context: Any) -> None:
         raise ValueError(f"{first} is a CUDA array and {second} is not; both must lie in one place")
 
 
-def output(out: Any, shape: Shape, dtype: np.dtype[Any], device: str) -> DeviceArray:
+def output(
+    out: Any, shape: Shape, dtype: np.dtype[Any], device: str, native: frozenset[np.dtype[Any]], inputs: tuple[Any, ...]
+) -> DeviceArray:
     """`out`, if results of this shape and dtype can be written to it as they come."""
     if not is_on_device("out", out):
         raise ValueError(f"out is of type {type(out).__name__}; it must be a CUDA array like the other arrays")
-    array = wrap("out", out, device, frozenset([dtype]))
-    if array.shape != shape:
-        raise ValueError(f"out has shape {array.shape}; the result has shape {shape}")
+    array = wrap("out", out, device, native)
+    if array.shape != shape or array.dtype != dtype:
+        raise ValueError(f"out has shape {array.shape} and dtype {array.dtype}; the result has shape {shape} and dtype {dtype}")
     contiguous = tuple(dtype.itemsize * int(np.prod(shape[k + 1 :])) for k in range(len(shape)))
     if any(size > 1 and step != expected for size, step, expected in zip(shape, array.strides, contiguous, strict=True)):
         raise ValueError("out is not C-contiguous")
     if array.read_only:
         raise ValueError("out is read-only")
+    low, high = array.span()
+    for other in inputs:
+        if isinstance(other, DeviceArray) and other.size and other.span()[0] < high and low < other.span()[1]:
+            raise ValueError("out shares memory with an input")
     return array
+
+
+def finished(*arrays: Any, stream: int) -> None:
+    """Wait for what was enqueued elsewhere than on `stream` to make these arrays."""
+    from fastmaf import _core
+
+    for array in arrays:
+        if isinstance(array, DeviceArray) and array.stream != stream:
+            _core.synchronize(array.device, array.stream)
 
 
 def native(result: NDArray[Any] | DeviceArray, like: Any) -> Any:

@@ -496,7 +496,8 @@ class Flow:
         Parameters
         ----------
         x, context : arrays
-            As in `log_prob`.
+            As in `log_prob`. A NaN or infinity in x makes the probabilities of the variables behind it NaN, and no others (on a GPU it may
+            spoil its whole row).
 
         Returns
         -------
@@ -523,8 +524,17 @@ class Flow:
         x, context, shape = _arrays.rows("x", x, context, self.features, self.context_features, self.device)
         result = self._empty((*shape, self.features, *([max(base.categories)] if base.categories else [])), x)
         backend = self._backend()
-        if result.size:
-            backend.conditional_probs(self, x, context, result)
+        if not result.size:
+            return result if type(result) is np.ndarray else _device.native(result, x)
+        unknown = None
+        with np.errstate(all="ignore"):
+            if type(x) is np.ndarray and x.dtype.kind == "f" and not abs(np.sum(x, dtype=np.float64)) <= np.finfo(self.dtype).max:
+                unknown = ~(np.abs(x) <= np.finfo(self.dtype).max)
+                x = np.where(unknown, 0, x)
+        backend.conditional_probs(self, x, context, result)
+        if unknown is not None and unknown.any():  # what comes behind an unknown value is unknown
+            first = np.where(unknown, base.ranks, base.ranks.max() + 1).min(axis=-1, keepdims=True)
+            result[np.broadcast_to(base.ranks > first, result.shape[: len(shape) + 1])] = np.nan
         return result if type(result) is np.ndarray else _device.native(result, x)
 
     # Gradients

@@ -224,8 +224,8 @@ def test_results_are_written_where_the_caller_says(framework):
     assert there.sample(20, seed=4, out=out) is out
     assert_close("sample", "float32", framework.get(out), flow.sample(20, seed=4).astype("float64"))
     for wrong, message in (
-        (np.zeros((20, 5), "float64"), "out has dtype float64"),
-        (np.zeros((20, 4), "float32"), r"out has shape \(20, 4\); the result has shape \(20, 5\)"),
+        (np.zeros((20, 5), "float64"), "and dtype float64; the result has"),
+        (np.zeros((20, 4), "float32"), r"out has shape \(20, 4\) and dtype float32; the result has shape \(20, 5\)"),
     ):
         with pytest.raises(ValueError, match=message):
             there.sample(20, seed=4, out=framework.put(wrong))
@@ -234,6 +234,18 @@ def test_results_are_written_where_the_caller_says(framework):
         there.log_prob(framework.put(x), out=np.zeros(20, "float32"))
     with pytest.raises(ValueError, match="out is a CUDA array and context is not|x is a CUDA array|is a CUDA array and .* is not"):
         there.log_prob(x, out=framework.put(np.zeros(20, "float32")))
+
+
+@needs_device
+def test_arrays_that_overlap_or_are_not_aligned_are_refused(framework):
+    if framework.name != "pretended":
+        pytest.skip("views are cut out of memory of the host")
+    flow = fastmaf.MADE(1, context_features=1).to("cuda")
+    memory = np.zeros(100, np.float32)
+    with pytest.raises(ValueError, match="out shares memory with an input"):
+        flow.sample(1, Pretended(memory[:40].reshape(40, 1)), seed=1, out=Pretended(memory[39:79].reshape(40, 1, 1)))
+    with pytest.raises(ValueError, match="x is not aligned to its 4 bytes"):
+        flow.log_prob(Pretended(memory.view(np.uint8)[3:43].view(np.float32).reshape(10, 1)), Pretended(memory[:1]))
 
 
 @needs_device

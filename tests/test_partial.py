@@ -370,6 +370,24 @@ def test_probabilities_on_the_core(compiled, dtype, conditional, options):
     assert flow.conditional_probs(x[:0], contexts[0]).shape == (0, *probs.shape[-2 if conditional == "categorical" else -1 :])
 
 
+@pytest.mark.parametrize("conditional", ["bernoulli", "categorical"])
+@pytest.mark.parametrize("case", ["reference", "cpu"])
+def test_unknown_values_leave_the_probabilities_before_them(conditional, case):
+    order = np.random.default_rng(8).permutation(12)
+    options = {"categories": 3} if conditional == "categorical" else {}
+    flow = fastmaf.MADE(12, conditional, order=order, hidden_features=(60, 60), **options)
+    x = np.random.default_rng(9).integers(0, 2, (24, 12)).astype(float)
+    fastmaf.set_backend(case)
+    expected = flow.conditional_probs(x)
+    for place, value in itertools.product((0, 5, 11), (np.nan, np.inf, -np.inf, 1e300)):
+        unknown = x.copy()
+        unknown[7, order[place]] = value
+        probs = flow.conditional_probs(unknown)
+        assert np.isnan(probs[7, order[place + 1 :]]).all()
+        probs[7, order[place + 1 :]] = expected[7, order[place + 1 :]]
+        np.testing.assert_array_equal(probs, expected)
+
+
 @pytest.mark.parametrize("context_features", [0, 1])
 def test_categorical_probabilities(context_features):
     flow = made("categorical", context_features=context_features)

@@ -219,7 +219,7 @@ void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noi
                 // Lane 0 of the tile becomes a contiguous row.
                 for (int i = 0; i < context + features; ++i) tile.x[0][i] = tile.x[0][i * lanes];
                 for (int i = 0; i < context; ++i) tile.x[1][i] = tile.x[1][i * lanes];
-                shared_row = tile;
+                if (together > 1) shared_row = tile;
                 const int at = k.to_noise_row(views.data(), count, tile.x, tile.units, tile.log_det, tile.folded, together > 1 ? &crew : nullptr);
                 const T* z = tile.x[at] + context;
                 if (log_prob) k.base(z, features, 1, 1, tile.log_det);

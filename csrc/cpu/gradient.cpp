@@ -26,7 +26,8 @@ namespace {
 
 // What a chunk may keep. Chunks that stay in L2 were slower on two threads: each ends with all threads waiting.
 constexpr int64_t kChunkBytes = int64_t(64) << 20;
-// Rows of a block: twice as many where enough blocks are left for all threads. 96 left more of a usual batch to one of two.
+// Rows of a block, twice as many in large batches: fewer sums to add up, and eight threads still have one each. 96 left more of a usual
+// batch to one of two.
 constexpr int64_t kBlockRows = 64;
 
 // Polls every 100 ms.

@@ -13,6 +13,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 
 namespace fastmaf {
@@ -88,9 +89,10 @@ public:
     // Helpers that are not awake when the caller runs out of tasks are not waited for. Waking one takes longer than a short loop: with
     // `wake` false that is left to the end, for the sake of the next loop.
     void run(Loop& loop, int helpers, bool wake, const std::function<void()>* poll) {
-        while (workers_ < helpers) {
-            std::thread(&Pool::live, this).detach();
-            ++workers_;
+        try {
+            for (; workers_ < helpers; ++workers_) std::thread(&Pool::live, this).detach();
+        } catch (const std::system_error&) {  // the system gives no more threads
+            helpers = workers_;
         }
         {
             std::lock_guard<std::mutex> lock(mutex_);
@@ -98,13 +100,16 @@ public:
             vacant_ = helpers;
             generation_.fetch_add(1, std::memory_order_release);
         }
-        if (wake) wake_.notify_all();
+        auto wake_helpers = [&] {
+            for (int i = 0; i < helpers; ++i) wake_.notify_one();
+        };
+        if (wake) wake_helpers();
         loop.work(poll);
         {
             std::lock_guard<std::mutex> lock(mutex_);
             loop_ = nullptr;
         }
-        if (!wake) wake_.notify_all();
+        if (!wake) wake_helpers();
         const auto until = Clock::now() + kSpin;
         while (active_.load(std::memory_order_acquire) > 0) {
             if (Clock::now() < until) continue;
@@ -118,8 +123,7 @@ private:
         uint64_t seen = 0;
         for (;;) {
             const auto until = Clock::now() + kSpin;
-            while (generation_.load(std::memory_order_acquire) == seen && Clock::now() < until) {
-            }
+            while (generation_.load(std::memory_order_acquire) == seen && Clock::now() < until) std::this_thread::yield();
             Loop* loop = nullptr;
             {
                 std::unique_lock<std::mutex> lock(mutex_);

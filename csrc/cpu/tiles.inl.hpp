@@ -211,7 +211,7 @@ FASTMAF_INLINE void wait_until(const Crew* crew, F ready) {
 #if defined(__x86_64__)
         __builtin_ia32_pause();
 #endif
-        if (spins % 1024 == 0) crew->yield();
+        if (spins % 128 == 0) crew->yield();
     }
 }
 

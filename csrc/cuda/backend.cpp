@@ -10,6 +10,8 @@
 #include <mutex>
 #include <stdexcept>
 
+#include <unistd.h>
+
 #include "image.hpp"
 #include "kernels.hpp"
 
@@ -28,7 +30,7 @@ namespace {
 constexpr int kLanes = 128;                        // of the widest tile: four vectors
 constexpr int64_t kScratch = int64_t(1) << 30;     // at most, for the blocks of a launch
 constexpr int64_t kChunk = FASTMAF_CUDA_CHUNK;     // bytes of a host array that travel together
-constexpr uint64_t kKept = uint64_t(256) << 20;    // scratch that the pool keeps between calls
+constexpr uint64_t kKept = 2 * uint64_t(kScratch);  // that the pool keeps between calls
 
 std::string size_of(double bytes) {
     const char* const units[] = {"B", "KiB", "MiB", "GiB"};
@@ -144,6 +146,7 @@ struct Slot {
 // with the last of them.
 struct Station {
     int device;
+    const pid_t process = getpid();  // a child after fork has no CUDA
     int processors = 0, cache = 0;
     cudaMemPool_t pool = nullptr;
     std::mutex streaming;
@@ -164,7 +167,7 @@ struct Station {
     Station& operator=(const Station&) = delete;
     ~Station() {
         int before = 0;
-        if (cudaGetDevice(&before) != cudaSuccess) return;
+        if (process != getpid() || cudaGetDevice(&before) != cudaSuccess) return;
         cudaSetDevice(device);
         for (auto& slot : slots) slot.reset();
         cudaMemPoolDestroy(pool);
@@ -228,7 +231,7 @@ struct Flow<T>::Parts {
 
     ~Parts() {
         int before = 0;
-        if (!station || cudaGetDevice(&before) != cudaSuccess) return;
+        if (!station || station->process != getpid() || cudaGetDevice(&before) != cudaSuccess) return;
         cudaSetDevice(station->device);
         cudaDeviceSynchronize();  // a caller's stream may still read the copies
         for (auto& copy : copies)
@@ -299,7 +302,8 @@ struct Flow<T>::Parts {
         if (shared && flow.stage_count) {
             char* const behind = job.scratch + blocks * flow.scratch;
             const T** const pointers = reinterpret_cast<const T**>(behind + room + folded);
-            error = cuda::launch_fold<T>(flow, job, reinterpret_cast<T*>(behind), reinterpret_cast<T*>(behind + room), pointers, stream);
+            error = cudaMemsetAsync(behind + room, 0, size_t(folded), stream);  // panels also read the padding behind the biases
+            if (error == cudaSuccess) error = cuda::launch_fold<T>(flow, job, reinterpret_cast<T*>(behind), reinterpret_cast<T*>(behind + room), pointers, stream);
             job.folded = pointers;
         }
         if (error == cudaSuccess) error = cuda::launch<T>(operation, flow, job, int(blocks), stream);
@@ -375,12 +379,18 @@ struct Flow<T>::Parts {
                 part.index = reinterpret_cast<const uint64_t*>(in + of_index);
                 part.group = reinterpret_cast<const uint64_t*>(in + of_group);
             }
-            if (in_size)
-                check(cudaMemcpyAsync(in, host, size_t(in_size), cudaMemcpyHostToDevice, slot.stream), "copying rows to the device");
+            auto travel = [&](char* to, const char* from, int64_t bytes, cudaMemcpyKind kind) {
+                if (bytes) check(cudaMemcpyAsync(to, from, size_t(bytes), kind, slot.stream), "copying rows to the device or from it");
+            };
+            travel(in, host, count * x_row, cudaMemcpyHostToDevice);
+            travel(in + of_context, host + of_context, (shared ? 1 : count) * context_row, cudaMemcpyHostToDevice);
+            travel(in + of_index, host + of_index, scattered ? count * 8 : 0, cudaMemcpyHostToDevice);
+            travel(in + of_group, host + of_group, scattered ? count * 8 : 0, cudaMemcpyHostToDevice);
             part.out = job.out ? reinterpret_cast<T*>(out) : nullptr;
             part.log_prob = job.log_prob ? reinterpret_cast<T*>(out + of_density) : nullptr;
             launch(operation, part, shared, slot.stream);
-            check(cudaMemcpyAsync(results, out, size_t(out_size), cudaMemcpyDeviceToHost, slot.stream), "copying results from the device");
+            travel(results, out, count * out_row, cudaMemcpyDeviceToHost);
+            travel(results + of_density, out + of_density, count * density_row, cudaMemcpyDeviceToHost);
             waiting[s] = begin;
         }
         collect(s);
@@ -389,6 +399,8 @@ struct Flow<T>::Parts {
 
     void run(cuda::Operation operation, const Job<T>& job, int64_t outer, int64_t inner, const Place& place, const Poll& poll) {
         if (job.rows == 0) return;
+        if (station->process != getpid())
+            throw std::runtime_error("CUDA does not survive a fork: this process was forked after a flow was used on a GPU; spawn it instead");
         const Current current(station->device);
         const bool shared = program->context() > 0 && shares_context(job.context.rows, outer, inner);
         if (place.on_device)

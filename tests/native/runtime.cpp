@@ -138,6 +138,10 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
     enqueue(stream, [=] { std::memcpy(to, from, bytes); });
     return cudaSuccess;
 }
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
+    enqueue(stream, [=] { std::memset(to, value, bytes); });
+    return cudaSuccess;
+}
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* p) {
     const Lock lock(mutex);
     std::memset(attributes, 0, sizeof *attributes);
