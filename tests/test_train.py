@@ -6,7 +6,6 @@ import _thread
 import json
 import math
 import threading
-import time
 from dataclasses import replace
 
 import make
@@ -391,10 +390,8 @@ def test_signal_within_an_epoch(backend):
         return x
 
     flow = linear()
-    start = time.perf_counter()
     history = flow.fit(draw, validation=(x[:9],), batch_size=1)
     assert (history.stopped, history.train) == ("interrupted", [])
-    assert time.perf_counter() - start < 5
     timer.join()
 
 
