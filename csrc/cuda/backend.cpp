@@ -199,6 +199,15 @@ int64_t size_of(DType dtype) {
     }
 }
 
+template <class T>
+Job<T> job_of(const Batch& batch) {
+    Job<T> job;
+    job.rows = batch.rows();
+    job.x = {batch.x, batch.inner};
+    job.context = {batch.context, batch.inner};
+    return job;
+}
+
 // Rows [begin, begin + count) of a host array, one behind the other.
 void gather_rows(const Source& source, int64_t begin, int64_t count, int width, char* out) {
     const Rows& rows = source.rows;
@@ -431,20 +440,14 @@ const Program<T>& Flow<T>::program() const {
 
 template <class T>
 void Flow<T>::log_prob(const Batch& batch, T* out, const Place& place, const Poll& poll) const {
-    Job<T> job;
-    job.rows = batch.rows();
-    job.x = {batch.x, batch.inner};
-    job.context = {batch.context, batch.inner};
+    Job<T> job = job_of<T>(batch);
     job.log_prob = out;
     parts_->run(cuda::Operation::evaluate, job, batch.outer, batch.inner, place, poll);
 }
 
 template <class T>
 void Flow<T>::to_noise(const Batch& batch, T* out, const Place& place, const Poll& poll) const {
-    Job<T> job;
-    job.rows = batch.rows();
-    job.x = {batch.x, batch.inner};
-    job.context = {batch.context, batch.inner};
+    Job<T> job = job_of<T>(batch);
     job.out = out;
     job.width = program().features();
     parts_->run(cuda::Operation::evaluate, job, batch.outer, batch.inner, place, poll);
@@ -452,10 +455,7 @@ void Flow<T>::to_noise(const Batch& batch, T* out, const Place& place, const Pol
 
 template <class T>
 void Flow<T>::conditional_probs(const Batch& batch, T* out, const Place& place, const Poll& poll) const {
-    Job<T> job;
-    job.rows = batch.rows();
-    job.x = {batch.x, batch.inner};
-    job.context = {batch.context, batch.inner};
+    Job<T> job = job_of<T>(batch);
     job.out = out;
     job.most = program().most_values();
     job.width = program().features() * job.most;
@@ -464,10 +464,7 @@ void Flow<T>::conditional_probs(const Batch& batch, T* out, const Place& place, 
 
 template <class T>
 void Flow<T>::from_noise(const Batch& noise, T* out, const Place& place, const Poll& poll) const {
-    Job<T> job;
-    job.rows = noise.rows();
-    job.x = {noise.x, noise.inner};
-    job.context = {noise.context, noise.inner};
+    Job<T> job = job_of<T>(noise);
     job.out = out;
     job.width = program().features();
     parts_->run(cuda::Operation::generate, job, noise.outer, noise.inner, place, poll);
