@@ -59,6 +59,17 @@ inline Batch batch_of(const py::array& x, const py::object& context) {
     return batch;
 }
 
+// Rows numbered from the offsets on. The context, (C,) or (contexts, C), is the caller's to add.
+inline Draw numbered_draw(int64_t contexts, int64_t rows, uint64_t seed, uint64_t offset, uint64_t context_offset) {
+    Draw draw;
+    draw.contexts = contexts;
+    draw.rows = rows;
+    draw.seed = seed;
+    draw.offset = offset;
+    draw.context_offset = uint32_t(context_offset);
+    return draw;
+}
+
 // Rows with counters and contexts of their own.
 inline Draw scattered_draw(const py::array_t<uint64_t, py::array::c_style>& index, const py::array_t<uint64_t, py::array::c_style>& group,
                            const py::object& context, uint64_t seed) {

@@ -71,6 +71,21 @@ device::Place place_of(const std::optional<uintptr_t>& stream) {
     return {stream.has_value(), stream.value_or(0)};
 }
 
+// A method evaluate(flow, batch, out, place) whose output has width(program) numbers per row.
+template <class Width, class F>
+auto by_rows(Width width, F evaluate) {
+    return [width, evaluate](const PyDeviceFlow& self, const py::object& x, const py::object& context, const py::object& out,
+                             std::optional<uintptr_t> stream) {
+        const Batch batch = batch_at(x, context, stream.has_value());
+        self.visit([&](const auto& flow, auto zero) {
+            using T = decltype(zero);
+            T* result = output_at<T>(out, batch.rows() * width(flow.program()), stream.has_value());
+            Unlocked unlocked;
+            evaluate(flow, batch, result, place_of(stream));
+        });
+    };
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& module) {
@@ -101,60 +116,17 @@ void bind_cuda(py::module_& module) {
                  return self;
              }),
              py::arg("flow"), py::arg("device"))
-        .def("log_prob",
-             [poll](const PyDeviceFlow& self, const py::object& x, const py::object& context, const py::object& out,
-                    std::optional<uintptr_t> stream) {
-                 const Batch batch = batch_at(x, context, stream.has_value());
-                 self.visit([&](const auto& flow, auto zero) {
-                     using T = decltype(zero);
-                     T* result = output_at<T>(out, batch.rows(), stream.has_value());
-                     Unlocked unlocked;
-                     flow.log_prob(batch, result, place_of(stream), poll);
-                 });
-             })
+        .def("log_prob", by_rows(one_number, [poll](const auto& flow, const Batch& x, auto* out, auto at) { flow.log_prob(x, out, at, poll); }))
         .def("to_noise",
-             [poll](const PyDeviceFlow& self, const py::object& x, const py::object& context, const py::object& out,
-                    std::optional<uintptr_t> stream) {
-                 const Batch batch = batch_at(x, context, stream.has_value());
-                 self.visit([&](const auto& flow, auto zero) {
-                     using T = decltype(zero);
-                     T* result = output_at<T>(out, batch.rows() * flow.program().features(), stream.has_value());
-                     Unlocked unlocked;
-                     flow.to_noise(batch, result, place_of(stream), poll);
-                 });
-             })
+             by_rows(all_variables, [poll](const auto& flow, const Batch& x, auto* out, auto at) { flow.to_noise(x, out, at, poll); }))
         .def("conditional_probs",
-             [poll](const PyDeviceFlow& self, const py::object& x, const py::object& context, const py::object& out, std::optional<uintptr_t> stream) {
-                 const Batch batch = batch_at(x, context, stream.has_value());
-                 self.visit([&](const auto& flow, auto zero) {
-                     using T = decltype(zero);
-                     const auto& program = flow.program();
-                     if (!program.discrete()) throw std::invalid_argument("the variables are not discrete");
-                     T* result = output_at<T>(out, batch.rows() * program.features() * program.most_values(), stream.has_value());
-                     Unlocked unlocked;
-                     flow.conditional_probs(batch, result, place_of(stream), poll);
-                 });
-             })
+             by_rows(all_probabilities, [poll](const auto& flow, const Batch& x, auto* out, auto at) { flow.conditional_probs(x, out, at, poll); }))
         .def("from_noise",
-             [poll](const PyDeviceFlow& self, const py::object& noise, const py::object& context, const py::object& out,
-                    std::optional<uintptr_t> stream) {
-                 const Batch batch = batch_at(noise, context, stream.has_value());
-                 self.visit([&](const auto& flow, auto zero) {
-                     using T = decltype(zero);
-                     T* result = output_at<T>(out, batch.rows() * flow.program().features(), stream.has_value());
-                     Unlocked unlocked;
-                     flow.from_noise(batch, result, place_of(stream), poll);
-                 });
-             })
+             by_rows(all_variables, [poll](const auto& flow, const Batch& noise, auto* out, auto at) { flow.from_noise(noise, out, at, poll); }))
         .def("sample",
              [poll](const PyDeviceFlow& self, int64_t contexts, int64_t rows, const py::object& context, uint64_t seed, uint64_t offset,
                     uint64_t context_offset, const py::object& out, const py::object& log_prob_out, std::optional<uintptr_t> stream) {
-                 Draw draw;
-                 draw.contexts = contexts;
-                 draw.rows = rows;
-                 draw.seed = seed;
-                 draw.offset = offset;
-                 draw.context_offset = uint32_t(context_offset);
+                 Draw draw = numbered_draw(contexts, rows, seed, offset, context_offset);
                  if (!context.is_none()) {
                      int64_t outer = 1, inner = 1;  // (C,) or (contexts, C)
                      draw.context = stream ? rows_at(context.cast<Description>(), outer, inner)

@@ -85,62 +85,36 @@ PackedFlow pack(const py::dict& description, const py::array& parameters) {
     return flow;
 }
 
+// A method evaluate(program, batch, out) whose output has width(program) numbers per row.
+template <class Width, class F>
+auto by_rows(Width width, F evaluate) {
+    return [width, evaluate](const PackedFlow& self, const py::array& x, const py::object& context, const py::object& out) {
+        const Batch batch = batch_of(x, context);
+        self.visit([&](const auto& program) {
+            using T = typename std::decay_t<decltype(program)>::Value;
+            T* result = output<T>(out, batch.rows() * width(program));
+            Unlocked unlocked;
+            evaluate(program, batch, result);
+        });
+    };
+}
+
 }  // namespace
 
 void bind_flow(py::module_& module) {
     const Poll poll = check_signals;
     py::class_<PackedFlow>(module, "Flow")
         .def(py::init(&pack), py::arg("description"), py::arg("parameters"))
-        .def("log_prob",
-             [poll](const PackedFlow& self, const py::array& x, const py::object& context, const py::object& out) {
-                 const Batch batch = batch_of(x, context);
-                 self.visit([&](const auto& program) {
-                     using T = typename std::decay_t<decltype(program)>::Value;
-                     T* result = output<T>(out, batch.rows());
-                     Unlocked unlocked;
-                     log_prob<T>(program, batch, result, poll);
-                 });
-             })
+        .def("log_prob", by_rows(one_number, [poll](const auto& program, const Batch& x, auto* out) { log_prob(program, x, out, poll); }))
         .def("conditional_probs",
-             [poll](const PackedFlow& self, const py::array& x, const py::object& context, const py::object& out) {
-                 const Batch batch = batch_of(x, context);
-                 self.visit([&](const auto& program) {
-                     using T = typename std::decay_t<decltype(program)>::Value;
-                     if (!program.discrete()) throw std::invalid_argument("the variables are not discrete");
-                     T* result = output<T>(out, batch.rows() * program.features() * program.most_values());
-                     Unlocked unlocked;
-                     conditional_probs<T>(program, batch, result, poll);
-                 });
-             })
-        .def("to_noise",
-             [poll](const PackedFlow& self, const py::array& x, const py::object& context, const py::object& out) {
-                 const Batch batch = batch_of(x, context);
-                 self.visit([&](const auto& program) {
-                     using T = typename std::decay_t<decltype(program)>::Value;
-                     T* result = output<T>(out, batch.rows() * program.features());
-                     Unlocked unlocked;
-                     to_noise<T>(program, batch, result, poll);
-                 });
-             })
+             by_rows(all_probabilities, [poll](const auto& program, const Batch& x, auto* out) { conditional_probs(program, x, out, poll); }))
+        .def("to_noise", by_rows(all_variables, [poll](const auto& program, const Batch& x, auto* out) { to_noise(program, x, out, poll); }))
         .def("from_noise",
-             [poll](const PackedFlow& self, const py::array& noise, const py::object& context, const py::object& out) {
-                 const Batch batch = batch_of(noise, context);
-                 self.visit([&](const auto& program) {
-                     using T = typename std::decay_t<decltype(program)>::Value;
-                     T* result = output<T>(out, batch.rows() * program.features());
-                     Unlocked unlocked;
-                     from_noise<T>(program, batch, result, poll);
-                 });
-             })
+             by_rows(all_variables, [poll](const auto& program, const Batch& noise, auto* out) { from_noise(program, noise, out, poll); }))
         .def("sample",
              [poll](const PackedFlow& self, int64_t contexts, int64_t rows, const py::object& context, uint64_t seed, uint64_t offset,
                     uint64_t context_offset, const py::object& out, const py::object& log_prob_out) {
-                 Draw draw;
-                 draw.contexts = contexts;
-                 draw.rows = rows;
-                 draw.seed = seed;
-                 draw.offset = offset;
-                 draw.context_offset = uint32_t(context_offset);
+                 Draw draw = numbered_draw(contexts, rows, seed, offset, context_offset);
                  if (!context.is_none()) {
                      int64_t outer = 1, inner = 1;  // (C,) or (contexts, C)
                      draw.context = rows_of(py::reinterpret_borrow<py::array>(context), outer, inner);

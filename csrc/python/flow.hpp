@@ -17,4 +17,12 @@ struct PackedFlow {
     }
 };
 
+// How many numbers a call writes for each row.
+inline constexpr auto one_number = [](const auto&) { return int64_t(1); };
+inline constexpr auto all_variables = [](const auto& program) { return int64_t(program.features()); };
+inline constexpr auto all_probabilities = [](const auto& program) {
+    if (!program.discrete()) throw std::invalid_argument("the variables are not discrete");
+    return int64_t(program.features()) * program.most_values();
+};
+
 }  // namespace fastmaf
