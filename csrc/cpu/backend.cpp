@@ -101,43 +101,93 @@ struct Folded {
     }
 };
 
-// Loads rows [begin, begin + n) of a batch: variables into x[0], contexts into the top of both tiles. log_det gets the bijections', and
-// -inf where a discrete variable has a value that it cannot have, unless these are `allowed`.
+// f(s, first, count) for the rows [first, first + count) of each sub-tile s of a tile of n rows.
+template <class F>
+void each_subtile(int64_t n, int lanes, F f) {
+    for (int64_t s = 0; s * lanes < n; ++s) f(s, s * lanes, int(std::min<int64_t>(lanes, n - s * lanes)));
+}
+
+// Loads the variables of rows [begin, begin + n) into x[0]. log_det gets those of their bijections, and -inf where a discrete variable has
+// a value that it cannot have, unless it is `free` to have any.
 template <class T>
-void load_tile(const Program<T>& program, const RowReader& reader, int64_t begin, int64_t n, bool contexts, bool allowed, double* block,
-               Tile<T>& tile) {
+void load_variables(const Program<T>& program, const RowReader& reader, int64_t begin, int64_t n, bool free, double* block, Tile<T>& tile) {
     const Kernels<T>& k = kernels<T>();
-    const int lanes = 3 * k.width, context = program.context();
-    std::fill(tile.log_det, tile.log_det + int64_t(lanes) * tile.subtiles, 0.0);
-    auto each = [&](const Columns& columns, int c, const double* column, int row, bool of_context) {
-        for (int64_t s = 0; s * lanes < n; ++s) {
-            const int count = int(std::min<int64_t>(lanes, n - s * lanes));
-            T* out = tile.x[0] + s * tile.stride + row * lanes;
-            double of_bound[48] = {};
-            k.load(column + s * lanes, count, columns.kind[size_t(c)], columns.lower[size_t(c)], columns.upper[size_t(c)],
-                   columns.loc[size_t(c)], columns.scale[size_t(c)], out, of_context ? of_bound : tile.log_det + s * lanes);
-            if (of_context)
-                spoil_outside(of_bound, count, out);
-            else if (const int values = allowed ? 0 : program.values(c))
-                k.refuse_other(column + s * lanes, count, values, tile.log_det + s * lanes);
-            std::fill(out + count, out + round_up(count, k.width), out[count - 1]);
-            if (of_context) std::copy_n(out, round_up(count, k.width), tile.x[1] + s * tile.stride + row * lanes);
-        }
-    };
+    const Columns& columns = program.spec().columns;
+    const int lanes = 3 * k.width, features = program.features();
     const int64_t stride = int64_t(lanes) * tile.subtiles;
-    for (int v = 0; v < program.features(); ++v) {
-        if (v % kColumns == 0) reader.columns(begin, n, v, std::min(kColumns, program.features() - v), stride, block);
-        each(program.spec().columns, v, block + v % kColumns * stride, context + program.first()[size_t(v)], false);
+    T* const x = tile.x[0] + program.context() * lanes;
+    std::fill(tile.log_det, tile.log_det + stride, 0.0);
+    for (int v = 0; v < features; ++v) {
+        if (v % kColumns == 0) reader.columns(begin, n, v, std::min(kColumns, features - v), stride, block);
+        const double* const values = block + v % kColumns * stride;
+        const size_t c = size_t(v);
+        const int possible = free ? 0 : program.values(v);
+        each_subtile(n, lanes, [&](int64_t s, int64_t first, int count) {
+            T* const lane = x + s * tile.stride + program.first()[c] * lanes;
+            k.load(values + first, count, columns.kind[c], columns.lower[c], columns.upper[c], columns.loc[c], columns.scale[c], lane,
+                   tile.log_det + first);
+            if (possible) k.refuse_other(values + first, count, possible, tile.log_det + first);
+            std::fill(lane + count, lane + round_up(count, k.width), lane[count - 1]);
+        });
     }
-    for (int64_t s = 0; s * lanes < n; ++s) {
-        const int64_t count = std::min<int64_t>(lanes, n - s * lanes);
-        zero_outside(tile.log_det + s * lanes, count, round_up(count, k.width), program.features(), lanes,
-                     tile.x[0] + s * tile.stride + context * lanes);
+    each_subtile(n, lanes, [&](int64_t s, int64_t first, int count) {
+        zero_outside(tile.log_det + first, count, round_up(count, k.width), features, lanes, x + s * tile.stride);
+    });
+}
+
+// Loads the contexts of rows [begin, begin + n) into the top of both tiles.
+template <class T>
+void load_contexts(const Program<T>& program, const RowReader& reader, int64_t begin, int64_t n, double* block, Tile<T>& tile) {
+    const Kernels<T>& k = kernels<T>();
+    const Columns& columns = program.spec().context_columns;
+    const int lanes = 3 * k.width, context = program.context();
+    const int64_t stride = int64_t(lanes) * tile.subtiles;
+    for (int i = 0; i < context; ++i) {
+        if (i % kColumns == 0) reader.context_columns(begin, n, i, std::min(kColumns, context - i), stride, block);
+        const double* const values = block + i % kColumns * stride;
+        const size_t c = size_t(i);
+        each_subtile(n, lanes, [&](int64_t s, int64_t first, int count) {
+            double of_bound[48] = {};
+            T* const lane = tile.x[0] + s * tile.stride + i * lanes;
+            k.load(values + first, count, columns.kind[c], columns.lower[c], columns.upper[c], columns.loc[c], columns.scale[c], lane, of_bound);
+            spoil_outside(of_bound, count, lane);
+            std::fill(lane + count, lane + round_up(count, k.width), lane[count - 1]);
+            std::copy_n(lane, round_up(count, k.width), tile.x[1] + s * tile.stride + i * lanes);
+        });
     }
-    for (int c = 0; contexts && c < context; ++c) {
-        if (c % kColumns == 0) reader.context_columns(begin, n, c, std::min(kColumns, context - c), stride, block);
-        each(program.spec().context_columns, c, block + c % kColumns * stride, c, true);
+}
+
+// Noise of rows [begin, begin + n), as it is, into the tile where the sampler begins.
+template <class T>
+void load_noise(const Program<T>& program, const RowReader& reader, int64_t begin, int64_t n, double* block, const Tile<T>& tile, T* noise) {
+    const int width = kernels<T>().width, lanes = 3 * width, features = program.features();
+    const int64_t stride = int64_t(lanes) * tile.subtiles;
+    for (int v = 0; v < features; ++v) {
+        if (v % kColumns == 0) reader.columns(begin, n, v, std::min(kColumns, features - v), stride, block);
+        const double* const values = block + v % kColumns * stride;
+        each_subtile(n, lanes, [&](int64_t s, int64_t first, int count) {
+            T* const lane = noise + s * tile.stride + program.noise()[size_t(v)] * lanes;
+            for (int r = 0; r < count; ++r) lane[r] = T(values[first + r]);
+            std::fill(lane + count, lane + round_up(count, width), lane[count - 1]);
+        });
     }
+}
+
+// Noise of the counters of rows [begin, begin + n): normal numbers into the tile where the sampler begins, uniform ones for a base.
+template <class T>
+void draw_noise(const Program<T>& program, const Draw& draw, int64_t begin, int64_t n, const Room<T>& room, T* noise) {
+    const Kernels<T>& k = kernels<T>();
+    const Tile<T>& tile = room.tile;
+    const int lanes = 3 * k.width, features = program.features();
+    each_subtile(n, lanes, [&](int64_t s, int64_t first, int count) {
+        for (int r = 0; r < lanes; ++r) {
+            const int64_t row = begin + first + std::min(r, count - 1);
+            room.index[r] = draw.index ? draw.index[row] : uint64_t(row % draw.rows) + draw.offset;
+            room.context[r] = draw.index ? uint32_t(draw.group[row]) : uint32_t(row / draw.rows) + draw.context_offset;
+        }
+        if (!program.discrete()) k.normals(draw.seed, room.index, room.context, features, lanes, noise + s * tile.stride);
+        if (program.has_base()) k.uniforms(draw.seed, room.index, room.context, features, lanes, tile.uniform + s * tile.stride);
+    });
 }
 
 // How many threads share one row: worth their while only where its weights are too many for one core's cache to hand over quickly.
@@ -215,7 +265,8 @@ void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noi
         if (n <= kRowPath && program.row_path()) {
             tile.subtiles = 1;
             for (int64_t r = 0; r < n; ++r) {
-                load_tile(program, reader, begin + r, 1, context > 0 && !shared, false, room.column, tile);
+                load_variables(program, reader, begin + r, 1, false, room.column, tile);
+                if (!shared) load_contexts(program, reader, begin + r, 1, room.column, tile);
                 // Lane 0 of the tile becomes a contiguous row.
                 for (int i = 0; i < context + features; ++i) tile.x[0][i] = tile.x[0][i * lanes];
                 for (int i = 0; i < context; ++i) tile.x[1][i] = tile.x[1][i * lanes];
@@ -229,17 +280,17 @@ void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noi
         }
         tile.rows = int(n);
         tile.subtiles = int((n + lanes - 1) / lanes);
-        load_tile(program, reader, begin, n, context > 0 && (!shared || program.late_context()), probabilities, room.column, tile);
+        load_variables(program, reader, begin, n, probabilities, room.column, tile);
+        if (!shared || program.late_context()) load_contexts(program, reader, begin, n, room.column, tile);
         const int at = k.to_noise(views.data(), count, tile);
-        for (int s = 0; s < tile.subtiles; ++s) {
-            const int64_t first = int64_t(s) * lanes, rows = std::min<int64_t>(lanes, n - first);
+        each_subtile(n, lanes, [&](int64_t s, int64_t first, int rows) {
             if (probabilities)
                 write_probabilities(program, tile.units[views.back().maps - 1] + s * tile.stride, rows, most,
                                     probabilities + (begin + first) * features * most);
             const T* z = tile.x[at] + s * tile.stride + context * lanes;
-            if (log_prob && !program.has_base()) k.base(z, features, lanes, int(rows), tile.log_det + first);
+            if (log_prob && !program.has_base()) k.base(z, features, lanes, rows, tile.log_det + first);
             write(begin + first, rows, z, 1, lanes, tile.log_det + first);
-        }
+        });
     };
     if (together == 1) return parallel_for(cut.tiles, run, poll ? &poll : nullptr);
     parallel_briefly(together, [&](int64_t t) {
@@ -283,57 +334,32 @@ void generate(const Program<T>& program, const Batch& batch, const Draw* draw, T
         tile.subtiles = int((n + lanes - 1) / lanes);
         tile.density = log_prob != nullptr;
         std::fill(tile.log_det, tile.log_det + int64_t(lanes) * tile.subtiles, 0.0);
-        const Columns& of_context = program.spec().context_columns;
-        for (int s = 0; s < tile.subtiles; ++s) {
-            const int64_t first = begin + int64_t(s) * lanes, at_tile = s * tile.stride;
-            const int rows = int(std::min<int64_t>(lanes, begin + n - first)), padded = int(round_up(rows, k.width));
-            T* const noise = tile.x[count % 2] + at_tile + context * lanes;
-            if (draw) {
-                for (int r = 0; r < lanes; ++r) {
-                    const int64_t row = first + std::min(r, rows - 1);
-                    room.index[r] = draw->index ? draw->index[row] : uint64_t(row % batch.inner) + draw->offset;
-                    room.context[r] = draw->index ? uint32_t(draw->group[row]) : uint32_t(row / batch.inner) + draw->context_offset;
-                }
-                if (!program.discrete()) k.normals(draw->seed, room.index, room.context, features, lanes, noise);
-                if (program.has_base()) k.uniforms(draw->seed, room.index, room.context, features, lanes, tile.uniform + at_tile);
-            } else {
-                for (int d = 0; d < features; ++d) {
-                    reader.column(first, rows, d, room.column);
-                    T* lane = noise + program.noise()[size_t(d)] * lanes;
-                    for (int r = 0; r < padded; ++r) lane[r] = T(room.column[std::min(r, rows - 1)]);
-                }
-            }
-            if (context > 0 && (!shared || program.late_context()))
-                for (int c = 0; c < context; ++c) {
-                    double of_bound[48] = {};
-                    reader.context_column(first, rows, c, room.column);
-                    T* lane = tile.x[0] + at_tile + c * lanes;
-                    k.load(room.column, rows, of_context.kind[size_t(c)], of_context.lower[size_t(c)], of_context.upper[size_t(c)],
-                           of_context.loc[size_t(c)], of_context.scale[size_t(c)], lane, of_bound);
-                    spoil_outside(of_bound, rows, lane);
-                    std::fill(lane + rows, lane + padded, lane[rows - 1]);
-                    std::copy_n(lane, padded, tile.x[1] + at_tile + c * lanes);
-                }
-            if (log_prob && !program.has_base()) k.base(noise, features, lanes, rows, tile.log_det + s * lanes);
-        }
+        T* const noise = tile.x[count % 2] + context * lanes;
+        if (draw)
+            draw_noise(program, *draw, begin, n, room, noise);
+        else
+            load_noise(program, reader, begin, n, room.column, tile, noise);
+        if (!shared || program.late_context()) load_contexts(program, reader, begin, n, room.column, tile);
+        if (log_prob && !program.has_base())
+            each_subtile(n, lanes, [&](int64_t s, int64_t first, int rows) {
+                k.base(noise + s * tile.stride, features, lanes, rows, tile.log_det + first);
+            });
         k.from_noise(views.data(), count, tile);
-        for (int s = 0; s < tile.subtiles; ++s) {
-            const int64_t first = begin + int64_t(s) * lanes;
-            const int rows = int(std::min<int64_t>(lanes, begin + n - first));
-            double* log_det = tile.log_det + s * lanes;
-            T* const value = reinterpret_cast<T*>(room.column);
+        T* const value = reinterpret_cast<T*>(room.column);
+        each_subtile(n, lanes, [&](int64_t s, int64_t first, int rows) {
+            double* const log_det = tile.log_det + first;
             for (int v = 0; v < features; ++v) {
                 const size_t c = size_t(v);
                 k.store(tile.x[0] + s * tile.stride + (context + program.first()[c]) * lanes, rows, columns.kind[c], columns.lower[c],
                         columns.upper[c], columns.loc[c], columns.scale[c], value, log_det);
                 for (int r = 0; r < rows; ++r) {
                     const T x = value[r];
-                    out[(first + r) * features + v] = x < low[c] ? low[c] : x > high[c] ? high[c] : x;
+                    out[(begin + first + r) * features + v] = x < low[c] ? low[c] : x > high[c] ? high[c] : x;
                 }
             }
             if (log_prob)
-                for (int r = 0; r < rows; ++r) log_prob[first + r] = T(program.constant() + log_det[r]);
-        }
+                for (int r = 0; r < rows; ++r) log_prob[begin + first + r] = T(program.constant() + log_det[r]);
+        });
     };
     parallel_for(cut.tiles, run, poll ? &poll : nullptr);
 }
