@@ -1,6 +1,6 @@
 // csrc/cuda/mma.inl.hpp on a host, over the vectors of warp_vec.inl.hpp. Copies under way arrive when they are waited for and no sooner, so
-// that a wait that is missing shows. A product is summed as tensor cores are known to (NVIDIA says nothing): eight terms and the sum so far
-// are cut off one bit behind the 24 of the largest of them, added, and cut off to a float.
+// that a wait that is missing shows. Sums of products are not documented; here eight terms and the sum so far are cut off one bit behind the
+// 24 of the largest of them, added, and cut off to a float.
 #pragma once
 
 #include <algorithm>
