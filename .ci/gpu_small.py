@@ -31,6 +31,8 @@ for name, flow in FLOWS.items():
         if not discrete:
             pairs.append((there.to_noise(x, context), own.to_noise(x, context)))
             pairs.append((there.from_noise(x, context), own.from_noise(x, context)))
+            halves = own.to("cuda", "medium").log_prob(x, context)
+            assert np.allclose(halves, own.log_prob(x, context), 0.02, 0.05), f"{name} in {dtype}, precision medium"
         worst = max(float(np.max(np.abs(a - b) / (1 + np.abs(b)))) for a, b in pairs)
         assert worst < (1e-3 if dtype == "float32" else 1e-8), f"{name} in {dtype}: {worst}"
 

@@ -1,7 +1,7 @@
 """The CUDA kernels as a backend: flows are packed as for the compiled core, and copied to a device when first used there.
 
-Arrays of the host are streamed; arrays of a device are used in place, on the caller's stream.  Products are summed in the dtype of the flow
-whatever the precision asked for, so results are never less precise than that; gradients and training are left to the cpu.
+Arrays of the host are streamed; arrays of a device are used in place, on the caller's stream.  Densities in float32 multiply halves on
+tensor cores unless the precision is "highest"; gradients and training are left to the cpu.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class _Cuda:
         device = index_of(flow.device) if flow.device != "cpu" else 0
         packed = flow._packed.get(f"cuda:{device}")
         if packed is None:
-            packed = flow._packed[f"cuda:{device}"] = _core.DeviceFlow(_pack(flow), device)
+            packed = flow._packed[f"cuda:{device}"] = _core.DeviceFlow(_pack(flow), device, flow._precision)
         return packed
 
     def log_prob(self, flow: Flow, x: Any, context: Any, out: Any) -> None:

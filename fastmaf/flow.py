@@ -721,7 +721,8 @@ class Flow:
             "cuda" is the first GPU. There the flow takes NumPy arrays, which are streamed, and arrays of that GPU (torch, cupy, jax), for
             which results are of the same kind, in the same place and on the caller's stream.
         precision : {"highest", "high", "medium"}
-            The least that matrix products on a GPU must have. So far they all have the highest, the dtype of the flow, as on the CPU.
+            Of the matrix products of float32 densities on a GPU: float32; about that, from halves in two parts; or halves, which cost
+            the density about three digits. All else, and what does not fit the kernels for it, has the highest.
 
         Returns
         -------

@@ -9,9 +9,10 @@ import pickle
 import sys
 import types
 
+import make
 import numpy as np
 import pytest
-from tolerances import assert_close
+from tolerances import PRECISIONS, assert_close
 
 import fastmaf
 from fastmaf import _backends
@@ -162,13 +163,59 @@ def test_a_device_that_is_not_there_is_named():
         fastmaf.MAF(features=2).to("cuda:99")
 
 
-@needs_device
-def test_no_precision_is_less_than_that_of_the_dtype(dtype):
-    x, context = rows(50)
-    flow = conditional(dtype)
-    expected = conditional("float64").log_prob(x, context)
-    for precision in ("highest", "high", "medium"):
-        assert_close("log_prob", dtype, flow.to("cuda", precision).log_prob(x, context), expected)
+@pytest.fixture(params=["high", "medium"])
+def precision(request):
+    """What runs on tensor cores."""
+    if absent is not None:
+        pytest.skip(f"cuda: {absent}")
+    return request.param
+
+
+@pytest.mark.parametrize("n", [1, 33, 300])
+def test_precisions(precision, n):
+    flow, (x, context) = conditional(), rows(n)
+    exact, there, highest = flow.astype("float64"), flow.to("cuda", precision), flow.to("cuda", "highest")
+    for given in (context, context[0], context[:3, None]):
+        for operation in ("log_prob", "to_noise"):
+            result, expected = getattr(there, operation)(x, given), getattr(exact, operation)(x, given)
+            assert_close(operation, "float32", result, expected, PRECISIONS[precision])
+            assert_close(operation, "float32", getattr(highest, operation)(x, given), expected)
+            assert n == 1 or (result != getattr(highest, operation)(x, given)).any()
+    assert np.array_equal(there.sample(n, context[0], seed=1), highest.sample(n, context[0], seed=1))
+    in_double = flow.astype("float64").to("cuda", precision)
+    assert np.array_equal(in_double.log_prob(x, context), in_double.to("cuda", "highest").log_prob(x, context))
+
+
+@pytest.mark.parametrize(
+    "name", ["blocks", "front of 9", "6 (3, 3) 2", "7 (17, 5) 1", "without hidden layers", "fixed layers in front", "mixtures"]
+)
+def test_precisions_of_other_stages(precision, name):
+    if name == "mixtures":
+        flow = fastmaf.MAF(features=6, transforms=2, components=3, linear=True, batch_norm=True, seed=1)
+        x, context = np.random.default_rng(0).normal(size=(70, 6)).astype("float32"), None
+    else:
+        case = make.case(name, "float32")
+        flow, x, context = case.flow, case.x, case.context
+    result, expected = flow.to("cuda", precision).log_prob(x, context), flow.astype("float64").log_prob(x, context)
+    assert_close("log_prob", "float32", result, expected, PRECISIONS[precision])
+
+
+def test_rows_beyond_halves_are_computed_as_without(precision):
+    """NaN, infinity and numbers that no half can hold; a masked column changes nothing, whatever it is."""
+    flow = make.flow(9, (30, 20), 1, seed=2, dtype="float32")
+    ranks = flow.layers[0].ranks
+    there, highest = flow.to("cuda", precision), flow.to("cuda", "highest")
+    row = np.random.default_rng(0).normal(size=9).astype("float32")
+    before = there.to_noise(row[None])[0]
+    for value in (2.5, 1e5, -1e30, np.nan, np.inf, -np.inf):
+        x = np.repeat(row[None], 9, axis=0)
+        np.fill_diagonal(x, value)
+        result, exact, density = there.to_noise(x), highest.to_noise(x), there.log_prob(x)
+        for j in range(9):
+            earlier, later = ranks < ranks[j], ranks > ranks[j]
+            assert np.array_equal(result[j, earlier], before[earlier])
+            assert value == 2.5 or np.array_equal(result[j, later], exact[j, later], equal_nan=True)
+            assert value == 2.5 or not later.any() or np.array_equal(density[j], highest.log_prob(x)[j], equal_nan=True)
 
 
 @needs_device

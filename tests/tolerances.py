@@ -27,6 +27,9 @@ FLOAT32_LOG_PROB = {
 }
 """Root mean square and largest error of log_prob in float32, by features, hidden layers and offset of the log-scale."""
 
+PRECISIONS = {"highest": 1, "high": 2, "medium": 2000}
+"""How many times the errors of float32 a precision of matrix products on a GPU may have."""
+
 P_VALUE = 1e-3
 """A test of samples with a fixed seed fails below this."""
 

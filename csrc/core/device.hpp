@@ -23,6 +23,10 @@ State state();
 int device_of(uintptr_t address);                // -1 for memory of the host
 void synchronize(int device, uintptr_t stream);  // waits for all that was enqueued
 
+// What products of matrices may lose: nothing beyond the dtype; about that (halves in two parts); what halves lose. Flows and devices
+// without use for tensor cores have the first, whatever is asked for.
+enum class Precision { highest, high, medium };
+
 // Where the arrays of a call lie. On a device the call only enqueues work on the caller's stream.
 struct Place {
     bool on_device = false;
@@ -33,7 +37,7 @@ struct Place {
 template <class T>
 class Flow {
 public:
-    Flow(std::shared_ptr<const Program<T>> program, int device);
+    Flow(std::shared_ptr<const Program<T>> program, int device, Precision precision = Precision::highest);
     ~Flow();
     Flow(const Flow&) = delete;
     Flow& operator=(const Flow&) = delete;

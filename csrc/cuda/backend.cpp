@@ -14,6 +14,7 @@
 
 #include "image.hpp"
 #include "kernels.hpp"
+#include "tensor_image.hpp"
 
 #ifndef FASTMAF_CUDA_CHUNK
 #define FASTMAF_CUDA_CHUNK (int64_t(16) << 20)
@@ -147,7 +148,8 @@ struct Slot {
 struct Station {
     int device;
     const pid_t process = getpid();  // a child after fork has no CUDA
-    int processors = 0, cache = 0;
+    int processors = 0, cache = 0, shared = 0;
+    bool tensor_cores = false;
     cudaMemPool_t pool = nullptr;
     std::mutex streaming;
     std::unique_ptr<Slot> slots[2];
@@ -155,6 +157,8 @@ struct Station {
     explicit Station(int device) : device(device) {
         check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "asking for the multiprocessors");
         check(cudaDeviceGetAttribute(&cache, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device), "asking for the cache");
+        check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "asking for the shared memory");
+        tensor_cores = cuda::has_tensor_cores();
         cudaMemPoolProps properties{};
         properties.allocType = cudaMemAllocationTypePinned;
         properties.location.type = cudaMemLocationTypeDevice;
@@ -230,11 +234,13 @@ template <class T>
 struct Flow<T>::Parts {
     struct Copy {
         FlowView<T> view;
+        TensorView tensor;
         char* memory = nullptr;
     };
 
     std::shared_ptr<const Program<T>> program;
     std::shared_ptr<Station> station;
+    Precision precision = Precision::highest;
     std::mutex mutex;
     std::unique_ptr<Copy> copies[2];
 
@@ -248,12 +254,22 @@ struct Flow<T>::Parts {
         cudaSetDevice(before);
     }
 
-    const FlowView<T>& view(Direction direction) {
+    const Copy& copy_for(Direction direction) {
         std::lock_guard<std::mutex> lock(mutex);
         std::unique_ptr<Copy>& copy = copies[direction == Direction::sampler];
-        if (copy) return copy->view;
+        if (copy) return *copy;
+        TensorShape shape;
+        if constexpr (std::is_same_v<T, float>)
+            if (direction == Direction::density && station->tensor_cores)
+                shape = fit_tensor_cores(*program, precision, cuda::tensor_warps(), station->shared);
+        auto fill = [&](Image& image, Copy& made) {
+            made.view = lay_out(image, *program, direction, kLanes);
+            if constexpr (std::is_same_v<T, float>)
+                if (shape.rows) made.tensor = lay_out_tensor(image, *program, shape);
+        };
         Image measure;
-        lay_out(measure, *program, direction, kLanes);
+        Copy measured;
+        fill(measure, measured);
         const int64_t bytes = int64_t(measure.bytes().size());
         void* memory = nullptr;
         const cudaError_t error = cudaMalloc(&memory, size_t(bytes));
@@ -263,7 +279,7 @@ struct Flow<T>::Parts {
         made->memory = static_cast<char*>(memory);
         try {
             Image image(made->memory);
-            made->view = lay_out(image, *program, direction, kLanes);
+            fill(image, *made);
             const Stream stream;
             const char* const attempt = "copying the weights of a flow";
             check(cudaMemcpyAsync(memory, image.bytes().data(), size_t(bytes), cudaMemcpyHostToDevice, stream), attempt);
@@ -273,7 +289,7 @@ struct Flow<T>::Parts {
             throw;
         }
         copy = std::move(made);
-        return copy->view;
+        return *copy;
     }
 
     // The widest tile that leaves no multiprocessor without one and fits in the cache with its neighbours.
@@ -285,31 +301,49 @@ struct Flow<T>::Parts {
     }
 
     void launch(cuda::Operation operation, Job<T> job, bool shared, cudaStream_t stream) {
-        const FlowView<T>& flow = view(operation == cuda::Operation::evaluate ? Direction::density : Direction::sampler);
+        const Copy& copy = copy_for(operation == cuda::Operation::evaluate ? Direction::density : Direction::sampler);
+        const FlowView<T>& flow = copy.view;
+        // With tensor cores there are two kernels: what halves cannot hold is left to the other one.
+        const bool halves = copy.tensor.shape.rows && !job.most;
+        const int64_t most = std::max<int64_t>(1, kScratch / flow.scratch);
+        int64_t tensor_blocks = 1;
+        if (halves) {
+            int resident = 0;
+            check(cuda::resident_tensor_blocks(copy.tensor, &resident), "preparing a kernel");
+            const int64_t rows = copy.tensor.shape.rows;
+            tensor_blocks = std::min({(job.rows + rows - 1) / rows, int64_t(std::max(1, resident)) * station->processors, most});
+        }
         int resident = 0;
         check(cuda::resident_blocks<T>(operation, &resident), "preparing a kernel");
         resident = std::max(1, resident);
         job.vectors = vectors_for(flow, job.rows, resident);
         const int64_t rows = 32 * job.vectors, tiles = (job.rows + rows - 1) / rows;
-        int64_t blocks = std::min({tiles, int64_t(resident) * station->processors, std::max<int64_t>(1, kScratch / flow.scratch)});
+        int64_t blocks = std::min({tiles, int64_t(resident) * station->processors, most});
         auto padded = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
         const int64_t room = shared ? padded(int64_t(flow.stage_count) * flow.context * 32 * int64_t(sizeof(T))) : 0;
         const int64_t folded = shared ? padded(flow.folded_size * int64_t(sizeof(T))) : 0;
         const int64_t table = shared ? padded(flow.stage_count * int64_t(sizeof(T*))) : 0;
 
         void* memory = nullptr;
-        for (;; blocks /= 2) {
-            const int64_t bytes = blocks * flow.scratch + room + folded + table;
+        for (;; blocks = std::max<int64_t>(1, blocks / 2), tensor_blocks = std::max<int64_t>(1, tensor_blocks / 2)) {
+            const int64_t bytes = std::max(blocks, tensor_blocks) * flow.scratch + room + folded + table;
             const cudaError_t error = cudaMallocFromPoolAsync(&memory, size_t(bytes), station->pool, stream);
             if (error == cudaSuccess) break;
             if (error != cudaErrorMemoryAllocation) check(error, "allocating " + size_of(double(bytes)) + " of scratch");
-            if (blocks == 1) out_of_memory(bytes, "the scratch of one block");
+            if (blocks == 1 && tensor_blocks == 1) out_of_memory(bytes, "the scratch of one block");
             cudaGetLastError();
         }
         job.scratch = static_cast<char*>(memory);
         cudaError_t error = cudaSuccess;
-        if (shared && flow.stage_count) {
-            char* const behind = job.scratch + blocks * flow.scratch;
+        if constexpr (std::is_same_v<T, float>)
+            if (halves) {
+                Job<T> first = job;
+                first.vectors = (copy.tensor.shape.rows + 31) / 32;
+                error = cuda::launch_tensor(flow, copy.tensor, first, int(tensor_blocks), stream);
+                job.fills = true;
+            }
+        if (error == cudaSuccess && shared && flow.stage_count) {
+            char* const behind = job.scratch + std::max(blocks, tensor_blocks) * flow.scratch;
             const T** const pointers = reinterpret_cast<const T**>(behind + room + folded);
             error = cudaMemsetAsync(behind + room, 0, size_t(folded), stream);  // panels also read the padding behind the biases
             if (error == cudaSuccess) error = cuda::launch_fold<T>(flow, job, reinterpret_cast<T*>(behind), reinterpret_cast<T*>(behind + room), pointers, stream);
@@ -420,13 +454,14 @@ struct Flow<T>::Parts {
 };
 
 template <class T>
-Flow<T>::Flow(std::shared_ptr<const Program<T>> program, int device) : parts_(std::make_unique<Parts>()) {
+Flow<T>::Flow(std::shared_ptr<const Program<T>> program, int device, Precision precision) : parts_(std::make_unique<Parts>()) {
     const State found = state();
     if (!found.reason.empty()) throw std::runtime_error(found.reason);
     if (device < 0 || device >= int(found.gpus.size()))
         throw std::runtime_error("there is no cuda:" + std::to_string(device) + " here; GPUs: " + std::to_string(found.gpus.size()));
     const Current current(device);
     parts_->program = std::move(program);
+    parts_->precision = precision;
     parts_->station = Station::of(device);
 }
 

@@ -160,20 +160,17 @@ FASTMAF_INLINE void run_steps(const StageView<T>& stage, int vectors, const Team
 }
 
 template <class T, class Team>
-FASTMAF_FN void run_density(const FlowView<T>& flow, int count, int vectors, const Tile<T>& tile, const Team& team) {
+FASTMAF_FN void density_stage(const FlowView<T>& flow, int k, int vectors, const Tile<T>& tile, const Team& team) {
     constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
-    for (int k = 0; k < count; ++k) {
-        const StageView<T>& stage = flow.stages[k];
-        const T* const folded = tile.folded ? tile.folded[k] : nullptr;
-        T *const x = tile.x[k % 2], *const next = tile.x[(k + 1) % 2] + stage.context * lanes;
-        run_steps<T>(
-            stage, vectors, team,
-            [&](const Step& step) { panel_step<T>(stage, step, x, tile.units, tile.raw, 0, vectors, folded); },
-            [&](const Step& step, int j) {
-                density_law<T>(stage, step, tile.units, j * W, x + stage.context * lanes + j * W, next + j * W, 1, tile.log_det + j * W);
-            });
-    }
-    team.sync();
+    const StageView<T>& stage = flow.stages[k];
+    const T* const folded = tile.folded ? tile.folded[k] : nullptr;
+    T *const x = tile.x[k % 2], *const next = tile.x[(k + 1) % 2] + stage.context * lanes;
+    run_steps<T>(
+        stage, vectors, team,
+        [&](const Step& step) { panel_step<T>(stage, step, x, tile.units, tile.raw, 0, vectors, folded); },
+        [&](const Step& step, int j) {
+            density_law<T>(stage, step, tile.units, j * W, x + stage.context * lanes + j * W, next + j * W, 1, tile.log_det + j * W);
+        });
 }
 
 template <class T, class Team>
@@ -211,33 +208,68 @@ FASTMAF_FN void write_probabilities(const FlowView<T>& flow, const Job<T>& job, 
         }
 }
 
-// Density, noise or probabilities of the rows from `begin`.
+// Whether a result of the rows from `begin` is NaN. All warps look, so all find the same.
+template <class T>
+FASTMAF_FN bool has_nan(const FlowView<T>& flow, const Job<T>& job, int64_t begin) {
+    for (int j = 0; j < job.vectors; ++j) {
+        const Index row = counted(uint64_t(begin + j * Lanes<T>::W), uint64_t(job.rows - 1));
+        if (job.log_prob) {
+            const Vec<T> own = read_back(job.log_prob, row);
+            if (any(own != own)) return true;
+        }
+        for (int d = 0; job.out && d < flow.features; ++d) {
+            const Vec<T> own = read_back(job.out, row * uint64_t(flow.features) + uint64_t(d));
+            if (any(own != own)) return true;
+        }
+    }
+    return false;
+}
+
+template <class T>
+FASTMAF_INLINE void write_result(const Job<T>& job, T* p, Index offset, Vec<T> v, int64_t n) {
+    if (job.fills) {
+        const Vec<T> own = read_back(p, offset);
+        v = own == own ? own : v;
+    }
+    scatter<T>(p, offset, v, n);
+}
+
+// Of the rows [begin, end), from the tile behind `count` stages.
 template <class T, class Team>
-FASTMAF_FN void evaluate(const FlowView<T>& flow, const Job<T>& job, int64_t begin, char* scratch, const Team& team) {
+FASTMAF_FN void write_results(const FlowView<T>& flow, const Job<T>& job, int64_t begin, int64_t end, const Tile<T>& tile, int count,
+                              const Team& team) {
     constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
-    team.sync();  // the scratch still serves the tile before
-    const Tile<T> tile = tile_of(flow, job, scratch, team);
-    load_rows(flow, job, begin, tile, team);
-    load_contexts(flow, job, begin, tile, team);
-    const int count = job.log_prob || job.most ? flow.stage_count : flow.transforms;
-    run_density(flow, count, job.vectors, tile, team);
-    if (job.most) return write_probabilities(flow, job, begin, tile, team);
     const T* const z = tile.x[count % 2] + flow.context * lanes;
     for (int j = 0; j < job.vectors; ++j) {
-        const int64_t first = begin + j * W, left = job.rows - first;
+        const int64_t first = begin + j * W, left = (end < job.rows ? end : job.rows) - first;
         const Index row = counted(uint64_t(first), uint64_t(job.rows - 1));
         double* const log_det = tile.log_det + j * W;
         if (job.log_prob && team.mine(j)) {
             if (!flow.has_base) add_base(z + j * W, flow.features, log_det);
-            scatter<T>(job.log_prob, row, narrow<T>(flow.constant + at(log_det)), left);
+            write_result<T>(job, job.log_prob, row, narrow<T>(flow.constant + at(log_det)), left);
         }
         if (!job.out) continue;
         for (int d = 0; d < flow.features; ++d) {
             if (!team.mine(d * job.vectors + j)) continue;
             const D own = widen(at(z + flow.noise[d] * lanes + j * W)), none = splat<double>(__builtin_nan(""));
-            scatter<T>(job.out, row * uint64_t(flow.features) + uint64_t(d), narrow<T>(at(log_det) == -__builtin_inf() ? none : own), left);
+            write_result<T>(job, job.out, row * uint64_t(flow.features) + uint64_t(d), narrow<T>(at(log_det) == -__builtin_inf() ? none : own), left);
         }
     }
+}
+
+// Density, noise or probabilities of the rows from `begin`.
+template <class T, class Team>
+FASTMAF_FN void evaluate(const FlowView<T>& flow, const Job<T>& job, int64_t begin, char* scratch, const Team& team) {
+    if (job.fills && !has_nan(flow, job, begin)) return;
+    team.sync();  // the scratch still serves the tile before
+    const Tile<T> tile = tile_of(flow, job, scratch, team);
+    load_rows(flow, job, begin, tile, team);
+    load_contexts(flow, job, begin, tile, team);
+    const int count = job.log_prob || job.most ? flow.stage_count : flow.transforms;
+    for (int k = 0; k < count; ++k) density_stage(flow, k, job.vectors, tile, team);
+    team.sync();
+    if (job.most) return write_probabilities(flow, job, begin, tile, team);
+    write_results(flow, job, begin, job.rows, tile, count, team);
 }
 
 // Samples, from counters or from the noise in x.

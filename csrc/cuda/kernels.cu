@@ -1,4 +1,5 @@
 // The kernels: a block of warps takes tile after tile. Compiled once per dtype, FASTMAF_REAL, without contraction.
+#include "block.inl.hpp"
 #include "kernels.hpp"
 
 #define FASTMAF_ISA cuda
@@ -10,18 +11,8 @@ namespace cuda {
 
 namespace {
 
-constexpr int kWarps = 8;
 template <class T>
 constexpr int kResident = sizeof(T) == 4 ? 2 : 1;  // blocks that the registers are shared out to; more spills
-
-struct Team {
-    int rank;
-    __device__ Team() : rank(int(threadIdx.x) / 32) {}
-    __device__ __forceinline__ bool mine(int i) const { return i % kWarps == rank; }
-    __device__ __forceinline__ void sync() const { __syncthreads(); }
-    __device__ __forceinline__ int thread() const { return int(threadIdx.x); }
-    __device__ __forceinline__ int threads() const { return 32 * kWarps; }
-};
 
 template <class T>
 __global__ void __launch_bounds__(32 * kWarps, kResident<T>)

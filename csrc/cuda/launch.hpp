@@ -45,6 +45,7 @@ struct Job {
     T *log_prob = nullptr, *out = nullptr;
     int width = 0;  // numbers in a row of `out`
     int most = 0;   // `out` takes probabilities of so many values of each variable instead of the noise
+    bool fills = false;  // only what is NaN in `log_prob` and `out` is computed
     // Noise from counters instead of x. Row i is number `begin` + i of the call, whose contexts have `inner` rows each.
     bool draws = false;
     uint64_t seed = 0, offset = 0, begin = 0, inner = 1;

@@ -23,7 +23,7 @@ template <class T>
 struct Flow<T>::Parts {};
 
 template <class T>
-Flow<T>::Flow(std::shared_ptr<const Program<T>>, int) {
+Flow<T>::Flow(std::shared_ptr<const Program<T>>, int, Precision) {
     throw std::runtime_error(kReason);
 }
 template <class T>

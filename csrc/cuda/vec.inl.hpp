@@ -12,6 +12,7 @@ namespace FASTMAF_ISA {
 #define FASTMAF_MEMBER __device__ __forceinline__
 #define FASTMAF_PRAGMA(text) _Pragma(#text)
 #define FASTMAF_UNROLL(n) FASTMAF_PRAGMA(unroll)
+#define FASTMAF_ROLLED FASTMAF_PRAGMA(unroll 1)
 
 template <class T>
 struct Lanes;
@@ -182,6 +183,12 @@ FASTMAF_FN double gather(DType dtype, const char* data, Index offset) {
         default: return *p ? 1.0 : 0.0;
     }
 }
+template <class T>
+FASTMAF_INLINE Vec<T> read_back(const T* p, Index offset) {
+    return p[offset];
+}
+// Whether a condition holds in any lane.
+FASTMAF_INLINE bool any(bool condition) { return __any_sync(0xFFFFFFFFu, condition); }
 // p[offset] = v for the first n rows.
 template <class T>
 FASTMAF_INLINE void scatter(T* p, Index offset, Vec<T> v, int64_t n) {

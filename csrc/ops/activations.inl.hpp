@@ -13,17 +13,23 @@ FASTMAF_INLINE void each(T* p, int rows, int vectors, int stride, F f) {
         for (int j = 0; j < vectors; ++j) at(p + r * stride + j * Lanes<T>::W) = f(at(p + r * stride + j * Lanes<T>::W));
 }
 
+// use(f), f the activation of a vector.
+template <class T, class F>
+FASTMAF_INLINE void with_activation(Activation activation, F use) {
+    using V = Vec<T>;
+    switch (activation) {
+        case Activation::relu: return use([](V x) { return relu(x); });
+        case Activation::tanh: return use([](V x) { return tanh<T>(x); });
+        case Activation::elu: return use([](V x) { return x > 0 ? x : expm1<T>(at_most<T>(x, 0)); });
+        case Activation::gelu: return use([](V x) { return x * normal_cdf<T>(x); });
+        case Activation::silu: return use([](V x) { return x * sigmoid<T>(x); });
+    }
+}
+
 // Applied in place to `rows` x `vectors` vectors; rows lie `stride` apart.
 template <class T>
 FASTMAF_FN void activate(Activation activation, T* p, int rows, int vectors, int stride) {
-    using V = Vec<T>;
-    switch (activation) {
-        case Activation::relu: return each<T>(p, rows, vectors, stride, [](V x) { return relu(x); });
-        case Activation::tanh: return each<T>(p, rows, vectors, stride, [](V x) { return tanh<T>(x); });
-        case Activation::elu: return each<T>(p, rows, vectors, stride, [](V x) { return x > 0 ? x : expm1<T>(at_most<T>(x, 0)); });
-        case Activation::gelu: return each<T>(p, rows, vectors, stride, [](V x) { return x * normal_cdf<T>(x); });
-        case Activation::silu: return each<T>(p, rows, vectors, stride, [](V x) { return x * sigmoid<T>(x); });
-    }
+    with_activation<T>(activation, [&](auto f) { each<T>(p, rows, vectors, stride, f); });
 }
 
 // delta *= derivative; `unit` holds values or arguments, see keeps_argument.

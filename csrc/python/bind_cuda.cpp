@@ -20,6 +20,10 @@ DType dtype_named(const std::string& name) {
     throw std::invalid_argument("an array has dtype " + name + ", which the CUDA kernels do not read");
 }
 
+device::Precision precision_named(const std::string& name) {
+    return name == "medium" ? device::Precision::medium : name == "high" ? device::Precision::high : device::Precision::highest;
+}
+
 // An array of the device: (address, dtype, shape, strides in bytes), as fastmaf._cuda gives it.
 using Description = std::tuple<uintptr_t, std::string, std::vector<int64_t>, std::vector<int64_t>>;
 
@@ -105,17 +109,17 @@ void bind_cuda(py::module_& module) {
         "synchronize", [](int device, uintptr_t stream) { device::synchronize(device, stream); }, py::call_guard<py::gil_scoped_release>());
     // With a stream, arrays are descriptions or addresses on the device; without one, NumPy arrays.
     py::class_<PyDeviceFlow>(module, "DeviceFlow")
-        .def(py::init([](const PackedFlow& flow, int device) {
+        .def(py::init([](const PackedFlow& flow, int device, const std::string& precision) {
                  PyDeviceFlow self;
                  std::visit(
                      [&](const auto& program) {
                          using T = typename std::decay_t<decltype(*program)>::Value;
-                         self.flow = std::make_unique<device::Flow<T>>(program, device);
+                         self.flow = std::make_unique<device::Flow<T>>(program, device, precision_named(precision));
                      },
                      flow.program);
                  return self;
              }),
-             py::arg("flow"), py::arg("device"))
+             py::arg("flow"), py::arg("device"), py::arg("precision"))
         .def("log_prob", by_rows(one_number, [poll](const auto& flow, const Batch& x, auto* out, auto at) { flow.log_prob(x, out, at, poll); }))
         .def("to_noise",
              by_rows(all_variables, [poll](const auto& flow, const Batch& x, auto* out, auto at) { flow.to_noise(x, out, at, poll); }))

@@ -1,13 +1,11 @@
 #include "warp.hpp"
 
 #include <algorithm>
-#include <condition_variable>
-#include <mutex>
-#include <thread>
 #include <vector>
 
 #include "core/aligned.hpp"
 #include "cuda/image.hpp"
+#include "team.hpp"
 
 #define FASTMAF_ISA warp
 #define FASTMAF_VEC "../../tests/native/warp_vec.inl.hpp"
@@ -16,48 +14,6 @@
 namespace fastmaf {
 
 namespace {
-
-// Where the warps of a block meet.
-class Meeting {
-public:
-    explicit Meeting(int count) : count_(count) {}
-    void wait() {
-        if (count_ == 1) return;
-        std::unique_lock<std::mutex> lock(mutex_);
-        const int round = round_;
-        if (++here_ == count_) {
-            here_ = 0;
-            ++round_;
-            all_.notify_all();
-        } else {
-            all_.wait(lock, [&] { return round_ != round; });
-        }
-    }
-
-private:
-    const int count_;
-    int here_ = 0, round_ = 0;
-    std::mutex mutex_;
-    std::condition_variable all_;
-};
-
-struct Team {
-    int rank, size;
-    Meeting& meeting;
-    bool mine(int i) const { return i % size == rank; }
-    void sync() const { meeting.wait(); }
-    int thread() const { return rank; }
-    int threads() const { return size; }
-};
-
-template <class F>
-void with_team(int count, F f) {
-    Meeting meeting(count);
-    std::vector<std::thread> others;
-    for (int rank = 1; rank < count; ++rank) others.emplace_back([&, rank] { f(Team{rank, count, meeting}); });
-    f(Team{0, count, meeting});
-    for (auto& thread : others) thread.join();
-}
 
 // A launch with one block.
 template <class T, class F>
@@ -99,6 +55,7 @@ void warp_evaluate(const Program<T>& program, const Batch& batch, const Warps& w
     job.log_prob = log_prob;
     job.out = noise;
     job.width = program.features();
+    job.fills = warps.fills;
     run(program, Direction::density, batch, warps, job, [](const auto&... all) { warp::evaluate<T>(all...); });
 }
 
@@ -146,8 +103,6 @@ void warp_generate(const Program<T>& program, const Batch& batch, const Draw* dr
 namespace fastmaf {
 namespace cuda {
 
-constexpr int kWarps = 2;
-
 template <class T>
 cudaError_t resident_blocks(Operation, int* blocks) {
     *blocks = 1;
@@ -157,7 +112,7 @@ template <class T>
 cudaError_t launch(Operation operation, const FlowView<T>& flow, const Job<T>& job, int blocks, cudaStream_t stream) {
     enqueue(stream, [=] {
         for (int block = 0; block < blocks; ++block)
-            with_team(kWarps, [&](const Team& team) {
+            with_team(kWarpsOfTheHost, [&](const Team& team) {
                 char* const scratch = job.scratch + block * flow.scratch;
                 const int64_t rows = 32 * job.vectors;
                 for (int64_t begin = block * rows; begin < job.rows; begin += blocks * rows)
@@ -172,7 +127,7 @@ cudaError_t launch_fold(const FlowView<T>& flow, const Job<T>& job, T* room, T* 
     enqueue(stream, [=] {
         for (int k = 0; k < flow.stage_count; ++k) {
             table[k] = folded + flow.folded[k];
-            with_team(kWarps, [&](const Team& team) { warp::fold<T>(flow, job, k, room, folded + flow.folded[k], team); });
+            with_team(kWarpsOfTheHost, [&](const Team& team) { warp::fold<T>(flow, job, k, room, folded + flow.folded[k], team); });
         }
     });
     return cudaSuccess;

@@ -16,6 +16,7 @@ namespace FASTMAF_ISA {
 #define FASTMAF_INLINE static inline __attribute__((always_inline))
 #define FASTMAF_MEMBER inline __attribute__((always_inline))
 #define FASTMAF_UNROLL(n)
+#define FASTMAF_ROLLED
 
 template <class T>
 struct Lanes;
@@ -159,6 +160,18 @@ FASTMAF_FN Vec<double> gather(DType dtype, const char* data, Index offset) {
     Vec<double> result;
     for (int r = 0; r < 32; ++r) result[r] = read(data + int64_t(offset[r]), dtype);
     return result;
+}
+template <class T>
+FASTMAF_INLINE Vec<T> read_back(const T* p, Index offset) {
+    Vec<T> result;
+    for (int r = 0; r < 32; ++r) result[r] = p[offset[r]];
+    return result;
+}
+template <class M>
+FASTMAF_INLINE bool any(M condition) {
+    for (int r = 0; r < 32; ++r)
+        if (condition[r]) return true;
+    return false;
 }
 template <class T>
 FASTMAF_INLINE void scatter(T* p, Index offset, Vec<T> v, int64_t n) {

@@ -1,0 +1,64 @@
+// The tensor-core kernels, by row tiles of a warp and parts of the weights. They need sm_80; compiled for less they are empty and not used.
+#include "block.inl.hpp"
+#include "kernels.hpp"
+
+#define FASTMAF_ISA tensor
+#define FASTMAF_VEC "../cuda/vec.inl.hpp"
+#define FASTMAF_MMA "../cuda/mma.inl.hpp"
+#include "tensor.inl.hpp"
+
+namespace fastmaf {
+namespace cuda {
+
+namespace {
+
+template <int MT, int PARTS>
+__global__ void __launch_bounds__(32 * kWarps, 1)
+    tensor_kernel(const __grid_constant__ FlowView<float> flow, const __grid_constant__ TensorView view, const __grid_constant__ Job<float> job) {
+#if __CUDA_ARCH__ >= 800
+    extern __shared__ __align__(128) char shared[];
+    const Team team;
+    char* const scratch = job.scratch + int64_t(blockIdx.x) * flow.scratch;
+    tensor::clear_halves(view, shared, team);
+    tensor::Feed<PARTS> feed(view, shared, team.rank);
+    const int64_t rows = view.shape.rows;
+    for (int64_t begin = int64_t(blockIdx.x) * rows; begin < job.rows; begin += int64_t(gridDim.x) * rows)
+        tensor::evaluate_halves<MT, PARTS>(flow, view, job, begin, scratch, shared, feed, team);
+    tensor::wait_copies<0>();
+#endif
+}
+
+using Kernel = void (*)(FlowView<float>, TensorView, Job<float>);
+
+Kernel kernel_of(const TensorShape& shape) {
+    if (shape.parts == 2) return shape.row_tiles == 2 ? tensor_kernel<2, 2> : tensor_kernel<1, 2>;
+    return shape.row_tiles == 4 ? tensor_kernel<4, 1> : shape.row_tiles == 2 ? tensor_kernel<2, 1> : tensor_kernel<1, 1>;
+}
+
+}  // namespace
+
+bool has_tensor_cores() {
+    cudaFuncAttributes attributes{};
+    if (cudaFuncGetAttributes(&attributes, tensor_kernel<1, 1>) != cudaSuccess) {
+        cudaGetLastError();
+        return false;
+    }
+    return attributes.ptxVersion >= 80;
+}
+
+int tensor_warps() { return kWarps; }
+
+cudaError_t resident_tensor_blocks(const TensorView& view, int* blocks) {
+    const Kernel kernel = kernel_of(view.shape);
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(view.shared));
+    if (error != cudaSuccess) return error;
+    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, 32 * kWarps, size_t(view.shared));
+}
+
+cudaError_t launch_tensor(const FlowView<float>& flow, const TensorView& view, const Job<float>& job, int blocks, cudaStream_t stream) {
+    kernel_of(view.shape)<<<unsigned(blocks), 32 * kWarps, size_t(view.shared), stream>>>(flow, view, job);
+    return cudaGetLastError();
+}
+
+}  // namespace cuda
+}  // namespace fastmaf
