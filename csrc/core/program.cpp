@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -431,7 +432,7 @@ void Program<T>::pack_transposed(const Step& step, const Staircase& stairs, cons
     const T* in = weights + stairs.offset[size_t(row)] + step.row;
     const int count = std::clamp(stairs.limit[size_t(row)] - step.row, 0, step.rows);
     if (count == kPanel) {
-        std::copy_n(in, kPanel, out);
+        std::memcpy(out, in, kPanel * sizeof(T));
         return;
     }
     for (int i = 0; i < step.width; ++i) out[i] = i < count ? in[i] : T(0);

@@ -1,5 +1,5 @@
-// Gradients and training. Tiles of rows run forward and backward and leave, per map, delta and the transposed inputs; tasks of a few
-// panels of weights then sum their gradients over these rows. There are two ways to share the work, chosen by the model:
+// Gradients and training. Tiles of rows run forward and backward and leave, per map, delta and the inputs, transposed where the map is
+// wide; tasks of a few panels of weights then sum their gradients over these rows. There are two ways to share the work, chosen by the model:
 //
 //     large   all threads run the tiles of a chunk of rows; then all threads take tasks over the whole chunk
 //     small   each thread takes a block of rows through tiles and tasks while it is in its cache; the blocks' gradients are summed
@@ -47,11 +47,25 @@ private:
     Clock::time_point last_ = Clock::now();
 };
 
+constexpr size_t kNowhere = ~size_t(0);
+
 // Where the maps of one stage lie among the rows that a chunk keeps.
 struct Places {
-    std::vector<size_t> delta;   // first row of each map's units among a tile's deltas
-    std::vector<size_t> inputs;  // first row of each map's transposed inputs, in whole chunks of lanes
+    std::vector<size_t> delta, units;  // first row of each map's delta among those of a tile; of its units, if a narrow map reads them
+    size_t x = kNowhere;               // of the stage's tile, likewise
+    std::vector<size_t> inputs;        // first row of each wide map's transposed inputs, in whole chunks of lanes
 };
+
+// Whether weight gradients cost less with rows in lanes than with inputs there, which come 16 at a time.
+bool is_narrow(const Staircase& stairs, int rows) {
+    int64_t with_rows = 0, with_inputs = 0;
+    for (int row = 0; row < rows; row += 8) {
+        const int here = std::min(8, rows - row), limit = stairs.limit[size_t(row + here - 1)];
+        with_rows += here * limit;
+        with_inputs += 8 * round_up(limit, 16);
+    }
+    return 4 * with_rows < 3 * with_inputs;
+}
 
 // Some rows of one map's weights.
 struct Task {
@@ -62,8 +76,8 @@ struct Task {
 // What weight gradients need of some rows.
 template <class T>
 struct Kept {
-    T* deltas = nullptr;  // [tile][delta rows][lanes]
-    T* inputs = nullptr;  // per map [chunk of lanes][capacity][lanes]
+    T* tiles = nullptr;   // [tile][kept rows][lanes]: deltas, and what narrow maps read
+    T* inputs = nullptr;  // per wide map [chunk of lanes][capacity][lanes]
     int64_t capacity = 0;
     std::vector<int> tile_rows;
     std::vector<int64_t> tile_begin;
@@ -79,18 +93,28 @@ public:
         int64_t per_row = 0;  // numbers kept of a row, counted in units that every lane count divides
         for (size_t k = 0; k < program.stages(); ++k) {
             Places places;
-            for (int width : program.widths(k)) {
-                places.delta.push_back(delta_rows_);
-                delta_rows_ += size_t(width);
-                per_row += width;
-            }
+            auto keep = [&](int rows) {
+                const size_t place = kept_rows_;
+                kept_rows_ += size_t(rows);
+                per_row += rows;
+                return place;
+            };
+            for (int width : program.widths(k)) places.delta.push_back(keep(width));
+            places.units.assign(places.delta.size(), kNowhere);
             const Sorted& sorted = program.sorted()[k];
             for (size_t m = 0; m < sorted.maps.size(); ++m) {
                 const Staircase& stairs = sorted.maps[m];
-                places.inputs.push_back(input_rows_);
-                input_rows_ += size_t(round_up(stairs.inputs, lanes_));
-                per_row += round_up(stairs.inputs, 48);
                 const int rows = program.widths(k)[program.written(k, m)];
+                const bool narrow = parameters && is_narrow(stairs, rows);
+                places.inputs.push_back(narrow ? kNowhere : input_rows_);
+                if (narrow) {
+                    const int in = program.wires(k)[m].first;
+                    size_t& source = in >= 0 ? places.units[size_t(in)] : places.x;
+                    if (source == kNowhere) source = keep(in >= 0 ? program.widths(k)[size_t(in)] : program.features() + program.context());
+                } else {
+                    input_rows_ += size_t(round_up(stairs.inputs, lanes_));
+                    per_row += round_up(stairs.inputs, 48);
+                }
                 for (int row = 0; row < rows; row += kTaskRows) {
                     const int here = std::min(kTaskRows, rows - row);
                     tasks_.push_back({int(k), int(m), row, here, stairs.offset[size_t(row + here)] - stairs.offset[size_t(row)]});
@@ -138,10 +162,10 @@ public:
                 Kept<T> kept;
                 auto lay_out = [&](char* base) {
                     Carver carve(base);
-                    place(kept, inner, here, carve.take<T>(delta_size(inner)), carve.take<T>(input_size(here)));
-                    Room room(carve, *this, kept.deltas);
+                    place(kept, inner, here, carve.take<T>(kept_size(inner)), carve.take<T>(input_size(here)));
+                    Room room(carve, *this, kept.tiles);
                     for (int64_t t = 0; base && t < inner.tiles; ++t) {
-                        if (t) room.aim(*this, kept.deltas + size_t(t) * delta_stride());
+                        if (t) room.aim(*this, kept.tiles + size_t(t) * kept_stride());
                         run(room, kept, first + inner.begin(t), int(inner.size(t, here)), inner.begin(t));
                     }
                     return carve.used();
@@ -153,7 +177,7 @@ public:
             make_room(cut, n);
             parallel_for(cut.tiles, [&](int64_t t) {
                 Carver carve(thread_scratch(room_size()));
-                Room room(carve, *this, parameters_ ? deltas_.data() + size_t(t) * delta_stride() : nullptr);
+                Room room(carve, *this, parameters_ ? tiles_.data() + size_t(t) * kept_stride() : nullptr);
                 run(room, kept_, cut.begin(t), int(cut.size(t, n)), cut.begin(t));
             });
         }
@@ -176,7 +200,7 @@ public:
         std::vector<Room> rooms;
         for (int64_t t = 0; t < cut.tiles; ++t) {
             Carver carve(rooms_.data() + room_size() * size_t(t));
-            rooms.emplace_back(carve, *this, deltas_.data() + size_t(t) * delta_stride());
+            rooms.emplace_back(carve, *this, tiles_.data() + size_t(t) * kept_stride());
         }
         auto each_tile = [&](auto body) {
             parallel_for(cut.tiles, [&](int64_t t) { body(rooms[size_t(t)], cut.begin(t), int(cut.size(t, n))); });
@@ -254,13 +278,13 @@ public:
     }
 
 private:
-    size_t delta_stride() const { return (delta_rows_ + 8) * size_t(lanes_); }
-    size_t delta_size(const Cut& cut) const { return size_t(cut.tiles) * delta_stride(); }
+    size_t kept_stride() const { return (kept_rows_ + 8) * size_t(lanes_); }
+    size_t kept_size(const Cut& cut) const { return size_t(cut.tiles) * kept_stride(); }
     static int64_t capacity(int64_t rows) { return round_up(rows, 48) + 48; }
     size_t input_size(int64_t rows) const { return input_rows_ * size_t(capacity(rows)); }
 
-    static void place(Kept<T>& kept, const Cut& cut, int64_t rows, T* deltas, T* inputs) {
-        kept.deltas = deltas;
+    static void place(Kept<T>& kept, const Cut& cut, int64_t rows, T* tiles, T* inputs) {
+        kept.tiles = tiles;
         kept.inputs = inputs;
         kept.capacity = capacity(rows);
         kept.tile_rows.clear();
@@ -271,12 +295,19 @@ private:
         }
     }
 
+    // Of the inputs of a narrow map, among the rows kept of a tile.
+    size_t input_row(size_t stage, size_t map) const {
+        const int in = program_.wires(stage)[map].first;
+        if (in >= 0) return places_[stage].units[size_t(in)];
+        return places_[stage].x + (in == kTile ? 0 : size_t(program_.context()));
+    }
+
     // What weights need of the chunk, in the memory of this object.
     void make_room(const Cut& cut, int64_t n) {
         if (!parameters_) return;
-        deltas_.resize(delta_size(cut));
+        tiles_.resize(kept_size(cut));
         inputs_.resize(input_size(n));
-        place(kept_, cut, n, deltas_.data(), inputs_.data());
+        place(kept_, cut, n, tiles_.data(), inputs_.data());
     }
     size_t room_size() const {
         Carver measure;
@@ -287,20 +318,28 @@ private:
     void sum(const Kept<T>& kept, const Task& task, bool add, T* gradient) const {
         const Kernels<T>& k = kernels_;
         const size_t stage = size_t(task.stage), map = size_t(task.map), tiles = kept.tile_rows.size();
-        const size_t units = places_[stage].delta[program_.written(stage, map)] + size_t(task.row);
         const Staircase& stairs = program_.sorted()[stage].maps[map];
-        std::vector<const T*> delta(tiles);
-        for (size_t t = 0; t < tiles; ++t)
-            delta[t] = kept.deltas + t * delta_stride() + units * size_t(lanes_);
-        k.weight_gradient(delta.data(), kept.tile_rows.data(), kept.tile_begin.data(), int(tiles), task.rows,
-                          kept.inputs + places_[stage].inputs[map] * size_t(kept.capacity), kept.capacity, stairs.limit.data() + task.row,
-                          stairs.offset.data() + task.row, add, gradient + program_.weight_offset(stage, map));
+        auto in_tiles = [&](size_t row) {
+            std::vector<const T*> pointers(tiles);
+            for (size_t t = 0; t < tiles; ++t) pointers[t] = kept.tiles + t * kept_stride() + row * size_t(lanes_);
+            return pointers;
+        };
+        const std::vector<const T*> delta = in_tiles(places_[stage].delta[program_.written(stage, map)] + size_t(task.row));
+        const int* limit = stairs.limit.data() + task.row;
+        const int64_t* offset = stairs.offset.data() + task.row;
+        T* const weights = gradient + program_.weight_offset(stage, map);
+        if (const size_t inputs = places_[stage].inputs[map]; inputs != kNowhere)
+            k.wide_gradient(delta.data(), kept.tile_rows.data(), kept.tile_begin.data(), int(tiles), task.rows,
+                            kept.inputs + inputs * size_t(kept.capacity), kept.capacity, limit, offset, add, weights);
+        else
+            k.narrow_gradient(delta.data(), in_tiles(input_row(stage, map)).data(), kept.tile_rows.data(), kept.tile_begin.data(), int(tiles),
+                              task.rows, limit, offset, add, weights);
         if (program_.bias_count(stage, map))
             k.bias_gradient(delta.data(), kept.tile_rows.data(), kept.tile_begin.data(), int(tiles), task.rows, add,
                             gradient + program_.bias_offset(stage, map) + task.row);
     }
 
-    // Scratch of one tile. Deltas lie in the chunk's memory when weights need them.
+    // Scratch of one tile. What weights need lies in the chunk's memory.
     struct Room {
         std::vector<Trace<T>> trace;
         std::vector<std::vector<T*>> pointers;
@@ -308,7 +347,7 @@ private:
         T* cotangent;
         double *log_det, *column;
 
-        Room(Carver& carve, const Gradients& owner, T* deltas) {
+        Room(Carver& carve, const Gradients& owner, T* kept) {
             const Program<T>& program = owner.program_;
             const size_t lanes = size_t(owner.lanes_), features = size_t(program.features());
             const size_t width = features + size_t(program.context());
@@ -316,39 +355,48 @@ private:
             column = carve.take<double>(kColumns * lanes);
             cotangent = carve.take<T>(lanes);
             for (T*& d : dx) d = carve.take<T>(width * lanes);
-            T* own_deltas = deltas ? deltas : carve.take<T>((owner.delta_rows_ + 8) * lanes);
+            if (!kept) kept = carve.take<T>(owner.kept_stride());
             for (size_t k = 0; k <= program.stages(); ++k) {
-                Trace<T> kept{};
-                kept.x = carve.take<T>(width * lanes);
-                std::vector<T*> units, raw, delta;
-                if (k < program.stages()) {
+                Trace<T> own{};
+                std::vector<T*> units, raw;
+                const bool last = k == program.stages();
+                if (last || owner.places_[k].x == kNowhere) own.x = carve.take<T>(width * lanes);
+                if (!last) {
                     const StageSpec& stage = program.spec().stages[k];
-                    if (stage.output == Output::transform) kept.scaled = carve.take<T>(3 * features * lanes);
+                    if (stage.output == Output::transform) own.scaled = carve.take<T>(3 * features * lanes);
                     const auto& widths = program.widths(k);
                     for (size_t m = 0; m < widths.size(); ++m) {
                         const bool argument = m < stage.maps.size() && stage.maps[m].activated && keeps_argument(stage.activation);
-                        units.push_back(carve.take<T>(size_t(widths[m]) * lanes));
+                        units.push_back(owner.places_[k].units[m] == kNowhere ? carve.take<T>(size_t(widths[m]) * lanes) : nullptr);
                         raw.push_back(argument || program.keeps_raw(k, m) ? carve.take<T>(size_t(widths[m]) * lanes) : nullptr);
-                        delta.push_back(own_deltas ? own_deltas + owner.places_[k].delta[m] * lanes : nullptr);
                     }
                 }
                 pointers.push_back(units);
                 pointers.push_back(raw);
-                pointers.push_back(delta);
-                trace.push_back(kept);
+                pointers.emplace_back(units.size());
+                trace.push_back(own);
             }
             for (size_t k = 0; k < trace.size(); ++k) {
                 trace[k].units = pointers[3 * k].data();
                 trace[k].raw = pointers[3 * k + 1].data();
                 trace[k].delta = pointers[3 * k + 2].data();
             }
+            if (kept) aim(owner, kept);
         }
 
-        // Another tile's deltas.
-        void aim(const Gradients& owner, T* deltas) {
-            for (size_t k = 0; k + 1 < trace.size(); ++k)
-                for (size_t m = 0; m < pointers[3 * k + 2].size(); ++m)
-                    pointers[3 * k + 2][m] = deltas + owner.places_[k].delta[m] * size_t(owner.lanes_);
+        // At the rows that are kept of a tile.
+        void aim(const Gradients& owner, T* kept) {
+            auto point = [&](T*& pointer, size_t row) {
+                if (row != kNowhere) pointer = kept + row * size_t(owner.lanes_);
+            };
+            for (size_t k = 0; k + 1 < trace.size(); ++k) {
+                const Places& places = owner.places_[k];
+                point(trace[k].x, places.x);
+                for (size_t m = 0; m < places.delta.size(); ++m) {
+                    point(trace[k].units[m], places.units[m]);
+                    point(trace[k].delta[m], places.delta[m]);
+                }
+            }
         }
     };
 
@@ -426,6 +474,7 @@ private:
         for (size_t k = 0; k < program_.stages(); ++k) {
             const Trace<T>& trace = room.trace[k];
             for (size_t m = 0; m < program_.wires(k).size(); ++m) {
+                if (places_[k].inputs[m] == kNowhere) continue;
                 const int in = program_.wires(k)[m].first;
                 const T* from = in >= 0 ? trace.units[in] : in == kTile ? trace.x : trace.x + program_.context() * lanes_;
                 const int inputs = in >= 0 ? program_.widths(k)[size_t(in)] : program_.sorted()[k].maps[m].inputs;
@@ -467,12 +516,12 @@ private:
     const bool parameters_;
     const Kernels<T>& kernels_ = kernels<T>();  // one set for life: layouts depend on its lanes
     int lanes_ = 0;
-    size_t delta_rows_ = 0, input_rows_ = 0;
+    size_t kept_rows_ = 0, input_rows_ = 0;
     std::vector<Places> places_;
     std::vector<Task> tasks_;
     int64_t chunk_ = 48;
     bool small_ = false, together_ = false;
-    AlignedVector<T> deltas_, inputs_, block_gradients_;  // [block][master]
+    AlignedVector<T> tiles_, inputs_, block_gradients_;  // [block][master]
     Kept<T> kept_;
     int blocks_ = 0;
     AlignedVector<char> rooms_;

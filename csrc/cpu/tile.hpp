@@ -74,9 +74,11 @@ struct Kernels {
     void (*backward)(const StageView<T>& stage, const Trace<T>& here, int lanes, const T* cotangent, const T* above, T* below, int inner);
     // Units [n][lanes of a tile] -> [chunk of 3 W units][capacity][3 W], rows row..row + lanes.
     void (*transpose)(const T* in, int units, int lanes, T* out, int64_t row, int64_t capacity);
-    // Gradient of rows [row, row + rows) of a map: sum over tiles of delta times transposed inputs; limit: entries per row.
-    void (*weight_gradient)(const T* const* delta, const int* tile_rows, const int64_t* tile_begin, int tiles, int rows, const T* inputs,
-                            int64_t capacity, const int* limit, const int64_t* offset, bool add, T* gradient);
+    // Gradient of `rows` rows of a map: sum over tiles of delta times inputs, transposed or as they lie in the tiles; limit: entries per row.
+    void (*wide_gradient)(const T* const* delta, const int* tile_rows, const int64_t* tile_begin, int tiles, int rows, const T* inputs,
+                          int64_t capacity, const int* limit, const int64_t* offset, bool add, T* gradient);
+    void (*narrow_gradient)(const T* const* delta, const T* const* inputs, const int* tile_rows, const int64_t* tile_begin, int tiles, int rows,
+                            const int* limit, const int64_t* offset, bool add, T* gradient);
     // Sum over rows of delta, 16 (float) or 8 (double) interleaved sums added in order.
     void (*bias_gradient)(const T* const* delta, const int* tile_rows, const int64_t* tile_begin, int tiles, int rows, bool add, T* gradient);
     // out [n] = or += the sum of `count` rows of `blocks`, which lie `stride` apart, in order.

@@ -5,8 +5,12 @@
 // With g the cotangent of a row, gz that of z and s as in ops/laws:  dx = gz e^-s + W_1^T delta_1,  dr = ds (ds/dr), and
 //     standardize  dm = -gz e^-s,  ds = -gz z - g          affine  dm = gz,  ds = -gz x e^-s - g
 // A norm z = (x - mean) scale + beta has no weights; its delta is that of log_gamma, gz (x - mean) scale + g, and that of beta, gz.
-// Weight gradients: rows of the batch are the inner index. Units lie in lanes, which needs the inputs of each map transposed, and
-// delta is read where backward left it; the sum runs over rows in index order, so its bits do not depend on threads or tiles.
+//
+// Weight gradients: rows of the batch are the inner index, and delta is read where backward left it. There are two ways, by the map:
+//     wide     inputs lie in lanes, which needs them transposed; the sum runs over rows in index order
+//     narrow   rows lie in lanes, so that a staircase of few inputs, or few units, leaves none idle; 16 (float) or 8 (double) interleaved
+//              sums, of the rows that are equal modulo that, are added up as a tree
+// so bits depend neither on threads nor on tiles.
 #pragma once
 
 #include "../ops/log_prob.inl.hpp"
@@ -168,7 +172,7 @@ static void transpose(const T* in, int units, int lanes, T* out, int64_t row, in
 
 // kRows rows of delta times NV vectors of inputs; sums [kRows][lanes] go on from what is there unless they begin.
 template <class T, int NV>
-static void weight_gradient_block(const T* const* delta, const int* tile_rows, const int64_t* tile_begin, int tiles, int top,
+static void wide_gradient_block(const T* const* delta, const int* tile_rows, const int64_t* tile_begin, int tiles, int top,
                                   const T* inputs, bool begin, T* sums) {
     constexpr int W = Lanes<T>::W, L = lanes_of<T>();
     Vec<T> acc[kRows][NV];
@@ -185,7 +189,7 @@ static void weight_gradient_block(const T* const* delta, const int* tile_rows, c
 
 // At most kTaskRows rows of a map. A few tiles of one chunk of inputs stay in L1 while all rows pass over them.
 template <class T>
-static void weight_gradient(const T* const* delta, const int* tile_rows, const int64_t* tile_begin, int tiles, int rows, const T* inputs,
+static void wide_gradient(const T* const* delta, const int* tile_rows, const int64_t* tile_begin, int tiles, int rows, const T* inputs,
                             int64_t capacity, const int* limit, const int64_t* offset, bool add, T* gradient) {
     constexpr int W = Lanes<T>::W, L = lanes_of<T>(), together = 4;
     T sums[kTaskRows * L] __attribute__((aligned(64)));
@@ -195,7 +199,7 @@ static void weight_gradient(const T* const* delta, const int* tile_rows, const i
             for (int top = 0; top < rows; top += kRows) {
                 const int left = limit[(top + kRows < rows ? top + kRows : rows) - 1] - first;
                 if (left <= 0) continue;
-                auto run = left > 2 * W ? weight_gradient_block<T, 3> : left > W ? weight_gradient_block<T, 2> : weight_gradient_block<T, 1>;
+                auto run = left > 2 * W ? wide_gradient_block<T, 3> : left > W ? wide_gradient_block<T, 2> : wide_gradient_block<T, 1>;
                 run(delta + t, tile_rows + t, tile_begin + t, tiles - t < together ? tiles - t : together, top, chunk, t == 0, sums + top * L);
             }
         for (int i = 0; i < rows; ++i) {
@@ -205,25 +209,123 @@ static void weight_gradient(const T* const* delta, const int* tile_rows, const i
     }
 }
 
-// Eight rows of a map at a time, so that their sums do not wait for each other.
+// The lanes of N vectors added up, as a tree that halves them. v[0] has the N sums side by side, each in W / N lanes.
+template <class T, int N, int D = Lanes<T>::W / 2>
+FASTMAF_INLINE void add_lanes(Vec<T>* v) {
+    constexpr int W = Lanes<T>::W;
+    if constexpr (D > 0) {
+        constexpr int half = N > 1 ? N / 2 : 1;
+        Bits<T> low{}, high{};
+#pragma GCC unroll 16
+        for (int l = 0; l < W; ++l) {
+            const bool second = l % (2 * D) >= D;
+            low[l] = second ? (N > 1 ? W : 0) + l - D : l;
+            high[l] = second ? (N > 1 ? W : 0) + l : l + D;
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < half; ++i) {
+            const Vec<T> a = v[i], b = v[N > 1 ? i + half : i];
+            v[i] = shuffle<T>(a, b, low) + shuffle<T>(a, b, high);
+        }
+        add_lanes<T, half, D / 2>(v);
+    }
+}
+
+// Sums over rows of the batch, which lie in lanes: of kRows numbers for each of NI inputs.
+template <class T, int NI>
+struct RowSums {
+    static constexpr int W = Lanes<T>::W, parts = 64 / int(sizeof(T)) / W;
+    static constexpr int together = kRows < W ? kRows : W;  // sums that end in one vector
+    Vec<T> part[parts][NI][kRows];
+
+    // The first vector of a tile that belongs to a part.
+    static int64_t first(int p, int64_t tile_begin) { return (p + parts - tile_begin / W % parts) % parts * W; }
+
+    FASTMAF_MEMBER void finish() {
+        for (int half = parts / 2; half > 0; half /= 2)
+            for (int p = 0; p < half; ++p)
+                for (int j = 0; j < NI; ++j)
+                    for (int i = 0; i < kRows; ++i) part[p][j][i] += part[p + half][j][i];
+#pragma GCC unroll 4
+        for (int j = 0; j < NI; ++j)
+#pragma GCC unroll 4
+            for (int i = 0; i < kRows; i += together) add_lanes<T, together>(part[0][j] + i);
+    }
+    T operator()(int i, int j) const { return part[0][j][i / together * together][i % together * (W / together)]; }
+};
+
+// kRows rows of delta times NI inputs from `first` on.
+template <class T, int NI>
+static void narrow_gradient_block(const T* const* delta, const T* const* inputs, const int* tile_rows, const int64_t* tile_begin, int tiles,
+                                  int top, int rows, int first, const int* limit, const int64_t* offset, bool add, T* gradient) {
+    using Sums = RowSums<T, NI>;
+    constexpr int W = Lanes<T>::W, L = lanes_of<T>(), step = Sums::parts * W;
+    Sums sums;
+    for (int p = 0; p < Sums::parts; ++p) {
+        Vec<T> acc[kRows][NI];
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+            for (int j = 0; j < NI; ++j) acc[i][j] = Vec<T>{};
+        for (int t = 0; t < tiles; ++t) {
+            const T *d = delta[t] + top * L, *x = inputs[t] + first * L;
+            for (int64_t r = Sums::first(p, tile_begin[t]); r < tile_rows[t]; r += step) {
+                Vec<T> in[NI];
+#pragma GCC unroll 4
+                for (int j = 0; j < NI; ++j) in[j] = at(x + j * L + r);
+#pragma GCC unroll 8
+                for (int i = 0; i < kRows; ++i) {
+                    const Vec<T> own = at(d + i * L + r);
+#pragma GCC unroll 4
+                    for (int j = 0; j < NI; ++j) acc[i][j] = fma(own, in[j], acc[i][j]);
+                }
+            }
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+            for (int j = 0; j < NI; ++j) sums.part[p][j][i] = acc[i][j];
+    }
+    sums.finish();
+    for (int i = 0; i < kRows && top + i < rows; ++i) {
+        T* const out = gradient + offset[top + i] + first;
+        const int left = limit[top + i] - first;
+#pragma GCC unroll 4
+        for (int j = 0; j < NI; ++j)
+            if (j < left) out[j] = add ? out[j] + sums(i, j) : sums(i, j);
+    }
+}
+
+// At most kTaskRows rows of a map. delta, inputs: [units of the map, its inputs][lanes] of each tile.
+template <class T>
+static void narrow_gradient(const T* const* delta, const T* const* inputs, const int* tile_rows, const int64_t* tile_begin, int tiles, int rows,
+                            const int* limit, const int64_t* offset, bool add, T* gradient) {
+    for (int top = 0; top < rows; top += kRows) {
+        const int end = limit[(top + kRows < rows ? top + kRows : rows) - 1];
+        for (int first = 0; first < end; first += 3) {
+            auto run = end - first > 2 ? narrow_gradient_block<T, 3> : end - first > 1 ? narrow_gradient_block<T, 2> : narrow_gradient_block<T, 1>;
+            run(delta, inputs, tile_rows, tile_begin, tiles, top, rows, first, limit, offset, add, gradient);
+        }
+    }
+}
+
 template <class T>
 static void bias_gradient(const T* const* delta, const int* tile_rows, const int64_t* tile_begin, int tiles, int rows, bool add, T* gradient) {
-    constexpr int W = Lanes<T>::W, L = lanes_of<T>(), sums = 64 / int(sizeof(T)), parts = sums / W, R = 8;
-    for (int top = 0; top < rows; top += R) {
-        T total[R] = {};
-        for (int p = 0; p < parts; ++p) {
-            Vec<T> acc[R] = {};
-            for (int t = 0; t < tiles; ++t) {
-                const int ahead = int((p + parts - tile_begin[t] / W % parts) % parts);
-                for (int r = ahead * W; r < tile_rows[t]; r += parts * W)
+    using Sums = RowSums<T, 1>;
+    constexpr int W = Lanes<T>::W, L = lanes_of<T>(), step = Sums::parts * W;
+    for (int top = 0; top < rows; top += kRows) {
+        Sums sums;
+        for (int p = 0; p < Sums::parts; ++p) {
+            Vec<T> acc[kRows] = {};
+            for (int t = 0; t < tiles; ++t)
+                for (int64_t r = Sums::first(p, tile_begin[t]); r < tile_rows[t]; r += step)
 #pragma GCC unroll 8
-                    for (int i = 0; i < R; ++i) acc[i] += at(delta[t] + (top + i) * L + r);
-            }
-            for (int w = 0; w < W; ++w)
+                    for (int i = 0; i < kRows; ++i) acc[i] += at(delta[t] + (top + i) * L + r);
 #pragma GCC unroll 8
-                for (int i = 0; i < R; ++i) total[i] += acc[i][w];
+            for (int i = 0; i < kRows; ++i) sums.part[p][0][i] = acc[i];
         }
-        for (int i = 0; i < R && top + i < rows; ++i) gradient[top + i] = add ? gradient[top + i] + total[i] : total[i];
+        sums.finish();
+        for (int i = 0; i < kRows && top + i < rows; ++i) gradient[top + i] = add ? gradient[top + i] + sums(i, 0) : sums(i, 0);
     }
 }
 
