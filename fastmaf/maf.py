@@ -39,6 +39,7 @@ def MAF(
     seed: int | None = 0,
     linear: bool = False,
     direct: bool = False,
+    clip: float = math.log(1000.0),
 ) -> Flow:
     """A masked autoregressive flow (Papamakarios et al. 2017) with random weights.
 
@@ -73,6 +74,9 @@ def MAF(
         A `Linear` in front of every autoregressive layer, at first the identity.
     direct : bool
         Direct weights from the variables to the parameters (Germain et al. 2015, section 3).
+    clip : float
+        Bound of the log-scale of a variable in each transform. A row far from all that were trained on can meet it in one transform after
+        another and have a density that is low beyond all measure; 1 or 2 leaves room enough for most data and prevents that.
 
     Returns
     -------
@@ -98,13 +102,14 @@ def MAF(
     draft = Draft(features, context_features, hidden_features, activation, residual, direct, seed)
     transforms = _arrays.count("transforms", transforms, lowest=1)
     layers = draft.front(order, bounds)
+    law = Law(constants={"clip": clip})
     ranks = masks.layer_ranks(order, draft.features, transforms, draft.seed, components > 1)
     one = np.ones(draft.features)
     for own in ranks[:transforms]:
         if linear:
             layers.append(Linear(np.diag(one), np.diag(one), 0 * one))
         net = draft.network(Law.parameters)
-        layers.append(Autoregressive(own, masked(net, own), Law()))
+        layers.append(Autoregressive(own, masked(net, own), law))
         if batch_norm:
             layers.append(BatchNorm(0 * one, 0 * one, 0 * one, one, statistics="data" if batch_norm == "act" else "batch"))
     base = None

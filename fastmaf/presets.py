@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from numpy.typing import DTypeLike
 
 from fastmaf.flow import Flow
-from fastmaf.layers import Autoregressive, Law
 from fastmaf.maf import MAF, Order
 
 __all__ = ["maf_paper", "resmade_lu"]
@@ -135,8 +133,7 @@ def resmade_lu(
         dtype=dtype,
         seed=seed,
         linear=True,
+        clip=CLIP,
     )
-    law = Law(constants={"clip": CLIP})
-    flow.layers = tuple(replace(layer, law=law) if isinstance(layer, Autoregressive) else layer for layer in flow.layers)
     settings = {"batch_size": 512, "lr": 5e-4, "schedule": "cosine", "clip_norm": 5.0, "patience": None, "max_epochs": 200}
     return flow, settings
