@@ -231,12 +231,12 @@ FASTMAF_INLINE void add_lanes(Vec<T>* v) {
     }
 }
 
-// Sums over rows of the batch, which lie in lanes: of kRows numbers for each of NI inputs.
-template <class T, int NI>
+// Sums over rows of the batch, which lie in lanes: of R numbers for each of NI inputs.
+template <class T, int R, int NI>
 struct RowSums {
     static constexpr int W = Lanes<T>::W, parts = 64 / int(sizeof(T)) / W;
-    static constexpr int together = kRows < W ? kRows : W;  // sums that end in one vector
-    Vec<T> part[parts][NI][kRows];
+    static constexpr int together = R < W ? R : W;  // sums that end in one vector
+    Vec<T> part[parts][NI][R];
 
     // The first vector of a tile that belongs to a part.
     static int64_t first(int p, int64_t tile_begin) { return (p + parts - tile_begin / W % parts) % parts * W; }
@@ -245,65 +245,72 @@ struct RowSums {
         for (int half = parts / 2; half > 0; half /= 2)
             for (int p = 0; p < half; ++p)
                 for (int j = 0; j < NI; ++j)
-                    for (int i = 0; i < kRows; ++i) part[p][j][i] += part[p + half][j][i];
-#pragma GCC unroll 4
+                    for (int i = 0; i < R; ++i) part[p][j][i] += part[p + half][j][i];
+#pragma GCC unroll 8
         for (int j = 0; j < NI; ++j)
 #pragma GCC unroll 4
-            for (int i = 0; i < kRows; i += together) add_lanes<T, together>(part[0][j] + i);
+            for (int i = 0; i < R; i += together) add_lanes<T, together>(part[0][j] + i);
     }
     T operator()(int i, int j) const { return part[0][j][i / together * together][i % together * (W / together)]; }
 };
 
-// kRows rows of delta times NI inputs from `first` on.
-template <class T, int NI>
+// R rows of delta times NI inputs from `first` on.
+template <class T, int R, int NI>
 static void narrow_gradient_block(const T* const* delta, const T* const* inputs, const int* tile_rows, const int64_t* tile_begin, int tiles,
                                   int top, int rows, int first, const int* limit, const int64_t* offset, bool add, T* gradient) {
-    using Sums = RowSums<T, NI>;
+    using Sums = RowSums<T, R, NI>;
     constexpr int W = Lanes<T>::W, L = lanes_of<T>(), step = Sums::parts * W;
     Sums sums;
     for (int p = 0; p < Sums::parts; ++p) {
-        Vec<T> acc[kRows][NI];
+        Vec<T> acc[R][NI];
 #pragma GCC unroll 8
-        for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 4
+        for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
             for (int j = 0; j < NI; ++j) acc[i][j] = Vec<T>{};
         for (int t = 0; t < tiles; ++t) {
             const T *d = delta[t] + top * L, *x = inputs[t] + first * L;
             for (int64_t r = Sums::first(p, tile_begin[t]); r < tile_rows[t]; r += step) {
                 Vec<T> in[NI];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                 for (int j = 0; j < NI; ++j) in[j] = at(x + j * L + r);
 #pragma GCC unroll 8
-                for (int i = 0; i < kRows; ++i) {
+                for (int i = 0; i < R; ++i) {
                     const Vec<T> own = at(d + i * L + r);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                     for (int j = 0; j < NI; ++j) acc[i][j] = fma(own, in[j], acc[i][j]);
                 }
             }
         }
 #pragma GCC unroll 8
-        for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 4
+        for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
             for (int j = 0; j < NI; ++j) sums.part[p][j][i] = acc[i][j];
     }
     sums.finish();
-    for (int i = 0; i < kRows && top + i < rows; ++i) {
+    for (int i = 0; i < R && top + i < rows; ++i) {
         T* const out = gradient + offset[top + i] + first;
         const int left = limit[top + i] - first;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int j = 0; j < NI; ++j)
             if (j < left) out[j] = add ? out[j] + sums(i, j) : sums(i, j);
     }
 }
 
-// At most kTaskRows rows of a map. delta, inputs: [units of the map, its inputs][lanes] of each tile.
+// At most kTaskRows rows of a map. delta, inputs: [units of the map, its inputs][lanes] of each tile. The last few rows take more inputs at
+// a time instead of idle rows.
 template <class T>
 static void narrow_gradient(const T* const* delta, const T* const* inputs, const int* tile_rows, const int64_t* tile_begin, int tiles, int rows,
                             const int* limit, const int64_t* offset, bool add, T* gradient) {
-    for (int top = 0; top < rows; top += kRows) {
-        const int end = limit[(top + kRows < rows ? top + kRows : rows) - 1];
-        for (int first = 0; first < end; first += 3) {
-            auto run = end - first > 2 ? narrow_gradient_block<T, 3> : end - first > 1 ? narrow_gradient_block<T, 2> : narrow_gradient_block<T, 1>;
+    constexpr int R = kRows, few = kRows / 2;
+    for (int top = 0; top < rows; top += R) {
+        const int end = limit[(top + R < rows ? top + R : rows) - 1];
+        const bool last = rows - top <= few;
+        for (int first = 0; first < end; first += last ? 6 : 3) {
+            const int left = end - first;
+            auto run = last       ? left > 3 ? narrow_gradient_block<T, few, 6> : narrow_gradient_block<T, few, 3>
+                       : left > 2 ? narrow_gradient_block<T, R, 3>
+                       : left > 1 ? narrow_gradient_block<T, R, 2>
+                                  : narrow_gradient_block<T, R, 1>;
             run(delta, inputs, tile_rows, tile_begin, tiles, top, rows, first, limit, offset, add, gradient);
         }
     }
@@ -311,7 +318,7 @@ static void narrow_gradient(const T* const* delta, const T* const* inputs, const
 
 template <class T>
 static void bias_gradient(const T* const* delta, const int* tile_rows, const int64_t* tile_begin, int tiles, int rows, bool add, T* gradient) {
-    using Sums = RowSums<T, 1>;
+    using Sums = RowSums<T, kRows, 1>;
     constexpr int W = Lanes<T>::W, L = lanes_of<T>(), step = Sums::parts * W;
     for (int top = 0; top < rows; top += kRows) {
         Sums sums;
