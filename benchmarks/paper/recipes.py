@@ -50,6 +50,8 @@ class Row:
 
 SPEED = "512 hidden units, batches of 200 with Adam at 1e-3 falling by a cosine, fresh noise in every epoch"
 TURNED = ", in which patches are turned and mirrored at random"
+CLIP = 2.0
+"""Of MAF (5) on the patches. With that of `MAF`, log(1000), one test row in 50,000 came out at -1e14 nats in two of three fits."""
 
 
 def _fast(factory: str, epochs: int, layers: int, differs: str, **model: Any) -> Recipe:
@@ -76,9 +78,17 @@ def _continuous(data: str, epochs: dict[str, int]) -> tuple[Row, ...]:
         "maf-10": ("MAF", {"transforms": 10}),
         "maf-mog-5": ("MAF", {"transforms": 5, "components": 10}),
     }
-    differs = SPEED + TURNED if data == "bsds" else SPEED
-    rows = (Row(data, name, _fast(recipes[name][0], number, 2, differs, **recipes[name][1])) for name, number in epochs.items())
-    return (Row(data, "gaussian"), *rows)
+    rows = [Row(data, "gaussian")]
+    for name, number in epochs.items():
+        factory, model = recipes[name]
+        differs = SPEED
+        if data == "bsds":
+            differs += TURNED
+            if name == "maf-5":
+                model["clip"] = CLIP
+                differs += f", log-scales bounded by {CLIP:g}"
+        rows.append(Row(data, name, _fast(factory, number, 2, differs, **model)))
+    return tuple(rows)
 
 
 RESIDUAL = Row(
