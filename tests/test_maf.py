@@ -25,6 +25,19 @@ def test_layers_in_order():
     assert all(made.law.kind == "exp_soft" and made.direction == "data" for made in mades(flow))
 
 
+def test_clip_bounds_how_much_a_transform_scales():
+    far = 1e6 * np.random.default_rng(0).normal(size=(50, 3))
+
+    def scales(**options):
+        flow = fastmaf.MAF(features=3, transforms=1, dtype="float64", **options)
+        return np.abs(np.log(flow.to_noise(far + [0, 0, 1])[:, 2] - flow.to_noise(far)[:, 2])).max()
+
+    with make.reference():
+        assert 1 < scales(clip=1.5) < 1.5 < scales() < np.log(1000)
+    with pytest.raises(ValueError, match=r"'clip'.*-1"):
+        fastmaf.MAF(features=3, clip=-1)
+
+
 @pytest.mark.parametrize(
     ("order", "ranks"),
     [
