@@ -56,15 +56,16 @@ struct Places {
     std::vector<size_t> inputs;        // first row of each wide map's transposed inputs, in whole chunks of lanes
 };
 
-// Whether weight gradients cost less with rows in lanes than with inputs there, which come 16 at a time.
-bool is_narrow(const Staircase& stairs, int rows) {
-    int64_t with_rows = 0, with_inputs = 0;
+// Whether weight gradients cost less with rows in lanes than with inputs there, which come 16 at a time and transposed. Measured, in
+// products: transposing an input costs as much as 40, adding up lanes a quarter of the products, or all of them again for a block's few rows.
+bool is_narrow(const Staircase& stairs, int rows, bool in_blocks) {
+    int64_t with_rows = 0, with_inputs = 40 * stairs.inputs;
     for (int row = 0; row < rows; row += 8) {
         const int here = std::min(8, rows - row), limit = stairs.limit[size_t(row + here - 1)];
         with_rows += here * limit;
         with_inputs += 8 * round_up(limit, 16);
     }
-    return 4 * with_rows < 3 * with_inputs;
+    return with_rows * (in_blocks ? 8 : 5) < with_inputs * 4;
 }
 
 // Some rows of one map's weights.
@@ -90,13 +91,18 @@ public:
         program.views(Direction::density);
         program.views(Direction::backward);
         lanes_ = 3 * kernels_.width;
-        int64_t per_row = 0;  // numbers kept of a row, counted in units that every lane count divides
+        int64_t per_row = 0;  // numbers kept of a row at most, counted in units that every lane count divides
+        for (size_t k = 0; k < program.stages(); ++k) {
+            for (int width : program.widths(k)) per_row += width;
+            for (const Staircase& stairs : program.sorted()[k].maps) per_row += round_up(stairs.inputs, 48);
+        }
+        for (const StageSpec& stage : program.spec().stages) together_ = together_ || stage.of_batch;
+        small_ = parameters && !together_ && int64_t(program.master().size()) < per_row * kBlockRows / 2;
         for (size_t k = 0; k < program.stages(); ++k) {
             Places places;
             auto keep = [&](int rows) {
                 const size_t place = kept_rows_;
                 kept_rows_ += size_t(rows);
-                per_row += rows;
                 return place;
             };
             for (int width : program.widths(k)) places.delta.push_back(keep(width));
@@ -105,7 +111,7 @@ public:
             for (size_t m = 0; m < sorted.maps.size(); ++m) {
                 const Staircase& stairs = sorted.maps[m];
                 const int rows = program.widths(k)[program.written(k, m)];
-                const bool narrow = parameters && is_narrow(stairs, rows);
+                const bool narrow = parameters && is_narrow(stairs, rows, small_);
                 places.inputs.push_back(narrow ? kNowhere : input_rows_);
                 if (narrow) {
                     const int in = program.wires(k)[m].first;
@@ -113,7 +119,6 @@ public:
                     if (source == kNowhere) source = keep(in >= 0 ? program.widths(k)[size_t(in)] : program.features() + program.context());
                 } else {
                     input_rows_ += size_t(round_up(stairs.inputs, lanes_));
-                    per_row += round_up(stairs.inputs, 48);
                 }
                 for (int row = 0; row < rows; row += kTaskRows) {
                     const int here = std::min(kTaskRows, rows - row);
@@ -124,8 +129,6 @@ public:
         }
         std::stable_sort(tasks_.begin(), tasks_.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
         chunk_ = std::clamp<int64_t>(kChunkBytes / (std::max<int64_t>(1, per_row) * int64_t(sizeof(T))) / 48 * 48, 48, 65536 / 48 * 48);
-        for (const StageSpec& stage : program.spec().stages) together_ = together_ || stage.of_batch;
-        small_ = parameters && !together_ && int64_t(program.master().size()) < per_row * kBlockRows / 2;
     }
 
     const std::vector<Task>& tasks() const { return tasks_; }
