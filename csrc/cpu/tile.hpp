@@ -79,7 +79,7 @@ struct Kernels {
                           int64_t capacity, const int* limit, const int64_t* offset, bool add, T* gradient);
     void (*narrow_gradient)(const T* const* delta, const T* const* inputs, const int* tile_rows, const int64_t* tile_begin, int tiles, int rows,
                             const int* limit, const int64_t* offset, bool add, T* gradient);
-    // Sum over rows of delta, 16 (float) or 8 (double) interleaved sums added in order.
+    // Sum over rows of delta: 16 (float) or 8 (double) interleaved sums, added up as a tree.
     void (*bias_gradient)(const T* const* delta, const int* tile_rows, const int64_t* tile_begin, int tiles, int rows, bool add, T* gradient);
     // out [n] = or += the sum of `count` rows of `blocks`, which lie `stride` apart, in order.
     void (*sum_blocks)(const T* blocks, int64_t stride, int count, int64_t n, bool add, T* out);
