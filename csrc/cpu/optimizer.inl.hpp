@@ -26,7 +26,7 @@ static void sum_blocks(const T* blocks, int64_t stride, int count, int64_t n, bo
 // is a hundred times slower.
 template <class T, class V>
 FASTMAF_INLINE V faded(V x, T least) {
-    return (x < least) & (x > -least) ? V{} : x;
+    return ((x < least) & (x > -least)) ? V{} : x;
 }
 
 template <class T>
