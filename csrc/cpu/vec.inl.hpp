@@ -77,6 +77,15 @@ template <class T>
 FASTMAF_INLINE const Vec<T>& at(const T* p) {
     return *reinterpret_cast<const Vec<T>*>(p);
 }
+// at(p) in a register. GCC likes to read a vector again for every use, which takes the ports that other loads need.
+template <class T>
+FASTMAF_INLINE Vec<T> loaded(const T* p) {
+    Vec<T> v = at(p);
+#ifdef FASTMAF_HAS_X86
+    asm("" : "+v"(v));
+#endif
+    return v;
+}
 template <class T>
 FASTMAF_INLINE Bits<T> bits(Vec<T> x) {
     return (Bits<T>)x;

@@ -275,7 +275,7 @@ static void narrow_gradient_block(const T* const* delta, const T* const* inputs,
                 for (int j = 0; j < NI; ++j) in[j] = at(x + j * L + r);
 #pragma GCC unroll 8
                 for (int i = 0; i < R; ++i) {
-                    const Vec<T> own = at(d + i * L + r);
+                    const Vec<T> own = loaded<T>(d + i * L + r);
 #pragma GCC unroll 8
                     for (int j = 0; j < NI; ++j) acc[i][j] = fma(own, in[j], acc[i][j]);
                 }
@@ -296,24 +296,25 @@ static void narrow_gradient_block(const T* const* delta, const T* const* inputs,
     }
 }
 
-// At most kTaskRows rows of a map. delta, inputs: [units of the map, its inputs][lanes] of each tile. The last few rows take more inputs at
-// a time instead of idle rows.
+// At most kTaskRows rows of a map. delta, inputs: [units of the map, its inputs][lanes] of each tile. All rows pass over a few inputs before
+// the next ones, so that these stay in L2. The last few rows take more inputs at a time instead of idle rows.
 template <class T>
 static void narrow_gradient(const T* const* delta, const T* const* inputs, const int* tile_rows, const int64_t* tile_begin, int tiles, int rows,
                             const int* limit, const int64_t* offset, bool add, T* gradient) {
-    constexpr int R = kRows, few = kRows / 2;
-    for (int top = 0; top < rows; top += R) {
-        const int end = limit[(top + R < rows ? top + R : rows) - 1];
-        const bool last = rows - top <= few;
-        for (int first = 0; first < end; first += last ? 6 : 3) {
-            const int left = end - first;
-            auto run = last       ? left > 3 ? narrow_gradient_block<T, few, 6> : narrow_gradient_block<T, few, 3>
-                       : left > 2 ? narrow_gradient_block<T, R, 3>
-                       : left > 1 ? narrow_gradient_block<T, R, 2>
-                                  : narrow_gradient_block<T, R, 1>;
-            run(delta, inputs, tile_rows, tile_begin, tiles, top, rows, first, limit, offset, add, gradient);
+    constexpr int R = kRows, few = kRows / 2, together = 24;
+    for (int begin = 0; begin < limit[rows - 1]; begin += together)
+        for (int top = 0; top < rows; top += R) {
+            const int all = limit[(top + R < rows ? top + R : rows) - 1], end = all < begin + together ? all : begin + together;
+            const bool last = rows - top <= few;
+            for (int first = begin; first < end; first += last ? 6 : 3) {
+                const int left = end - first;
+                auto run = last       ? left > 3 ? narrow_gradient_block<T, few, 6> : narrow_gradient_block<T, few, 3>
+                           : left > 2 ? narrow_gradient_block<T, R, 3>
+                           : left > 1 ? narrow_gradient_block<T, R, 2>
+                                      : narrow_gradient_block<T, R, 1>;
+                run(delta, inputs, tile_rows, tile_begin, tiles, top, rows, first, limit, offset, add, gradient);
+            }
         }
-    }
 }
 
 template <class T>
