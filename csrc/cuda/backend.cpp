@@ -12,9 +12,8 @@
 
 #include <unistd.h>
 
-#include "image.hpp"
+#include "draw_image.hpp"
 #include "kernels.hpp"
-#include "tensor_image.hpp"
 
 #ifndef FASTMAF_CUDA_CHUNK
 #define FASTMAF_CUDA_CHUNK (int64_t(16) << 20)
@@ -235,6 +234,7 @@ struct Flow<T>::Parts {
     struct Copy {
         FlowView<T> view;
         TensorView tensor;
+        DrawView draws;
         char* memory = nullptr;
     };
 
@@ -259,13 +259,20 @@ struct Flow<T>::Parts {
         std::unique_ptr<Copy>& copy = copies[direction == Direction::sampler];
         if (copy) return *copy;
         TensorShape shape;
+        DrawView draws;
         if constexpr (std::is_same_v<T, float>)
-            if (direction == Direction::density && station->tensor_cores)
-                shape = fit_tensor_cores(*program, precision, cuda::tensor_warps(), station->shared);
+            if (station->tensor_cores) {
+                if (direction == Direction::density)
+                    shape = fit_tensor_cores(*program, precision, cuda::tensor_warps(), station->shared);
+                else
+                    draws = fit_draws(*program, precision, cuda::tensor_warps(), station->shared);
+            }
         auto fill = [&](Image& image, Copy& made) {
             made.view = lay_out(image, *program, direction, kLanes);
-            if constexpr (std::is_same_v<T, float>)
+            if constexpr (std::is_same_v<T, float>) {
                 if (shape.rows) made.tensor = lay_out_tensor(image, *program, shape);
+                if (draws.groups) made.draws = lay_out_draws(image, *program, draws.parts, draws.groups);
+            }
         };
         Image measure;
         Copy measured;
@@ -304,14 +311,18 @@ struct Flow<T>::Parts {
         const Copy& copy = copy_for(operation == cuda::Operation::evaluate ? Direction::density : Direction::sampler);
         const FlowView<T>& flow = copy.view;
         // With tensor cores there are two kernels: what halves cannot hold is left to the other one.
-        const bool halves = copy.tensor.shape.rows && !job.most;
+        const bool evaluates = operation == cuda::Operation::evaluate;
+        DrawView draws = copy.draws;
+        if (draws.groups)  // fewer of them where multiprocessors would be left without a block
+            draws.groups = int(std::clamp<int64_t>((job.rows + 15) / 16 / station->processors, 1, draws.groups));
+        const int halves = evaluates ? (job.most ? 0 : copy.tensor.shape.rows) : 16 * draws.groups;  // rows of a tile
         const int64_t most = std::max<int64_t>(1, kScratch / flow.scratch);
         int64_t tensor_blocks = 1;
         if (halves) {
             int resident = 0;
-            check(cuda::resident_tensor_blocks(copy.tensor, &resident), "preparing a kernel");
-            const int64_t rows = copy.tensor.shape.rows;
-            tensor_blocks = std::min({(job.rows + rows - 1) / rows, int64_t(std::max(1, resident)) * station->processors, most});
+            check(evaluates ? cuda::resident_tensor_blocks(copy.tensor, &resident) : cuda::resident_draw_blocks(draws, &resident),
+                  "preparing a kernel");
+            tensor_blocks = std::min({(job.rows + halves - 1) / halves, int64_t(std::max(1, resident)) * station->processors, most});
         }
         int resident = 0;
         check(cuda::resident_blocks<T>(operation, &resident), "preparing a kernel");
@@ -338,8 +349,9 @@ struct Flow<T>::Parts {
         if constexpr (std::is_same_v<T, float>)
             if (halves) {
                 Job<T> first = job;
-                first.vectors = (copy.tensor.shape.rows + 31) / 32;
-                error = cuda::launch_tensor(flow, copy.tensor, first, int(tensor_blocks), stream);
+                first.vectors = (halves + 31) / 32;
+                error = evaluates ? cuda::launch_tensor(flow, copy.tensor, first, int(tensor_blocks), stream)
+                                  : cuda::launch_draws(flow, draws, first, int(tensor_blocks), stream);
                 job.fills = true;
             }
         if (error == cudaSuccess && shared && flow.stage_count) {

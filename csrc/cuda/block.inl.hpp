@@ -1,6 +1,10 @@
 // The warps of a block, who share its rows.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
 namespace fastmaf {
 namespace cuda {
 
@@ -14,6 +18,14 @@ struct Team {
     __device__ __forceinline__ int thread() const { return int(threadIdx.x); }
     __device__ __forceinline__ int threads() const { return 32 * kWarps; }
 };
+
+// Blocks of a kernel that one multiprocessor holds at a time, each with so much shared memory, which the kernel is allowed to have.
+template <class Kernel>
+cudaError_t resident_blocks(Kernel kernel, int64_t shared, int* blocks) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    if (error != cudaSuccess) return error;
+    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, 32 * kWarps, size_t(shared));
+}
 
 }  // namespace cuda
 }  // namespace fastmaf

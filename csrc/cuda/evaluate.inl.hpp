@@ -174,21 +174,18 @@ FASTMAF_FN void density_stage(const FlowView<T>& flow, int k, int vectors, const
 }
 
 template <class T, class Team>
-FASTMAF_FN void run_sampler(const FlowView<T>& flow, int count, int vectors, const Tile<T>& tile, const Team& team) {
+FASTMAF_FN void sampler_stage(const FlowView<T>& flow, int k, int vectors, const Tile<T>& tile, const Team& team) {
     constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
-    for (int k = count; k-- > 0;) {
-        const StageView<T>& stage = flow.stages[k];
-        const T* const folded = tile.folded ? tile.folded[k] : nullptr;
-        T *const x = tile.x[k % 2], *const z = tile.x[(k + 1) % 2] + stage.context * lanes;
-        run_steps<T>(
-            stage, vectors, team,
-            [&](const Step& step) { panel_step<T>(stage, step, x, tile.units, tile.raw, 0, vectors, folded); },
-            [&](const Step& step, int j) {
-                sampler_law<T>(stage, step, tile.units, j * W, z + j * W, tile.uniform ? tile.uniform + j * W : nullptr,
-                               x + stage.context * lanes + j * W, 1, tile.density, tile.log_det + j * W);
-            });
-    }
-    team.sync();
+    const StageView<T>& stage = flow.stages[k];
+    const T* const folded = tile.folded ? tile.folded[k] : nullptr;
+    T *const x = tile.x[k % 2], *const z = tile.x[(k + 1) % 2] + stage.context * lanes;
+    run_steps<T>(
+        stage, vectors, team,
+        [&](const Step& step) { panel_step<T>(stage, step, x, tile.units, tile.raw, 0, vectors, folded); },
+        [&](const Step& step, int j) {
+            sampler_law<T>(stage, step, tile.units, j * W, z + j * W, tile.uniform ? tile.uniform + j * W : nullptr,
+                           x + stage.context * lanes + j * W, 1, tile.density, tile.log_det + j * W);
+        });
 }
 
 // Probabilities of the values of discrete variables, in the order of the columns.
@@ -272,13 +269,10 @@ FASTMAF_FN void evaluate(const FlowView<T>& flow, const Job<T>& job, int64_t beg
     write_results(flow, job, begin, job.rows, tile, count, team);
 }
 
-// Samples, from counters or from the noise in x.
+// Before the stages of a sampler, of which there are `count`: noise, from counters or from the rows of x, contexts, and the noise's density.
 template <class T, class Team>
-FASTMAF_FN void generate(const FlowView<T>& flow, const Job<T>& job, int64_t begin, char* scratch, const Team& team) {
+FASTMAF_FN void begin_samples(const FlowView<T>& flow, const Job<T>& job, int64_t begin, int count, const Tile<T>& tile, const Team& team) {
     constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
-    team.sync();
-    const Tile<T> tile = tile_of(flow, job, scratch, team);
-    const int count = job.draws ? flow.stage_count : flow.transforms;
     T* const noise = tile.x[count % 2] + flow.context * lanes;
     if (job.draws) draw_noise(flow, job, begin, noise, tile.uniform, team);
     load_contexts(flow, job, begin, tile, team);
@@ -294,9 +288,14 @@ FASTMAF_FN void generate(const FlowView<T>& flow, const Job<T>& job, int64_t beg
         for (int j = 0; j < job.vectors; ++j)
             if (team.mine(j)) add_base(noise + j * W, flow.features, tile.log_det + j * W);
     }
-    run_sampler(flow, count, job.vectors, tile, team);
+}
+
+// Behind them, of the rows [begin, end): columns in the user's numbers.
+template <class T, class Team>
+FASTMAF_FN void write_samples(const FlowView<T>& flow, const Job<T>& job, int64_t begin, int64_t end, const Tile<T>& tile, const Team& team) {
+    constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
     for (int j = 0; j < job.vectors; ++j) {
-        const int64_t first = begin + j * W, left = job.rows - first;
+        const int64_t first = begin + j * W, left = (end < job.rows ? end : job.rows) - first;
         const Index row = counted(uint64_t(first), uint64_t(job.rows - 1));
         for (int v = 0; v < flow.features; ++v) {
             const ColumnView& column = flow.columns[v];
@@ -308,10 +307,23 @@ FASTMAF_FN void generate(const FlowView<T>& flow, const Job<T>& job, int64_t beg
                 at(tile.log_det + j * W) += slope;
             }
             const Vec<T> x = at_least<T>(at_most<T>(narrow<T>(value), flow.high[v]), flow.low[v]);
-            scatter<T>(job.out, row * uint64_t(flow.features) + uint64_t(v), x, left);
+            write_result<T>(job, job.out, row * uint64_t(flow.features) + uint64_t(v), x, left);
         }
-        if (job.log_prob && team.mine(j)) scatter<T>(job.log_prob, row, narrow<T>(flow.constant + at(tile.log_det + j * W)), left);
+        if (job.log_prob && team.mine(j)) write_result<T>(job, job.log_prob, row, narrow<T>(flow.constant + at(tile.log_det + j * W)), left);
     }
+}
+
+// Samples of the rows from `begin`.
+template <class T, class Team>
+FASTMAF_FN void generate(const FlowView<T>& flow, const Job<T>& job, int64_t begin, char* scratch, const Team& team) {
+    if (job.fills && !has_nan(flow, job, begin)) return;
+    team.sync();
+    const Tile<T> tile = tile_of(flow, job, scratch, team);
+    const int count = job.draws ? flow.stage_count : flow.transforms;
+    begin_samples(flow, job, begin, count, tile, team);
+    for (int k = count; k-- > 0;) sampler_stage(flow, k, job.vectors, tile, team);
+    team.sync();
+    write_samples(flow, job, begin, job.rows, tile, team);
 }
 
 // The shared context added to the biases of the first map of a stage. context: room for its numbers, each in all lanes.

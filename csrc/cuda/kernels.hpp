@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "tensor.hpp"
+#include "draw.hpp"
 
 namespace fastmaf {
 namespace cuda {
@@ -24,7 +24,9 @@ bool has_tensor_cores();
 int tensor_warps();  // of a block
 // Blocks that one multiprocessor holds at a time; lets them have the shared memory.
 cudaError_t resident_tensor_blocks(const TensorView& tensor, int* blocks);
+cudaError_t resident_draw_blocks(const DrawView& draws, int* blocks);
 cudaError_t launch_tensor(const FlowView<float>& flow, const TensorView& tensor, const Job<float>& job, int blocks, cudaStream_t stream);
+cudaError_t launch_draws(const FlowView<float>& flow, const DrawView& draws, const Job<float>& job, int blocks, cudaStream_t stream);
 
 }  // namespace cuda
 }  // namespace fastmaf

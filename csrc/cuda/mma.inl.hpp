@@ -52,6 +52,14 @@ FASTMAF_INLINE float high_half(Words word) {
 }
 FASTMAF_INLINE void put_halves(Half* p, Words i, Words word) { *reinterpret_cast<uint32_t*>(p + i) = word; }
 template <class M>
+FASTMAF_INLINE void put_halves(Half* p, Words i, Words word, M where) {
+    if (where) put_halves(p, i, word);
+}
+template <class M>
+FASTMAF_INLINE void put_half(Half* p, Words i, Words word, M where) {
+    if (where) p[i] = Half(word);
+}
+template <class M>
 FASTMAF_INLINE void put_eight(Half* p, Words i, const Words (&words)[4], M where) {
     if (where) *reinterpret_cast<uint4*>(p + i) = make_uint4(words[0], words[1], words[2], words[3]);
 }
@@ -104,6 +112,12 @@ FASTMAF_INLINE Vec<double> quad_sum(Vec<double> v) {
     v += __shfl_xor_sync(0xFFFFFFFFu, v, 1);
     return v + __shfl_xor_sync(0xFFFFFFFFu, v, 2);
 }
+FASTMAF_INLINE Words quad_or(Words v) {
+    v |= __shfl_xor_sync(0xFFFFFFFFu, v, 1);
+    return v | __shfl_xor_sync(0xFFFFFFFFu, v, 2);
+}
+// What lanes of the warp have written before is there for the others.
+FASTMAF_INLINE void sync_warp() { __syncwarp(); }
 FASTMAF_INLINE Vec<double> take_wide(const double* p, Words i) { return p[i]; }
 
 }  // namespace FASTMAF_ISA

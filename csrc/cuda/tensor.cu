@@ -1,4 +1,5 @@
-// The tensor-core kernels, by row tiles of a warp and parts of the weights. They need sm_80; compiled for less they are empty and not used.
+// The tensor-core kernels of the density, by row tiles of a warp and parts of the weights. They need sm_80; compiled for less they are empty
+// and not used.
 #include "block.inl.hpp"
 #include "kernels.hpp"
 
@@ -48,12 +49,7 @@ bool has_tensor_cores() {
 
 int tensor_warps() { return kWarps; }
 
-cudaError_t resident_tensor_blocks(const TensorView& view, int* blocks) {
-    const Kernel kernel = kernel_of(view.shape);
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(view.shared));
-    if (error != cudaSuccess) return error;
-    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, 32 * kWarps, size_t(view.shared));
-}
+cudaError_t resident_tensor_blocks(const TensorView& view, int* blocks) { return resident_blocks(kernel_of(view.shape), view.shared, blocks); }
 
 cudaError_t launch_tensor(const FlowView<float>& flow, const TensorView& view, const Job<float>& job, int blocks, cudaStream_t stream) {
     kernel_of(view.shape)<<<unsigned(blocks), 32 * kWarps, size_t(view.shared), stream>>>(flow, view, job);

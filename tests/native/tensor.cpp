@@ -43,12 +43,13 @@ struct Model {
     Form form = Form::affine;
     int stages = 2;
     bool reverses = true;  // every other stage
+    int ranks = 0;         // of variables; 0: each has its own
     bool after = false;    // an Affine behind each
     double scale = 1;      // of the weights, whose sums are of order `scale`
 };
 
 FlowSpec spec_of(const Model& model, Random& rng) {
-    const int features = model.features;
+    const int features = model.features, ranks = model.ranks ? model.ranks : features;
     FlowSpec spec;
     spec.features = features;
     spec.context = model.context;
@@ -72,7 +73,7 @@ FlowSpec spec_of(const Model& model, Random& rng) {
         int inputs = features;
         for (int i = 0; i < features; ++i) {
             stage.variable.push_back(i);
-            stage.ranks.push_back(k % 2 && model.reverses ? features - i : i + 1);
+            stage.ranks.push_back(k % 2 && model.reverses ? ranks - i % ranks : i % ranks + 1);
             stage.rows.push_back(2);
             if (!model.after) continue;
             stage.loc.push_back(0.1 * i);
@@ -80,7 +81,7 @@ FlowSpec spec_of(const Model& model, Random& rng) {
         }
         for (int width : model.hidden) {
             MapSpec map{width, inputs, {}, stage.maps.empty() && model.context > 0, true, -1};
-            for (int u = 0; u < width; ++u) map.degrees.push_back(int64_t(rng() % unsigned(features)));
+            for (int u = 0; u < width; ++u) map.degrees.push_back(int64_t(rng() % unsigned(ranks)));
             stage.maps.push_back(map);
             inputs = width;
         }
@@ -373,6 +374,280 @@ void results() {
                 }
 }
 
+// ---- samples -------------------------------------------------------------------------------------------------------------------------
+
+struct Blocks {
+    int groups, active, warps;  // groups of rows with room, those with a warp, all warps
+};
+
+std::string name_of(const Blocks& blocks, int parts) {
+    return "room for " + std::to_string(blocks.groups) + " groups, " + std::to_string(blocks.active) + " of " + std::to_string(blocks.warps) +
+           " warps have one, parts " + std::to_string(parts);
+}
+
+// Every weight of a stage once: in the sums before a piece, or in the operations of its own piece.
+void each_weight_is_used_once(const Program<float>& program, int parts) {
+    Image measure;
+    lay_out_draws(measure, program, parts, 1);
+    std::vector<char> memory(measure.bytes().size());
+    Image image(memory.data());
+    const DrawView view = lay_out_draws(image, program, parts, 1);
+    std::copy(image.bytes().begin(), image.bytes().end(), memory.begin());
+    bool right = true;
+    const char* tile = view.tape;
+    for (size_t k = program.stages(); k-- > 0;) {
+        const DrawStage& stage = view.stages[k];
+        if (!stage.maps) continue;
+        const char* const begin = tile;
+        const Pieces pieces(program, k);
+        const int hidden = stage.maps - 1;
+        std::vector<std::vector<double>> held(size_t(stage.maps));  // [map][unit][input]
+        auto inputs = [&](int m) { return m == 0 ? program.context() + program.features() : program.widths(k)[size_t(m - 1)]; };
+        for (int m = 0; m < stage.maps; ++m) held[size_t(m)].assign(size_t(program.widths(k)[size_t(m)] * inputs(m)), 0);
+        auto add = [&](int m, int unit, int input, int place) {
+            double w = 0;
+            for (int p = 0; p < parts; ++p) {
+                uint16_t half = 0;
+                std::memcpy(&half, tile + 512 * p + 2 * place, 2);
+                w += double(fragments::number_of(half));
+            }
+            if (unit >= 0 && input >= 0)
+                held[size_t(m)][size_t(unit * inputs(m) + input)] += w;
+            else
+                right = right && w == 0;
+        };
+        for (int i = 0; i < stage.pieces; ++i) {
+            const DrawPiece& piece = stage.piece[i];
+            for (int m = 0; m < stage.maps; ++m)
+                for (int step = 0; step < piece.steps[m]; step += 2)
+                    for (int t = 0; t < piece.tiles[m]; ++t, tile += 512 * parts)
+                        for (int n = 0; n < 8; ++n)
+                            for (int j = 0; j < 32; ++j)
+                                add(m, pieces.unit(size_t(i), m, 8 * t + n), pieces.input(m, 16 * step + j),
+                                    (n * 4 + j % 8 / 2) * 8 + j / 8 * 2 + j % 2);
+            for (int o = piece.operation; o < piece.operations; ++o) {
+                const DrawOperation& operation = stage.operation[o];
+                right = right && operation.first < operation.last && operation.map < hidden;
+                const int first = operation.map < 0 ? 0 : operation.first / 16, last = operation.map < 0 ? 1 : (operation.last + 15) / 16;
+                for (int step = first; step < last; ++step)
+                    for (int pair = operation.pair; pair < operation.pairs; ++pair, tile += 512 * parts)
+                        for (int n = 0; n < 16; ++n)
+                            for (int j = 0; j < 16; ++j) {
+                                const int to = operation.map + 1, unit = pieces.unit(size_t(i), to, 16 * pair + n);
+                                // Thread j % 8 / 2 of a quad has variables with that rest modulo 4.
+                                const int number = operation.map < 0 ? j % 8 / 2 + 4 * (j % 2 + j / 8 * 2) : 16 * step + j;
+                                if (number < operation.first || number >= operation.last) continue;  // the activations are zero
+                                const int input = operation.map < 0 ? program.context() + piece.variable + number
+                                                                    : pieces.unit(size_t(i), operation.map, number);
+                                add(to, unit, input, (n % 8 * 4 + j % 8 / 2) * 8 + n / 8 * 4 + j / 8 * 2 + j % 2);
+                            }
+            }
+        }
+        right = right && tile == begin + stage.tiles * 512 * parts;
+        for (int m = 0; m < stage.maps; ++m) {
+            const Staircase& stairs = program.sorted()[k].maps[size_t(m)];
+            const float* const weights = program.master().data() + program.weight_offset(k, size_t(m));
+            for (int unit = 0; unit < program.widths(k)[size_t(m)]; ++unit) {
+                double scale = 0;
+                for (int column = 0; column < pieces.columns(m); ++column)
+                    if (pieces.unit(m, column) == unit) scale += double(stage.map[m].affine[2 * column]) * 16;
+                for (int input = 0; input < inputs(m); ++input) {
+                    const double w = input < stairs.limit[size_t(unit)] ? double(weights[stairs.offset[size_t(unit)] + input]) : 0;
+                    const double own = held[size_t(m)][size_t(unit * inputs(m) + input)] * scale;
+                    right = right && (w != 0 || own == 0) && std::fabs(own - w) <= std::fabs(w) * (parts == 2 ? 0x1p-21 : 0x1p-11) + 1e-9;
+                }
+            }
+        }
+    }
+    CHECK(right && tile <= view.end && (view.end - view.tape) % (512 * 8) == 0);
+}
+
+// Samples from noise, with their density, against float64; the largest errors.
+Errors compare_draws(const Model& model, size_t n, int context_kind, int parts, const std::vector<Blocks>& all) {
+    Random rng(7);
+    const FlowSpec spec = spec_of(model, rng);
+    const Reals parameters = parameters_of(model, spec, rng);
+    const auto program = program_of<float>(spec, parameters);
+    const auto truth = program_of<double>(spec, parameters);
+    const Reals drawn = normals(n * size_t(model.features), rng), drawn_context = normals((n + 1) * size_t(std::max(model.context, 1)), rng);
+    const Floats context(drawn_context.begin(), drawn_context.end()), noise(drawn.begin(), drawn.end());
+    Batch batch = batch_of(model, noise, context, n);
+    if (context_kind) batch.context.inner = 0;
+    if (context_kind == 2) {
+        batch.outer = 2;
+        batch.x.outer = 0;
+        batch.context.outer = model.context * int64_t(sizeof(float));
+    }
+    const size_t rows = size_t(batch.rows());
+    Reals expected(rows * size_t(model.features)), density(rows);
+    from_noise<double>(*truth, batch, expected.data(), {});
+    Batch back = batch;
+    back.x = rows_of(expected, model.features);
+    if (context_kind == 2) back.x.outer = int64_t(n) * back.x.inner;
+    log_prob<double>(*truth, back, density.data(), {});
+    Errors worst;
+    const std::string name = what_runs;
+    Floats first;
+    for (const Blocks& blocks : all) {
+        what_runs = name + ", " + name_of(blocks, parts);
+        Floats got(expected.size(), 7), got_density(rows, 7);
+        warp_draws(*program, batch, nullptr, parts, blocks.groups, blocks.active, blocks.warps, got.data(), got_density.data());
+        for (size_t i = 0; i < got.size(); ++i) {
+            const double error = std::fabs(double(got[i]) - expected[i]) / (1 + std::fabs(expected[i]));
+            worst.noise = std::isnan(error) ? INFINITY : std::max(worst.noise, error);
+        }
+        for (size_t i = 0; i < rows; ++i) {
+            const double error = std::fabs(double(got_density[i]) - density[i]) / (1 + std::fabs(density[i]));
+            worst.log_prob = std::isnan(error) ? INFINITY : std::max(worst.log_prob, error);
+        }
+        if (first.empty()) first = got;
+        bool same = true;
+        for (size_t i = 0; i < got.size(); ++i) same = same && same_bits(got[i], first[i]);
+        CHECK(same);
+    }
+    what_runs = name;
+    each_weight_is_used_once(*program, parts);
+    return worst;
+}
+
+std::vector<Named> drawn_models() {
+    std::vector<Named> all;
+    for (const Named& one : models())
+        if (!one.model.hidden.empty() && one.model.hidden.size() <= size_t(kDrawHidden)) all.push_back(one);
+    auto add = [&](const char* name, auto change) {
+        Model model;
+        change(model);
+        all.push_back({name, model});
+    };
+    add("two variables, large groups", [](Model& m) { m.features = 2, m.hidden = {150, 70}; });
+    add("groups of 20", [](Model& m) { m.features = 6, m.hidden = {100, 100}; });
+    add("few units for many variables", [](Model& m) { m.features = 70, m.hidden = {9, 11}, m.stages = 3; });
+    add("variables of one degree", [](Model& m) { m.features = 60, m.hidden = {50}, m.ranks = 3; });
+    add("units that read the context alone", [](Model& m) { m.context = 3, m.hidden = {300, 90}, m.features = 4; });
+    return all;
+}
+
+void samples() {
+    for (const Named& one : drawn_models())
+        for (int parts : {1, 2})
+            for (int kind = 0; kind < (one.model.context ? 3 : 1); ++kind)
+                for (size_t n : {size_t(1), size_t(37), size_t(131)}) {
+                    if (n == 131 && kind) continue;
+                    what_runs = "samples, " + one.name + ", " + std::to_string(n) + " rows, context " + std::to_string(kind);
+                    std::vector<Blocks> all{{1, 1, 1}, {2, 2, 3}, {3, 1, 2}};
+                    if (n == 131) all = {{4, 4, 4}, {8, 5, 8}};
+                    const Errors errors = compare_draws(one.model, n, kind, parts, all);
+                    const double unit = parts == 1 ? 0x1p-11 : 0x1p-24;
+                    if (!(errors.log_prob <= 4 * unit && errors.noise <= 24 * unit))
+                        std::fprintf(stderr, "%s: parts %d, %.1f and %.1f\n", what_runs.c_str(), parts, errors.log_prob / unit, errors.noise / unit);
+                    CHECK(errors.log_prob <= 4 * unit);
+                    CHECK(errors.noise <= 24 * unit);
+                }
+}
+
+// As masked_inputs_change_nothing(), for every number of the noise; and each row alone, in other company and with others' losses beside it.
+void masked_noise_changes_nothing() {
+    for (const bool grouped : {false, true})
+        for (int parts : {1, 2}) {
+            Model model;
+            model.features = 13;
+            model.hidden = {45, 38};
+            model.reverses = false;
+            model.activation = Activation::relu;
+            if (grouped) model.ranks = 5, model.hidden = {400, 90};
+            Random rng(3);
+            const FlowSpec spec = spec_of(model, rng);
+            const auto program = program_of<float>(spec, parameters_of(model, spec, rng));
+            const size_t n = 13 * 5, d = 13;
+            const Reals drawn = normals(d, rng);
+            Floats z;
+            for (size_t i = 0; i < n; ++i) z.insert(z.end(), drawn.begin(), drawn.end());
+            const float values[] = {2.5f, -1e5f, NAN, INFINITY, 3e38f};
+            for (size_t j = 0; j < d; ++j)
+                for (size_t v = 0; v < 5; ++v) z[(5 * j + v) * d + j] = values[v];
+            const Floats base(drawn.begin(), drawn.end());
+            const auto rank = [&](size_t i) { return spec.stages[0].ranks[i]; };
+            for (const Blocks& blocks : {Blocks{1, 1, 1}, Blocks{2, 2, 2}, Blocks{4, 3, 3}}) {
+                what_runs = std::string(grouped ? "masked noise, groups, " : "masked noise, ") + name_of(blocks, parts);
+                auto draw = [&](const Floats& noise, size_t rows, Floats& x, Floats& density) {
+                    warp_draws(*program, batch_of(model, noise, {}, rows), nullptr, parts, blocks.groups, blocks.active, blocks.warps, x.data(), density.data());
+                };
+                Floats x(n * d), density(n), of_base(d), density_of_base(1), plain(n * d), plain_density(n);
+                draw(z, n, x, density);
+                draw(base, 1, of_base, density_of_base);
+                const Batch batch = batch_of(model, z, {}, n);
+                warp_generate<float>(*program, batch, nullptr, Warps{}, plain.data(), plain_density.data());
+                Floats filled = x, filled_density = density;
+                Warps fills;
+                fills.fills = true;
+                warp_generate<float>(*program, batch, nullptr, fills, filled.data(), filled_density.data());
+                bool unchanged = true, moves = true, gaps = true, kept = true, alone = true;
+                for (size_t i = 0; i < n; ++i) {
+                    const size_t j = i / 5, v = i % 5;
+                    bool last = true;  // nothing comes after
+                    for (size_t c = 0; c < d; ++c) {
+                        const float own = x[i * d + c], after = filled[i * d + c];
+                        last = last && rank(c) <= rank(j);
+                        if (c != j && rank(c) <= rank(j)) unchanged = unchanged && same_bits(own, of_base[c]) && same_bits(after, own);
+                        if (c == j && v == 0) moves = moves && !same_bits(own, of_base[c]);
+                        if (std::isnan(own))
+                            gaps = gaps && alike(after, plain[i * d + c]);
+                        else
+                            kept = kept && same_bits(after, own);
+                        if (v > 0 && rank(c) > rank(j) + 1) gaps = gaps && std::isnan(own);
+                        if (v == 0) kept = kept && !std::isnan(own);
+                    }
+                    if (std::isnan(density[i]))
+                        gaps = gaps && alike(filled_density[i], plain_density[i]);
+                    else
+                        kept = kept && same_bits(filled_density[i], density[i]);
+                    kept = kept && (v > 0 || !std::isnan(density[i])) && (v == 0 || last || rank(j) + 1 >= 5 * grouped + 13 * !grouped || std::isnan(density[i]));
+                    if (i % 7) continue;
+                    const Floats own(z.begin() + long(i * d), z.begin() + long(i * d + d));
+                    Floats again(d), its_density(1);
+                    draw(own, 1, again, its_density);
+                    for (size_t c = 0; c < d; ++c) alone = alone && alike(again[c], x[i * d + c]);
+                    alone = alone && alike(its_density[0], density[i]);
+                }
+                CHECK(unchanged);
+                CHECK(moves);
+                CHECK(gaps);
+                CHECK(kept);
+                CHECK(alone);
+            }
+        }
+}
+
+// Draws from counters: those of the CPU, whose noise they share.
+void draws_from_counters() {
+    Model model;
+    model.features = 7;
+    model.context = 2;
+    Random rng(4);
+    const FlowSpec spec = spec_of(model, rng);
+    const auto program = program_of<float>(spec, parameters_of(model, spec, rng));
+    const Reals drawn = normals(6, rng);
+    const Floats context(drawn.begin(), drawn.end());
+    Draw draw;
+    draw.seed = 11;
+    draw.contexts = 3;
+    draw.rows = 37;
+    draw.context = rows_of(context, 2);
+    std::swap(draw.context.outer, draw.context.inner);
+    Floats expected(3 * 37 * 7), density(3 * 37), got(expected.size()), got_density(density.size());
+    sample<float>(*program, draw, expected.data(), density.data(), {});
+    what_runs = "draws from counters";
+    warp_draws(*program, {}, &draw, 2, 2, 2, 2, got.data(), got_density.data());
+    bool close = true, same = true;
+    for (size_t i = 0; i < got.size(); ++i) {
+        close = close && std::fabs(double(got[i]) - double(expected[i])) <= 0x1p-20 * (1 + std::fabs(double(expected[i])));
+        same = same && same_bits(got[i], expected[i]);
+    }
+    for (size_t i = 0; i < density.size(); ++i)
+        close = close && std::fabs(double(got_density[i]) - double(density[i])) <= 0x1p-19 * (1 + std::fabs(double(density[i])));
+    CHECK(close && !same);
+}
+
 // Every variable changed, to an ordinary number, to one beyond halves, to none: what does not depend on it stays as it was to the bit, and
 // with the gaps filled all is what it is without tensor cores.
 void masked_inputs_change_nothing() {
@@ -541,8 +816,12 @@ void choices() {
                             shape.rows ? name_of(shape) : "without tensor cores", double(used) / 1024);
                 CHECK(used <= shared * 1024 && (shape.rows > 0 || shared < 227));
                 CHECK(shape.rows == 0 || (shape.groups * shape.teams == 8 && shape.rows == 16 * shape.row_tiles * shape.groups));
+                const DrawView draws = fit_draws(program, precision, 8, shared * 1024);
+                std::printf("    samples: %d rows, %.1f KiB used\n", draws.rows, double(draws.shared) / 1024);
+                CHECK(draws.groups <= 8 && draws.rows == 16 * draws.groups && draws.shared <= shared * 1024 && (draws.groups > 0 || shared < 227));
             }
         CHECK(fit_tensor_cores(program, device::Precision::highest, 8, kShared).rows == 0);
+        CHECK(fit_draws(program, device::Precision::highest, 8, kShared).groups == 0);
     }
     Model model;
     FlowSpec spec = spec_of(model, rng);
@@ -564,6 +843,9 @@ int main() {
     masked_inputs_change_nothing();
     sizes();
     places();
+    samples();
+    masked_noise_changes_nothing();
+    draws_from_counters();
     std::printf("%d passed, %d failed\n", passed, failed);
     return failed ? 1 : 0;
 }

@@ -75,6 +75,7 @@ void warp_generate(const Program<T>& program, const Batch& batch, const Draw* dr
     Batch rows = batch;
     job.out = out;
     job.log_prob = log_prob;
+    job.fills = warps.fills;
     if (draw) {
         rows.outer = draw->contexts;
         rows.inner = draw->rows;

@@ -3,7 +3,7 @@
 
 #include "core/calls.hpp"
 #include "core/program.hpp"
-#include "cuda/tensor_image.hpp"
+#include "cuda/draw_image.hpp"
 
 namespace fastmaf {
 
@@ -20,6 +20,9 @@ template <class T>
 void warp_probabilities(const Program<T>& program, const Batch& batch, const Warps& warps, T* out);
 // The tensor-core kernel in a given shape, without what fills its gaps.
 void warp_halves(const Program<float>& program, const Batch& batch, const TensorShape& shape, float* log_prob, float* noise);
+// The sampler on tensor cores, without what fills its gaps: with room for `groups` groups of rows, of which so many have a warp.
+void warp_draws(const Program<float>& program, const Batch& batch, const Draw* draw, int parts, int groups, int active, int warps, float* out,
+                float* log_prob);
 // Its product of fragments: registers of 32 lanes.
 void warp_multiply(const uint32_t (&a)[4][32], const uint32_t (&b)[2][32], float (&c)[4][32]);
 // Noise from the batch when `draw` is null.

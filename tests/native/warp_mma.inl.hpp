@@ -88,11 +88,19 @@ FASTMAF_INLINE Vec<float> low_half(Words word) {
     return result;
 }
 FASTMAF_INLINE Vec<float> high_half(Words word) { return low_half(word >> 16); }
-FASTMAF_INLINE void put_halves(Half* p, Words i, Words word) {
+template <class M>
+FASTMAF_INLINE void put_halves(Half* p, Words i, Words word, M where) {
     for (int l = 0; l < 32; ++l) {
+        if (!where[l]) continue;
         if (reinterpret_cast<uintptr_t>(p + i[l]) % 4) throw std::logic_error("two halves are not aligned");
         store_word(p + i[l], word[l]);
     }
+}
+FASTMAF_INLINE void put_halves(Half* p, Words i, Words word) { put_halves(p, i, word, Words{} == 0u); }
+template <class M>
+FASTMAF_INLINE void put_half(Half* p, Words i, Words word, M where) {
+    for (int l = 0; l < 32; ++l)
+        if (where[l]) p[i[l]] = Half(word[l]);
 }
 template <class M>
 FASTMAF_INLINE void put_eight(Half* p, Words i, const Words (&words)[4], M where) {
@@ -190,6 +198,13 @@ FASTMAF_INLINE Vec<double> quad_sum(Vec<double> v) {
     }
     return v;
 }
+
+FASTMAF_INLINE Words quad_or(Words v) {
+    Words result;
+    for (int l = 0; l < 32; ++l) result[l] = v[l] | v[l ^ 1] | v[l ^ 2] | v[l ^ 3];
+    return result;
+}
+FASTMAF_INLINE void sync_warp() {}
 
 }  // namespace FASTMAF_ISA
 }  // namespace fastmaf

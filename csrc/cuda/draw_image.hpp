@@ -1,0 +1,282 @@
+// The sampler's tape of halves and what goes with it, from a packed flow; see draw.hpp for the layout. Host code.
+#pragma once
+
+#include "draw.hpp"
+#include "tensor_image.hpp"
+
+namespace fastmaf {
+
+// A stage cut into pieces.
+class Pieces {
+public:
+    Pieces(const Program<float>& program, size_t k)
+        : sorted_(program.sorted()[k]), context_(program.context()), hidden_(int(sorted_.known.size())), columns_(size_t(hidden_) + 1, 0) {
+        for (int m = 0; m < hidden_; ++m) unit_of.emplace_back();
+        const int groups = int(sorted_.groups.size()) - 1;
+        for (int m = 0; m < hidden_; ++m) lone_units(m, 0, units(m, 0), 0);  // those that read the context alone
+        for (int g = 0; g < groups;) {
+            int end = g;
+            while (end < groups && fits(g, end + 1)) ++end;
+            if (end > g) {
+                block(g, end);
+                g = end;
+                continue;
+            }
+            for (int s = sorted_.groups[size_t(g)]; s < sorted_.groups[size_t(g + 1)]; s += kDrawVariables) {
+                const int count = std::min(kDrawVariables, sorted_.groups[size_t(g + 1)] - s);
+                begin(s);
+                add_rows(s, count, g);
+                finish(-1, 0, count, 0, 0);
+                end_piece();
+            }
+            for (int m = 0; m < hidden_; ++m) lone_units(m, units(m, g), units(m, g + 1), g + 1);
+            ++g;
+        }
+    }
+
+    std::vector<DrawPiece> all;
+    std::vector<DrawOperation> operations;
+    std::vector<std::vector<int>> unit_of;    // per hidden map and column, the unit in the order of the degrees, or -1
+    std::vector<int> row_of;                  // of each final column, the final row, or -1
+    std::vector<std::vector<int>> alive;      // per piece and map, the inputs that were alive before
+    std::vector<std::vector<int>> counts;     // per piece and map, its units or final rows
+    int hidden() const { return hidden_; }
+    int columns(int map) const { return columns_[size_t(map)]; }
+    // Columns of the inputs of a map.
+    int inputs(int map) const { return map == 0 ? context_ + int(sorted_.variables.size()) : columns_[size_t(map - 1)]; }
+    // The unit or final row in a column of a map, that with a number in a piece, and the input in a column of a map's inputs. -1: none.
+    int unit(int map, int column) const { return (map < hidden_ ? unit_of[size_t(map)] : row_of)[size_t(column)]; }
+    int unit(size_t piece, int map, int number) const {
+        return number < counts[piece][size_t(map)] ? unit(map, all[piece].column[map] + number) : -1;
+    }
+    int input(int map, int column) const {
+        if (column >= inputs(map)) return -1;
+        return map == 0 ? column : unit_of[size_t(map - 1)][size_t(column)];
+    }
+
+private:
+    // As in write_sampler(): units that are alive once groups below g are known, and the inputs of a map then.
+    int units(int m, int g) const { return sorted_.known[size_t(m)][std::min(size_t(g), sorted_.groups.size() - 2)]; }
+    int alive_inputs(int m, int g) const { return m == 0 ? context_ + sorted_.groups[size_t(g)] : units(m - 1, g); }
+
+    bool fits(int g, int end) const {
+        bool result = sorted_.groups[size_t(end)] - sorted_.groups[size_t(g)] <= kDrawVariables;
+        for (int m = 0; m < hidden_; ++m) result = result && units(m, end) - units(m, g) <= kDrawTiles * kTileUnits;
+        return result;
+    }
+    void begin(int variable) {
+        DrawPiece piece{};
+        piece.variable = variable;
+        for (int m = 0; m <= hidden_; ++m) piece.column[m] = columns_[size_t(m)];
+        piece.operation = int(operations.size());
+        all.push_back(piece);
+        alive.emplace_back(size_t(hidden_) + 1, 0);
+        counts.push_back(alive.back());
+    }
+    void end_piece() { all.back().operations = int(operations.size()); }
+    void finish(int map, int first, int last, int pair, int pairs) { operations.push_back({map, first, last, pair, std::max(pair, pairs)}); }
+
+    // Sums over the inputs [0, inputs) for `count` columns.
+    void add(int map, int count, int inputs) {
+        DrawPiece& piece = all.back();
+        piece.tiles[map] = (count + kTileUnits - 1) / kTileUnits;
+        counts.back()[size_t(map)] = count;
+        alive.back()[size_t(map)] = inputs;
+        int last = inputs;
+        if (map > 0) {
+            const std::vector<int>& units = unit_of[size_t(map - 1)];
+            last = inputs ? int(std::find(units.begin(), units.end(), inputs - 1) - units.begin()) + 1 : 0;
+        }
+        piece.steps[map] = (last + 15) / 16;
+        columns_[size_t(map)] += (count + 1) / 2 * 2;
+    }
+    void add_units(int map, int first, int last, int inputs) {
+        if (first == last) return;
+        add(map, last - first, inputs);
+        std::vector<int>& units = unit_of[size_t(map)];
+        for (int u = first; u < last; ++u) units.push_back(u);
+        units.resize(size_t(columns_[size_t(map)]), -1);
+    }
+    void add_rows(int variable, int count, int g) {
+        add(hidden_, 2 * count, alive_inputs(hidden_, g));
+        for (int r = 2 * variable; r < 2 * (variable + count); ++r) row_of.push_back(r);
+        row_of.resize(size_t(columns_[size_t(hidden_)]), -1);
+    }
+
+    // Units all of whose inputs are alive once groups below g are known.
+    void lone_units(int map, int first, int last, int g) {
+        for (int u = first; u < last; u += kDrawTiles * kTileUnits) {
+            const int end = std::min(last, u + kDrawTiles * kTileUnits);
+            begin(0);
+            add_units(map, u, end, alive_inputs(map, g));
+            finish(map, 0, end - u, 0, 0);
+            end_piece();
+        }
+    }
+    void block(int first, int end) {
+        const int variable = sorted_.groups[size_t(first)], variables = sorted_.groups[size_t(end)] - variable;
+        begin(variable);
+        for (int m = 0; m < hidden_; ++m) add_units(m, units(m, first), units(m, end), alive_inputs(m, first));
+        add_rows(variable, variables, first);
+        auto pairs = [&](int m) { return m < hidden_ ? (units(m, end) - units(m, first) + 15) / 16 : (2 * variables + 15) / 16; };
+        for (int g = first; g < end; ++g) {
+            auto local = [&](int m, int group) { return units(m, group) - units(m, first); };
+            const int next = sorted_.groups[size_t(g + 1)] - variable;
+            finish(-1, sorted_.groups[size_t(g)] - variable, next, local(0, g) / 16, pairs(0));
+            for (int m = 0; m < hidden_; ++m)
+                if (local(m, g + 1) > local(m, g))
+                    finish(m, local(m, g), local(m, g + 1), m + 1 < hidden_ ? local(m + 1, g) / 16 : 2 * next / 16, pairs(m + 1));
+        }
+        end_piece();
+    }
+
+    const Sorted& sorted_;
+    const int context_, hidden_;
+    std::vector<int> columns_;  // of each map so far
+};
+
+// Whether a stage is one for tensor cores, and has as many hidden maps as the first of these.
+inline std::vector<char> drawn_stages(const Program<float>& program, int& hidden) {
+    std::vector<char> fits = fitting_stages(program);
+    hidden = 0;
+    for (size_t k = 0; k < fits.size(); ++k) {
+        const int own = fits[k] ? int(program.widths(k).size()) - 1 : 0;
+        fits[k] = own > 0 && own <= kDrawHidden && (hidden == 0 || own == hidden);
+        if (fits[k]) hidden = own;
+    }
+    return fits;
+}
+
+// Where a view has what in shared memory, for groups of 16 rows.
+inline DrawView draw_room(const Program<float>& program, int parts, int groups) {
+    DrawView view;
+    const std::vector<char> fits = drawn_stages(program, view.hidden);
+    if (view.hidden == 0) return view;
+    view.parts = parts;
+    view.groups = groups;
+    view.rows = 16 * groups;
+    std::vector<int> stride(size_t(view.hidden) + 1, 0);
+    for (size_t k = 0; k < fits.size(); ++k) {
+        if (!fits[k]) continue;
+        const Pieces pieces(program, k);
+        for (int m = 0; m <= view.hidden; ++m) stride[size_t(m)] = std::max(stride[size_t(m)], stride_of(pieces.inputs(m)));
+    }
+    int64_t size = 0;
+    auto room = [&](int64_t bytes) {
+        const int64_t begin = size;
+        size += (bytes + 127) / 128 * 128;
+        return begin;
+    };
+    for (int m = 0; m <= view.hidden; ++m) view.inputs[m] = room(int64_t(input_parts(m, parts)) * view.rows * stride[size_t(m)] * 2);
+    view.lost = room(view.rows * int64_t(sizeof(int)));
+    view.ring = room(int64_t(kChunks) * kChunk * kTileBytes);
+    view.shared = size;
+    return view;
+}
+
+// The most rows that fit; none where halves are not wanted or nothing fits.
+inline DrawView fit_draws(const Program<float>& program, device::Precision precision, int warps, int64_t shared) {
+    if (precision == device::Precision::highest) return {};
+    for (int groups = warps; groups > 0; --groups) {
+        const DrawView view = draw_room(program, precision == device::Precision::high ? 2 : 1, groups);
+        if (view.groups == 0 || view.shared <= shared) return view;
+    }
+    return {};
+}
+
+// Appends the tiles of one stage to a tape.
+class DrawTape {
+public:
+    DrawTape(const Program<float>& program, size_t k, int parts, const Pieces& pieces, std::vector<uint16_t>& tape)
+        : pieces_(pieces), context_(program.context()), parts_(parts), tape_(tape) {
+        for (int m = 0; m <= pieces.hidden(); ++m) {
+            const Staircase& stairs = program.sorted()[k].maps[size_t(m)];
+            const float* const weights = program.master().data() + program.weight_offset(k, size_t(m));
+            halves_.emplace_back();
+            for (int u = 0; u < stairs.rows(); ++u)
+                halves_.back().emplace_back(weights + stairs.offset[size_t(u)], stairs.limit[size_t(u)], parts);
+        }
+        for (size_t i = 0; i < pieces.all.size(); ++i) {
+            write_sums(i);
+            for (int o = pieces.all[i].operation; o < pieces.all[i].operations; ++o) write_operation(i, pieces.operations[size_t(o)]);
+        }
+    }
+    int tiles() const { return tiles_; }
+    float scale(int map, int unit) const { return halves_[size_t(map)][size_t(unit)].scale; }
+
+private:
+    // Registers 2 h and 2 h + 1 of B hold unit n and input k where unit(h, n) and input(h, k) say; -1: zero.
+    template <class Unit, class Input>
+    void write(int map, Unit unit, Input input) {
+        ++tiles_;
+        for (int p = 0; p < parts_; ++p)
+            for (unsigned lane = 0; lane < 32; ++lane)
+                for (unsigned r = 0; r < 4; ++r)
+                    for (unsigned i = 0; i < 2; ++i) {
+                        const int u = unit(int(r / 2), int(fragments::b_column(lane))), k = input(int(r / 2), int(fragments::b_row(lane, r % 2) + i));
+                        tape_.push_back(u < 0 || k < 0 ? uint16_t(0) : halves_[size_t(map)][size_t(u)].at(p, k));
+                    }
+    }
+    void write_sums(size_t i) {
+        const DrawPiece& piece = pieces_.all[i];
+        for (int m = 0; m <= pieces_.hidden(); ++m)
+            for (int step = 0; step < piece.steps[m]; step += 2)
+                for (int t = 0; t < piece.tiles[m]; ++t)
+                    write(
+                        m, [&](int, int n) { return pieces_.unit(i, m, kTileUnits * t + n); },
+                        [&](int half, int k) {
+                            const int input = pieces_.input(m, 16 * (step + half) + k);
+                            return input < pieces_.alive[i][size_t(m)] ? input : -1;
+                        });
+    }
+    void write_operation(size_t i, const DrawOperation& operation) {
+        const int from = operation.map, to = from + 1, end = from < 0 ? 1 : (operation.last + 15) / 16;
+        for (int step = from < 0 ? 0 : operation.first / 16; step < end; ++step)
+            for (int pair = operation.pair; pair < operation.pairs; ++pair)
+                write(
+                    to, [&](int half, int n) { return pieces_.unit(i, to, kTileUnits * (2 * pair + half) + n); },
+                    [&](int, int k) {
+                        if (from >= 0) return pieces_.unit(i, from, 16 * step + k);
+                        return variable_of(k) < operation.last ? context_ + pieces_.all[i].variable + variable_of(k) : -1;
+                    });
+    }
+
+    const Pieces& pieces_;
+    const int context_, parts_;
+    std::vector<uint16_t>& tape_;
+    std::vector<std::vector<UnitHalves>> halves_;
+    int tiles_ = 0;
+};
+
+inline DrawView lay_out_draws(Image& image, const Program<float>& program, int parts, int groups) {
+    DrawView view = draw_room(program, parts, groups);
+    const std::vector<char> fits = drawn_stages(program, view.hidden);
+    std::vector<DrawStage> stages(program.stages());
+    std::vector<uint16_t> tape;
+    for (size_t k = stages.size(); k-- > 0;) {  // in the order of their use
+        if (!fits[k]) continue;
+        const Pieces pieces(program, k);
+        const DrawTape written(program, k, parts, pieces, tape);
+        std::vector<DrawMap> maps;
+        for (int m = 0; m <= view.hidden; ++m) {
+            const float* const bias = program.master().data() + program.bias_offset(k, size_t(m));
+            std::vector<float> affine;
+            for (int column = 0; column < pieces.columns(m); ++column) {
+                const int unit = pieces.unit(m, column);
+                affine.push_back(unit < 0 ? 0.0f : written.scale(m, unit));
+                affine.push_back(unit < 0 ? 0.0f : bias[unit]);
+            }
+            affine.resize(affine.size() + 4 * kTileUnits, 0.0f);  // operations read whole pairs of tiles
+            maps.push_back({stride_of(pieces.inputs(m)), image.put(affine)});
+        }
+        stages[k] = {view.hidden + 1, int(pieces.all.size()), written.tiles(), image.put(maps), image.put(pieces.all), image.put(pieces.operations)};
+    }
+    constexpr size_t chunk = kChunk * kTileBytes / sizeof(uint16_t);
+    tape.resize(std::max<size_t>(1, (tape.size() + chunk - 1) / chunk) * chunk);
+    view.stages = image.put(stages);
+    view.tape = reinterpret_cast<const char*>(image.put(tape));
+    view.end = view.tape + tape.size() * sizeof(uint16_t);
+    return view;
+}
+
+}  // namespace fastmaf
