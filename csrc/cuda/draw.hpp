@@ -22,7 +22,7 @@ constexpr int kDrawHidden = 3;        // most hidden maps of a stage
 constexpr int kDrawTiles = 8;         // of 8 units of a hidden map in a piece, at most
 constexpr int kDrawVariables = 16;    // in a piece, at most: one step of inputs
 constexpr int kDrawFinal = kDrawVariables / 4;  // tiles of the final rows
-constexpr int kChunk = 8, kChunks = 3;          // parts of tiles that travel together; chunks in the ring
+constexpr int kChunk = 8, kChunks = 4;          // parts of tiles that travel together; chunks in the ring: two to read, two that come
 
 struct DrawOperation {
     int map;          // whose units are finished; -1: variables
@@ -33,13 +33,13 @@ struct DrawOperation {
 struct DrawPiece {
     int variable;                      // the first one
     int column[kDrawHidden + 1];       // per map where its units begin; of the final one, its rows
-    int tiles[kDrawHidden + 1];        // per map how many it has here
+    int tiles[kDrawHidden + 1];        // per map how many it has here, an even number
     int steps[kDrawHidden + 1];        // of 16 inputs that were alive before
     int operation, operations;         // [operation, operations)
 };
 
 struct DrawMap {
-    int stride;           // of its inputs, as in TensorMap
+    int stride;           // halves from one row of its inputs to the next: an odd number of 16 bytes
     const float* affine;  // [columns][2] scale and bias of each unit
 };
 

@@ -18,51 +18,56 @@ namespace FASTMAF_ISA {
 template <int PARTS>
 class Supply {
 public:
-    static constexpr int size = kChunk * kTileBytes, tiles = kChunk / PARTS;
+    static constexpr int chunk = kChunk * kTileBytes, ring = kChunks * chunk, tile = PARTS * kTileBytes;
     template <class Team>
     FASTMAF_MEMBER Supply(const DrawView& view, char* shared, const Team& team)
         : begin_(view.tape), end_(view.end), next_(view.tape), ring_(shared + view.ring) {
-        for (int i = 0; i + 1 < kChunks; ++i) fetch(team);
+        for (int i = 0; i + 2 < kChunks; ++i) fetch(team);
     }
+    // The next n tiles, at most a chunk, can be taken.
     template <class Team>
-    FASTMAF_MEMBER void take(Words (&b)[PARTS][4], const Team& team) {
-        step(team);
-        FASTMAF_UNROLL(2)
-        for (int p = 0; p < PARTS; ++p) load_four(b[p], ring_ + out_ * size + (tile_ - 1) * PARTS * kTileBytes + p * kTileBytes);
+    FASTMAF_MEMBER void need(int n, const Team& team) {
+        if (left_ < n) turn(team);
     }
-    // To the begin of the tape, from the last tile.
-    FASTMAF_MEMBER void rewind() { tile_ = tiles; }
-    // For a warp without rows: n tiles go by.
+    FASTMAF_MEMBER void take(Words (&b)[PARTS][4]) {
+        FASTMAF_UNROLL(2)
+        for (int p = 0; p < PARTS; ++p) load_four(b[p], ring_ + out_ + p * kTileBytes);
+        skip(1);
+    }
+    // n tiles go by a warp without rows.
     template <class Team>
     FASTMAF_MEMBER void pass(int n, const Team& team) {
-        for (int i = 0; i < n; ++i) step(team);
+        while (left_ < n) turn(team);
+        skip(n);
     }
+    // From the last tile of the tape to the first: over what fills the last chunk.
+    FASTMAF_MEMBER void rewind() { skip(left_); }
 
 private:
-    // A warp that comes to the next chunk waits for all: then it is there, and nobody reads the last one any more.
+    // One more chunk. As all warps meet here, it is there, and nobody reads the chunk before the one at hand any more.
     template <class Team>
-    FASTMAF_MEMBER void step(const Team& team) {
-        if (tile_ == tiles) {
-            wait_copies<kChunks - 2>();
-            team.sync();
-            out_ = out_ + 1 == kChunks ? 0 : out_ + 1;
-            fetch(team);
-            tile_ = 0;
-        }
-        ++tile_;
+    FASTMAF_MEMBER void turn(const Team& team) {
+        wait_copies<kChunks - 3>();
+        team.sync();
+        fetch(team);
+        left_ += chunk / tile;
     }
     template <class Team>
     FASTMAF_MEMBER void fetch(const Team& team) {
         for (int i = 0; i < kChunk; ++i)
-            if (team.mine(i)) copy_async(ring_ + in_ * size + i * kTileBytes, next_ + i * kTileBytes);
-        next_ += size;
+            if (team.mine(i)) copy_async(ring_ + in_ + i * kTileBytes, next_ + i * kTileBytes);
+        next_ += chunk;
         if (next_ == end_) next_ = begin_;
-        in_ = in_ + 1 == kChunks ? 0 : in_ + 1;
+        in_ = (in_ + chunk) % ring;
         commit_copies();
+    }
+    FASTMAF_MEMBER void skip(int n) {
+        left_ -= n;
+        out_ = (out_ + n * tile) % ring;
     }
     const char *begin_, *end_, *next_;
     char* ring_;
-    int in_ = 0, out_ = kChunks - 1, tile_ = tiles;
+    int in_ = 0, out_ = 0, left_ = 0;
 };
 
 // What a warp has of its rows during a stage.
@@ -81,7 +86,48 @@ struct Drawing {
     FASTMAF_MEMBER auto marked(int half, int map) const { return (marks[half] >> uint32_t(map) & 1u) != 0u; }
 };
 
-// sums of `tiles` tiles over the inputs that were alive before.
+// sums[i] += a[step(i)] b[i], without one waiting for the other: the small products of all of them, then the large ones. As in multiply(),
+// what has parts on both sides is summed apart.
+template <int N, int AP, int PARTS, class Step, class Weights>
+FASTMAF_INLINE void multiply_each(Sums<1> (&sums)[N], const Inputs<1, AP>* a, Step step, Weights weights) {
+    constexpr int products = PARTS == 2 ? 3 : AP;
+    FASTMAF_UNROLL(3)
+    for (int product = products; product-- > 0;) {  // low high, high low, high high
+        const int of_a = PARTS == 2 ? product == 2 : product, of_b = PARTS == 2 && product == 1;
+        FASTMAF_UNROLL(8)
+        for (int i = 0; i < N; ++i) {
+            const Words* const b = weights(i, of_b);
+            multiply_add(sums[i][0], a[step(i)][of_a][0], b[0], b[1]);
+        }
+    }
+}
+
+template <int N>
+FASTMAF_INLINE void add_sums(Sums<1>* sums, const Sums<1> (&more)[N]) {
+    FASTMAF_UNROLL(8)
+    for (int i = 0; i < N; ++i) {
+        FASTMAF_UNROLL(4)
+        for (int c = 0; c < 4; ++c) sums[i][0][c] += more[i][0][c];
+    }
+}
+
+// sums of N tiles += the product of 32 inputs.
+template <int N, int AP, int PARTS, class Team>
+FASTMAF_INLINE void add_inputs(Sums<1>* sums, const Inputs<1, AP> (&a)[2], Supply<PARTS>& supply, const Team& team) {
+    Words b[N][PARTS][4];
+    supply.need(N, team);
+    FASTMAF_UNROLL(4)
+    for (int t = 0; t < N; ++t) supply.take(b[t]);
+    Sums<1> own[2 * N] = {};
+    multiply_each<2 * N, AP, PARTS>(own, a, [](int i) { return i % 2; }, [&](int i, int part) { return b[i / 2][part] + i % 2 * 2; });
+    FASTMAF_UNROLL(4)
+    for (int t = 0; t < N; ++t) {
+        FASTMAF_UNROLL(4)
+        for (int c = 0; c < 4; ++c) sums[t][0][c] += own[2 * t][0][c] + own[2 * t + 1][0][c];
+    }
+}
+
+// sums of `tiles` tiles, an even number, over the inputs that were alive before.
 template <int AP, int PARTS, int TILES, class Team>
 FASTMAF_INLINE void sum_before(Sums<1> (&sums)[TILES], int tiles, int steps, const Half* in, int stride, int part, Supply<PARTS>& supply,
                                const Team& team) {
@@ -90,33 +136,45 @@ FASTMAF_INLINE void sum_before(Sums<1> (&sums)[TILES], int tiles, int steps, con
         FASTMAF_UNROLL(4)
         for (int i = 0; i < 4; ++i) sums[t][0][i] = Vec<float>{};
     }
-    if (tiles == 0) return;
-    for (int step = 0; step < steps; step += 2) {
-        Inputs<1, AP> first, second;
-        load_inputs<1, AP>(first, in + 16 * step, stride, part);
-        if (step + 1 < steps) load_inputs<1, AP>(second, in + 16 * (step + 1), stride, part);
-        FASTMAF_UNROLL(8)
-        for (int t = 0; t < TILES; ++t)
-            if (t < tiles) {
-                Words b[PARTS][4];
-                supply.take(b, team);
-                multiply<1, AP, PARTS>(sums[t], first, b, 0);
-                if (step + 1 < steps) multiply<1, AP, PARTS>(sums[t], second, b, 1);
-            }
+    for (int step = 0; step < steps && tiles; step += 2) {
+        Inputs<1, AP> a[2];
+        FASTMAF_UNROLL(2)
+        for (int i = 0; i < 2; ++i) load_inputs<1, AP>(a[i], in + 16 * (step + i), stride, part);
+        FASTMAF_UNROLL(2)
+        for (int t = 0; t < TILES; t += 4) {
+            if (t + 4 <= tiles)
+                add_inputs<4, AP, PARTS>(sums + t, a, supply, team);
+            else if (t + 2 == tiles)
+                add_inputs<2, AP, PARTS>(sums + t, a, supply, team);
+        }
     }
+}
+
+// sums of N pairs of tiles += the product of 16 inputs.
+template <int N, int AP, int PARTS>
+FASTMAF_INLINE void add_step(Sums<1>* sums, const Inputs<1, AP>& a, Supply<PARTS>& supply) {
+    Words b[N][PARTS][4];
+    FASTMAF_UNROLL(2)
+    for (int pair = 0; pair < N; ++pair) supply.take(b[pair]);
+    Sums<1> own[2 * N] = {};
+    multiply_each<2 * N, AP, PARTS>(own, &a, [](int) { return 0; }, [&](int i, int part) { return b[i / 2][part] + i % 2 * 2; });
+    add_sums(sums, own);
 }
 
 // What an operation has finished, added to the pairs of tiles that read it.
 template <int AP, int PARTS, int TILES, class Team>
 FASTMAF_INLINE void pass_on(Sums<1> (&sums)[TILES], const DrawOperation& operation, const Inputs<1, AP>& a, Supply<PARTS>& supply, const Team& team) {
-    FASTMAF_UNROLL(4)
-    for (int pair = 0; pair < TILES / 2; ++pair)
-        if (pair >= operation.pair && pair < operation.pairs) {
-            Words b[PARTS][4];
-            supply.take(b, team);
-            multiply<1, AP, PARTS>(sums[2 * pair], a, b, 0);
-            multiply<1, AP, PARTS>(sums[2 * pair + 1], a, b, 1);
-        }
+    supply.need(operation.pairs - operation.pair, team);
+    FASTMAF_UNROLL(2)
+    for (int pair = 0; pair < TILES / 2; pair += 2) {
+        const bool first = pair >= operation.pair && pair < operation.pairs, second = pair + 1 >= operation.pair && pair + 1 < operation.pairs;
+        if (first && second)
+            add_step<2, AP, PARTS>(sums + 2 * pair, a, supply);
+        else if (first)
+            add_step<1, AP, PARTS>(sums + 2 * pair, a, supply);
+        else if (second)
+            add_step<1, AP, PARTS>(sums + 2 * pair + 2, a, supply);
+    }
 }
 
 // The rows in which something was lost, known to all lanes of their quads.

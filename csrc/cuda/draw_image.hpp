@@ -79,7 +79,7 @@ private:
     // Sums over the inputs [0, inputs) for `count` columns.
     void add(int map, int count, int inputs) {
         DrawPiece& piece = all.back();
-        piece.tiles[map] = (count + kTileUnits - 1) / kTileUnits;
+        piece.tiles[map] = (count + 2 * kTileUnits - 1) / (2 * kTileUnits) * 2;
         counts.back()[size_t(map)] = count;
         alive.back()[size_t(map)] = inputs;
         int last = inputs;
@@ -147,6 +147,14 @@ inline std::vector<char> drawn_stages(const Program<float>& program, int& hidden
     return fits;
 }
 
+// Of the inputs of a map. The last 32 may run on into the next row, or behind the last one: weights are zero there. A context is written in
+// whole steps of 16.
+inline int draw_stride(const Pieces& pieces, int map, int context) {
+    const int columns = std::max(pieces.inputs(map), map == 0 ? (context + 15) / 16 * 16 : 0);
+    return ((columns + 7) / 8 | 1) * 8;
+}
+constexpr int64_t kBehindRows = 128;
+
 // Where a view has what in shared memory, for groups of 16 rows.
 inline DrawView draw_room(const Program<float>& program, int parts, int groups) {
     DrawView view;
@@ -159,7 +167,7 @@ inline DrawView draw_room(const Program<float>& program, int parts, int groups) 
     for (size_t k = 0; k < fits.size(); ++k) {
         if (!fits[k]) continue;
         const Pieces pieces(program, k);
-        for (int m = 0; m <= view.hidden; ++m) stride[size_t(m)] = std::max(stride[size_t(m)], stride_of(pieces.inputs(m)));
+        for (int m = 0; m <= view.hidden; ++m) stride[size_t(m)] = std::max(stride[size_t(m)], draw_stride(pieces, m, program.context()));
     }
     int64_t size = 0;
     auto room = [&](int64_t bytes) {
@@ -167,7 +175,7 @@ inline DrawView draw_room(const Program<float>& program, int parts, int groups) 
         size += (bytes + 127) / 128 * 128;
         return begin;
     };
-    for (int m = 0; m <= view.hidden; ++m) view.inputs[m] = room(int64_t(input_parts(m, parts)) * view.rows * stride[size_t(m)] * 2);
+    for (int m = 0; m <= view.hidden; ++m) view.inputs[m] = room(int64_t(input_parts(m, parts)) * view.rows * stride[size_t(m)] * 2 + kBehindRows);
     view.lost = room(view.rows * int64_t(sizeof(int)));
     view.ring = room(int64_t(kChunks) * kChunk * kTileBytes);
     view.shared = size;
@@ -267,7 +275,7 @@ inline DrawView lay_out_draws(Image& image, const Program<float>& program, int p
                 affine.push_back(unit < 0 ? 0.0f : bias[unit]);
             }
             affine.resize(affine.size() + 4 * kTileUnits, 0.0f);  // operations read whole pairs of tiles
-            maps.push_back({stride_of(pieces.inputs(m)), image.put(affine)});
+            maps.push_back({draw_stride(pieces, m, program.context()), image.put(affine)});
         }
         stages[k] = {view.hidden + 1, int(pieces.all.size()), written.tiles(), image.put(maps), image.put(pieces.all), image.put(pieces.operations)};
     }
