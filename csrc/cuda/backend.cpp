@@ -313,14 +313,17 @@ struct Flow<T>::Parts {
         // With tensor cores there are two kernels: what halves cannot hold is left to the other one.
         const bool evaluates = operation == cuda::Operation::evaluate;
         DrawView draws = copy.draws;
-        if (draws.groups)  // fewer of them where multiprocessors would be left without a block
-            draws.groups = int(std::clamp<int64_t>((job.rows + 15) / 16 / station->processors, 1, draws.groups));
+        if (draws.groups) {  // no more of them than it takes to have all rows in one wave of blocks
+            const int64_t groups = (job.rows + 15) / 16;
+            draws.groups = int(std::clamp<int64_t>((groups + station->processors - 1) / station->processors, 1, draws.groups));
+        }
         const int halves = evaluates ? (job.most ? 0 : copy.tensor.shape.rows) : 16 * draws.groups;  // rows of a tile
         const int64_t most = std::max<int64_t>(1, kScratch / flow.scratch);
         int64_t tensor_blocks = 1;
         if (halves) {
             int resident = 0;
-            check(evaluates ? cuda::resident_tensor_blocks(copy.tensor, &resident) : cuda::resident_draw_blocks(draws, &resident),
+            check(evaluates ? cuda::resident_tensor_blocks(copy.tensor, station->shared, &resident)
+                            : cuda::resident_draw_blocks(draws, station->shared, &resident),
                   "preparing a kernel");
             tensor_blocks = std::min({(job.rows + halves - 1) / halves, int64_t(std::max(1, resident)) * station->processors, most});
         }

@@ -38,7 +38,9 @@ Kernel kernel_of(const DrawView& view) {
 
 }  // namespace
 
-cudaError_t resident_draw_blocks(const DrawView& view, int* blocks) { return resident_blocks(kernel_of(view), view.shared, blocks); }
+cudaError_t resident_draw_blocks(const DrawView& view, int limit, int* blocks) {
+    return resident_blocks(kernel_of(view), view.shared, limit, blocks);
+}
 
 cudaError_t launch_draws(const FlowView<float>& flow, const DrawView& view, const Job<float>& job, int blocks, cudaStream_t stream) {
     kernel_of(view)<<<unsigned(blocks), 32 * kWarps, size_t(view.shared), stream>>>(flow, view, job);

@@ -8,7 +8,8 @@
 //     sums        per map with units in the piece: [32 inputs][tile of 8 units]
 //     operations  per 16 units of its source that it touches: [pair of tiles that reads them]
 //
-// each a tile as in tensor.hpp, for a pair with the registers of one tile of units, then of the other.
+// each as large as a tile in tensor.hpp. That of an operation holds 16 inputs of two tiles of units: registers 0 and 1 those of the first, 2 and 3
+// those of the second.
 //
 // Units and the final rows have columns of their own: those of a piece begin at an even one. The inputs of the first map are the context and
 // the variables as they are.
@@ -22,12 +23,12 @@ constexpr int kDrawHidden = 3;        // most hidden maps of a stage
 constexpr int kDrawTiles = 8;         // of 8 units of a hidden map in a piece, at most
 constexpr int kDrawVariables = 16;    // in a piece, at most: one step of inputs
 constexpr int kDrawFinal = kDrawVariables / 4;  // tiles of the final rows
-constexpr int kChunk = 8, kChunks = 4;          // parts of tiles that travel together; chunks in the ring: two to read, two that come
+constexpr int kDrawChunk = 8, kDrawChunks = 4;  // parts of tiles that travel together; chunks in the ring: two to read, two that come
 
 struct DrawOperation {
-    int map;          // whose units are finished; -1: variables
-    int first, last;  // of the piece
-    int pair, pairs;  // of tiles of the next map that take them: [pair, pairs)
+    int map;                   // whose units are finished; -1: variables
+    int first, end;            // these of the piece
+    int first_pair, end_pair;  // of tiles of the next map that take them
 };
 
 struct DrawPiece {
@@ -35,7 +36,7 @@ struct DrawPiece {
     int column[kDrawHidden + 1];       // per map where its units begin; of the final one, its rows
     int tiles[kDrawHidden + 1];        // per map how many it has here, an even number
     int steps[kDrawHidden + 1];        // of 16 inputs that were alive before
-    int operation, operations;         // [operation, operations)
+    int first_operation, end_operation;
 };
 
 struct DrawMap {

@@ -5,7 +5,7 @@
 // the thread that computes the law of a variable has it where the fragment wants it, so nothing crosses lanes.
 //
 // As in tensor.inl.hpp, what halves cannot hold becomes zero and marks its row: what is finished later and reads it is NaN, and generate()
-// computes it in float. Whatever is finished later reads it, but for variables and units of the same degree, which are marked per map.
+// computes it in float. What is finished later reads it, or is of the same degree; marks per map keep those apart, which do not read each other.
 #pragma once
 
 #include "draw.hpp"
@@ -18,11 +18,11 @@ namespace FASTMAF_ISA {
 template <int PARTS>
 class Supply {
 public:
-    static constexpr int chunk = kChunk * kTileBytes, ring = kChunks * chunk, tile = PARTS * kTileBytes;
+    static constexpr int chunk = kDrawChunk * kTileBytes, ring = kDrawChunks * chunk, tile = PARTS * kTileBytes;
     template <class Team>
     FASTMAF_MEMBER Supply(const DrawView& view, char* shared, const Team& team)
         : begin_(view.tape), end_(view.end), next_(view.tape), ring_(shared + view.ring) {
-        for (int i = 0; i + 2 < kChunks; ++i) fetch(team);
+        for (int i = 0; i + 2 < kDrawChunks; ++i) fetch(team);
     }
     // The next n tiles, at most a chunk, can be taken.
     template <class Team>
@@ -47,15 +47,14 @@ private:
     // One more chunk. As all warps meet here, it is there, and nobody reads the chunk before the one at hand any more.
     template <class Team>
     FASTMAF_MEMBER void turn(const Team& team) {
-        wait_copies<kChunks - 3>();
+        wait_copies<kDrawChunks - 3>();
         team.sync();
         fetch(team);
         left_ += chunk / tile;
     }
     template <class Team>
     FASTMAF_MEMBER void fetch(const Team& team) {
-        for (int i = 0; i < kChunk; ++i)
-            if (team.mine(i)) copy_async(ring_ + in_ + i * kTileBytes, next_ + i * kTileBytes);
+        for (int i = team.rank; i < kDrawChunk; i += team.warps()) copy_async(ring_ + in_ + i * kTileBytes, next_ + i * kTileBytes);
         next_ += chunk;
         if (next_ == end_) next_ = begin_;
         in_ = (in_ + chunk) % ring;
@@ -76,9 +75,9 @@ struct Drawing {
     const StageView<float>& view;
     const DrawStage& stage;
     Half* inputs[HIDDEN + 1];  // of each map, from its first row on
-    int rows;                  // between the parts of inputs
+    int part_rows;             // rows between the parts of inputs
     int begin;                 // its first row
-    Sums<1> units[HIDDEN][kDrawTiles], last[kDrawFinal];
+    Sums<1> hidden_sums[HIDDEN][kDrawTiles], final_sums[kDrawFinal];
     Words marks[2] = {};       // per half of the rows: bit m is set once an input of map m was lost
     Vec<double> log_det[2] = {};
 
@@ -164,10 +163,11 @@ FASTMAF_INLINE void add_step(Sums<1>* sums, const Inputs<1, AP>& a, Supply<PARTS
 // What an operation has finished, added to the pairs of tiles that read it.
 template <int AP, int PARTS, int TILES, class Team>
 FASTMAF_INLINE void pass_on(Sums<1> (&sums)[TILES], const DrawOperation& operation, const Inputs<1, AP>& a, Supply<PARTS>& supply, const Team& team) {
-    supply.need(operation.pairs - operation.pair, team);
+    supply.need(operation.end_pair - operation.first_pair, team);
     FASTMAF_UNROLL(2)
     for (int pair = 0; pair < TILES / 2; pair += 2) {
-        const bool first = pair >= operation.pair && pair < operation.pairs, second = pair + 1 >= operation.pair && pair + 1 < operation.pairs;
+        const bool first = pair >= operation.first_pair && pair < operation.end_pair;
+        const bool second = pair + 1 >= operation.first_pair && pair + 1 < operation.end_pair;
         if (first && second)
             add_step<2, AP, PARTS>(sums + 2 * pair, a, supply);
         else if (first)
@@ -184,9 +184,9 @@ FASTMAF_INLINE void mark(Words (&marks)[2], const Words (&lost)[2], int map) {
     for (int half = 0; half < 2; ++half) marks[half] |= quad_or(lost[half]) << uint32_t(map);
 }
 
-// The law of variables [first, last) of a piece: x from z, as halves too.
+// Variables [first, end) of a piece by the law, x from z; then what the first map has of them.
 template <int HIDDEN, int PARTS, class Team>
-FASTMAF_INLINE void draw_variables(Drawing<HIDDEN, PARTS>& drawing, const DrawPiece& piece, const DrawOperation& operation, int context,
+FASTMAF_INLINE void finish_variables(Drawing<HIDDEN, PARTS>& drawing, const DrawPiece& piece, const DrawOperation& operation, int context,
                                    const float* z, float* x, Supply<PARTS>& supply, const Team& team) {
     constexpr int lanes = lanes_of<float>();
     const StageView<float>& view = drawing.view;
@@ -198,9 +198,9 @@ FASTMAF_INLINE void draw_variables(Drawing<HIDDEN, PARTS>& drawing, const DrawPi
     FASTMAF_UNROLL(4)
     for (int t = 0; t < kDrawFinal; ++t) {
         value[0][t] = value[1][t] = Vec<float>{};
-        if (4 * t + 4 <= operation.first || 4 * t >= operation.last) continue;
+        if (4 * t + 4 <= operation.first || 4 * t >= operation.end) continue;
         const Words own = thread + uint32_t(4 * t);
-        const auto there = (own >= uint32_t(operation.first)) & (own < uint32_t(operation.last));
+        const auto there = (own >= uint32_t(operation.first)) & (own < uint32_t(operation.end));
         const Words s = select_words(there, own, Words{} + uint32_t(operation.first)) + uint32_t(piece.variable);
         const Words from = take(view.next, s) * uint32_t(lanes);
         Vec<float> affine[4], loc{}, scale = splat<float>(1);
@@ -212,8 +212,8 @@ FASTMAF_INLINE void draw_variables(Drawing<HIDDEN, PARTS>& drawing, const DrawPi
         FASTMAF_UNROLL(2)
         for (int half = 0; half < 2; ++half) {
             const Words row = drawing.row(half);
-            const Vec<float> m = fma(drawing.last[t][0][2 * half], affine[0], affine[1]);
-            Vec<float> a = log_scale<float>(view, fma(drawing.last[t][0][2 * half + 1], affine[2], affine[3]));
+            const Vec<float> m = fma(drawing.final_sums[t][0][2 * half], affine[0], affine[1]);
+            Vec<float> a = log_scale<float>(view, fma(drawing.final_sums[t][0][2 * half + 1], affine[2], affine[3]));
             Vec<float> noise = take(z, from + row);
             if (view.scale) noise = noise / scale + loc;
             Vec<float> v = to_x<float>(view, noise, m, a);
@@ -237,33 +237,34 @@ FASTMAF_INLINE void draw_variables(Drawing<HIDDEN, PARTS>& drawing, const DrawPi
         FASTMAF_UNROLL(2)
         for (int i = 0; i < 2; ++i) {
             const Words own = thread + uint32_t(4 * (t + i));
-            const auto there = (own >= uint32_t(operation.first)) & (own < uint32_t(operation.last));
+            const auto there = (own >= uint32_t(operation.first)) & (own < uint32_t(operation.end));
             const Words place = fragments::c_row(lane_words(), 2u * unsigned(half)) * uint32_t(drawing.stage.map[0].stride) +
                                 select_words(there, own, Words{}) + uint32_t(context + piece.variable);
             FASTMAF_UNROLL(2)
-            for (int p = 0; p < 2; ++p) put_half(drawing.inputs[0] + p * drawing.rows * drawing.stage.map[0].stride, place, a[p][0][r] >> uint32_t(16 * i), there);
+            for (int p = 0; p < 2; ++p)
+                put_half(drawing.inputs[0] + p * drawing.part_rows * drawing.stage.map[0].stride, place, a[p][0][r] >> uint32_t(16 * i), there);
         }
     }
-    pass_on<2, PARTS>(drawing.units[0], operation, a, supply, team);
+    pass_on<2, PARTS>(drawing.hidden_sums[0], operation, a, supply, team);
 }
 
-// Units [first, last) of a hidden map in a piece: their activations, as halves; then what the next map has of them.
+// Units [first, end) of a hidden map in a piece: their activations; then what the next map has of them.
 template <int MAP, int HIDDEN, int PARTS, class Team>
-FASTMAF_INLINE void draw_units(Drawing<HIDDEN, PARTS>& drawing, const DrawPiece& piece, const DrawOperation& operation, Supply<PARTS>& supply,
+FASTMAF_INLINE void finish_units(Drawing<HIDDEN, PARTS>& drawing, const DrawPiece& piece, const DrawOperation& operation, Supply<PARTS>& supply,
                                const Team& team) {
     const DrawMap &map = drawing.stage.map[MAP], &next = drawing.stage.map[MAP + 1];
     const Vec<float> none = splat<float>(__builtin_nanf(""));
     Words lost[2] = {};
     FASTMAF_ROLLED
-    for (int step = operation.first / 16; 16 * step < operation.last; ++step) {
+    for (int step = operation.first / 16; 16 * step < operation.end; ++step) {
         Sums<1> own[2] = {};
         FASTMAF_UNROLL(4)
         for (int i = 0; i < kDrawTiles / 2; ++i)
             if (i == step) {
                 FASTMAF_UNROLL(4)
                 for (int c = 0; c < 4; ++c) {
-                    own[0][0][c] = drawing.units[MAP][2 * i][0][c];
-                    own[1][0][c] = drawing.units[MAP][2 * i + 1][0][c];
+                    own[0][0][c] = drawing.hidden_sums[MAP][2 * i][0][c];
+                    own[1][0][c] = drawing.hidden_sums[MAP][2 * i + 1][0][c];
                 }
             }
         FASTMAF_UNROLL(2)
@@ -293,7 +294,7 @@ FASTMAF_INLINE void draw_units(Drawing<HIDDEN, PARTS>& drawing, const DrawPiece&
                 FASTMAF_UNROLL(2)
                 for (int i = 0; i < 2; ++i) {
                     v[i] = select(astray, none, own[u][0][2 * half + i]);
-                    const auto done = unit + uint32_t(i) < uint32_t(operation.last);
+                    const auto done = unit + uint32_t(i) < uint32_t(operation.end);
                     const auto here = done & (unit + uint32_t(i) >= uint32_t(operation.first));
                     const auto fit = fits_half(v[i]);
                     lost[half] |= select_words(here & (fit == 0), Words{} + 1u, Words{});
@@ -306,15 +307,15 @@ FASTMAF_INLINE void draw_units(Drawing<HIDDEN, PARTS>& drawing, const DrawPiece&
                 const Words place = fragments::c_row(lane_words(), 2u * unsigned(half)) * uint32_t(next.stride) + uint32_t(piece.column[MAP]) + unit;
                 FASTMAF_UNROLL(2)
                 for (int p = 0; p < PARTS; ++p) {
-                    put_halves(drawing.inputs[MAP + 1] + p * drawing.rows * next.stride, place, part[p], unit < uint32_t(operation.last));
+                    put_halves(drawing.inputs[MAP + 1] + p * drawing.part_rows * next.stride, place, part[p], unit < uint32_t(operation.end));
                     a[p][0][2 * u + half] = part[p] & finished;
                 }
             }
         }
         if constexpr (MAP + 1 < HIDDEN)
-            pass_on<PARTS, PARTS>(drawing.units[MAP + 1], operation, a, supply, team);
+            pass_on<PARTS, PARTS>(drawing.hidden_sums[MAP + 1], operation, a, supply, team);
         else
-            pass_on<PARTS, PARTS>(drawing.last, operation, a, supply, team);
+            pass_on<PARTS, PARTS>(drawing.final_sums, operation, a, supply, team);
     }
     mark(drawing.marks, lost, MAP + 1);
 }
@@ -323,19 +324,20 @@ template <int MAP, int HIDDEN, int PARTS, class Team>
 FASTMAF_INLINE void sum_maps(Drawing<HIDDEN, PARTS>& drawing, const DrawPiece& piece, Supply<PARTS>& supply, const Team& team) {
     const int stride = drawing.stage.map[MAP].stride;
     if constexpr (MAP < HIDDEN) {
-        sum_before<input_parts(MAP, PARTS), PARTS>(drawing.units[MAP], piece.tiles[MAP], piece.steps[MAP], drawing.inputs[MAP], stride,
-                                                   drawing.rows * stride, supply, team);
+        sum_before<input_parts(MAP, PARTS), PARTS>(drawing.hidden_sums[MAP], piece.tiles[MAP], piece.steps[MAP], drawing.inputs[MAP], stride,
+                                                   drawing.part_rows * stride, supply, team);
         sum_maps<MAP + 1>(drawing, piece, supply, team);
     } else {
-        sum_before<PARTS, PARTS>(drawing.last, piece.tiles[MAP], piece.steps[MAP], drawing.inputs[MAP], stride, drawing.rows * stride, supply, team);
+        sum_before<PARTS, PARTS>(drawing.final_sums, piece.tiles[MAP], piece.steps[MAP], drawing.inputs[MAP], stride, drawing.part_rows * stride,
+                                 supply, team);
     }
 }
 
 template <int MAP, int HIDDEN, int PARTS, class Team>
-FASTMAF_INLINE void draw_maps(Drawing<HIDDEN, PARTS>& drawing, const DrawPiece& piece, const DrawOperation& operation, Supply<PARTS>& supply,
+FASTMAF_INLINE void finish_map(Drawing<HIDDEN, PARTS>& drawing, const DrawPiece& piece, const DrawOperation& operation, Supply<PARTS>& supply,
                               const Team& team) {
-    if (operation.map == MAP) return draw_units<MAP>(drawing, piece, operation, supply, team);
-    if constexpr (MAP + 1 < HIDDEN) draw_maps<MAP + 1>(drawing, piece, operation, supply, team);
+    if (operation.map == MAP) return finish_units<MAP>(drawing, piece, operation, supply, team);
+    if constexpr (MAP + 1 < HIDDEN) finish_map<MAP + 1>(drawing, piece, operation, supply, team);
 }
 
 template <int HIDDEN, int PARTS, class Team>
@@ -368,12 +370,14 @@ FASTMAF_FN void draw_stage(const FlowView<float>& flow, const DrawView& draws, i
         const DrawPiece piece = stage.piece[i];
         sync_warp();  // the halves of other lanes are there
         sum_maps<0>(drawing, piece, supply, team);
-        for (int o = piece.operation; o < piece.operations; ++o) {
-            const DrawOperation operation = stage.operation[o];
+        DrawOperation next = stage.operation[piece.first_operation];
+        for (int o = piece.first_operation; o < piece.end_operation; ++o) {
+            const DrawOperation operation = next;  // the one behind is under way meanwhile
+            next = stage.operation[o + 1 < piece.end_operation ? o + 1 : o];
             if (operation.map < 0)
-                draw_variables(drawing, piece, operation, flow.context, z, x + flow.context * lanes, supply, team);
+                finish_variables(drawing, piece, operation, flow.context, z, x + flow.context * lanes, supply, team);
             else
-                draw_maps<0>(drawing, piece, operation, supply, team);
+                finish_map<0>(drawing, piece, operation, supply, team);
         }
     }
     FASTMAF_UNROLL(2)

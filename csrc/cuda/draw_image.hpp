@@ -13,12 +13,12 @@ public:
         : sorted_(program.sorted()[k]), context_(program.context()), hidden_(int(sorted_.known.size())), columns_(size_t(hidden_) + 1, 0) {
         for (int m = 0; m < hidden_; ++m) unit_of.emplace_back();
         const int groups = int(sorted_.groups.size()) - 1;
-        for (int m = 0; m < hidden_; ++m) lone_units(m, 0, units(m, 0), 0);  // those that read the context alone
+        for (int m = 0; m < hidden_; ++m) add_lone_units(m, 0, units(m, 0), 0);  // those that read the context alone
         for (int g = 0; g < groups;) {
             int end = g;
             while (end < groups && fits(g, end + 1)) ++end;
             if (end > g) {
-                block(g, end);
+                add_block(g, end);
                 g = end;
                 continue;
             }
@@ -26,10 +26,10 @@ public:
                 const int count = std::min(kDrawVariables, sorted_.groups[size_t(g + 1)] - s);
                 begin(s);
                 add_rows(s, count, g);
-                finish(-1, 0, count, 0, 0);
+                add_operation(-1, 0, count, 0, 0);
                 end_piece();
             }
-            for (int m = 0; m < hidden_; ++m) lone_units(m, units(m, g), units(m, g + 1), g + 1);
+            for (int m = 0; m < hidden_; ++m) add_lone_units(m, units(m, g), units(m, g + 1), g + 1);
             ++g;
         }
     }
@@ -68,13 +68,15 @@ private:
         DrawPiece piece{};
         piece.variable = variable;
         for (int m = 0; m <= hidden_; ++m) piece.column[m] = columns_[size_t(m)];
-        piece.operation = int(operations.size());
+        piece.first_operation = int(operations.size());
         all.push_back(piece);
         alive.emplace_back(size_t(hidden_) + 1, 0);
         counts.push_back(alive.back());
     }
-    void end_piece() { all.back().operations = int(operations.size()); }
-    void finish(int map, int first, int last, int pair, int pairs) { operations.push_back({map, first, last, pair, std::max(pair, pairs)}); }
+    void end_piece() { all.back().end_operation = int(operations.size()); }
+    void add_operation(int map, int first, int end, int first_pair, int end_pair) {
+        operations.push_back({map, first, end, first_pair, std::max(first_pair, end_pair)});
+    }
 
     // Sums over the inputs [0, inputs) for `count` columns.
     void add(int map, int count, int inputs) {
@@ -104,16 +106,16 @@ private:
     }
 
     // Units all of whose inputs are alive once groups below g are known.
-    void lone_units(int map, int first, int last, int g) {
+    void add_lone_units(int map, int first, int last, int g) {
         for (int u = first; u < last; u += kDrawTiles * kTileUnits) {
             const int end = std::min(last, u + kDrawTiles * kTileUnits);
             begin(0);
             add_units(map, u, end, alive_inputs(map, g));
-            finish(map, 0, end - u, 0, 0);
+            add_operation(map, 0, end - u, 0, 0);
             end_piece();
         }
     }
-    void block(int first, int end) {
+    void add_block(int first, int end) {
         const int variable = sorted_.groups[size_t(first)], variables = sorted_.groups[size_t(end)] - variable;
         begin(variable);
         for (int m = 0; m < hidden_; ++m) add_units(m, units(m, first), units(m, end), alive_inputs(m, first));
@@ -122,10 +124,10 @@ private:
         for (int g = first; g < end; ++g) {
             auto local = [&](int m, int group) { return units(m, group) - units(m, first); };
             const int next = sorted_.groups[size_t(g + 1)] - variable;
-            finish(-1, sorted_.groups[size_t(g)] - variable, next, local(0, g) / 16, pairs(0));
+            add_operation(-1, sorted_.groups[size_t(g)] - variable, next, local(0, g) / 16, pairs(0));
             for (int m = 0; m < hidden_; ++m)
                 if (local(m, g + 1) > local(m, g))
-                    finish(m, local(m, g), local(m, g + 1), m + 1 < hidden_ ? local(m + 1, g) / 16 : 2 * next / 16, pairs(m + 1));
+                    add_operation(m, local(m, g), local(m, g + 1), m + 1 < hidden_ ? local(m + 1, g) / 16 : 2 * next / 16, pairs(m + 1));
         }
         end_piece();
     }
@@ -135,58 +137,59 @@ private:
     std::vector<int> columns_;  // of each map so far
 };
 
-// Whether a stage is one for tensor cores, and has as many hidden maps as the first of these.
-inline std::vector<char> drawn_stages(const Program<float>& program, int& hidden) {
-    std::vector<char> fits = fitting_stages(program);
-    hidden = 0;
-    for (size_t k = 0; k < fits.size(); ++k) {
-        const int own = fits[k] ? int(program.widths(k).size()) - 1 : 0;
-        fits[k] = own > 0 && own <= kDrawHidden && (hidden == 0 || own == hidden);
-        if (fits[k]) hidden = own;
+// The stages for tensor cores: those that have as many hidden maps as the first of them.
+struct DrawnStages {
+    std::vector<char> fits;
+    int hidden = 0;
+    std::vector<int> stride;  // of the inputs of each map, in any stage
+
+    explicit DrawnStages(const Program<float>& program) : fits(fitting_stages(program)) {
+        for (size_t k = 0; k < fits.size(); ++k) {
+            const int own = fits[k] ? int(program.widths(k).size()) - 1 : 0;
+            fits[k] = own > 0 && own <= kDrawHidden && (hidden == 0 || own == hidden);
+            if (!fits[k]) continue;
+            hidden = own;
+            stride.resize(size_t(own) + 1, 0);
+            const Pieces pieces(program, k);
+            for (int m = 0; m <= own; ++m) stride[size_t(m)] = std::max(stride[size_t(m)], stride_of_inputs(pieces, m, program.context()));
+        }
     }
-    return fits;
-}
-
-// Of the inputs of a map. The last 32 may run on into the next row, or behind the last one: weights are zero there. A context is written in
-// whole steps of 16.
-inline int draw_stride(const Pieces& pieces, int map, int context) {
-    const int columns = std::max(pieces.inputs(map), map == 0 ? (context + 15) / 16 * 16 : 0);
-    return ((columns + 7) / 8 | 1) * 8;
-}
-constexpr int64_t kBehindRows = 128;
-
-// Where a view has what in shared memory, for groups of 16 rows.
-inline DrawView draw_room(const Program<float>& program, int parts, int groups) {
-    DrawView view;
-    const std::vector<char> fits = drawn_stages(program, view.hidden);
-    if (view.hidden == 0) return view;
-    view.parts = parts;
-    view.groups = groups;
-    view.rows = 16 * groups;
-    std::vector<int> stride(size_t(view.hidden) + 1, 0);
-    for (size_t k = 0; k < fits.size(); ++k) {
-        if (!fits[k]) continue;
-        const Pieces pieces(program, k);
-        for (int m = 0; m <= view.hidden; ++m) stride[size_t(m)] = std::max(stride[size_t(m)], draw_stride(pieces, m, program.context()));
+    // Halves from one row to the next. The last 32 inputs may run on into the next row, or behind the last one: weights are zero there. A
+    // context is written in whole steps of 16.
+    static int stride_of_inputs(const Pieces& pieces, int map, int context) {
+        const int columns = std::max(pieces.inputs(map), map == 0 ? (context + 15) / 16 * 16 : 0);
+        return ((columns + 7) / 8 | 1) * 8;
     }
-    int64_t size = 0;
-    auto room = [&](int64_t bytes) {
-        const int64_t begin = size;
-        size += (bytes + 127) / 128 * 128;
-        return begin;
-    };
-    for (int m = 0; m <= view.hidden; ++m) view.inputs[m] = room(int64_t(input_parts(m, parts)) * view.rows * stride[size_t(m)] * 2 + kBehindRows);
-    view.lost = room(view.rows * int64_t(sizeof(int)));
-    view.ring = room(int64_t(kChunks) * kChunk * kTileBytes);
-    view.shared = size;
-    return view;
-}
+    static constexpr int64_t behind_rows = 128;
 
-// The most rows that fit; none where halves are not wanted or nothing fits.
+    // Where a view has what in shared memory, for groups of 16 rows.
+    DrawView view(int parts, int groups) const {
+        DrawView view;
+        if (hidden == 0) return view;
+        view.hidden = hidden;
+        view.parts = parts;
+        view.groups = groups;
+        view.rows = 16 * groups;
+        auto room = [&](int64_t bytes) {
+            const int64_t begin = view.shared;
+            view.shared += (bytes + 127) / 128 * 128;
+            return begin;
+        };
+        for (int m = 0; m <= hidden; ++m)
+            view.inputs[m] = room(int64_t(input_parts(m, parts)) * view.rows * stride[size_t(m)] * int64_t(sizeof(uint16_t)) + behind_rows);
+        view.lost = room(view.rows * int64_t(sizeof(int)));
+        view.ring = room(int64_t(kDrawChunks) * kDrawChunk * kTileBytes);
+        return view;
+    }
+};
+
+// The most rows that fit; none where halves are not wanted or nothing fits. That more rows are better, and one group better than none, is not
+// measured.
 inline DrawView fit_draws(const Program<float>& program, device::Precision precision, int warps, int64_t shared) {
     if (precision == device::Precision::highest) return {};
+    const DrawnStages stages(program);
     for (int groups = warps; groups > 0; --groups) {
-        const DrawView view = draw_room(program, precision == device::Precision::high ? 2 : 1, groups);
+        const DrawView view = stages.view(precision == device::Precision::high ? 2 : 1, groups);
         if (view.groups == 0 || view.shared <= shared) return view;
     }
     return {};
@@ -206,7 +209,7 @@ public:
         }
         for (size_t i = 0; i < pieces.all.size(); ++i) {
             write_sums(i);
-            for (int o = pieces.all[i].operation; o < pieces.all[i].operations; ++o) write_operation(i, pieces.operations[size_t(o)]);
+            for (int o = pieces.all[i].first_operation; o < pieces.all[i].end_operation; ++o) write_operation(i, pieces.operations[size_t(o)]);
         }
     }
     int tiles() const { return tiles_; }
@@ -238,14 +241,14 @@ private:
                         });
     }
     void write_operation(size_t i, const DrawOperation& operation) {
-        const int from = operation.map, to = from + 1, end = from < 0 ? 1 : (operation.last + 15) / 16;
+        const int from = operation.map, to = from + 1, end = from < 0 ? 1 : (operation.end + 15) / 16;
         for (int step = from < 0 ? 0 : operation.first / 16; step < end; ++step)
-            for (int pair = operation.pair; pair < operation.pairs; ++pair)
+            for (int pair = operation.first_pair; pair < operation.end_pair; ++pair)
                 write(
                     to, [&](int half, int n) { return pieces_.unit(i, to, kTileUnits * (2 * pair + half) + n); },
                     [&](int, int k) {
                         if (from >= 0) return pieces_.unit(i, from, 16 * step + k);
-                        return variable_of(k) < operation.last ? context_ + pieces_.all[i].variable + variable_of(k) : -1;
+                        return variable_of(k) < operation.end ? context_ + pieces_.all[i].variable + variable_of(k) : -1;
                     });
     }
 
@@ -257,12 +260,12 @@ private:
 };
 
 inline DrawView lay_out_draws(Image& image, const Program<float>& program, int parts, int groups) {
-    DrawView view = draw_room(program, parts, groups);
-    const std::vector<char> fits = drawn_stages(program, view.hidden);
+    const DrawnStages drawn(program);
+    DrawView view = drawn.view(parts, groups);
     std::vector<DrawStage> stages(program.stages());
     std::vector<uint16_t> tape;
     for (size_t k = stages.size(); k-- > 0;) {  // in the order of their use
-        if (!fits[k]) continue;
+        if (!drawn.fits[k]) continue;
         const Pieces pieces(program, k);
         const DrawTape written(program, k, parts, pieces, tape);
         std::vector<DrawMap> maps;
@@ -275,11 +278,11 @@ inline DrawView lay_out_draws(Image& image, const Program<float>& program, int p
                 affine.push_back(unit < 0 ? 0.0f : bias[unit]);
             }
             affine.resize(affine.size() + 4 * kTileUnits, 0.0f);  // operations read whole pairs of tiles
-            maps.push_back({draw_stride(pieces, m, program.context()), image.put(affine)});
+            maps.push_back({DrawnStages::stride_of_inputs(pieces, m, program.context()), image.put(affine)});
         }
         stages[k] = {view.hidden + 1, int(pieces.all.size()), written.tiles(), image.put(maps), image.put(pieces.all), image.put(pieces.operations)};
     }
-    constexpr size_t chunk = kChunk * kTileBytes / sizeof(uint16_t);
+    constexpr size_t chunk = kDrawChunk * kTileBytes / sizeof(uint16_t);
     tape.resize(std::max<size_t>(1, (tape.size() + chunk - 1) / chunk) * chunk);
     view.stages = image.put(stages);
     view.tape = reinterpret_cast<const char*>(image.put(tape));

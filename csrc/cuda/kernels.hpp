@@ -22,9 +22,9 @@ cudaError_t launch_fold(const FlowView<T>& flow, const Job<T>& job, T* room, T* 
 // Whether the current device runs code that was compiled for tensor cores.
 bool has_tensor_cores();
 int tensor_warps();  // of a block
-// Blocks that one multiprocessor holds at a time; lets them have the shared memory.
-cudaError_t resident_tensor_blocks(const TensorView& tensor, int* blocks);
-cudaError_t resident_draw_blocks(const DrawView& draws, int* blocks);
+// Blocks that one multiprocessor holds at a time; limit: the shared memory that a block may have.
+cudaError_t resident_tensor_blocks(const TensorView& tensor, int limit, int* blocks);
+cudaError_t resident_draw_blocks(const DrawView& draws, int limit, int* blocks);
 cudaError_t launch_tensor(const FlowView<float>& flow, const TensorView& tensor, const Job<float>& job, int blocks, cudaStream_t stream);
 cudaError_t launch_draws(const FlowView<float>& flow, const DrawView& draws, const Job<float>& job, int blocks, cudaStream_t stream);
 

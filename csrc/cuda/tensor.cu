@@ -49,7 +49,9 @@ bool has_tensor_cores() {
 
 int tensor_warps() { return kWarps; }
 
-cudaError_t resident_tensor_blocks(const TensorView& view, int* blocks) { return resident_blocks(kernel_of(view.shape), view.shared, blocks); }
+cudaError_t resident_tensor_blocks(const TensorView& view, int limit, int* blocks) {
+    return resident_blocks(kernel_of(view.shape), view.shared, limit, blocks);
+}
 
 cudaError_t launch_tensor(const FlowView<float>& flow, const TensorView& view, const Job<float>& job, int blocks, cudaStream_t stream) {
     kernel_of(view.shape)<<<unsigned(blocks), 32 * kWarps, size_t(view.shared), stream>>>(flow, view, job);

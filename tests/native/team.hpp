@@ -39,6 +39,7 @@ struct Team {
     Meeting& meeting;
     bool mine(int i) const { return i % size == rank; }
     void sync() const { meeting.wait(); }
+    int warps() const { return size; }
     int thread() const { return rank; }
     int threads() const { return size; }
 };
