@@ -151,16 +151,13 @@ struct DrawnStages {
             hidden = own;
             stride.resize(size_t(own) + 1, 0);
             const Pieces pieces(program, k);
-            for (int m = 0; m <= own; ++m) stride[size_t(m)] = std::max(stride[size_t(m)], stride_of_inputs(pieces, m, program.context()));
+            for (int m = 0; m <= own; ++m) stride[size_t(m)] = std::max(stride[size_t(m)], stride_of_inputs(pieces, m));
         }
     }
-    // Halves from one row to the next. The last 32 inputs may run on into the next row, or behind the last one: weights are zero there. A
-    // context is written in whole steps of 16.
-    static int stride_of_inputs(const Pieces& pieces, int map, int context) {
-        const int columns = std::max(pieces.inputs(map), map == 0 ? (context + 15) / 16 * 16 : 0);
-        return ((columns + 7) / 8 | 1) * 8;
+    // Halves from one row to the next. Sums read whole steps of 32 inputs: behind the last one weights are zero, and no other warp writes there.
+    static int stride_of_inputs(const Pieces& pieces, int map) {
+        return (pieces.inputs(map) + 31) / 32 * 32 + 8;
     }
-    static constexpr int64_t behind_rows = 128;
 
     // Where a view has what in shared memory, for groups of 16 rows.
     DrawView view(int parts, int groups) const {
@@ -176,7 +173,7 @@ struct DrawnStages {
             return begin;
         };
         for (int m = 0; m <= hidden; ++m)
-            view.inputs[m] = room(int64_t(input_parts(m, parts)) * view.rows * stride[size_t(m)] * int64_t(sizeof(uint16_t)) + behind_rows);
+            view.inputs[m] = room(int64_t(input_parts(m, parts)) * view.rows * stride[size_t(m)] * int64_t(sizeof(uint16_t)));
         view.lost = room(view.rows * int64_t(sizeof(int)));
         view.ring = room(int64_t(kDrawChunks) * kDrawChunk * kTileBytes);
         return view;
@@ -278,7 +275,7 @@ inline DrawView lay_out_draws(Image& image, const Program<float>& program, int p
                 affine.push_back(unit < 0 ? 0.0f : bias[unit]);
             }
             affine.resize(affine.size() + 4 * kTileUnits, 0.0f);  // operations read whole pairs of tiles
-            maps.push_back({DrawnStages::stride_of_inputs(pieces, m, program.context()), image.put(affine)});
+            maps.push_back({DrawnStages::stride_of_inputs(pieces, m), image.put(affine)});
         }
         stages[k] = {view.hidden + 1, int(pieces.all.size()), written.tiles(), image.put(maps), image.put(pieces.all), image.put(pieces.operations)};
     }
