@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
     extern __shared__ __align__(128) char shared[];
     const Team team;
     char* const scratch = job.scratch + int64_t(blockIdx.x) * flow.scratch;
-    tensor::clear_halves(view, shared, team);
+    tensor::clear_halves(shared, view.ring, team);
     tensor::Supply<PARTS> supply(view, shared, team);
     const int64_t rows = 16 * view.groups;
     for (int64_t begin = int64_t(blockIdx.x) * rows; begin < job.rows; begin += int64_t(gridDim.x) * rows)

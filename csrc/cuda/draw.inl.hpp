@@ -101,15 +101,6 @@ FASTMAF_INLINE void multiply_each(Sums<1> (&sums)[N], const Inputs<1, AP>* a, St
     }
 }
 
-template <int N>
-FASTMAF_INLINE void add_sums(Sums<1>* sums, const Sums<1> (&more)[N]) {
-    FASTMAF_UNROLL(8)
-    for (int i = 0; i < N; ++i) {
-        FASTMAF_UNROLL(4)
-        for (int c = 0; c < 4; ++c) sums[i][0][c] += more[i][0][c];
-    }
-}
-
 // sums of N tiles += the product of 32 inputs.
 template <int N, int AP, int PARTS, class Team>
 FASTMAF_INLINE void add_inputs(Sums<1>* sums, const Inputs<1, AP> (&a)[2], Supply<PARTS>& supply, const Team& team) {
@@ -157,7 +148,11 @@ FASTMAF_INLINE void add_step(Sums<1>* sums, const Inputs<1, AP>& a, Supply<PARTS
     for (int pair = 0; pair < N; ++pair) supply.take(b[pair]);
     Sums<1> own[2 * N] = {};
     multiply_each<2 * N, AP, PARTS>(own, &a, [](int) { return 0; }, [&](int i, int part) { return b[i / 2][part] + i % 2 * 2; });
-    add_sums(sums, own);
+    FASTMAF_UNROLL(4)
+    for (int t = 0; t < 2 * N; ++t) {
+        FASTMAF_UNROLL(4)
+        for (int c = 0; c < 4; ++c) sums[t][0][c] += own[t][0][c];
+    }
 }
 
 // What an operation has finished, added to the pairs of tiles that read it.
@@ -385,13 +380,6 @@ FASTMAF_FN void draw_stage(const FlowView<float>& flow, const DrawView& draws, i
         const Words row = drawing.row(half);
         put(tile.log_det, row, take_wide(tile.log_det, row) + quad_sum(drawing.log_det[half]), lane_words() % 4u == 0u);
     }
-}
-
-// Before the first tile of a block: all that products may read is finite from here on.
-template <class Team>
-FASTMAF_FN void clear_halves(const DrawView& draws, char* shared, const Team& team) {
-    uint32_t* const words = reinterpret_cast<uint32_t*>(shared);
-    for (int64_t i = team.thread(); i < draws.ring / 4; i += team.threads()) words[i] = 0;
 }
 
 // As generate(), for the rows of one tile. What halves cannot do is NaN in the results.

@@ -339,11 +339,11 @@ FASTMAF_INLINE Halves halves_of(const TensorView& tensor, char* shared) {
             reinterpret_cast<double*>(shared + tensor.sums)};
 }
 
-// Before the first tile of a block: whatever lies behind the last unit of a map is finite from here on.
+// Before the first tile of a block: whatever products read beside units that are there is finite from here on.
 template <class Team>
-FASTMAF_FN void clear_halves(const TensorView& tensor, char* shared, const Team& team) {
+FASTMAF_FN void clear_halves(char* shared, int64_t bytes, const Team& team) {
     uint32_t* const words = reinterpret_cast<uint32_t*>(shared);
-    for (int64_t i = team.thread(); i < tensor.ring / 4; i += team.threads()) words[i] = 0;
+    for (int64_t i = team.thread(); i < bytes / 4; i += team.threads()) words[i] = 0;
 }
 
 // As evaluate(), for the density and the noise. What halves cannot do is NaN in the results.

@@ -227,12 +227,8 @@ struct Errors {
 
 // Whether the tape holds the weights: every tile that is not masked, once, at the unit's scale.
 void the_tape_holds_the_weights(const Program<float>& program, const TensorShape& shape) {
-    Image measure;
-    lay_out_tensor(measure, program, shape);
-    std::vector<char> memory(measure.bytes().size());
-    Image image(memory.data());
-    const TensorView view = lay_out_tensor(image, program, shape);
-    std::copy(image.bytes().begin(), image.bytes().end(), memory.begin());
+    TensorView view;
+    const AlignedVector<char> memory = placed([&](Image& image) { view = lay_out_tensor(image, program, shape); });
     bool right = true;
     for (int team = 0; team < shape.teams; ++team) {
         const char* tile = view.tape[team];
@@ -387,12 +383,8 @@ std::string name_of(const Blocks& blocks, int parts) {
 
 // Every weight of a stage once: in the sums before a piece, or in the operations of its own piece.
 void each_weight_is_used_once(const Program<float>& program, int parts) {
-    Image measure;
-    lay_out_draws(measure, program, parts, 1);
-    std::vector<char> memory(measure.bytes().size());
-    Image image(memory.data());
-    const DrawView view = lay_out_draws(image, program, parts, 1);
-    std::copy(image.bytes().begin(), image.bytes().end(), memory.begin());
+    DrawView view;
+    const AlignedVector<char> memory = placed([&](Image& image) { view = lay_out_draws(image, program, parts, 1); });
     bool right = true;
     const char* tile = view.tape;
     for (size_t k = program.stages(); k-- > 0;) {

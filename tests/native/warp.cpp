@@ -18,12 +18,8 @@ namespace {
 // A launch with one block.
 template <class T, class F>
 void run(const Program<T>& program, Direction direction, const Batch& batch, const Warps& warps, Job<T> job, F f) {
-    Image measure;
-    lay_out(measure, program, direction, warp::lanes_of<T>());
-    AlignedVector<char> memory(measure.bytes().size());
-    Image image(memory.data());
-    const FlowView<T> flow = lay_out(image, program, direction, warp::lanes_of<T>());
-    std::copy(image.bytes().begin(), image.bytes().end(), memory.begin());
+    FlowView<T> flow;
+    const AlignedVector<char> memory = placed([&](Image& image) { flow = lay_out(image, program, direction, warp::lanes_of<T>()); });
     AlignedVector<char> scratch(size_t(flow.scratch), char(0xFF));
 
     job.rows = batch.rows();
@@ -72,25 +68,10 @@ void warp_probabilities(const Program<T>& program, const Batch& batch, const War
 template <class T>
 void warp_generate(const Program<T>& program, const Batch& batch, const Draw* draw, const Warps& warps, T* out, T* log_prob) {
     Job<T> job;
-    Batch rows = batch;
     job.out = out;
     job.log_prob = log_prob;
     job.fills = warps.fills;
-    if (draw) {
-        rows.outer = draw->contexts;
-        rows.inner = draw->rows;
-        rows.context = draw->context;
-        job.draws = true;
-        job.seed = draw->seed;
-        job.offset = draw->offset;
-        job.context_offset = draw->context_offset;
-        job.begin = uint64_t(warps.begin);
-        job.inner = uint64_t(warps.begin + draw->rows);
-        job.index = draw->index;
-        job.group = draw->group;
-    } else {
-        job.x = {batch.x, batch.inner};
-    }
+    const Batch rows = rows_of_call(batch, draw, warps.begin, job);
     run(program, Direction::sampler, rows, warps, job, [](const auto&... all) { warp::generate<T>(all...); });
 }
 

@@ -1,6 +1,9 @@
 // What a GPU computes, computed by the host: the blocks of a launch one after the other, their warps as threads.
 #pragma once
 
+#include <algorithm>
+
+#include "core/aligned.hpp"
 #include "core/calls.hpp"
 #include "core/program.hpp"
 #include "cuda/draw_image.hpp"
@@ -13,6 +16,43 @@ struct Warps {
     int64_t begin = 0;  // draws: number of the first row; the call has as many more rows
     bool fills = false;  // only NaN in the results is computed
 };
+
+// What `fill` puts into an image, at its place: once to measure, once for good.
+template <class F>
+AlignedVector<char> placed(F fill) {
+    AlignedVector<char> memory;
+    for (int pass = 0; pass < 2; ++pass) {
+        Image image(memory.data());
+        fill(image);
+        memory.resize(image.bytes().size());
+        std::copy(image.bytes().begin(), image.bytes().end(), memory.begin());
+    }
+    return memory;
+}
+
+// The rows of a call, the draws of a request or the noise of a batch where there is none, and what a job says of them.
+template <class T>
+Batch rows_of_call(const Batch& batch, const Draw* draw, int64_t begin, Job<T>& job) {
+    Batch rows = batch;
+    if (draw) {
+        rows.outer = draw->contexts;
+        rows.inner = draw->rows;
+        rows.context = draw->context;
+        job.draws = true;
+        job.seed = draw->seed;
+        job.offset = draw->offset;
+        job.context_offset = draw->context_offset;
+        job.begin = uint64_t(begin);
+        job.inner = uint64_t(begin + draw->rows);
+        job.index = draw->index;
+        job.group = draw->group;
+    } else {
+        job.x = {batch.x, batch.inner};
+    }
+    job.rows = rows.rows();
+    job.context = {rows.context, rows.inner};
+    return rows;
+}
 
 template <class T>
 void warp_evaluate(const Program<T>& program, const Batch& batch, const Warps& warps, T* log_prob, T* noise);

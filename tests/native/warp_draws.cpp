@@ -18,7 +18,7 @@ template <int HIDDEN, int PARTS>
 void run_draws(const FlowView<float>& flow, const DrawView& view, const Job<float>& job, int warps, int64_t block, int64_t blocks, char* scratch) {
     AlignedVector<char> shared(size_t(view.shared), char(0xFF));
     with_team(warps, [&](const Team& team) {
-        tensor::clear_halves(view, shared.data(), team);
+        tensor::clear_halves(shared.data(), view.ring, team);
         tensor::Supply<PARTS> supply(view, shared.data(), team);
         const int64_t rows = 16 * view.groups;
         for (int64_t begin = block * rows; begin < job.rows; begin += blocks * rows)
@@ -33,41 +33,20 @@ void run_draws(const FlowView<float>& flow, const DrawView& view, const Job<floa
     all[view.hidden - 1][view.parts - 1](flow, view, job, warps, block, blocks, scratch);
 }
 
-// The draws of a request, or the noise of a batch where there is none.
-void fill_job(const Batch& batch, const Draw* draw, Job<float>& job) {
-    Batch rows = batch;
-    if (draw) {
-        rows.outer = draw->contexts;
-        rows.inner = draw->rows;
-        rows.context = draw->context;
-        job.draws = true;
-        job.seed = draw->seed;
-        job.inner = uint64_t(draw->rows);
-    } else {
-        job.x = {batch.x, batch.inner};
-    }
-    job.rows = rows.rows();
-    job.context = {rows.context, rows.inner};
-}
-
 }  // namespace
 
 void warp_draws(const Program<float>& program, const Batch& batch, const Draw* draw, int parts, int groups, int active, int warps, float* out,
                 float* log_prob) {
-    AlignedVector<char> memory;
     FlowView<float> flow;
     DrawView view;
-    for (int pass = 0; pass < 2; ++pass) {
-        Image image(memory.data());
+    const AlignedVector<char> memory = placed([&](Image& image) {
         flow = lay_out(image, program, Direction::sampler, tensor::lanes_of<float>());
         view = lay_out_draws(image, program, parts, groups);
-        memory.resize(image.bytes().size());
-        std::copy(image.bytes().begin(), image.bytes().end(), memory.begin());
-    }
+    });
     view.groups = active;
     AlignedVector<char> scratch(size_t(flow.scratch), char(0xFF));
     Job<float> job;
-    fill_job(batch, draw, job);
+    rows_of_call(batch, draw, 0, job);
     job.vectors = (16 * active + 31) / 32;
     job.out = out;
     job.log_prob = log_prob;

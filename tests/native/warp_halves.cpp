@@ -19,7 +19,7 @@ template <int MT, int PARTS>
 void run_tensor(const FlowView<float>& flow, const TensorView& view, const Job<float>& job, int64_t block, int64_t blocks, char* scratch) {
     AlignedVector<char> shared(size_t(view.shared), char(0xFF));
     with_team(view.shape.groups * view.shape.teams, [&](const Team& team) {
-        tensor::clear_halves(view, shared.data(), team);
+        tensor::clear_halves(shared.data(), view.ring, team);
         tensor::Feed<PARTS> feed(view, shared.data(), team.rank);
         const int64_t rows = view.shape.rows;
         for (int64_t begin = block * rows; begin < job.rows; begin += blocks * rows)
@@ -39,16 +39,12 @@ void run_tensor(const FlowView<float>& flow, const TensorView& view, const Job<f
 }  // namespace
 
 void warp_halves(const Program<float>& program, const Batch& batch, const TensorShape& shape, float* log_prob, float* noise) {
-    AlignedVector<char> memory;
     FlowView<float> flow;
     TensorView view;
-    for (int pass = 0; pass < 2; ++pass) {
-        Image image(memory.data());
+    const AlignedVector<char> memory = placed([&](Image& image) {
         flow = lay_out(image, program, Direction::density, tensor::lanes_of<float>());
         view = lay_out_tensor(image, program, shape);
-        memory.resize(image.bytes().size());
-        std::copy(image.bytes().begin(), image.bytes().end(), memory.begin());
-    }
+    });
     AlignedVector<char> scratch(size_t(flow.scratch), char(0xFF));
     Job<float> job;
     job.rows = batch.rows();

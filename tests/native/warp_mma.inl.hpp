@@ -15,54 +15,54 @@ namespace FASTMAF_ISA {
 
 using Half = uint16_t;
 
-static inline uint32_t word_at(const void* p) {
+FASTMAF_INLINE uint32_t word_at(const void* p) {
     uint32_t word;
     std::memcpy(&word, p, 4);
     return word;
 }
-static inline void store_word(void* p, uint32_t word) { std::memcpy(p, &word, 4); }
+FASTMAF_INLINE void store_word(void* p, uint32_t word) { std::memcpy(p, &word, 4); }
 
-static inline Words lane_words() {
+FASTMAF_INLINE Words lane_words() {
     Words result;
     for (int l = 0; l < 32; ++l) result[l] = uint32_t(l);
     return result;
 }
-static inline Vec<float> take(const float* p, Words i) {
+FASTMAF_INLINE Vec<float> take(const float* p, Words i) {
     Vec<float> result;
     for (int l = 0; l < 32; ++l) result[l] = p[i[l]];
     return result;
 }
-static inline Words take(const int* p, Words i) {
+FASTMAF_INLINE Words take(const int* p, Words i) {
     Words result;
     for (int l = 0; l < 32; ++l) result[l] = uint32_t(__atomic_load_n(p + i[l], __ATOMIC_RELAXED));
     return result;
 }
-static inline Vec<double> take_wide(const double* p, Words i) {
+FASTMAF_INLINE Vec<double> take_wide(const double* p, Words i) {
     Vec<double> result;
     for (int l = 0; l < 32; ++l) result[l] = p[i[l]];
     return result;
 }
 template <class T, class M>
-static inline void put(T* p, Words i, Vec<T> v, M where) {
+FASTMAF_INLINE void put(T* p, Words i, Vec<T> v, M where) {
     for (int l = 0; l < 32; ++l)
         if (where[l]) p[i[l]] = v[l];
 }
 template <class M>
-static inline Vec<float> select(M where, Vec<float> a, Vec<float> b) {
+FASTMAF_INLINE Vec<float> select(M where, Vec<float> a, Vec<float> b) {
     return where ? a : b;
 }
 template <class M>
-static inline Words select_words(M where, Words a, Words b) {
+FASTMAF_INLINE Words select_words(M where, Words a, Words b) {
     return where ? a : b;
 }
 template <class M>
-static inline Vec<double> select_wide(M where, Vec<double> a) {
+FASTMAF_INLINE Vec<double> select_wide(M where, Vec<double> a) {
     for (int l = 0; l < 32; ++l)
         if (!where[l]) a[l] = 0;
     return a;
 }
 template <class M>
-static inline void lower(int* p, Words i, Words v, M where) {
+FASTMAF_INLINE void lower(int* p, Words i, Words v, M where) {
     for (int l = 0; l < 32; ++l) {
         if (!where[l]) continue;
         int own = __atomic_load_n(p + i[l], __ATOMIC_RELAXED);
@@ -77,45 +77,45 @@ inline const std::vector<float> numbers_of_halves = [] {
     return all;
 }();
 
-static inline Words halves(Vec<float> low, Vec<float> high) {
+FASTMAF_INLINE Words halves(Vec<float> low, Vec<float> high) {
     Words result;
     for (int l = 0; l < 32; ++l) result[l] = fragments::half_of(double(low[l])) | uint32_t(fragments::half_of(double(high[l]))) << 16;
     return result;
 }
-static inline Vec<float> low_half(Words word) {
+FASTMAF_INLINE Vec<float> low_half(Words word) {
     Vec<float> result;
     for (int l = 0; l < 32; ++l) result[l] = numbers_of_halves[word[l] & 0xFFFF];
     return result;
 }
-static inline Vec<float> high_half(Words word) { return low_half(word >> 16); }
+FASTMAF_INLINE Vec<float> high_half(Words word) { return low_half(word >> 16); }
 template <class M>
-static inline void put_halves(Half* p, Words i, Words word, M where) {
+FASTMAF_INLINE void put_halves(Half* p, Words i, Words word, M where) {
     for (int l = 0; l < 32; ++l) {
         if (!where[l]) continue;
         if (reinterpret_cast<uintptr_t>(p + i[l]) % 4) throw std::logic_error("two halves are not aligned");
         store_word(p + i[l], word[l]);
     }
 }
-static inline void put_halves(Half* p, Words i, Words word) { put_halves(p, i, word, Words{} == 0u); }
+FASTMAF_INLINE void put_halves(Half* p, Words i, Words word) { put_halves(p, i, word, Words{} == 0u); }
 template <class M>
-static inline void put_half(Half* p, Words i, Words word, M where) {
+FASTMAF_INLINE void put_half(Half* p, Words i, Words word, M where) {
     for (int l = 0; l < 32; ++l)
         if (where[l]) p[i[l]] = Half(word[l]);
 }
 template <class M>
-static inline void put_eight(Half* p, Words i, const Words (&words)[4], M where) {
+FASTMAF_INLINE void put_eight(Half* p, Words i, const Words (&words)[4], M where) {
     for (int l = 0; l < 32; ++l) {
         if (!where[l]) continue;
         if (reinterpret_cast<uintptr_t>(p + i[l]) % 16) throw std::logic_error("eight halves are not aligned");
         for (int k = 0; k < 4; ++k) store_word(p + i[l] + 2 * k, words[k][l]);
     }
 }
-static inline void load_four(Words (&words)[4], const char* p) {
+FASTMAF_INLINE void load_four(Words (&words)[4], const char* p) {
     if (reinterpret_cast<uintptr_t>(p) % 16) throw std::logic_error("four words are not aligned");
     for (int l = 0; l < 32; ++l)
         for (int k = 0; k < 4; ++k) words[k][l] = word_at(p + 16 * l + 4 * k);
 }
-static inline void take_four(Vec<float> (&values)[4], const float* p, Words i) {
+FASTMAF_INLINE void take_four(Vec<float> (&values)[4], const float* p, Words i) {
     for (int l = 0; l < 32; ++l) {
         if (reinterpret_cast<uintptr_t>(p + i[l]) % 16) throw std::logic_error("four numbers are not aligned");
         for (int k = 0; k < 4; ++k) values[k][l] = p[i[l] + uint32_t(k)];
@@ -144,7 +144,7 @@ FASTMAF_FN void wait_copies() {
         for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, 512);
 }
 
-static inline void load_a(Words (&a)[4], const Half* p, int stride) {
+FASTMAF_INLINE void load_a(Words (&a)[4], const Half* p, int stride) {
     for (unsigned r = 0; r < 4; ++r)
         for (unsigned l = 0; l < 32; ++l) {  // lane l gets numbers 2 (l % 4) and on of row l / 4 of matrix r
             const unsigned names = 8 * r + l / 4;
@@ -154,7 +154,7 @@ static inline void load_a(Words (&a)[4], const Half* p, int stride) {
         }
 }
 
-static inline float truncated(double x) {
+FASTMAF_INLINE float truncated(double x) {
     const float nearest = float(x);
     return std::fabs(double(nearest)) > std::fabs(x) ? std::nextafter(nearest, 0.0f) : nearest;
 }
@@ -190,7 +190,7 @@ FASTMAF_FN void multiply_add(Vec<float> (&c)[4], const Words (&a)[4], Words b0, 
         }
 }
 
-static inline Vec<double> quad_sum(Vec<double> v) {
+FASTMAF_INLINE Vec<double> quad_sum(Vec<double> v) {
     for (int step : {1, 2}) {
         Vec<double> other;
         for (int l = 0; l < 32; ++l) other[l] = v[l ^ step];
@@ -199,12 +199,12 @@ static inline Vec<double> quad_sum(Vec<double> v) {
     return v;
 }
 
-static inline Words quad_or(Words v) {
+FASTMAF_INLINE Words quad_or(Words v) {
     Words result;
     for (int l = 0; l < 32; ++l) result[l] = v[l] | v[l ^ 1] | v[l ^ 2] | v[l ^ 3];
     return result;
 }
-static inline void sync_warp() {}
+FASTMAF_INLINE void sync_warp() {}
 
 }  // namespace FASTMAF_ISA
 }  // namespace fastmaf
