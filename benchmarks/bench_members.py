@@ -10,8 +10,8 @@ import numpy as np
 
 import fastmaf
 from fastmaf import _backends, _reference
-from fastmaf.flow import trainable
 from fastmaf.layers import Block, Conditioner, Dense, Terminal
+from fastmaf.record import trainable
 
 from .cases import Array, normal, unmasked_weights
 from .report import Settings
@@ -127,9 +127,9 @@ def _check_change(change: Array, model: Any, x: Array, batch: int) -> float:
 
 def _engine(backend: Any, model: Any) -> Any:
     if not isinstance(model, fastmaf.Ensemble):
-        return backend.trainer(model)
+        return backend.trainer(model.record)
     members = [model.member(k) for k in range(len(model))]
-    engine = backend.trainer(members[0], members=members)
+    engine = backend.trainer(members[0].record, members=[member.record for member in members])
     engine.set_parameters(model.parameters())
     return engine
 

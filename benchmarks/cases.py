@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmaf._reference import free
-from fastmaf.flow import trainable
+from fastmaf.record import trainable
 
 Array = NDArray[Any]
 

@@ -94,12 +94,12 @@ class Fastmaf(Library):
         return self.flow.from_noise(noise)
 
     def train(self, x: Array, batch: int) -> Call:
-        return self._epoch(self.backend.trainer(self.flow), x, batch)
+        return self._epoch(self.backend.trainer(self.flow.record), x, batch)
 
     def updates(self, x: Array, batch: int) -> tuple[Array, Array]:
         changes = []
         for backend, flow in ((self.backend, self.flow), (self.reference, self.flow64)):
-            engine = backend.trainer(flow)
+            engine = backend.trainer(flow.record)
             self._epoch(engine, x, batch)()
             changes.append(engine.parameters().astype(np.float64) - flow.parameters())
         return changes[0], changes[1]

@@ -6,9 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from fastmaf.flow import Flow
+    from fastmaf.record import FlowRecord
 
-__all__ = ["Backend", "active", "choose", "get_backend", "names", "reason", "require", "set_backend"]
+__all__ = ["Backend", "active", "choose", "get_backend", "names", "placed", "reason", "require", "set_backend"]
 
 
 class Backend(Protocol):
@@ -19,33 +19,33 @@ class Backend(Protocol):
 
     name: str
 
-    def unsupported(self, flow: Flow) -> str | None:
+    def unsupported(self, flow: FlowRecord) -> str | None:
         """The layer or feature of the flow that has no kernel here, or None."""
 
-    def log_prob(self, flow: Flow, x: Any, context: Any, out: Any) -> None:
+    def log_prob(self, flow: FlowRecord, x: Any, context: Any, out: Any) -> None:
         """Fill `out`, (n,) or (c, n)."""
 
-    def conditional_probs(self, flow: Flow, x: Any, context: Any, out: Any) -> None:
+    def conditional_probs(self, flow: FlowRecord, x: Any, context: Any, out: Any) -> None:
         """Fill `out`, (n, D) or (c, n, D) for Bernoulli variables, with another axis for the values of categorical ones."""
 
-    def to_noise(self, flow: Flow, x: Any, context: Any, out: Any) -> None:
+    def to_noise(self, flow: FlowRecord, x: Any, context: Any, out: Any) -> None:
         """Fill `out`, (n, D) or (c, n, D)."""
 
-    def from_noise(self, flow: Flow, u: Any, context: Any, out: Any) -> None:
+    def from_noise(self, flow: FlowRecord, u: Any, context: Any, out: Any) -> None:
         """Fill `out`, (n, D) or (c, n, D)."""
 
     def sample(
-        self, flow: Flow, c: int, n: int, context: Any, seed: int, offset: int, context_offset: int, out: Any, log_prob_out: Any
+        self, flow: FlowRecord, c: int, n: int, context: Any, seed: int, offset: int, context_offset: int, out: Any, log_prob_out: Any
     ) -> None:
         """Fill `out`, (c, n, D), and `log_prob_out`, (c, n) or None."""
 
-    def sample_rows(self, flow: Flow, index: Any, group: Any, context: Any, seed: int, out: Any) -> None:
+    def sample_rows(self, flow: FlowRecord, index: Any, group: Any, context: Any, seed: int, out: Any) -> None:
         """Fill `out`, (k, D), with the samples `index` under the contexts number `group`, (k,) uint64 both; `context` is (k, C)."""
 
-    def vjp(self, flow: Flow, x: Any, context: Any, cotangent: Any, value: Any, dx: Any, dcontext: Any, dparameters: Any) -> None:
+    def vjp(self, flow: FlowRecord, x: Any, context: Any, cotangent: Any, value: Any, dx: Any, dcontext: Any, dparameters: Any) -> None:
         """Fill those of the last four that are not None; `dcontext` has one row for each of x."""
 
-    def trainer(self, flow: Flow, **options: Any) -> Any:
+    def trainer(self, flow: FlowRecord, **options: Any) -> Any:
         """An engine of `fastmaf.train`."""
 
 
@@ -102,6 +102,19 @@ def require(name: str) -> Backend:
     if isinstance(loaded, str):
         raise RuntimeError(f"the {name} backend is absent: {loaded}")
     return loaded
+
+
+def placed(device: str, precision: str) -> Backend:
+    """The backend of a flow that was moved to a GPU.
+
+    Raises
+    ------
+    RuntimeError
+        If it, or the device, is absent here.
+    """
+    require("cuda")
+    made: Backend = importlib.import_module(_MODULES["cuda"]).at(device, precision)
+    return made
 
 
 def choose() -> Backend:

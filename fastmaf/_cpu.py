@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from fastmaf.flow import Flow
+    from fastmaf.record import FlowRecord
 
     Array = NDArray[Any]
 
@@ -94,7 +94,7 @@ def _columns(elementwise: Elementwise, affine: Affine) -> dict[str, Any]:
     }
 
 
-def _describe(flow: Flow) -> dict[str, Any]:
+def _describe(flow: FlowRecord) -> dict[str, Any]:
     """The flow without its weights, as `_core.Flow` takes it.  Permutations become the variable that each coordinate carries."""
     elementwise, affine, count = _front(flow.layers, flow.features)
     context_elementwise, context_affine, _ = _front(flow.context_layers, flow.context_features)
@@ -161,7 +161,7 @@ def _describe_stage(layer: Any) -> dict[str, Any]:
     }
 
 
-def unsupported(flow: Flow) -> str | None:
+def unsupported(flow: FlowRecord) -> str | None:
     """What the compiled core, and the CUDA kernels with it, cannot pack."""
     if isinstance(flow.base, Terminal) and (missing := _missing_in(flow.base, flow.context_features)):
         return missing
@@ -177,7 +177,7 @@ def unsupported(flow: Flow) -> str | None:
     return None
 
 
-def _pack(flow: Flow) -> _core.Flow:
+def _pack(flow: FlowRecord) -> _core.Flow:
     return _core.Flow(_describe(flow), flow.parameters())
 
 
@@ -186,14 +186,14 @@ class _Engine:
 
     def __init__(
         self,
-        flow: Flow,
+        flow: FlowRecord,
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         l2: float = 0.0,
         weight_decay: float = 0.0,
         clip_norm: float | None = None,
-        members: Sequence[Flow] | None = None,
+        members: Sequence[FlowRecord] | None = None,
     ) -> None:
         self._flow = flow
         self._norms = [isinstance(layer, BatchNorm) for layer in flow.layers].count(True)
@@ -204,11 +204,11 @@ class _Engine:
         if self._shared:
             self.set_parameters(flow.parameters())
 
-    def set_members(self, members: Sequence[Flow]) -> None:
+    def set_members(self, members: Sequence[FlowRecord]) -> None:
         if not self._shared:
             raise ValueError("this engine was made without members")
-        shape = [array.shape for array in self._flow._parameter_arrays()]
-        if not members or any([array.shape for array in member._parameter_arrays()] != shape for member in members):
+        shape = [array.shape for array in self._flow.parameter_arrays()]
+        if not members or any([array.shape for array in member.parameter_arrays()] != shape for member in members):
             raise ValueError(f"{len(members)} members: there must be at least one, all with the weights of the first ones")
         parameters = self.parameters()
         self._packed = [_pack(member) for member in members]
@@ -270,30 +270,27 @@ class _Engine:
 class _Cpu:
     name = "cpu"
 
-    def unsupported(self, flow: Flow) -> str | None:
+    def unsupported(self, flow: FlowRecord) -> str | None:
         return unsupported(flow)
 
-    def _packed(self, flow: Flow) -> _core.Flow:
-        packed = flow._packed.get("cpu")
-        if packed is None:
-            packed = flow._packed["cpu"] = _pack(flow)
-        return packed
+    def _packed(self, flow: FlowRecord) -> _core.Flow:
+        return flow.derived("cpu", _pack)
 
-    def log_prob(self, flow: Flow, x: Array, context: Array | None, out: Array) -> None:
+    def log_prob(self, flow: FlowRecord, x: Array, context: Array | None, out: Array) -> None:
         self._packed(flow).log_prob(x, context, out)
 
-    def conditional_probs(self, flow: Flow, x: Array, context: Array | None, out: Array) -> None:
+    def conditional_probs(self, flow: FlowRecord, x: Array, context: Array | None, out: Array) -> None:
         self._packed(flow).conditional_probs(x, context, out)
 
-    def to_noise(self, flow: Flow, x: Array, context: Array | None, out: Array) -> None:
+    def to_noise(self, flow: FlowRecord, x: Array, context: Array | None, out: Array) -> None:
         self._packed(flow).to_noise(x, context, out)
 
-    def from_noise(self, flow: Flow, u: Array, context: Array | None, out: Array) -> None:
+    def from_noise(self, flow: FlowRecord, u: Array, context: Array | None, out: Array) -> None:
         self._packed(flow).from_noise(u, context, out)
 
     def sample(
         self,
-        flow: Flow,
+        flow: FlowRecord,
         c: int,
         n: int,
         context: Array | None,
@@ -305,12 +302,12 @@ class _Cpu:
     ) -> None:
         self._packed(flow).sample(c, n, context, seed, offset, context_offset, out, log_prob_out)
 
-    def sample_rows(self, flow: Flow, index: Array, group: Array, context: Array | None, seed: int, out: Array) -> None:
+    def sample_rows(self, flow: FlowRecord, index: Array, group: Array, context: Array | None, seed: int, out: Array) -> None:
         self._packed(flow).sample_rows(index, group, context, seed, out)
 
     def vjp(
         self,
-        flow: Flow,
+        flow: FlowRecord,
         x: Array,
         context: Array | None,
         cotangent: Array,
@@ -321,7 +318,7 @@ class _Cpu:
     ) -> None:
         self._packed(flow).vjp(x, context, cotangent, value, dx, dcontext, dparameters)
 
-    def trainer(self, flow: Flow, **options: Any) -> _Engine:
+    def trainer(self, flow: FlowRecord, **options: Any) -> _Engine:
         return _Engine(flow, **options)
 
 

@@ -6,6 +6,7 @@ tensor cores unless the precision is "highest"; gradients and training are left 
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 from fastmaf import _core
@@ -15,11 +16,11 @@ from fastmaf._device import DeviceArray, finished, index_of
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from fastmaf.flow import Flow
+    from fastmaf.record import FlowRecord
 
     Array = NDArray[Any]
 
-__all__ = ["backend"]
+__all__ = ["at", "backend"]
 
 
 def _state() -> dict[str, Any]:
@@ -44,50 +45,58 @@ def _where(out: Any, *inputs: Any) -> tuple[Any, int | None]:
 
 
 class _Cuda:
+    """The kernels on one device, in one precision."""
+
     name = "cuda"
 
-    def check(self, device: int) -> None:
-        """Refuse a device that is not there."""
+    def __init__(self, device: int, precision: str) -> None:
         gpus = _state()["gpus"]
         if device >= len(gpus):
             raise RuntimeError(f"there is no cuda:{device} here; there is {', '.join(f'cuda:{k}, {gpu}' for k, gpu in enumerate(gpus))}")
+        self._device, self._precision = device, precision
+        self._key = f"cuda:{device} {precision}"
 
-    def unsupported(self, flow: Flow) -> str | None:
+    def unsupported(self, flow: FlowRecord) -> str | None:
         return unsupported(flow)
 
-    def _packed(self, flow: Flow) -> _core.DeviceFlow:
-        device = index_of(flow.device) if flow.device != "cpu" else 0
-        packed = flow._packed.get(f"cuda:{device}")
-        if packed is None:
-            packed = flow._packed[f"cuda:{device}"] = _core.DeviceFlow(_pack(flow), device, flow._precision)
-        return packed
+    def _packed(self, flow: FlowRecord) -> _core.DeviceFlow:
+        return flow.derived(self._key, self._pack)
 
-    def log_prob(self, flow: Flow, x: Any, context: Any, out: Any) -> None:
+    def _pack(self, flow: FlowRecord) -> _core.DeviceFlow:
+        return _core.DeviceFlow(flow.derived("cpu", _pack), self._device, self._precision)
+
+    def log_prob(self, flow: FlowRecord, x: Any, context: Any, out: Any) -> None:
         self._packed(flow).log_prob(_at(x), _at(context), *_where(out, x, context))
 
-    def to_noise(self, flow: Flow, x: Any, context: Any, out: Any) -> None:
+    def to_noise(self, flow: FlowRecord, x: Any, context: Any, out: Any) -> None:
         self._packed(flow).to_noise(_at(x), _at(context), *_where(out, x, context))
 
-    def conditional_probs(self, flow: Flow, x: Any, context: Any, out: Any) -> None:
+    def conditional_probs(self, flow: FlowRecord, x: Any, context: Any, out: Any) -> None:
         self._packed(flow).conditional_probs(_at(x), _at(context), *_where(out, x, context))
 
-    def from_noise(self, flow: Flow, u: Any, context: Any, out: Any) -> None:
+    def from_noise(self, flow: FlowRecord, u: Any, context: Any, out: Any) -> None:
         self._packed(flow).from_noise(_at(u), _at(context), *_where(out, u, context))
 
     def sample(
-        self, flow: Flow, c: int, n: int, context: Any, seed: int, offset: int, context_offset: int, out: Any, log_prob_out: Any
+        self, flow: FlowRecord, c: int, n: int, context: Any, seed: int, offset: int, context_offset: int, out: Any, log_prob_out: Any
     ) -> None:
         (x, stream), (log_prob, _) = _where(out, context), _where(log_prob_out, context)
         self._packed(flow).sample(c, n, _at(context), seed, offset, context_offset, x, log_prob, stream)
 
-    def sample_rows(self, flow: Flow, index: Array, group: Array, context: Array | None, seed: int, out: Array) -> None:
+    def sample_rows(self, flow: FlowRecord, index: Array, group: Array, context: Array | None, seed: int, out: Array) -> None:
         self._packed(flow).sample_rows(index, group, context, seed, out)
 
-    def vjp(self, flow: Flow, x: Any, context: Any, cotangent: Any, value: Any, dx: Any, dcontext: Any, dparameters: Any) -> None:
+    def vjp(self, flow: FlowRecord, x: Any, context: Any, cotangent: Any, value: Any, dx: Any, dcontext: Any, dparameters: Any) -> None:
         raise NotImplementedError("the cuda backend has no gradients yet; the cpu has: flow.to('cpu')")
 
-    def trainer(self, flow: Flow, **options: Any) -> Any:
+    def trainer(self, flow: FlowRecord, **options: Any) -> Any:
         raise NotImplementedError("the cuda backend has no training yet; it runs on the cpu: flow.to('cpu').fit(...)")
 
 
-backend = _Cuda()
+@functools.cache
+def at(device: str, precision: str) -> _Cuda:
+    """The backend of a flow that was moved to "cuda:..."; refuses a device that is not there."""
+    return _Cuda(index_of(device), precision)
+
+
+backend = at("cuda:0", "high")

@@ -28,7 +28,7 @@ from fastmaf import _reference
 from fastmaf.layers import ACTIVATIONS, Affine, Autoregressive, Dense, Elementwise, Permutation, Terminal
 
 if TYPE_CHECKING:
-    from fastmaf.flow import Flow
+    from fastmaf.record import FlowRecord
 
 __all__ = ["backend"]
 
@@ -374,14 +374,7 @@ class Packed(NamedTuple):
     context_weight: Array  # (C, F)
 
 
-def _pack(flow: Flow) -> Packed:
-    cached = flow._packed.get("numba")
-    if cached is None:
-        cached = flow._packed["numba"] = _pack_layers(flow)
-    return cast(Packed, cached)
-
-
-def _pack_layers(flow: Flow) -> Packed:
+def _pack(flow: FlowRecord) -> Packed:
     features = flow.features
     mades = [layer for layer in flow.layers if isinstance(layer, Autoregressive)]
     split = _reference._front(flow)
@@ -503,8 +496,8 @@ def _threads() -> int:
 class _Call:
     """One call: a packed flow, and rows of shape (n,) or (c, n) with their contexts, in tiles."""
 
-    def __init__(self, flow: Flow, context: Array | None, shape: tuple[int, ...]) -> None:
-        self.flow, self.packed, self.context, self.shape = flow, _pack(flow), context, shape
+    def __init__(self, flow: FlowRecord, context: Array | None, shape: tuple[int, ...]) -> None:
+        self.flow, self.packed, self.context, self.shape = flow, flow.derived("numba", _pack), context, shape
 
     def tiles(self, work: Callable[[int, int], None]) -> None:
         """Call work(start, stop) for tiles of rows, in threads; their size bounds the scratch."""
@@ -576,7 +569,7 @@ class _Numba:
 
     name = "numba"
 
-    def unsupported(self, flow: Flow) -> str | None:
+    def unsupported(self, flow: FlowRecord) -> str | None:
         """The first layer or feature that has no kernel."""
         if isinstance(flow.base, Terminal):
             return f"a {flow.base.conditional} base"
@@ -588,11 +581,11 @@ class _Numba:
                 return missing
         return None
 
-    def log_prob(self, flow: Flow, x: Array, context: Array | None, out: Array) -> None:
+    def log_prob(self, flow: FlowRecord, x: Array, context: Array | None, out: Array) -> None:
         """Log-density of rows."""
         self._forward(_Call(flow, context, out.shape), x, out.reshape(-1), None)
 
-    def to_noise(self, flow: Flow, x: Array, context: Array | None, out: Array) -> None:
+    def to_noise(self, flow: FlowRecord, x: Array, context: Array | None, out: Array) -> None:
         """Noise of rows."""
         self._forward(_Call(flow, context, out.shape[:-1]), x, None, out.reshape(-1, flow.features))
 
@@ -609,13 +602,22 @@ class _Numba:
 
         call.tiles(work)
 
-    def from_noise(self, flow: Flow, u: Array, context: Array | None, out: Array) -> None:
+    def from_noise(self, flow: FlowRecord, u: Array, context: Array | None, out: Array) -> None:
         """Rows of noise."""
         call = _Call(flow, context, out.shape[:-1])
         self._backward(call, lambda start, stop: np.ascontiguousarray(call.rows(u, start, stop), flow.dtype), out, None)
 
     def sample(
-        self, flow: Flow, c: int, n: int, context: Array | None, seed: int, offset: int, context_offset: int, out: Array, log_prob_out: Any
+        self,
+        flow: FlowRecord,
+        c: int,
+        n: int,
+        context: Array | None,
+        seed: int,
+        offset: int,
+        context_offset: int,
+        out: Array,
+        log_prob_out: Any,
     ) -> None:
         """Samples, and their log-density."""
 
@@ -628,7 +630,7 @@ class _Numba:
         grouped = context[:, None] if context is not None and context.ndim == 2 else context
         self._backward(_Call(flow, grouped, (c, n)), draw, out, log_prob_out)
 
-    def sample_rows(self, flow: Flow, index: Array, group: Array, context: Array | None, seed: int, out: Array) -> None:
+    def sample_rows(self, flow: FlowRecord, index: Array, group: Array, context: Array | None, seed: int, out: Array) -> None:
         """Samples of scattered counters."""
 
         def draw(start: int, stop: int) -> Array:
@@ -652,7 +654,7 @@ class _Numba:
 
         call.tiles(work)
 
-    def vjp(self, flow: Flow, x: Array, context: Any, cotangent: Array, value: Any, dx: Any, dcontext: Any, dparameters: Any) -> None:
+    def vjp(self, flow: FlowRecord, x: Array, context: Any, cotangent: Array, value: Any, dx: Any, dcontext: Any, dparameters: Any) -> None:
         """Log-density, and its gradients in rows and contexts."""
         if dparameters is not None:
             raise ValueError("the numba backend has no gradient in parameters; the cpu and the reference backend have")
@@ -679,7 +681,7 @@ class _Numba:
 
         call.tiles(work)
 
-    def trainer(self, flow: Flow, **options: Any) -> Any:
+    def trainer(self, flow: FlowRecord, **options: Any) -> Any:
         """The engine of the reference: this backend has no gradient in weights."""
         return _reference.backend.trainer(flow, **options)
 

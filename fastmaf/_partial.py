@@ -35,17 +35,21 @@ __all__ = ["order", "prefix", "rest", "sample_given"]
 Array = NDArray[Any]
 
 
+class NoOrderError(ValueError, AttributeError):
+    """A flow has no order of its columns, and so no attribute `order`."""
+
+
 def order(flow: Flow) -> tuple[int, ...]:
     """The columns in the order in which they are generated; see `Flow.order`."""
     records = [(f"layers[{k}]", layer) for k, layer in enumerate(flow.layers)] + [("base", flow.base)]
     networks = [(name, record) for name, record in records if isinstance(record, (Autoregressive, Terminal))]
     for name, record in records:
         if isinstance(record, (Linear, Permutation)):
-            raise ValueError(f"{name} is a {type(record).__name__}: the flow has no order of its columns")
+            raise NoOrderError(f"{name} is a {type(record).__name__}: the flow has no order of its columns")
     columns = np.lexsort((np.arange(flow.features), *(record.ranks for _, record in reversed(networks))))
     for name, record in networks:
         if (np.diff(record.ranks[columns]) < 0).any():
-            raise ValueError(f"{name} has an order of its own, {np.argsort(record.ranks, kind='stable').tolist()}: the layers share none")
+            raise NoOrderError(f"{name} has an order of its own, {np.argsort(record.ranks, kind='stable').tolist()}: the layers share none")
     return tuple(columns.tolist())
 
 
@@ -296,10 +300,10 @@ def _sampled(conditional: Flow, n: int, contexts: Array | None, values: Array, p
     parts = [part for part in (contexts, values) if part is not None]
     wide = np.concatenate(parts, axis=1, dtype=np.result_type(np.float64, *parts))
     backend = _backends.choose()
-    if backend.unsupported(conditional) is not None:  # a context in an unusual place
+    if backend.unsupported(conditional.record) is not None:  # a context in an unusual place
         backend = _reference.backend
     samples = np.empty((len(values), n, conditional.features), conditional.dtype)
-    backend.sample(conditional, len(values), n, wide if wide.shape[1] else None, *place, samples, None)
+    backend.sample(conditional.record, len(values), n, wide if wide.shape[1] else None, *place, samples, None)
     return samples
 
 

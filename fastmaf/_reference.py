@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmaf import masks
-from fastmaf.flow import trainable
 from fastmaf.layers import Affine, Autoregressive, BatchNorm, Block, Conditioner, Dense, Elementwise, Law, Linear, Permutation, Terminal
+from fastmaf.record import trainable
 
 if TYPE_CHECKING:
-    from fastmaf.flow import Flow
+    from fastmaf.record import FlowRecord
 
 __all__ = ["backend", "free", "normals", "philox", "quantile", "shuffle"]
 
@@ -570,7 +570,7 @@ def _by_rank(layer: Autoregressive, weights: Sequence[Array], given: Array, c: A
 Based = tuple[Array, Callable[[Array], tuple[Array, Any, list[Array]]]]
 
 
-def _base(flow: Flow, weights: Sequence[Array], z: Array, c: Array) -> Based:
+def _base(flow: FlowRecord, weights: Sequence[Array], z: Array, c: Array) -> Based:
     if isinstance(flow.base, Terminal):
         return _terminal(flow.base, weights, z, c)
     return -0.5 * _total(z * z) - flow.features * HALF_LOG_2PI, lambda g: (-z * g[:, None], 0, [])
@@ -664,7 +664,7 @@ def _draw(base: Terminal, noise: Array, uniforms: Array, c: Array) -> Array:
 # Flows
 
 
-def _all_weights(flow: Flow, vector: Array | None = None) -> Weights:
+def _all_weights(flow: FlowRecord, vector: Array | None = None) -> Weights:
     """The trainable arrays of each layer and of the base: their own, or views of a vector in the order of `Flow.parameters`."""
     own = [list(trainable(record)) for record in (*flow.layers, flow.base)]
     if vector is None:
@@ -673,12 +673,12 @@ def _all_weights(flow: Flow, vector: Array | None = None) -> Weights:
     return [[next(pieces).reshape(array.shape) for array in arrays] for arrays in own]
 
 
-def _statistics(flow: Flow) -> Statistics:
+def _statistics(flow: FlowRecord) -> Statistics:
     """Mean and variance of each batch norm, those of evaluation."""
     return [(layer.mean, layer.var) for layer in flow.layers if isinstance(layer, BatchNorm)]
 
 
-def _context(flow: Flow, context: Array) -> tuple[Array, Pull]:
+def _context(flow: FlowRecord, context: Array) -> tuple[Array, Pull]:
     """Contexts as the networks see them, NaN at or outside a bound; the pullback ignores its second argument."""
     steps = []
     c = context.astype(np.promote_types(flow.dtype, np.float64))
@@ -695,13 +695,13 @@ def _context(flow: Flow, context: Array) -> tuple[Array, Pull]:
     return c.astype(flow.dtype), pull
 
 
-def _front(flow: Flow) -> int:
+def _front(flow: FlowRecord) -> int:
     """How many layers are in front of the first that is neither Elementwise nor Affine: those compute in float64."""
     return next((k for k, layer in enumerate(flow.layers) if not isinstance(layer, (Elementwise, Affine))), len(flow.layers))
 
 
 def _forward(
-    flow: Flow, weights: Weights, x: Array, context: Array, statistics: Statistics | None = None, shares: Array | None = None
+    flow: FlowRecord, weights: Weights, x: Array, context: Array, statistics: Statistics | None = None, shares: Array | None = None
 ) -> tuple[Array, Array, Array, Any]:
     """Noise, log det, contexts as the networks see them, and the pullback of the gradients in all three.
 
@@ -741,7 +741,7 @@ def _forward(
     return z.astype(flow.dtype), log_det, c, pull
 
 
-def _inverse(flow: Flow, z: Array, context: Array) -> tuple[Array, Array]:
+def _inverse(flow: FlowRecord, z: Array, context: Array) -> tuple[Array, Array]:
     """Rows strictly inside the bounds of the first layer, and the log det of the way back."""
     c, _ = _context(flow, context)
     weights, front = _all_weights(flow), _front(flow)
@@ -760,7 +760,7 @@ def _inverse(flow: Flow, z: Array, context: Array) -> tuple[Array, Array]:
 
 
 def _log_prob(
-    flow: Flow, weights: Weights, x: Array, context: Array, statistics: Statistics | None = None, shares: Array | None = None
+    flow: FlowRecord, weights: Weights, x: Array, context: Array, statistics: Statistics | None = None, shares: Array | None = None
 ) -> tuple[Array, Any]:
     """Log-density: NaN for a row or context with a NaN, else -inf at or outside a bound.
 
@@ -788,7 +788,7 @@ def _no_gradient(what: str) -> Callable[..., Any]:
     return pull
 
 
-def _chunks(flow: Flow, total: int) -> Iterator[slice]:
+def _chunks(flow: FlowRecord, total: int) -> Iterator[slice]:
     """Rows that are computed together."""
     nets = [layer.conditioner for layer in (*flow.layers, flow.base) if isinstance(layer, (Autoregressive, Terminal))]
     widths = sum(dense.bias.size for net in nets for dense in (*net.hidden, net.final)) + flow.context_features
@@ -804,7 +804,7 @@ def _take(array: Array | None, shape: tuple[int, ...], rows: slice) -> Array:
     return repeated[rows] if len(shape) == 1 else repeated[np.unravel_index(np.arange(rows.start, rows.stop), shape)]
 
 
-def _sample(flow: Flow, index: Array, group: Array, context: Array, seed: int) -> tuple[Array, Array, Array]:
+def _sample(flow: FlowRecord, index: Array, group: Array, context: Array, seed: int) -> tuple[Array, Array, Array]:
     """Samples, the log det of the way to them, and what the base gave."""
     z = normals(seed, index, group, flow.features, flow.dtype)
     if isinstance(flow.base, Terminal):
@@ -817,12 +817,12 @@ class _Reference:
 
     name = "reference"
 
-    def unsupported(self, flow: Flow) -> str | None:
+    def unsupported(self, flow: FlowRecord) -> str | None:
         """Nothing: every layer of the record is defined here."""
         return None
 
     @np.errstate(all="ignore")
-    def log_prob(self, flow: Flow, x: Array, context: Array | None, out: Array) -> None:
+    def log_prob(self, flow: FlowRecord, x: Array, context: Array | None, out: Array) -> None:
         """Log-density of rows."""
         weights = _all_weights(flow)
         for rows in _chunks(flow, out.size):
@@ -830,7 +830,7 @@ class _Reference:
             out.reshape(-1)[rows] = _log_prob(flow, weights, xs, cs)[0]
 
     @np.errstate(all="ignore")
-    def conditional_probs(self, flow: Flow, x: Array, context: Array | None, out: Array) -> None:
+    def conditional_probs(self, flow: FlowRecord, x: Array, context: Array | None, out: Array) -> None:
         """Probabilities of the values of discrete variables, zero where a variable has no such value."""
         base = flow.base
         assert isinstance(base, Terminal)
@@ -849,7 +849,7 @@ class _Reference:
                 flat[rows, j, :count] = np.exp(own - _log_sum_exp(own))
 
     @np.errstate(all="ignore")
-    def to_noise(self, flow: Flow, x: Array, context: Array | None, out: Array) -> None:
+    def to_noise(self, flow: FlowRecord, x: Array, context: Array | None, out: Array) -> None:
         """Noise of rows; NaN for a row at or outside a bound."""
         weights = _all_weights(flow)
         for rows in _chunks(flow, out.size // flow.features):
@@ -858,7 +858,7 @@ class _Reference:
             out.reshape(-1, flow.features)[rows] = np.where(np.isneginf(log_det)[:, None], np.nan, z)
 
     @np.errstate(all="ignore")
-    def from_noise(self, flow: Flow, u: Array, context: Array | None, out: Array) -> None:
+    def from_noise(self, flow: FlowRecord, u: Array, context: Array | None, out: Array) -> None:
         """Rows of noise."""
         for rows in _chunks(flow, out.size // flow.features):
             us, cs = _take(u, out.shape[:-1], rows), _take(context, out.shape[:-1], rows)
@@ -866,7 +866,16 @@ class _Reference:
 
     @np.errstate(all="ignore")
     def sample(
-        self, flow: Flow, c: int, n: int, context: Array | None, seed: int, offset: int, context_offset: int, out: Array, log_prob_out: Any
+        self,
+        flow: FlowRecord,
+        c: int,
+        n: int,
+        context: Array | None,
+        seed: int,
+        offset: int,
+        context_offset: int,
+        out: Array,
+        log_prob_out: Any,
     ) -> None:
         """Samples, and their log-density."""
         if context is not None and context.ndim == 2:
@@ -881,7 +890,7 @@ class _Reference:
                 log_prob_out.reshape(-1)[rows] = log_det + _base(flow, base_weights, z, _context(flow, cs)[0])[0]
 
     @np.errstate(all="ignore")
-    def sample_rows(self, flow: Flow, index: Array, group: Array, context: Array | None, seed: int, out: Array) -> None:
+    def sample_rows(self, flow: FlowRecord, index: Array, group: Array, context: Array | None, seed: int, out: Array) -> None:
         """Samples of scattered counters."""
         for rows in _chunks(flow, len(index)):
             cs = _take(context, (len(index),), rows)
@@ -889,7 +898,7 @@ class _Reference:
 
     @np.errstate(all="ignore")
     def vjp(
-        self, flow: Flow, x: Array, context: Array | None, cotangent: Array, value: Any, dx: Any, dcontext: Any, dparameters: Any
+        self, flow: FlowRecord, x: Array, context: Array | None, cotangent: Array, value: Any, dx: Any, dcontext: Any, dparameters: Any
     ) -> None:
         """Log-density and its gradients; `dparameters` is summed over rows."""
         weights = _all_weights(flow)
@@ -906,7 +915,7 @@ class _Reference:
         if dparameters is not None:
             dparameters[:] = total
 
-    def trainer(self, flow: Flow, **options: Any) -> _Engine:
+    def trainer(self, flow: FlowRecord, **options: Any) -> _Engine:
         """An engine of `fastmaf.train`."""
         return _Engine(flow, **options)
 
@@ -925,14 +934,14 @@ class _Engine:
 
     def __init__(
         self,
-        flow: Flow,
+        flow: FlowRecord,
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         l2: float = 0.0,
         weight_decay: float = 0.0,
         clip_norm: float | None = None,
-        members: Sequence[Flow] | None = None,
+        members: Sequence[FlowRecord] | None = None,
     ) -> None:
         self._flow, self._betas, self._eps = flow, betas, eps
         self._l2, self._weight_decay, self._clip_norm = l2, weight_decay, clip_norm
@@ -940,7 +949,7 @@ class _Engine:
         self._statistics = _statistics(flow)
         self._master = _flat([array for arrays in _all_weights(flow) for array in arrays], flow.dtype)
         self._weights = _all_weights(flow, self._master)
-        self._members: list[tuple[Flow, Array]] = []
+        self._members: list[tuple[FlowRecord, Array]] = []
         if members is not None:
             self.set_members(members)
         self._first, self._second, self._step = np.zeros_like(self._master), np.zeros_like(self._master), 0
@@ -974,11 +983,13 @@ class _Engine:
                 polled = time.monotonic()
         return loss_sum, len(lr)
 
-    def _member(self, k: int) -> tuple[Flow, Weights]:
+    def _member(self, k: int) -> tuple[FlowRecord, Weights]:
         flow, chosen = self._members[k]
         return flow, _all_weights(flow, np.where(chosen, self._master, 0))
 
-    def _gradient(self, flow: Flow, weights: Weights, x: Array, context: Array | None, w: Array, factor: Array) -> tuple[float, Array]:
+    def _gradient(
+        self, flow: FlowRecord, weights: Weights, x: Array, context: Array | None, w: Array, factor: Array
+    ) -> tuple[float, Array]:
         """The sum of w_i nll_i, and the gradient of the sum of factor_i nll_i; all rows at once where they share statistics."""
         loss, gradient = 0.0, np.zeros_like(self._master)
         shares = w / w.sum() if self._batch_norm else None
@@ -1009,13 +1020,13 @@ class _Engine:
         mean = _log_sum_exp(np.stack(each, axis=1).astype(np.float64))[:, 0] - math.log(len(each))
         return mean.astype(self._flow.dtype)
 
-    def _log_prob(self, flow: Flow, weights: Weights, x: Array, context: Array | None) -> Array:
+    def _log_prob(self, flow: FlowRecord, weights: Weights, x: Array, context: Array | None) -> Array:
         out = np.empty(len(x), flow.dtype)
         for rows in _chunks(flow, len(x)):
             out[rows] = _log_prob(flow, weights, x[rows], _take(context, (len(x),), rows), self._statistics)[0]
         return out
 
-    def set_members(self, members: Sequence[Flow]) -> None:
+    def set_members(self, members: Sequence[FlowRecord]) -> None:
         """Replace the flows whose masks select from the weights."""
         if not members:
             raise ValueError("there are no members")

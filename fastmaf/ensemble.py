@@ -68,25 +68,32 @@ class Ensemble:
     True
     """
 
-    device = "cpu"
-
     def __init__(self, flow: Flow, conditioner: Conditioner, ranks: ArrayLike, degrees: ArrayLike) -> None:
-        networks = [record for record in (*flow.layers, flow.base) if isinstance(record, (Autoregressive, Terminal))]
-        if len(networks) != 1:
-            raise ValueError(f"the flow has {len(networks)} networks; an ensemble needs exactly one")
-        units = sum(dense.bias.size for dense in conditioner.hidden)
-        self.ranks = _integers("ranks", ranks, flow.features, "feature")
-        self.degrees = _integers("degrees", degrees, units, "hidden unit")
-        if len(self.ranks) != len(self.degrees) or not len(self.ranks):
-            raise ValueError(f"ranks has {len(self.ranks)} rows and degrees {len(self.degrees)}; there must be one for each member")
-        self.conditioner: Conditioner = _layers.astype(with_degrees(conditioner, self.degrees[0]), flow.dtype)
-        self._become(flow)
+        self._shared = _Shared(flow, conditioner, ranks, degrees)
 
-    def _become(self, flow: Flow) -> None:
-        """Take everything but the network from a flow."""
-        self._members: dict[int, Flow] = {}
-        self._flow = flow
-        self._flow = self.member(0)
+    @property
+    def conditioner(self) -> Conditioner:
+        """The weights, no mask applied."""
+        return self._shared.conditioner
+
+    @property
+    def ranks(self) -> Array:
+        """Ranks of the variables for each member, (m, D)."""
+        return self._shared.ranks
+
+    @property
+    def degrees(self) -> Array:
+        """Degrees of all hidden units, layer after layer, for each member, (m, h)."""
+        return self._shared.degrees
+
+    @property
+    def device(self) -> str:
+        """Where the ensemble computes."""
+        return "cpu"
+
+    @property
+    def _flow(self) -> Flow:
+        return self._shared.member(0)
 
     @property
     def features(self) -> int:
@@ -156,19 +163,7 @@ class Ensemble:
         >>> fastmaf.MADE(features=3, masks=4).member(0).order
         (0, 1, 2)
         """
-        k = _arrays.count("k", k, limit=len(self))
-        if k not in self._members:
-            self._members[k] = self._masked(self.ranks[k], self.degrees[k])
-        return self._members[k]
-
-    def _masked(self, ranks: Array, degrees: Array) -> Flow:
-        """The flow under other masks."""
-        flow, categories = self._flow, getattr(self._flow.base, "categories", ())
-        net = masked(with_degrees(self.conditioner, degrees), ranks, categories)
-        if isinstance(flow.base, Terminal):
-            return flow._with(base=replace(flow.base, ranks=ranks, conditioner=net))
-        layers = [replace(layer, ranks=ranks, conditioner=net) if isinstance(layer, Autoregressive) else layer for layer in flow.layers]
-        return flow._with(layers=layers)
+        return self._shared.member(_arrays.count("k", k, limit=len(self)))
 
     def _with(self, conditioner: Conditioner | None = None, **changes: Any) -> Ensemble:
         return Ensemble(self._flow._with(**changes), conditioner or self.conditioner, self.ranks, self.degrees)
@@ -200,11 +195,11 @@ class Ensemble:
         """
         x, context, shape = _arrays.rows("x", x, context, self.features, self.context_features)
         result = np.empty(shape, self.dtype) if out is None else _arrays.output(out, shape, self.dtype, x, context)
-        total = np.full(shape, -np.inf)
+        total, members = np.full(shape, -np.inf), self._shared.members()
         with np.errstate(invalid="ignore"):
-            for k in range(len(self)):
-                np.logaddexp(total, self.member(k).log_prob(x, context), out=total)
-        result[...] = total - math.log(len(self))
+            for member in members:
+                np.logaddexp(total, member.log_prob(x, context), out=total)
+        result[...] = total - math.log(len(members))
         return result
 
     def sample(self, n: int, context: ArrayLike | None = None, seed: int | None = None, offset: int = 0, context_offset: int = 0) -> Array:
@@ -237,15 +232,16 @@ class Ensemble:
         shape = (c, n) if context is not None and context.ndim == 2 else (n,)
         chosen = self._choices(c, n, seed, offset, context_offset).reshape(-1)
         samples = np.empty((c * n, self.features), self.dtype)
-        for k in range(len(self)):
+        for k, member in enumerate(self._shared.members()):
             own = np.flatnonzero(chosen == k)
             if not own.size:
                 continue
             group, index = np.divmod(own, n)
             rows = None if context is None else np.broadcast_to(context, (c, self.context_features))[group]
-            member, drawn = self.member(k), np.empty((own.size, self.features), self.dtype)
+            drawn = np.empty((own.size, self.features), self.dtype)
             counters = (index.astype(np.uint64) + np.uint64(offset), group.astype(np.uint64) + np.uint64(context_offset))
-            member._backend().sample_rows(member, *counters, rows, seed, drawn)
+            record, backend = member._ready()
+            backend.sample_rows(record, *counters, rows, seed, drawn)
             samples[own] = drawn
         return samples.reshape(*shape, self.features)
 
@@ -427,11 +423,10 @@ class Ensemble:
 
         def draw(epoch: int) -> list[Flow]:
             members = (random_member(self.conditioner, self.ranks[0], self.context_features > 0, seed, epoch, k) for k in range(len(self)))
-            return [self._masked(*member) for member in members]
+            return [self._shared.masked(*member) for member in members]
 
         flow = self._flow._with()
-        flows = [self.member(k) for k in range(len(self))]
-        members = train.Members(flows, self.parameters(), draw if resample else None)
+        members = train.Members(self._shared.members(), self.parameters(), draw if resample else None)
         history = train.fit(
             flow,
             x,
@@ -457,8 +452,7 @@ class Ensemble:
             progress=progress,
             members=members,
         )
-        self.conditioner = self._filled(members.weights)
-        self._become(flow)
+        self._shared = _Shared(flow, self._filled(members.weights), self.ranks, self.degrees)
         return history
 
     # Files and words
@@ -508,6 +502,42 @@ class Ensemble:
         4 members share 17 weights
         """
         return f"{self._flow.summary()}\n{len(self)} members share {self.parameters().size:,} weights"
+
+
+class _Shared:
+    """What an ensemble is, checked when made and never changed: a flow but for its network, the weights, and the masks of its members."""
+
+    def __init__(self, flow: Flow, conditioner: Conditioner, ranks: ArrayLike, degrees: ArrayLike) -> None:
+        networks = [record for record in (*flow.layers, flow.base) if isinstance(record, (Autoregressive, Terminal))]
+        if len(networks) != 1:
+            raise ValueError(f"the flow has {len(networks)} networks; an ensemble needs exactly one")
+        units = sum(dense.bias.size for dense in conditioner.hidden)
+        self.ranks = _integers("ranks", ranks, flow.features, "feature")
+        self.degrees = _integers("degrees", degrees, units, "hidden unit")
+        if len(self.ranks) != len(self.degrees) or not len(self.ranks):
+            raise ValueError(f"ranks has {len(self.ranks)} rows and degrees {len(self.degrees)}; there must be one for each member")
+        self.conditioner: Conditioner = _layers.astype(with_degrees(conditioner, self.degrees[0]), flow.dtype)
+        self._front = flow
+        self._made: dict[int, Flow] = {}
+        self.member(0)
+
+    def member(self, k: int) -> Flow:
+        """The flow of a member."""
+        found = self._made.get(k)
+        return found or self._made.setdefault(k, self.masked(self.ranks[k], self.degrees[k]))
+
+    def members(self) -> list[Flow]:
+        """The flows of all members."""
+        return [self.member(k) for k in range(len(self.ranks))]
+
+    def masked(self, ranks: Array, degrees: Array) -> Flow:
+        """The flow under some masks."""
+        flow, categories = self._front, getattr(self._front.base, "categories", ())
+        net = masked(with_degrees(self.conditioner, degrees), ranks, categories)
+        if isinstance(flow.base, Terminal):
+            return flow._with(base=replace(flow.base, ranks=ranks, conditioner=net))
+        layers = [replace(layer, ranks=ranks, conditioner=net) if isinstance(layer, Autoregressive) else layer for layer in flow.layers]
+        return flow._with(layers=layers)
 
 
 _NAMES = ("weight", "bias", "context_weight", "context_bias")

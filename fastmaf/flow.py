@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,8 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastmaf import _arrays, _backends, _device, masks
 from fastmaf import layers as _layers
-from fastmaf.layers import Affine, Autoregressive, BatchNorm, Conditioner, Dense, Elementwise, Linear, Normal, Permutation, Terminal
+from fastmaf.layers import Affine, Autoregressive, Elementwise, Normal, Terminal
+from fastmaf.record import FlowRecord, width_of
 
 if TYPE_CHECKING:
     import os
@@ -74,9 +75,6 @@ class Flow:
     True
     """
 
-    device = "cpu"
-    _precision = "high"
-
     def __init__(
         self,
         layers: Iterable[_layers.FlowLayer],
@@ -89,109 +87,115 @@ class Flow:
         names: Sequence[str] | None = None,
         training: Mapping[str, Any] | None = None,
     ) -> None:
-        layers = tuple(layers)
-        self.dtype = _arrays.float_dtype(dtype)
-        self.context_features = _arrays.count("context_features", context_features)
-        if not isinstance(base, (Normal, Terminal, type(None))):
-            raise ValueError(f"base is of type {type(base).__name__}; it must be Normal or Terminal")
-        if features is None:
-            if base is None and not layers:
-                raise ValueError("a flow without layers and without base needs features")
-            features = base.features if base is not None else _width("layers[0]", layers[0])
-        self.features = _arrays.count("features", features, lowest=1)
-        self.base = self._checked_base(base or Normal(self.features))
-        self.layers = layers
-        self.context_layers = tuple(context_layers)
-        self.names = _names(names, self.features)
-        self.training: dict[str, Any] = plain(dict(training or {}))
+        self._record = FlowRecord(
+            layers,
+            base,
+            features=features,
+            context_features=context_features,
+            context_layers=context_layers,
+            dtype=dtype,
+            names=names,
+            training=training,
+        )
+        self._placement: tuple[str, str] = ("cpu", "high")
+        self._placed: _backends.Backend | None = None
+
+    @classmethod
+    def _of(cls, record: FlowRecord, placement: tuple[str, str] = ("cpu", "high")) -> Flow:
+        """The flow of a record, on a device and in a precision that are there."""
+        flow = cls.__new__(cls)
+        flow._record, flow._placement = record, placement
+        flow._placed = None if placement[0] == "cpu" else _backends.placed(*placement)
+        return flow
 
     # The record
 
     @property
+    def record(self) -> FlowRecord:
+        """The flow as data: immutable, and replaced as a whole by every assignment and by `fit`."""
+        return self._record
+
+    @property
+    def features(self) -> int:
+        """Number of variables D."""
+        return self._record.features
+
+    @property
+    def context_features(self) -> int:
+        """Number of variables C that the density is conditioned on."""
+        return self._record.context_features
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the arithmetic and of the results; `astype` gives a flow of another."""
+        return self._record.dtype
+
+    @property
+    def device(self) -> str:
+        """Where the flow computes; `to` gives a flow on another device."""
+        return self._placement[0]
+
+    @property
+    def precision(self) -> str:
+        """Of the matrix products of float32 densities on a GPU; see `to`."""
+        return self._placement[1]
+
+    @property
     def layers(self) -> tuple[_layers.FlowLayer, ...]:
-        """The layers, from data to noise."""
-        return self._flow_layers
+        """The layers, from data to noise; may be assigned."""
+        return self._record.layers
 
     @layers.setter
     def layers(self, layers: Iterable[_layers.FlowLayer]) -> None:
-        layers = tuple(layers)
-        if layers and self._discrete:
-            raise ValueError(f"a flow with a {self._discrete} base has no layers in front of it; {len(layers)} are given")
-        for k, layer in enumerate(layers):
-            self._check_width(f"layers[{k}]", _width(f"layers[{k}]", layer), self.features, "features")
-            if isinstance(layer, Autoregressive):
-                self._check_conditioner(f"layers[{k}]", layer.conditioner)
-        self._flow_layers: tuple[_layers.FlowLayer, ...] = _layers.astype(layers, self.dtype)
-        self._forget()
+        self._record = self._record.replaced(layers=layers)
+
+    @property
+    def base(self) -> Normal | Terminal:
+        """The density at the end of the chain; may be assigned."""
+        return self._record.base
+
+    @base.setter
+    def base(self, base: Normal | Terminal) -> None:
+        self._record = self._record.replaced(base=base)
 
     @property
     def context_layers(self) -> tuple[Elementwise | Affine, ...]:
-        """The layers that the context passes through first."""
-        return self._flow_context_layers
+        """The layers that the context passes through first; may be assigned."""
+        return self._record.context_layers
 
     @context_layers.setter
     def context_layers(self, layers: Iterable[Elementwise | Affine]) -> None:
-        layers = tuple(layers)
-        for k, layer in enumerate(layers):
-            if not isinstance(layer, (Elementwise, Affine)):
-                raise ValueError(f"context_layers[{k}] is of type {type(layer).__name__}; it must be Elementwise or Affine")
-            self._check_width(f"context_layers[{k}]", _width("", layer), self.context_features, "context features")
-        self._flow_context_layers: tuple[Elementwise | Affine, ...] = layers
-        self._forget()
-
-    def _checked_base(self, base: Normal | Terminal) -> Normal | Terminal:
-        self._check_width("base", base.features, self.features, "features")
-        if isinstance(base, Terminal):
-            self._check_conditioner("base", base.conditioner)
-        result: Normal | Terminal = _layers.astype(base, self.dtype)
-        return result
+        self._record = self._record.replaced(context_layers=layers)
 
     @property
-    def _discrete(self) -> str:
-        """The conditional of the base if its variables are discrete, else nothing."""
-        return self.base.conditional if isinstance(self.base, Terminal) and self.base.conditional != "mixture" else ""
+    def names(self) -> tuple[str, ...] | None:
+        """One name for each variable; may be assigned."""
+        return self._record.names
 
-    def _check_continuous(self, what: str) -> None:
-        if self._discrete:
-            raise ValueError(f"a flow with a {self._discrete} base has no {what}")
+    @names.setter
+    def names(self, names: Sequence[str] | None) -> None:
+        self._record = self._record.replaced(names=names)
 
-    def _check_width(self, name: str, width: int, expected: int, what: str) -> None:
-        if width != expected:
-            raise ValueError(f"{name} has width {width}; the flow has {expected} {what}")
+    @property
+    def training(self) -> dict[str, Any]:
+        """How the flow came to its weights; may be assigned, or added to."""
+        return self._record.training
 
-    def _check_conditioner(self, name: str, conditioner: Conditioner) -> None:
-        for dense in (*conditioner.hidden, conditioner.final):
-            if not dense.bias.size:
-                raise ValueError(f"{name} has a hidden layer without units")
-            if dense.context_weight is not None:
-                self._check_width(f"the context of {name}", dense.context_weight.shape[1], self.context_features, "context features")
-
-    def _forget(self) -> None:
-        self._approved: _backends.Backend | None = None  # the backend that can run these layers
-        self._packed: dict[str, Any] = {}  # what backends derive from the layers, by the name of the backend
+    @training.setter
+    def training(self, training: Mapping[str, Any]) -> None:
+        self._record = self._record.replaced(training=training)
 
     def _with(self, **changes: Any) -> Flow:
-        values = {name: getattr(self, name) for name in ("features", "context_features", "context_layers", "dtype", "names", "training")}
-        values.update(changes)
-        flow = Flow(values.pop("layers", self.layers), values.pop("base", self.base), **values)
-        flow.device, flow._precision = self.device, self._precision
-        return flow
-
-    def _empty(self, shape: tuple[int, ...], like: Any) -> Any:
-        """Room for results, where the arrays that came in lie."""
-        return like.empty(shape, self.dtype) if type(like) is _device.DeviceArray else np.empty(shape, self.dtype)
+        return Flow._of(self._record.replaced(**changes), self._placement)
 
     # Evaluation
 
-    def _backend(self) -> _backends.Backend:
-        backend = _backends.active if self.device == "cpu" else self._approved
-        if backend is None or backend is not self._approved:
-            backend = _backends.choose() if self.device == "cpu" else _backends.require("cuda")
-            missing = backend.unsupported(self)
-            if missing is not None:
-                raise NotImplementedError(f"the {backend.name} backend has no kernel for {missing}")
-            self._approved = backend
-        return backend
+    def _ready(self) -> tuple[FlowRecord, _backends.Backend]:
+        """The record as it is now, which a call keeps to its end, and the backend that runs it."""
+        record, backend = self._record, self._placed or _backends.active or _backends.choose()
+        if not record.is_approved(backend):
+            record.approve(backend)
+        return record, backend
 
     def log_prob(self, x: ArrayLike, context: ArrayLike | None = None, out: Array | None = None) -> Array:
         """Log-density of rows, in nats.
@@ -222,11 +226,11 @@ class Flow:
         >>> fastmaf.MAF(features=3).log_prob(np.zeros((5, 3))).shape
         (5,)
         """
-        x, context, shape = _arrays.rows("x", x, context, self.features, self.context_features, self.device)
-        result = self._empty(shape, x) if out is None else _arrays.output(out, shape, self.dtype, x, context, device=self.device)
-        backend = self._backend()
+        record, backend = self._ready()
+        x, context, shape = _arrays.rows("x", x, context, record.features, record.context_features, self._placement[0])
+        result = _empty(shape, record.dtype, x) if out is None else _arrays.output(out, shape, record.dtype, x, context, device=self.device)
         if result.size:
-            backend.log_prob(self, x, context, result)
+            backend.log_prob(record, x, context, result)
         return result if type(result) is np.ndarray else _device.native(result, x)
 
     def to_noise(self, x: ArrayLike, context: ArrayLike | None = None) -> Array:
@@ -255,12 +259,12 @@ class Flow:
         >>> np.allclose(flow.from_noise(flow.to_noise(x)), x)
         True
         """
-        self._check_continuous("noise")
-        x, context, shape = _arrays.rows("x", x, context, self.features, self.context_features, self.device)
-        result = self._empty((*shape, self.features), x)
-        backend = self._backend()
+        record, backend = self._ready()
+        _check_continuous(record, "noise")
+        x, context, shape = _arrays.rows("x", x, context, record.features, record.context_features, self.device)
+        result = _empty((*shape, record.features), record.dtype, x)
         if result.size:
-            backend.to_noise(self, x, context, result)
+            backend.to_noise(record, x, context, result)
         return result if type(result) is np.ndarray else _device.native(result, x)
 
     def from_noise(self, u: ArrayLike, context: ArrayLike | None = None) -> Array:
@@ -288,12 +292,12 @@ class Flow:
         >>> fastmaf.MAF(features=2, bounds=[(0, 1), None]).from_noise(np.zeros((4, 2))).shape
         (4, 2)
         """
-        self._check_continuous("noise")
-        u, context, shape = _arrays.rows("u", u, context, self.features, self.context_features, self.device)
-        result = self._empty((*shape, self.features), u)
-        backend = self._backend()
+        record, backend = self._ready()
+        _check_continuous(record, "noise")
+        u, context, shape = _arrays.rows("u", u, context, record.features, record.context_features, self.device)
+        result = _empty((*shape, record.features), record.dtype, u)
         if result.size:
-            backend.from_noise(self, u, context, result)
+            backend.from_noise(record, u, context, result)
         return result if type(result) is np.ndarray else _device.native(result, u)
 
     def sample(
@@ -377,22 +381,23 @@ class Flow:
     def _sample(
         self, n: int, context: ArrayLike | None, seed: int | None, offset: int, context_offset: int, out: Array | None, density: bool
     ) -> tuple[Array, Array | None]:
+        record, backend = self._ready()
         n = _arrays.count("n", n)
-        context, c = _arrays.contexts(context, self.context_features, self.device)
+        context, c = _arrays.contexts(context, record.context_features, self.device)
         seed, offset, context_offset = _arrays.seed_and_offsets(seed, offset, context_offset, n, c)
         groups = (c,) if context is not None and context.ndim == 2 else ()
-        shape = (*groups, n, self.features)
-        samples = self._empty(shape, context) if out is None else _arrays.output(out, shape, self.dtype, context, device=self.device)
-        log_prob = self._empty((*groups, n), samples) if density else None
-        backend = self._backend()
+        shape = (*groups, n, record.features)
+        dtype = record.dtype
+        samples = _empty(shape, dtype, context) if out is None else _arrays.output(out, shape, dtype, context, device=self.device)
+        log_prob = _empty((*groups, n), dtype, samples) if density else None
         if isinstance(samples, _device.DeviceArray):
             if samples.size:
-                backend.sample(self, c, n, context, seed, offset, context_offset, samples, log_prob)
+                backend.sample(record, c, n, context, seed, offset, context_offset, samples, log_prob)
             like = samples if context is None else context
             return _device.native(samples, like), None if log_prob is None else _device.native(log_prob, like)
         if samples.size:
             log_prob_out = None if log_prob is None else log_prob.reshape(c, n)
-            backend.sample(self, c, n, context, seed, offset, context_offset, samples.reshape(c, n, self.features), log_prob_out)
+            backend.sample(record, c, n, context, seed, offset, context_offset, samples.reshape(c, n, record.features), log_prob_out)
         return samples, log_prob
 
     # Partial information
@@ -518,20 +523,20 @@ class Flow:
         >>> flow.conditional_probs(np.zeros((5, 3))).shape
         (5, 3, 4)
         """
-        base = self.base
-        if not isinstance(base, Terminal) or base.conditional == "mixture":
+        record, backend = self._ready()
+        base = record.base
+        if not isinstance(base, Terminal) or not record.discrete:
             raise ValueError(f"conditional_probs is for bernoulli and categorical flows; this one is {self!r}")
-        x, context, shape = _arrays.rows("x", x, context, self.features, self.context_features, self.device)
-        result = self._empty((*shape, self.features, *([max(base.categories)] if base.categories else [])), x)
-        backend = self._backend()
+        x, context, shape = _arrays.rows("x", x, context, record.features, record.context_features, self.device)
+        result = _empty((*shape, record.features, *([max(base.categories)] if base.categories else [])), record.dtype, x)
         if not result.size:
             return result if type(result) is np.ndarray else _device.native(result, x)
         unknown = None
         with np.errstate(all="ignore"):
-            if type(x) is np.ndarray and x.dtype.kind == "f" and not abs(np.sum(x, dtype=np.float64)) <= np.finfo(self.dtype).max:
-                unknown = ~(np.abs(x) <= np.finfo(self.dtype).max)
+            if type(x) is np.ndarray and x.dtype.kind == "f" and not abs(np.sum(x, dtype=np.float64)) <= np.finfo(record.dtype).max:
+                unknown = ~(np.abs(x) <= np.finfo(record.dtype).max)
                 x = np.where(unknown, 0, x)
-        backend.conditional_probs(self, x, context, result)
+        backend.conditional_probs(record, x, context, result)
         if unknown is not None and unknown.any():  # what comes behind an unknown value is unknown
             first = np.where(unknown, base.ranks, base.ranks.max() + 1).min(axis=-1, keepdims=True)
             result[np.broadcast_to(base.ranks > first, result.shape[: len(shape) + 1])] = np.nan
@@ -567,8 +572,9 @@ class Flow:
         >>> value.shape, dx.shape
         ((5,), (5, 3))
         """
-        self._check_continuous("gradient in x")
-        value, dx, dcontext = self._backward(x, context, None, None)
+        record, backend = self._ready()
+        _check_continuous(record, "gradient in x")
+        value, dx, dcontext = self._backward(record, backend, x, context, None, None)
         assert dx is not None
         return value, dx, dcontext
 
@@ -602,32 +608,34 @@ class Flow:
         >>> dparameters.shape == flow.parameters().shape
         True
         """
-        dparameters = np.zeros(sum(array.size for array in self._parameter_arrays()), self.dtype)
-        _, dx, dcontext = self._backward(x, context, cotangent, dparameters)
+        record, backend = self._ready()
+        dparameters = np.zeros(sum(array.size for array in record.parameter_arrays()), record.dtype)
+        _, dx, dcontext = self._backward(record, backend, x, context, cotangent, dparameters)
         return dx, dcontext, dparameters
 
     def _backward(
-        self, x: ArrayLike, context: ArrayLike | None, cotangent: ArrayLike | None, dparameters: Array | None
+        self,
+        record: FlowRecord,
+        backend: _backends.Backend,
+        x: ArrayLike,
+        context: ArrayLike | None,
+        cotangent: ArrayLike | None,
+        dparameters: Array | None,
     ) -> tuple[Array, Array | None, Array | None]:
         if self.device != "cpu":
             raise NotImplementedError(f"gradients on {self.device} are to come; they run on the cpu: flow.to('cpu')")
-        x, context, shape = _arrays.rows("x", x, context, self.features, self.context_features)
-        factor = np.ones(shape, self.dtype) if cotangent is None else _arrays.cotangents(cotangent, shape, self.dtype)
-        value = np.empty(shape, self.dtype)
-        dx = None if self._discrete else np.empty((*shape, self.features), self.dtype)
-        dcontext = None if context is None else np.empty((*shape, self.context_features), self.dtype)
-        backend = self._backend()
+        x, context, shape = _arrays.rows("x", x, context, record.features, record.context_features)
+        factor = np.ones(shape, record.dtype) if cotangent is None else _arrays.cotangents(cotangent, shape, record.dtype)
+        value = np.empty(shape, record.dtype)
+        dx = None if record.discrete else np.empty((*shape, record.features), record.dtype)
+        dcontext = None if context is None else np.empty((*shape, record.context_features), record.dtype)
         if value.size:
-            backend.vjp(self, np.broadcast_to(x, (*shape, self.features)), context, factor, value, dx, dcontext, dparameters)
+            backend.vjp(record, np.broadcast_to(x, (*shape, record.features)), context, factor, value, dx, dcontext, dparameters)
         if dcontext is not None and context is not None:
             dcontext = _sum_to(dcontext, context.shape)
         return value, None if dx is None else _sum_to(dx, x.shape), dcontext
 
     # Parameters
-
-    def _parameter_arrays(self) -> Iterator[Array]:
-        for record in (*self.layers, self.base):
-            yield from trainable(record)
 
     def parameters(self) -> Array:
         """All trainable numbers in one vector, masked weights (which are zero) included.
@@ -646,7 +654,7 @@ class Flow:
         >>> fastmaf.MADE(features=2, hidden_features=(3,)).parameters().shape  # (3 * 2 + 3) + (4 * 3 + 4)
         (25,)
         """
-        return np.concatenate([np.empty(0, self.dtype), *(array.ravel() for array in self._parameter_arrays())])
+        return self._record.parameters()
 
     def with_parameters(self, parameters: ArrayLike) -> Flow:
         """A flow with other weights and biases.
@@ -672,21 +680,7 @@ class Flow:
         >>> flow.with_parameters(0.5 * flow.parameters()).features
         3
         """
-        vector = _arrays.real("parameters", parameters)
-        size = sum(array.size for array in self._parameter_arrays())
-        if vector.shape != (size,):
-            raise ValueError(f"parameters has shape {vector.shape}; the flow has {size} parameters")
-        vector = vector.astype(self.dtype)
-        position = 0
-
-        def take(array: Array | None) -> Array | None:
-            nonlocal position
-            if array is None:
-                return None
-            position += array.size
-            return vector[position - array.size : position].reshape(array.shape)
-
-        return self._with(layers=[_refill(layer, take) for layer in self.layers], base=_refill(self.base, take))
+        return Flow._of(self._record.with_parameters(parameters), self._placement)
 
     def astype(self, dtype: DTypeLike) -> Flow:
         """The same flow in another precision.
@@ -746,13 +740,7 @@ class Flow:
         name, _, number = device.partition(":") if isinstance(device, str) else ("", "", "")
         if device != "cpu" and (name != "cuda" or not (number.isdecimal() if ":" in device else not number)):
             raise ValueError(f"device is {device!r}; it must be 'cpu', 'cuda' or 'cuda:' and a number")
-        flow = self._with()
-        flow.device, flow._precision = device, precision
-        if device != "cpu":
-            backend: Any = _backends.require("cuda")
-            flow.device = f"cuda:{int(number or 0)}"
-            backend.check(_device.index_of(flow.device))
-        return flow
+        return Flow._of(self._record, ("cpu" if device == "cpu" else f"cuda:{int(number or 0)}", precision))
 
     # Training
 
@@ -842,7 +830,7 @@ class Flow:
     def __reduce__(self) -> Any:
         from fastmaf import io
 
-        return io.load, (io.to_bytes(self),)
+        return _revived, (io.to_bytes(self), *self._placement)
 
     def __repr__(self) -> str:
         groups = [(name, len(list(group))) for name, group in itertools.groupby(map(_describe, self.layers))]
@@ -882,84 +870,26 @@ class Flow:
         return "\n".join(f"{a:<{first}}  {b:<{second}}  {c:>{third}}" for a, b, c in lines)
 
 
-def _width(name: str, layer: Any) -> int:
-    """Number of columns that a layer works on."""
-    if isinstance(layer, Elementwise):
-        return len(layer.kinds)
-    if isinstance(layer, Affine):
-        return layer.loc.size
-    if isinstance(layer, BatchNorm):
-        return layer.beta.size
-    if isinstance(layer, Permutation):
-        return layer.perm.size
-    if isinstance(layer, Linear):
-        return layer.bias.size
-    if isinstance(layer, Autoregressive):
-        return layer.ranks.size
-    raise ValueError(f"{name} is of type {type(layer).__name__}, which is no layer")
+def _revived(data: bytes, device: str, precision: str) -> Flow:
+    """A flow that comes out of a pickle, on its device if that is here."""
+    from fastmaf import io
+
+    flow: Flow = io.load(data)
+    try:
+        return flow.to(device, precision)
+    except RuntimeError as error:
+        warnings.warn(f"a flow of {device} is on the cpu now: {error}", RuntimeWarning, stacklevel=2)
+        return flow.to("cpu", precision)
 
 
-def _names(names: Sequence[str] | None, features: int) -> tuple[str, ...] | None:
-    if names is None:
-        return None
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"names is {names!r}; it must be a sequence of strings")
-    if len(names) != features or len(set(names)) != features:
-        raise ValueError(f"names lists {len(set(names))} different names; the flow has {features} features")
-    return tuple(names)
+def _empty(shape: tuple[int, ...], dtype: np.dtype[Any], like: Any) -> Any:
+    """Room for results, where the arrays that came in lie."""
+    return like.empty(shape, dtype) if type(like) is _device.DeviceArray else np.empty(shape, dtype)
 
 
-def plain(value: Any) -> Any:
-    """The value in types that JSON knows; numbers that are not finite become None."""
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, (float, np.floating)):
-        return float(value) if np.isfinite(value) else None
-    if isinstance(value, (np.bool_, np.integer)):
-        return value.item()
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [plain(item) for item in value]
-    raise ValueError(f"training holds a value of type {type(value).__name__}; it must hold numbers, text, lists and mappings")
-
-
-def trainable(record: Any) -> Iterator[Array]:
-    """The arrays of a layer, base or network that training changes, in the order of `Flow.parameters`."""
-    if isinstance(record, BatchNorm):
-        yield from (record.log_gamma, record.beta)
-    elif isinstance(record, Linear):
-        yield from (np.tril(record.lower, -1), np.triu(record.upper), record.bias)
-    elif isinstance(record, (Autoregressive, Terminal)):
-        yield from trainable(record.conditioner)
-    elif isinstance(record, Conditioner):
-        for dense in (*record.hidden, record.final):
-            for array in (dense.weight, dense.bias, dense.context_weight, dense.context_bias):
-                if array is not None:
-                    yield array
-        if record.skip is not None:
-            yield record.skip
-
-
-def _refill(record: Any, take: Callable[[Array | None], Any]) -> Any:
-    """The layer or base with its arrays replaced by what `take` gives for each, in the order of `Flow.parameters`."""
-
-    def refill(dense: Dense) -> Dense:
-        weight, bias = take(dense.weight), take(dense.bias)
-        return replace(dense, weight=weight, bias=bias, context_weight=take(dense.context_weight), context_bias=take(dense.context_bias))
-
-    if isinstance(record, BatchNorm):
-        return replace(record, log_gamma=take(record.log_gamma), beta=take(record.beta))
-    if isinstance(record, Linear):
-        lower, upper, bias = (take(array) for array in trainable(record))
-        lower, upper = np.tril(lower, -1) + np.triu(record.lower), np.triu(upper) + np.tril(record.upper, -1)
-        return replace(record, lower=lower, upper=upper, bias=bias)
-    if not isinstance(record, (Autoregressive, Terminal)):
-        return record
-    old = record.conditioner
-    initial = None if old.initial is None else refill(old.initial)
-    blocks = tuple(replace(block, maps=tuple(map(refill, block.maps))) for block in old.blocks)
-    return replace(record, conditioner=replace(old, initial=initial, blocks=blocks, final=refill(old.final), skip=take(old.skip)))
+def _check_continuous(record: FlowRecord, what: str) -> None:
+    if record.discrete:
+        raise ValueError(f"a flow with a {record.discrete} base has no {what}")
 
 
 def _sum_to(gradient: Array, shape: tuple[int, ...]) -> Array:
@@ -994,7 +924,7 @@ def _details(record: Any) -> str:
         return ", ".join([*words, f"order {shown}"])
     if isinstance(record, Elementwise):
         return ", ".join(f"{record.kinds.count(kind)} {kind}" for kind in dict.fromkeys(record.kinds))
-    return f"{record.features if isinstance(record, Normal) else _width('', record)} columns"
+    return f"{record.features if isinstance(record, Normal) else width_of('', record)} columns"
 
 
 def _free_weights(record: Autoregressive | Terminal) -> int:

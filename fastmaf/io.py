@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 
 from fastmaf import layers as _layers
 from fastmaf.ensemble import Ensemble
-from fastmaf.flow import Flow, plain
+from fastmaf.flow import Flow
 from fastmaf.maf import masked
+from fastmaf.record import plain
 
 __all__ = ["FORMAT", "load", "save", "write"]
 

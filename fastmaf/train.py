@@ -32,6 +32,7 @@ except ImportError:
 
 if TYPE_CHECKING:
     from fastmaf.flow import Flow
+    from fastmaf.record import FlowRecord
 
 __all__ = ["History", "Members", "fit"]
 
@@ -248,7 +249,7 @@ def fit(
     where = flow.device if device == "auto" else flow.to(device).device
     if where != "cpu":
         raise NotImplementedError(f"training on {where} is to come; it runs on the cpu: flow.to('cpu').fit(...)")
-    backend = flow._backend()
+    _, backend = flow._ready()
 
     train, held = _split(flow, x(0) if callable(x) else x, context, weights, validation, settings["seed"])
     layers, context_layers = _standardised(flow, train, standardize)
@@ -262,7 +263,7 @@ def fit(
     options: dict[str, Any] = {name: settings[name] for name in ("l2", "weight_decay", "clip_norm")}
     if members is not None:
         options["members"] = _behind(start, members.flows)
-    engine = backend.trainer(start, **options)
+    engine = backend.trainer(start.record, **options)
     if members is not None:
         engine.set_parameters(members.weights)
     run = _Run(start, engine, train, held, settings, store, members, engine.parameters(), not flow.training)
@@ -277,8 +278,7 @@ def fit(
         fitted = _normed(start.with_parameters(run.best), run.best_statistics)
     else:
         fitted, members.weights = start, run.best
-    flow.base = fitted.base
-    flow.layers, flow.context_layers, flow.training = fitted.layers, fitted.context_layers, run.summary()
+    flow._record = fitted.record.replaced(training=run.summary())
     return run.history
 
 
@@ -509,13 +509,13 @@ def _normed(flow: Flow, statistics: Statistics) -> Flow:
     return flow._with(layers=layers)
 
 
-def _behind(start: Flow, members: Sequence[Flow]) -> list[Flow]:
+def _behind(start: Flow, members: Sequence[Flow]) -> list[FlowRecord]:
     """The members behind the fixed layers of the flow that is trained."""
     result = []
     for member in members:
         pairs = zip(member.layers, start.layers, strict=True)
         layers = [new if isinstance(new, (Elementwise, Affine)) else own for own, new in pairs]
-        result.append(member._with(layers=layers, context_layers=start.context_layers))
+        result.append(member.record.replaced(layers=layers, context_layers=start.context_layers))
     return result
 
 

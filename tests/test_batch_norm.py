@@ -42,7 +42,7 @@ def trainer(made, **options):
     active = _backends.choose()
     if missing := active.unsupported(made):
         pytest.skip(f"the {active.name} backend has no kernel for {missing}")
-    return active.trainer(made, **options)
+    return active.trainer(made.record, **options)
 
 
 def data(made, n, weighted=False):

@@ -434,7 +434,7 @@ def test_repr_and_summary():
     )
     lines = flow.summary().splitlines()
     assert [line.split()[0] for line in lines] == ["layer", "context", "Affine", *["Autoregressive"] * 3, "Normal", "total"]
-    free = sum(np.count_nonzero(array) for array in flow._parameter_arrays())
+    free = sum(np.count_nonzero(array) for array in flow.record.parameter_arrays())
     assert lines[-1].split()[-1].replace(",", "") == str(free)
     assert len({len(line) for line in lines}) == 1
     assert "logit" in fastmaf.Flow([Elementwise.from_bounds([(0, 1), None])]).summary()

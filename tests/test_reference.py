@@ -641,7 +641,7 @@ def test_adam(options, weighted):
     w = w if weighted else np.ones(30)
     batches = [order[:10], order[10:20], order[20:]]
     expected, losses = adam(made, x, c, w, batches, lr, 1.3, **options)
-    engine = _reference.backend.trainer(made, **options)
+    engine = _reference.backend.trainer(made.record, **options)
     loss, done = engine.epoch(x, c, w if weighted else None, order, 10, lr, 1.3)
     assert done == 3 and math.isclose(loss, sum(losses), rel_tol=1e-10)
     assert np.allclose(engine.parameters(), expected, rtol=1e-8, atol=1e-10)
@@ -650,7 +650,7 @@ def test_adam(options, weighted):
 
 
 def trained(made, x, epochs=3, **options):
-    engine = _reference.backend.trainer(made, **options)
+    engine = _reference.backend.trainer(made.record, **options)
     for _ in range(epochs):
         engine.epoch(x, None, None, np.arange(len(x)), 10, np.full(-(-len(x) // 10), 0.01), 1.0)
     return engine
@@ -663,7 +663,7 @@ def test_a_state_goes_on_bit_for_bit(dtype):
     engine = trained(made, x, 2, clip_norm=1.0)
     state = {name: array.copy() for name, array in engine.state().items()}
     assert engine.parameters().dtype == made.dtype
-    other = _reference.backend.trainer(made, clip_norm=1.0)
+    other = _reference.backend.trainer(made.record, clip_norm=1.0)
     other.load_state(state)
     for each in (engine, other):
         each.epoch(x, None, None, np.arange(35), 10, np.full(4, 0.01), 1.0)
@@ -676,7 +676,7 @@ def test_training_stops_before_a_loss_that_is_not_finite():
     made = flow(2, (4,))
     x = rows(made, 30)
     x[25] = np.nan
-    engine = _reference.backend.trainer(made)
+    engine = _reference.backend.trainer(made.record)
     assert engine.epoch(x, None, None, np.arange(30), 10, np.full(3, 0.01), 1.0)[1] == 2
     assert np.array_equal(engine.parameters(), trained(made, x[:20], 1).parameters())
 
@@ -690,7 +690,7 @@ def test_poll_raises_between_steps(monkeypatch):
     def poll():
         raise KeyboardInterrupt
 
-    engine = _reference.backend.trainer(made)
+    engine = _reference.backend.trainer(made.record)
     with pytest.raises(KeyboardInterrupt):
         engine.epoch(x, None, None, np.arange(30), 10, np.full(3, 0.01), 1.0, poll)
     assert np.array_equal(engine.parameters(), trained(made, x[:10], 1).parameters())
@@ -699,13 +699,13 @@ def test_poll_raises_between_steps(monkeypatch):
 def test_training_takes_any_array_and_replaces_parameters():
     made = flow(3, (5,))
     x = np.asfortranarray(rows(made, 30)).astype("f4")[::-1]
-    engine = _reference.backend.trainer(made)
+    engine = _reference.backend.trainer(made.record)
     before = engine.parameters()
     engine.epoch(x, None, None, np.arange(30), 7, np.full(5, 0.01), 1.0)
     assert not np.array_equal(engine.parameters(), before)
     engine.set_parameters(before)
     assert np.array_equal(engine.parameters(), before)
-    empty = _reference.backend.trainer(fastmaf.Flow([random_affine(np.random.default_rng(0), 3)], dtype="f8"))
+    empty = _reference.backend.trainer(fastmaf.Flow([random_affine(np.random.default_rng(0), 3)], dtype="f8").record)
     assert empty.epoch(x, None, None, np.arange(30), 30, np.ones(1), 1.0)[1] == 1
 
 
@@ -714,7 +714,7 @@ def test_training_finds_a_gaussian():
     covariance = np.array([[1.0, 0.8], [0.8, 2.0]])
     x = rng.multivariate_normal([1, -1], covariance, size=2000)
     made = fastmaf.MADE(2, hidden_features=(), dtype="float64")
-    engine = _reference.backend.trainer(made)
+    engine = _reference.backend.trainer(made.record)
     for epoch in range(80):
         loss, _ = engine.epoch(x, None, None, _reference.shuffle(0, 3, epoch, 2000), 200, np.full(10, 0.05 * 0.95**epoch), 1.0)
     entropy = 0.5 * math.log((2 * math.pi * math.e) ** 2 * np.linalg.det(np.cov(x.T)))
@@ -746,7 +746,7 @@ def test_each_step_takes_the_next_member(conditional):
     made, vector = members(conditional)
     rng = np.random.default_rng(0)
     x, c = rng.integers(2, size=(40, 5)).astype(float), rng.normal(size=(40, 2))
-    engine = _reference.backend.trainer(made[0], members=made, betas=(0.0, 0.0), eps=1.0)
+    engine = _reference.backend.trainer(made[0].record, members=[flow.record for flow in made], betas=(0.0, 0.0), eps=1.0)
     engine.set_parameters(vector)
     assert np.array_equal(engine.parameters(), vector)
     for step in range(5):
@@ -769,7 +769,7 @@ def test_members_can_be_replaced_and_states_resume():
     rates = np.full(4, 0.05)
 
     def engine(flows, state=None):
-        result = _reference.backend.trainer(made[0], members=flows)
+        result = _reference.backend.trainer(made[0].record, members=[flow.record for flow in flows])
         result.set_parameters(vector)
         if state is not None:
             result.load_state(state)
@@ -782,10 +782,10 @@ def test_members_can_be_replaced_and_states_resume():
     first = engine(made[:2])
     run(first)
     other = engine(made, first.state())
-    first.set_members(made)
+    first.set_members([flow.record for flow in made])
     assert np.array_equal(run(first), run(other))
     assert set(first.state()) == {"parameters", "first_moment", "second_moment", "step"}
     with pytest.raises(ValueError, match="the arrays of member 1 differ in shape"):
-        first.set_members([made[0], terminal("bernoulli", 4)])
+        first.set_members([made[0].record, terminal("bernoulli", 4).record])
     with pytest.raises(ValueError, match="there are no members"):
         first.set_members([])

@@ -482,7 +482,7 @@ def test_engines_agree_on_every_model(backend, name, count):
     x, w = rows[:88] - rows[:88].min(axis=0), np.random.default_rng(0).uniform(0.5, 2, 88)
     order, results = np.random.default_rng(1).permutation(88), []
     for each in (active, _reference.backend):
-        engine = each.trainer(flow, **options)
+        engine = each.trainer(flow.record, **options)
         if count:
             engine.set_parameters(0.3 * np.random.default_rng(2).normal(size=engine.parameters().size))
         losses = [engine.epoch(x.astype(float), None, w, order, 24, np.full(4, 0.01), w.mean()) for _ in range(2)]
@@ -496,7 +496,7 @@ def test_moments_of_a_unit_that_is_never_active_fade_to_zero(backend):
     if not backend.startswith("cpu"):
         pytest.skip("others leave them to NumPy")
     flow, rows = fastmaf.MAF(features=3, transforms=1, hidden_features=(8,)), np.random.default_rng(0).normal(size=(4000, 3))
-    engine = _backends.choose().trainer(flow)
+    engine = _backends.choose().trainer(flow.record)
     order = np.arange(4000)
 
     def epoch(parameters):
@@ -597,7 +597,7 @@ def test_members_share_their_weights(in_numpy, tmp_path, conditional, redrawn):
     assert history.validation[-1] > history.validation[0]
     if conditional == "mixture":
         assert flow.layers[0].loc.any()
-    engine = _backends.choose().trainer(flow, members=[flow._with(layers=flow.layers, base=member.base) for member in members.flows])
+    engine = _backends.choose().trainer(flow.record, members=[flow.record.replaced(base=member.base) for member in members.flows])
     engine.set_parameters(members.weights)
     held = np.sort(shuffle(0, 4, 0, 800)[:80])
     assert engine.log_prob(rows[held].astype(float), None).mean() == pytest.approx(max(history.validation), abs=1e-4)

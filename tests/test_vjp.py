@@ -11,8 +11,8 @@ from tolerances import assert_close
 
 import fastmaf
 from fastmaf import _backends, _reference, config
-from fastmaf.flow import trainable
 from fastmaf.layers import ACTIVATIONS, BatchNorm, Linear
+from fastmaf.record import trainable
 
 OPERATIONS = ("gradient", "gradient", "parameters")
 DIFFERENCES = ["2 (1,) 0", "3 (2, 2) 0", "6 (3, 3) 2", "7 (17, 5) 1", *(f"{a}-exp_soft" for a in ACTIVATIONS), "tanh-exp", "clip", "blocks"]

@@ -1,0 +1,276 @@
+"""A flow as data: one immutable object, and what is derived from it.
+
+A `FlowRecord` is checked when it is made and never changes.  Whatever a backend makes of it (packed weights, the approval of its layers)
+is kept with the record itself, so that to give a flow other weights is to give it another record: no reader of the one can
+meet what was derived from the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from fastmaf import _arrays
+from fastmaf import layers as _layers
+from fastmaf.layers import Affine, Autoregressive, BatchNorm, Conditioner, Dense, Elementwise, Linear, Normal, Permutation, Terminal
+
+if TYPE_CHECKING:
+    from fastmaf._backends import Backend
+
+__all__ = ["FlowRecord", "plain", "trainable", "width_of"]
+
+Array = NDArray[Any]
+Made = TypeVar("Made")
+
+
+class FlowRecord:
+    """What a flow is; the parameters are those of `fastmaf.Flow`.
+
+    Attributes
+    ----------
+    features, context_features : int
+    layers, context_layers : tuple
+    base : Normal or Terminal
+    dtype : numpy.dtype
+    names : tuple of str or None
+    training : dict
+
+    Raises
+    ------
+    ValueError
+        If the layers do not fit together, or the dtype or the names do not fit.
+
+    Examples
+    --------
+    >>> record = FlowRecord([Affine([1.0], [2.0])])
+    >>> record.replaced(dtype="float64").dtype
+    dtype('float64')
+    """
+
+    __slots__ = ("_approved", "_derived", "base", "context_features", "context_layers", "dtype", "features", "layers", "names", "training")
+
+    features: int
+    context_features: int
+    layers: tuple[_layers.FlowLayer, ...]
+    context_layers: tuple[Elementwise | Affine, ...]
+    base: Normal | Terminal
+    dtype: np.dtype[Any]
+    names: tuple[str, ...] | None
+    training: dict[str, Any]
+
+    def __init__(
+        self,
+        layers: Iterable[_layers.FlowLayer],
+        base: Normal | Terminal | None = None,
+        *,
+        features: int | None = None,
+        context_features: int = 0,
+        context_layers: Iterable[Elementwise | Affine] = (),
+        dtype: DTypeLike = "float32",
+        names: Sequence[str] | None = None,
+        training: Mapping[str, Any] | None = None,
+    ) -> None:
+        layers, context_layers = tuple(layers), tuple(context_layers)
+        dtype = _arrays.float_dtype(dtype)
+        context_features = _arrays.count("context_features", context_features)
+        if not isinstance(base, (Normal, Terminal, type(None))):
+            raise ValueError(f"base is of type {type(base).__name__}; it must be Normal or Terminal")
+        if features is None:
+            if base is None and not layers:
+                raise ValueError("a flow without layers and without base needs features")
+            features = base.features if base is not None else width_of("layers[0]", layers[0])
+        features = _arrays.count("features", features, lowest=1)
+        base = base or Normal(features)
+        _check_width("base", base.features, features, "features")
+        if isinstance(base, Terminal):
+            _check_conditioner("base", base.conditioner, context_features)
+            if layers and base.conditional != "mixture":
+                raise ValueError(f"a flow with a {base.conditional} base has no layers in front of it; {len(layers)} are given")
+        for k, layer in enumerate(layers):
+            _check_width(f"layers[{k}]", width_of(f"layers[{k}]", layer), features, "features")
+            if isinstance(layer, Autoregressive):
+                _check_conditioner(f"layers[{k}]", layer.conditioner, context_features)
+        for k, own in enumerate(context_layers):
+            if not isinstance(own, (Elementwise, Affine)):
+                raise ValueError(f"context_layers[{k}] is of type {type(own).__name__}; it must be Elementwise or Affine")
+            _check_width(f"context_layers[{k}]", width_of("", own), context_features, "context features")
+        values = {
+            "features": features,
+            "context_features": context_features,
+            "layers": _layers.astype(layers, dtype),
+            "context_layers": context_layers,
+            "base": _layers.astype(base, dtype),
+            "dtype": dtype,
+            "names": _names(names, features),
+            "training": plain(dict(training or {})),
+            "_derived": {},
+            "_approved": None,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{name} of a FlowRecord cannot be changed; replaced({name}=...) makes another record")
+
+    def replaced(self, **changes: Any) -> FlowRecord:
+        """The record with other values for some of the parameters."""
+        names = ("layers", "base", "features", "context_features", "context_layers", "dtype", "names", "training")
+        return FlowRecord(**({name: getattr(self, name) for name in names} | changes))
+
+    @property
+    def discrete(self) -> str:
+        """The conditional of the base if its variables are discrete, else nothing."""
+        return self.base.conditional if isinstance(self.base, Terminal) and self.base.conditional != "mixture" else ""
+
+    # What backends make of it
+
+    def is_approved(self, backend: Backend) -> bool:
+        """Whether this backend was the last to say that it can run all layers."""
+        return self._approved is backend
+
+    def approve(self, backend: Backend) -> None:
+        """Note that a backend can run all layers.
+
+        Raises
+        ------
+        NotImplementedError
+            If it cannot.
+        """
+        missing = backend.unsupported(self)
+        if missing is not None:
+            raise NotImplementedError(f"the {backend.name} backend has no kernel for {missing}")
+        object.__setattr__(self, "_approved", backend)
+
+    def derived(self, key: str, make: Callable[[FlowRecord], Made]) -> Made:
+        """What `make` gives for this record; made once, unless two threads ask at the same time."""
+        found: Made | None = self._derived.get(key)
+        return self._derived.setdefault(key, make(self)) if found is None else found
+
+    _derived: dict[str, Any]
+    _approved: Backend | None
+
+    # Parameters
+
+    def parameter_arrays(self) -> Iterator[Array]:
+        """The trainable arrays, in the order of `Flow.parameters`."""
+        for record in (*self.layers, self.base):
+            yield from trainable(record)
+
+    def parameters(self) -> Array:
+        """All trainable numbers in one vector; see `Flow.parameters`."""
+        return np.concatenate([np.empty(0, self.dtype), *(array.ravel() for array in self.parameter_arrays())])
+
+    def with_parameters(self, parameters: ArrayLike) -> FlowRecord:
+        """The record with other weights and biases; see `Flow.with_parameters`."""
+        vector = _arrays.real("parameters", parameters)
+        size = sum(array.size for array in self.parameter_arrays())
+        if vector.shape != (size,):
+            raise ValueError(f"parameters has shape {vector.shape}; the flow has {size} parameters")
+        vector = vector.astype(self.dtype)
+        position = 0
+
+        def take(array: Array | None) -> Array | None:
+            nonlocal position
+            if array is None:
+                return None
+            position += array.size
+            return vector[position - array.size : position].reshape(array.shape)
+
+        return self.replaced(layers=[_refill(layer, take) for layer in self.layers], base=_refill(self.base, take))
+
+
+def width_of(name: str, layer: Any) -> int:
+    """Number of columns that a layer works on."""
+    if isinstance(layer, Elementwise):
+        return len(layer.kinds)
+    if isinstance(layer, Affine):
+        return layer.loc.size
+    if isinstance(layer, BatchNorm):
+        return layer.beta.size
+    if isinstance(layer, Permutation):
+        return layer.perm.size
+    if isinstance(layer, Linear):
+        return layer.bias.size
+    if isinstance(layer, Autoregressive):
+        return layer.ranks.size
+    raise ValueError(f"{name} is of type {type(layer).__name__}, which is no layer")
+
+
+def _check_width(name: str, width: int, expected: int, what: str) -> None:
+    if width != expected:
+        raise ValueError(f"{name} has width {width}; the flow has {expected} {what}")
+
+
+def _check_conditioner(name: str, conditioner: Conditioner, context_features: int) -> None:
+    for dense in (*conditioner.hidden, conditioner.final):
+        if not dense.bias.size:
+            raise ValueError(f"{name} has a hidden layer without units")
+        if dense.context_weight is not None:
+            _check_width(f"the context of {name}", dense.context_weight.shape[1], context_features, "context features")
+
+
+def _names(names: Sequence[str] | None, features: int) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"names is {names!r}; it must be a sequence of strings")
+    if len(names) != features or len(set(names)) != features:
+        raise ValueError(f"names lists {len(set(names))} different names; the flow has {features} features")
+    return tuple(names)
+
+
+def plain(value: Any) -> Any:
+    """The value in types that JSON knows; numbers that are not finite become None."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, (float, np.floating)):
+        return float(value) if np.isfinite(value) else None
+    if isinstance(value, (np.bool_, np.integer)):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [plain(item) for item in value]
+    raise ValueError(f"training holds a value of type {type(value).__name__}; it must hold numbers, text, lists and mappings")
+
+
+def trainable(record: Any) -> Iterator[Array]:
+    """The arrays of a layer, base or network that training changes, in the order of `Flow.parameters`."""
+    if isinstance(record, BatchNorm):
+        yield from (record.log_gamma, record.beta)
+    elif isinstance(record, Linear):
+        yield from (np.tril(record.lower, -1), np.triu(record.upper), record.bias)
+    elif isinstance(record, (Autoregressive, Terminal)):
+        yield from trainable(record.conditioner)
+    elif isinstance(record, Conditioner):
+        for dense in (*record.hidden, record.final):
+            for array in (dense.weight, dense.bias, dense.context_weight, dense.context_bias):
+                if array is not None:
+                    yield array
+        if record.skip is not None:
+            yield record.skip
+
+
+def _refill(record: Any, take: Callable[[Array | None], Any]) -> Any:
+    """The layer or base with its arrays replaced by what `take` gives for each, in the order of `Flow.parameters`."""
+
+    def refill(dense: Dense) -> Dense:
+        weight, bias = take(dense.weight), take(dense.bias)
+        return replace(dense, weight=weight, bias=bias, context_weight=take(dense.context_weight), context_bias=take(dense.context_bias))
+
+    if isinstance(record, BatchNorm):
+        return replace(record, log_gamma=take(record.log_gamma), beta=take(record.beta))
+    if isinstance(record, Linear):
+        lower, upper, bias = (take(array) for array in trainable(record))
+        lower, upper = np.tril(lower, -1) + np.triu(record.lower), np.triu(upper) + np.tril(record.upper, -1)
+        return replace(record, lower=lower, upper=upper, bias=bias)
+    if not isinstance(record, (Autoregressive, Terminal)):
+        return record
+    old = record.conditioner
+    initial = None if old.initial is None else refill(old.initial)
+    blocks = tuple(replace(block, maps=tuple(map(refill, block.maps))) for block in old.blocks)
+    return replace(record, conditioner=replace(old, initial=initial, blocks=blocks, final=refill(old.final), skip=take(old.skip)))
