@@ -15,16 +15,29 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastmaf import _device
 
-__all__ = ["NATIVE", "contexts", "count", "cotangents", "float_dtype", "output", "real", "rows", "seed_and_offsets", "seed_or_fresh"]
+__all__ = [
+    "NATIVE",
+    "Seed",
+    "contexts",
+    "count",
+    "cotangents",
+    "float_dtype",
+    "output",
+    "real",
+    "rows",
+    "seed_and_offsets",
+    "seed_or_fresh",
+]
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
+Seed = int | np.integer[Any] | np.random.Generator | np.random.BitGenerator | np.random.SeedSequence | None
 
 NATIVE = frozenset(map(np.dtype, "?bhilqBHILQefd"))
 """What backends read: booleans, integers and floats of at most 64 bits in the byte order of this machine."""
 
 
-def real(name: str, value: ArrayLike, device: str = "cpu") -> Array:
+def real(name: str, value: ArrayLike, device: str = "cpu", names: Any = None) -> Array:
     """An array of real numbers in a dtype of `NATIVE`; an array in one of them as it lies in memory, on the device of the flow or the host.
 
     Raises
@@ -158,7 +171,7 @@ def count(name: str, value: Any, lowest: int = 0, limit: int = 2**63) -> int:
     return number
 
 
-def seed_and_offsets(seed: Any, offset: Any, context_offset: Any, n: int, c: int) -> tuple[int, int, int]:
+def seed_and_offsets(seed: Seed, offset: Any, context_offset: Any, n: int, c: int) -> tuple[int, int, int]:
     """A seed of 64 bits, fresh if it is None, and the offsets of the samples and of the contexts.
 
     Raises
@@ -172,21 +185,37 @@ def seed_and_offsets(seed: Any, offset: Any, context_offset: Any, n: int, c: int
         raise ValueError(f"offset {offset} and n {n} together pass 2**64")
     if context_offset + c > 2**32:
         raise ValueError(f"context_offset {context_offset} and {c} contexts together pass 2**32")
-    if seed is None and (offset or context_offset):
+    if (offset or context_offset) and (seed is None or isinstance(seed, (np.random.Generator, np.random.BitGenerator))):
         name, value = ("offset", offset) if offset else ("context_offset", context_offset)
-        raise ValueError(f"{name} is {value}, but seed is None, which draws afresh in every call; give a seed")
+        what = "None" if seed is None else "a generator"
+        raise ValueError(f"{name} is {value}, but seed is {what}, which draws afresh in every call; give a seed")
     return seed_or_fresh(seed), offset, context_offset
 
 
-def seed_or_fresh(seed: Any) -> int:
-    """A seed of 64 bits; fresh entropy for None.
+def seed_or_fresh(seed: Seed) -> int:
+    """A seed of 64 bits: fresh entropy for None, the next 64 bits of a generator, those that a `SeedSequence` stands for.
+
+    Raises
+    ------
+    ValueError
+        If it is something else, or an int that is out of range.
 
     Examples
     --------
-    >>> seed_or_fresh(3)
-    3
+    >>> seed_or_fresh(3), seed_or_fresh(np.random.SeedSequence(3)) == seed_or_fresh(np.random.SeedSequence(3))
+    (3, True)
     """
-    return secrets.randbits(64) if seed is None else count("seed", seed, limit=2**64)
+    if seed is None:
+        return secrets.randbits(64)
+    if isinstance(seed, np.random.Generator):
+        return int(seed.integers(2**64, dtype=np.uint64))
+    if isinstance(seed, np.random.BitGenerator):
+        return int(np.random.Generator(seed).integers(2**64, dtype=np.uint64))
+    if isinstance(seed, np.random.SeedSequence):
+        return int(seed.generate_state(1, np.uint64)[0])
+    if isinstance(seed, (bool, np.bool_)):
+        raise ValueError("seed is a bool; it must be an integer, a numpy.random.Generator or a SeedSequence")
+    return count("seed", seed, limit=2**64)
 
 
 def output(out: Any, shape: Shape, dtype: np.dtype[Any], *inputs: Array | None, device: str = "cpu") -> Array:

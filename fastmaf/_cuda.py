@@ -90,7 +90,7 @@ class _Cuda:
         raise NotImplementedError("the cuda backend has no gradients yet; the cpu has: flow.to('cpu')")
 
     def trainer(self, flow: FlowRecord, **options: Any) -> Any:
-        raise NotImplementedError("the cuda backend has no training yet; it runs on the cpu: flow.to('cpu').fit(...)")
+        raise NotImplementedError("the cuda backend has no training yet; it runs on the cpu: flow.fit(..., device='cpu')")
 
 
 @functools.cache

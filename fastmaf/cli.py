@@ -106,10 +106,9 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     print(f"fastmaf {fastmaf.__version__}, {fastmaf.get_backend()} backend\n")
     _line("data", f"{len(train):,} simulated galaxies to fit, {len(held):,} held out: {', '.join(names)}")
-    flow, rate = _fit(train, names, arguments)
-    if flow.training["stopped"] == "interrupted":
-        raise KeyboardInterrupt
-    _line("fit", f"{flow.training['epochs']} epochs in {flow.training['seconds']:.0f} s: five MADEs, two layers of 100 units each", rate)
+    flow, epochs, seconds = _fit(train, names, arguments)
+    rate = epochs * flow.training["rows"] / seconds
+    _line("fit", f"{epochs} epochs in {seconds:.0f} s: five MADEs, two layers of 100 units each", rate)
     log_prob, seconds = _timed(lambda: flow.log_prob(held))
     _line("density", f"{_score(log_prob)} nats per held-out galaxy", len(held) / seconds)
     _line("", f"{_score(_gaussian(train, held))} for a Gaussian with full covariance")
@@ -152,8 +151,8 @@ def _timed(call: Callable[[], T]) -> tuple[T, float]:
     return result, time.perf_counter() - start
 
 
-def _fit(train: Array, names: Sequence[str], arguments: argparse.Namespace) -> tuple[Flow, float]:
-    """A flow for the galaxies, and how many rows it saw in a second."""
+def _fit(train: Array, names: Sequence[str], arguments: argparse.Namespace) -> tuple[Flow, int, float]:
+    """A flow for the galaxies, and in how many epochs and seconds."""
     epochs = 2 if arguments.quick else EPOCHS
     flow = fastmaf.MAF(len(names), names=names, seed=arguments.seed)
     start = time.perf_counter()
@@ -163,7 +162,7 @@ def _fit(train: Array, names: Sequence[str], arguments: argparse.Namespace) -> t
         done = max(epoch / epochs, 2 * (time.perf_counter() - start) / arguments.seconds - 1)
         return 0.5 * (1 + math.cos(math.pi * min(done, 1)))
 
-    flow.fit(
+    history = flow.fit(
         train,
         schedule=cosine,
         patience=epochs,
@@ -172,7 +171,7 @@ def _fit(train: Array, names: Sequence[str], arguments: argparse.Namespace) -> t
         seed=arguments.seed,
         **FIT,
     )
-    return flow, flow.training["epochs"] * flow.training["rows"] / flow.training["seconds"]
+    return flow, len(history.train), history.seconds[-1]
 
 
 def _score(log_prob: Array) -> str:

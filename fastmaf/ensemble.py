@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastmaf import _arrays, masks
+from fastmaf import _arrays, _words, masks
 from fastmaf import layers as _layers
 from fastmaf.flow import Flow
 from fastmaf.layers import Autoregressive, Conditioner, Dense, Terminal
@@ -19,11 +20,18 @@ from fastmaf.maf import masked, rebuilt
 if TYPE_CHECKING:
     import os
 
-    from fastmaf.train import History
+    from fastmaf._arrays import Seed
+    from fastmaf.train import Epoch, History
 
 __all__ = ["Ensemble", "random_member"]
 
 Array = NDArray[Any]
+
+
+def _parameters_of(function: Callable[..., Any]) -> str:
+    """The parameters in the docstring of a function, but for the line above them."""
+    text = inspect.cleandoc(function.__doc__ or "").partition("Parameters\n----------\n")[2].partition("\n\nReturns")[0]
+    return text.replace("\n", "\n" + " " * 8)
 
 
 class Ensemble:
@@ -376,38 +384,39 @@ class Ensemble:
 
     def fit(
         self,
-        x: Any,
-        context: Any = None,
+        x: ArrayLike | Callable[[int], ArrayLike],
+        context: ArrayLike | None = None,
         weights: ArrayLike | None = None,
         *,
-        validation: Any = 0.1,
+        validation: float | ArrayLike | tuple[ArrayLike | None, ...] = 0.1,
         batch_size: int = 256,
         optimizer: str = "adam",
         lr: float = 1e-3,
-        schedule: Any = "constant",
+        schedule: str | Callable[[float], float] = "constant",
         l2: float = 0.0,
         weight_decay: float = 0.0,
         clip_norm: float | None = None,
-        patience: int = 30,
+        patience: int | None = 30,
         max_epochs: int = 1000,
         max_seconds: float | None = None,
-        standardize: bool = True,
+        standardize: bool | Literal["again"] = True,
         device: str = "auto",
-        seed: int = 0,
+        seed: Seed = None,
         checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: float = 1,
         resume: bool = False,
-        callback: Callable[..., Any] | None = None,
-        progress: Any = None,
+        callback: Callable[[Epoch], object] | None = None,
+        on_interrupt: Literal["raise", "return"] = "raise",
+        progress: bool | None = None,
         resample: bool = False,
     ) -> History:
-        """Train the shared weights in place by maximum likelihood; see `fastmaf.train.fit` for the parameters and the result.
+        """Train the shared weights in place by maximum likelihood: each step those of one member, in turn.
 
-        Each step trains one member, in turn. The validation log-likelihood is that of the ensemble.
+        The validation log-likelihood is that of the ensemble. All else is as in `Flow.fit`.
 
         Parameters
         ----------
-        x, context, weights, ...
-            As in `fastmaf.train.fit`.
+        {parameters}
         resample : bool
             Train other members in every epoch, drawn by the seed and the epoch: order-agnostic training over all orders instead of those of
             the ensemble. The members stay what they are for validation and evaluation.
@@ -421,39 +430,52 @@ class Ensemble:
         """
         from fastmaf import train
 
-        def draw(epoch: int) -> list[Flow]:
-            members = (random_member(self.conditioner, self.ranks[0], self.context_features > 0, seed, epoch, k) for k in range(len(self)))
-            return [self._shared.masked(*member) for member in members]
+        shared = self._shared
+
+        def draw(epoch: int, seed: int) -> list[Flow]:
+            numbers = ((seed, epoch, k) for k in range(len(shared.ranks)))
+            drawn = (random_member(shared.conditioner, shared.ranks[0], self.context_features > 0, *number) for number in numbers)
+            return [shared.masked(*member) for member in drawn]
+
+        def build(flow: Flow, weights: Array) -> Ensemble:
+            return Ensemble(flow, self._filled(weights), shared.ranks, shared.degrees)
 
         flow = self._flow._with()
-        members = train.Members(self._shared.members(), self.parameters(), draw if resample else None)
-        history = train.fit(
-            flow,
-            x,
-            context,
-            weights,
-            validation=validation,
-            batch_size=batch_size,
-            optimizer=optimizer,
-            lr=lr,
-            schedule=schedule,
-            l2=l2,
-            weight_decay=weight_decay,
-            clip_norm=clip_norm,
-            patience=patience,
-            max_epochs=max_epochs,
-            max_seconds=max_seconds,
-            standardize=standardize,
-            device=device,
-            seed=seed,
-            checkpoint=checkpoint,
-            resume=resume,
-            callback=callback,
-            progress=progress,
-            members=members,
-        )
-        self._shared = _Shared(flow, self._filled(members.weights), self.ranks, self.degrees)
-        return history
+        before = flow.record
+        members = train.Members(shared.members(), self.parameters(), draw if _words.flag("resample", resample) else None, build)
+        try:
+            return train.fit(
+                flow,
+                x,
+                context,
+                weights,
+                validation=validation,
+                batch_size=batch_size,
+                optimizer=optimizer,
+                lr=lr,
+                schedule=schedule,
+                l2=l2,
+                weight_decay=weight_decay,
+                clip_norm=clip_norm,
+                patience=patience,
+                max_epochs=max_epochs,
+                max_seconds=max_seconds,
+                standardize=standardize,
+                device=device,
+                seed=seed,
+                checkpoint=checkpoint,
+                checkpoint_every=checkpoint_every,
+                resume=resume,
+                callback=callback,
+                on_interrupt=on_interrupt,
+                progress=progress,
+                members=members,
+            )
+        finally:
+            if flow.record is not before:  # trained, if only until an exception
+                self._shared = _Shared(flow, self._filled(members.weights), shared.ranks, shared.degrees)
+
+    fit.__doc__ = (fit.__doc__ or "").replace("{parameters}", _parameters_of(Flow.fit))
 
     # Files and words
 

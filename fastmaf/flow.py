@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -18,7 +18,8 @@ from fastmaf.record import FlowRecord, width_of
 if TYPE_CHECKING:
     import os
 
-    from fastmaf.train import History
+    from fastmaf._arrays import Seed
+    from fastmaf.train import Epoch, History
 
 __all__ = ["Flow"]
 
@@ -746,37 +747,132 @@ class Flow:
 
     def fit(
         self,
-        x: Any,
-        context: Any = None,
+        x: ArrayLike | Callable[[int], ArrayLike],
+        context: ArrayLike | None = None,
         weights: ArrayLike | None = None,
         *,
-        validation: Any = 0.1,
+        validation: float | ArrayLike | tuple[ArrayLike | None, ...] = 0.1,
         batch_size: int = 256,
         optimizer: str = "adam",
         lr: float = 1e-3,
-        schedule: Any = "constant",
+        schedule: str | Callable[[float], float] = "constant",
         l2: float = 0.0,
         weight_decay: float = 0.0,
         clip_norm: float | None = None,
-        patience: int = 30,
+        patience: int | None = 30,
         max_epochs: int = 1000,
         max_seconds: float | None = None,
-        standardize: bool = True,
+        standardize: bool | Literal["again"] = True,
         device: str = "auto",
-        seed: int = 0,
+        seed: Seed = None,
         checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: float = 1,
         resume: bool = False,
-        callback: Callable[..., Any] | None = None,
-        progress: Any = None,
+        callback: Callable[[Epoch], object] | None = None,
+        on_interrupt: Literal["raise", "return"] = "raise",
+        progress: bool | None = None,
     ) -> History:
-        """Train the flow in place by maximum likelihood; see `fastmaf.train.fit` for the parameters and the result.
+        """Train in place by maximum likelihood, and return the history.
+
+        The loss of a batch of B rows is ``sum(w * nll) / (B * mean(w))``, w the weights and their mean that of the training rows. The
+        weights with the best validation log-likelihood are kept, those at the start included. If the data are refused, nothing changes.
+
+        A `BatchNorm` of kind "batch" normalises each batch by its own weighted mean and variance, and everything else (validation, the
+        fitted flow) by those of all training rows, found anew before the first epoch and after each; one of kind "data" by those of the
+        training rows at the start of the first fit.
+
+        Parameters
+        ----------
+        x : (n, D) array, or callable
+            A memmap is read in blocks. A callable gives a fresh array of the same shape for each epoch, ``x(1)``, ``x(2)``, ... (for
+            instance a new dequantisation), and may use one array again; ``x(0)`` serves for the standardisation and for validation rows
+            taken as a fraction.
+        context : (n, C) array, optional
+            One row per row of `x`. A column that does not vary is only shifted.
+        weights : (n,) array, optional
+            Not negative. Rows of weight zero are checked, and then left out.
+        validation : float, (m, D) array, or tuple ``(x,)``, ``(x, context)`` or ``(x, context, weights)``
+            The fraction of the rows of positive weight to hold out (chosen by `seed` alone), or the validation rows themselves. With 0
+            there is no early stopping, and the last weights are kept.
+        batch_size : int
+            Rows per step; the last batch of an epoch may be short. Where batch norms take their statistics from the batch, rows that fill
+            no batch are left out of an epoch, unless there are none but them; then `batch_size` is at least 2.
+        optimizer : {"adam"}
+            With `weight_decay` it is AdamW.
+        lr : float
+            Learning rate.
+        schedule : {"constant", "cosine"} or callable
+            ``"cosine"`` falls to zero over `max_epochs`, step by step. A callable is given the number of epochs done so far, with its
+            fraction (``epoch - 1 + batch / batches``), and returns the factor on `lr`.
+        l2 : float
+            Factor of the sum of the squared weights in the loss.
+        weight_decay : float
+            Decoupled decay of AdamW, times the learning rate.
+        clip_norm : float, optional
+            Largest norm of the gradient.
+        patience : int, optional
+            Stop after so many epochs without a better validation log-likelihood; never, if None.
+        max_epochs : int
+            Stop after so many epochs, those of a resumed checkpoint included.
+        max_seconds : float, optional
+            Stop at the first end of an epoch after this time, measured from this call.
+        standardize : bool or "again"
+            At the first fit, put the weighted mean and standard deviation of the training rows into the `Affine` in front of the networks
+            (behind the bounds; added if there is none, left alone if it is not the identity), and into that of the context. Likelihoods
+            stay in the units of the data. Later fits keep it, or replace it with ``"again"``.
+        device : {"auto", "cpu"}
+            ``"auto"`` is the device of the flow; with ``"cpu"`` a flow on a GPU is trained there, and stays on the GPU.
+        seed : int, numpy.random.Generator or SeedSequence, optional
+            For the validation split and the shuffling. None draws one, or takes that of the checkpoint which is resumed; it is found in
+            ``flow.training["settings"]["seed"]``.
+        checkpoint : path, optional
+            File (.safetensors) for the state of the fit; `fastmaf.load` reads the best flow so far from it. That of an earlier fit is
+            replaced unless `resume` is set; any other file is refused.
+        checkpoint_every : int or float
+            Write it at the end of so many epochs, if it is an int, or at the first end of an epoch after so many seconds, if it is a
+            float; and always when the fit ends, however it does.
+        resume : bool
+            Go on from `checkpoint` if it exists, to the same bits as an uninterrupted run. Data and arguments must be the same, but for
+            `patience`, `max_seconds` and, unless the schedule is ``"cosine"``, `max_epochs`; a callable x or schedule is taken on trust.
+        callback : callable, optional
+            Called after each epoch with a mapping of epoch, train, validation (None without validation rows), lr, seconds, best_epoch and
+            flow: the flow as it is in this epoch, made when it is looked at. A true result stops.
+        on_interrupt : {"raise", "return"}
+            What follows Ctrl-C, once the best weights are kept and the checkpoint is written.
+        progress : bool, optional
+            Whether to show a bar; by default only if stderr is a terminal.
+
+        Returns
+        -------
+        History
+            Also summed up in ``flow.training``.
+
+        Raises
+        ------
+        ValueError
+            If shapes do not fit; if data are not finite, not strictly inside their bounds, or constant in a column of `x`; if discrete
+            data are no integers in range; if weights are negative or all zero; if an argument is out of range; if a batch norm would see
+            batches of one row; if `resume` meets a checkpoint of another run.
+
+        Warns
+        -----
+        fastmaf.FitWarning
+            If the loss was not finite or no epoch was better than the start; if the dtype cannot resolve a column; if data lie far from
+            where the flow was standardised; if a flow of one variable can only be a Gaussian.
+
+        Notes
+        -----
+        An exception in an epoch, in the callback or in a callable `x`, Ctrl-C among them, leaves the flow with the best weights so far
+        and is raised. A loss that is not finite stops the fit, with a warning, and is named in ``history.stopped``.
 
         Examples
         --------
         >>> import fastmaf, numpy as np
-        >>> flow = fastmaf.MADE(features=2, hidden_features=(8,))
-        >>> x = np.random.default_rng(0).normal(size=(500, 2))
-        >>> history = flow.fit(x, max_epochs=2, progress=False)
+        >>> x = np.random.default_rng(0).normal([1.0, -2.0], [0.5, 3.0], (500, 2))
+        >>> flow = fastmaf.MAF(2, transforms=1, hidden_features=(8,))
+        >>> history = flow.fit(x, max_epochs=3)
+        >>> len(history.validation), history.stopped
+        (3, 'max_epochs')
         """
         from fastmaf import train
 
@@ -800,8 +896,10 @@ class Flow:
             device=device,
             seed=seed,
             checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
             resume=resume,
             callback=callback,
+            on_interrupt=on_interrupt,
             progress=progress,
         )
 

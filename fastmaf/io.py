@@ -4,6 +4,8 @@ Tensors go by the path of their place in the record (``layers.1.conditioner.init
 spells out the record itself: every layer with its ``type`` and its fields, an array standing as the name of its tensor, an absent one as
 null.  Reading follows the fields of the classes in `fastmaf.layers`; a tensor is used once, and none may be left over.
 
+The checkpoint of a fit is such a file of the best flow so far, with more tensors and another metadata key, which `load` passes over.
+
 An `fastmaf.Ensemble` is written as its first member, whose network has all weights instead of those that its masks leave, and under
 ``ensemble`` the ranks and degrees of all members.
 """
@@ -13,29 +15,34 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import fields
 from typing import IO, Any, get_args
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
+from fastmaf import _container, _words
 from fastmaf import layers as _layers
 from fastmaf.ensemble import Ensemble
 from fastmaf.flow import Flow
 from fastmaf.maf import masked
 from fastmaf.record import plain
 
-__all__ = ["FORMAT", "load", "save", "write"]
+__all__ = ["FORMAT", "checkpoint_bytes", "expect", "load", "read_checkpoint", "reading_checkpoint", "save", "write"]
 
 Array = NDArray[Any]
+
+YOUNG = 60.0
+"""Seconds after which a temporary file is not taken for one that its writer is about to lock."""
 
 FORMAT = 1
 """Version of the format that is written; older ones are read."""
 
-_CODES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8")}
 _INTEGER_FIELDS = ("ranks", "perm", "degrees")
 _DOUBLE_RECORDS = (_layers.Elementwise, _layers.Affine)
 _KEYS = ("format", "dtype", "features", "context_features", "names", "context_layers", "layers", "base", "training")
@@ -65,6 +72,9 @@ def save(flow: Flow | Ensemble, path_or_file: str | os.PathLike[str] | IO[bytes]
 def write(path: str | os.PathLike[str], data: bytes) -> None:
     """Put bytes into a file that holds either all of them or what it held before.
 
+    They go to a temporary file beside it, which is locked until it has its name: what lies there unlocked was left by a writer that was
+    killed, and is swept away.
+
     Examples
     --------
     >>> import os, tempfile
@@ -74,17 +84,56 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
     ['x']
     """
     target = os.path.realpath(path)
-    temporary = f"{target}.{secrets.token_hex(4)}.tmp"
+    temporary = f"{target}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
         with open(temporary, "xb") as file:
+            _lock(file)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+            os.replace(temporary, target)
     except BaseException:
         with suppress(OSError):
             os.unlink(temporary)
         raise
+    _sweep(target)
+
+
+def _lock(file: IO[bytes]) -> bool:
+    """Take the lock of a file, which goes with the process; False if another has it. Where there are no locks, all have it."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def _sweep(target: str) -> None:
+    """Remove the temporary files of writers that are dead."""
+    folder, name = os.path.split(target)
+    pattern = re.compile(re.escape(name) + r"\.(\d+)-[0-9a-f]{8}\.tmp")
+    with suppress(OSError):
+        for entry in os.listdir(folder):
+            match = pattern.fullmatch(entry)
+            if match is None:
+                continue
+            with suppress(OSError), open(os.path.join(folder, entry), "rb") as file:
+                # Between making its file and locking it a writer has a moment without lock, but it is alive.
+                old = time.time() - os.fstat(file.fileno()).st_mtime > YOUNG
+                if (old or not _alive(int(match[1]))) and _lock(file):
+                    os.unlink(os.path.join(folder, entry))
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def load(source: str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes]) -> Any:
@@ -120,20 +169,32 @@ def load(source: str | os.PathLike[str] | bytes | bytearray | memoryview | IO[by
             data = file.read()
     elif isinstance(source, (bytes, bytearray, memoryview)):
         name, data = "the data", bytes(source)
-    else:
+    elif callable(getattr(source, "read", None)):
         name, data = str(getattr(source, "name", "the file")), source.read()
         if not isinstance(data, bytes):
             raise ValueError(f"{name} gives {type(data).__name__}, not bytes; open it in binary mode")
-    try:
+    else:
+        raise ValueError(f"source is {_words.shown(source)}; it must be a path, a binary file or bytes")
+    with _reading(name, "a flow"):
         return _from_bytes(data)
-    except (ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{name} cannot be read as a flow: {error}") from None
+
+
+@contextmanager
+def _reading(name: Any, what: str) -> Iterator[None]:
+    """Say of what is wrong with contents whose they are."""
+    try:
+        yield
+    except (ValueError, OverflowError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{name} cannot be read as {what}: {error}") from None
 
 
 def to_bytes(flow: Flow | Ensemble) -> bytes:
     """The bytes of the file of a flow or an ensemble."""
-    from safetensors.numpy import save as serialize
+    return _container.write(*_encoded(flow))
 
+
+def _encoded(flow: Flow | Ensemble) -> tuple[dict[str, Array], dict[str, str]]:
+    """The tensors of a flow or an ensemble, and the metadata."""
     tensors: dict[str, Array] = {}
     record = {
         "format": FORMAT,
@@ -149,7 +210,7 @@ def to_bytes(flow: Flow | Ensemble) -> bytes:
     if isinstance(flow, Ensemble):
         _encode(flow.conditioner, next(path for path, _ in _networks(flow)), tensors)
         record["ensemble"] = {name: _encode(getattr(flow, name), f"ensemble.{name}", tensors) for name in _MEMBERS}
-    return bytes(serialize(tensors, {"fastmaf": json.dumps(record, allow_nan=False)}))
+    return tensors, {"fastmaf": json.dumps(record, allow_nan=False)}
 
 
 def _networks(flow: Flow | Ensemble) -> Iterator[tuple[str, Any]]:
@@ -174,7 +235,9 @@ def _encode(value: Any, path: str, tensors: dict[str, Array]) -> Any:
 
 
 def _from_bytes(data: bytes) -> Flow | Ensemble:
-    tensors, metadata = _read_tensors(data)
+    tensors, metadata = _container.read(data)
+    if CHECKPOINT in metadata:
+        tensors = {name: array for name, array in tensors.items() if not name.startswith(PREFIX)}
     if "fastmaf" not in metadata:
         raise ValueError("it is a safetensors file without the metadata of fastmaf")
     record = _object("the metadata", _parse(metadata["fastmaf"]))
@@ -207,22 +270,69 @@ def _from_bytes(data: bytes) -> Flow | Ensemble:
     return result
 
 
-def _read_tensors(data: bytes) -> tuple[dict[str, Array], dict[str, str]]:
-    """The tensors of a safetensors file, and its metadata."""
-    import safetensors
+# Checkpoints
 
-    try:
-        entries: list[tuple[str, Any]] = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"it is damaged or no safetensors file ({error})") from None
-    tensors = {}
-    for name, entry in entries:
-        dtype = _CODES.get(entry["dtype"])
-        if dtype is None:
-            raise ValueError(f"tensor {name!r} has dtype {entry['dtype']}; it must be one of {', '.join(_CODES)}")
-        tensors[name] = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return tensors, header.get("__metadata__") or {}
+CHECKPOINT, PREFIX = "fastmaf_checkpoint", "checkpoint."
+"""The metadata key of a checkpoint, and how the names of its own tensors begin."""
+
+
+def checkpoint_bytes(best: Flow | Ensemble, state: Mapping[str, Any], arrays: Mapping[str, Array]) -> bytes:
+    """The bytes of a checkpoint.
+
+    Parameters
+    ----------
+    best : Flow or Ensemble
+        What `load` gives.
+    state : mapping
+        For JSON.
+    arrays : mapping of str to array
+        Of float32, float64 or int64.
+    """
+    tensors, metadata = _encoded(best)
+    tensors |= {PREFIX + name: array for name, array in arrays.items()}
+    return _container.write(tensors, metadata | {CHECKPOINT: json.dumps(state, allow_nan=False)})
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Array]]:
+    """State and arrays of a checkpoint.
+
+    Raises
+    ------
+    ValueError
+        If it is none, or is damaged.
+    OSError
+        If the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        data = file.read()
+    with reading_checkpoint(path):
+        tensors, metadata = _container.read(data)
+        if CHECKPOINT not in metadata:
+            raise ValueError(f"it has no metadata {CHECKPOINT!r}")
+        state = _object("its state", _parse(metadata[CHECKPOINT]))
+    return state, {name[len(PREFIX) :]: array for name, array in tensors.items() if name.startswith(PREFIX)}
+
+
+def reading_checkpoint(path: Any) -> AbstractContextManager[None]:
+    """Where arrays of a checkpoint are taken apart: an error there names the file."""
+    return _reading(path, "a checkpoint")
+
+
+def expect(arrays: Mapping[str, Array], name: str, shape: tuple[int, ...] | None, dtype: DTypeLike | None) -> Array:
+    """An array of a checkpoint, of this shape (any vector, if None) and dtype (any float, if None); a copy.
+
+    Raises
+    ------
+    ValueError
+        If it is absent or has another shape or dtype.
+    """
+    array = arrays.get(name)
+    if array is None:
+        raise ValueError(f"it lacks {name!r}")
+    fits = array.ndim == 1 if shape is None else array.shape == shape
+    if not fits or (array.dtype.kind != "f" if dtype is None else array.dtype != dtype):
+        raise ValueError(f"{name!r} has shape {_words.shapes(array.shape)} and dtype {array.dtype}, which do not fit")
+    return np.array(array)
 
 
 class _Decoder:
@@ -231,7 +341,7 @@ class _Decoder:
     def __init__(self, tensors: dict[str, Array], dtype: str, ensemble: bool = False) -> None:
         self.tensors, self.ensemble = tensors, ensemble
         self.unmasked: _layers.Conditioner | None = None  # the network of an ensemble
-        self.weights = {"float32": _CODES["F32"], "float64": _CODES["F64"]}.get(dtype)
+        self.weights = {"float32": _container.CODES["F32"], "float64": _container.CODES["F64"]}.get(dtype)
         if self.weights is None:
             raise ValueError(f"its dtype is {dtype!r}")
 
@@ -258,7 +368,7 @@ class _Decoder:
             raise ValueError(f"the tensor {path!r} is missing")
         array = self.tensors.pop(path)
         integers = path.rsplit(".", 1)[-1] in _INTEGER_FIELDS
-        dtype = _CODES["I64"] if integers else _CODES["F64"] if owner in _DOUBLE_RECORDS else self.weights
+        dtype = _container.CODES["I64"] if integers else _container.CODES["F64"] if owner in _DOUBLE_RECORDS else self.weights
         if array.dtype != dtype:
             raise ValueError(f"tensor {path!r} has dtype {array.dtype}; it must have {dtype}")
         return array

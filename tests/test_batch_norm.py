@@ -209,7 +209,7 @@ def test_the_best_weights_have_their_own_statistics(reference, x):
 def test_statistics_in_blocks(reference, x, monkeypatch):
     whole, parts = start(), start()
     fit(whole, x)
-    monkeypatch.setattr(fastmaf.train, "BLOCK", 2 * 7)
+    monkeypatch.setattr(fastmaf.train.data, "BLOCK", 2 * 7)
     fit(parts, x)
     for a, b in zip(whole.layers, parts.layers, strict=True):
         if isinstance(a, BatchNorm):

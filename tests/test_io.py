@@ -9,6 +9,8 @@ import os
 import pickle
 import re
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,8 @@ import pytest
 import safetensors.numpy
 
 import fastmaf
-from fastmaf import masks
+from fastmaf import _backends, _container, masks
+from fastmaf import io as files
 from fastmaf.io import FORMAT, to_bytes, write
 from fastmaf.layers import (
     ACTIVATIONS,
@@ -467,3 +470,150 @@ def test_flipped_bytes_are_refused_or_read():
 @pytest.mark.parametrize("part", [Normal(3), Law("exp"), Affine([1.0], [2.0])])
 def test_layers_pickle_alone(part):
     assert pickle.loads(pickle.dumps(part)) == part
+
+
+# The container
+
+
+def test_what_we_write_others_read_and_the_other_way_round():
+    rng = np.random.default_rng(0)
+    tensors = {
+        "b": rng.normal(size=(3, 4)),
+        "a": rng.normal(size=(2, 0)).astype("f4"),
+        "n": np.arange(5),
+        "s": np.array(2.5),
+        "turned": rng.normal(size=(4, 3)).astype("f4").T,
+        "foreign": rng.normal(size=3).astype(">f8"),
+    }
+    metadata = {"key": "value \u2265", "empty": ""}
+    data = _container.write(tensors, metadata)
+    assert data == _container.write(dict(reversed(tensors.items())), metadata), "equal contents, equal bytes"
+    for loaded in (
+        safetensors.numpy.load(data),
+        _container.read(data)[0],
+        _container.read(safetensors.numpy.save(_container.read(data)[0]))[0],
+    ):
+        assert loaded.keys() == tensors.keys()
+        for name, array in tensors.items():
+            np.testing.assert_array_equal(loaded[name], array)
+            assert loaded[name].shape == array.shape
+    assert _container.read(data)[1] == metadata
+    with pytest.raises(ValueError, match="tensor 'x' has dtype int32; it must be one of F32, F64, I64"):
+        _container.write({"x": np.zeros(3, "i4")}, {})
+
+
+def container(header, body=b"", length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + body
+
+
+def one(dtype="F64", shape=(2,), data_offsets=(0, 16), **more):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(data_offsets), **more}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "its header is cut off"),
+        (b"1234567", "its header is cut off"),
+        (container({}, length=1), "Expecting"),
+        (container({}, length=2**63), "its header is cut off"),
+        (container(b"\xff\xfe"), "its header is not text"),
+        (container(b"[]"), "its header is not a JSON object"),
+        (container(b'{"a": NaN}'), "its header holds NaN"),
+        (container(b'{"a": 1, "a": 2}'), "its header names something twice"),
+        (container(b"[" * 100_000), "recursion|Expecting"),
+        (container({"__metadata__": 3}), "its metadata is not text by name"),
+        (container({"__metadata__": {"a": 3}}), "its metadata is not text by name"),
+        (container({"a": 3}), "a tensor lacks its dtype, shape or data_offsets"),
+        (container({"a": one(more=1)}, bytes(16)), "a tensor lacks its dtype, shape or data_offsets"),
+        (container({"a": one("F65")}, bytes(16)), "a tensor has a dtype that the format does not know"),
+        (container({"a": one(["F64"])}, bytes(16)), "a tensor has a dtype that the format does not know"),
+        (container({"a": one(shape=[True, 2])}, bytes(16)), "not made of counts"),
+        (container({"a": one(shape=[-1, -2])}, bytes(16)), "not made of counts"),
+        (container({"a": one(shape=[2.0])}, bytes(16)), "not made of counts"),
+        (container({"a": one(shape="2")}, bytes(16)), "a shape that does not fill|not made of counts"),
+        (container({"a": one(shape=[2**40, 2**40])}, bytes(16)), "a shape that does not fill its range"),
+        (container({"a": one(shape=[1] * 40 + [2])}, bytes(16)), "a tensor lies outside the file"),
+        (container({"a": one(data_offsets=[0, 16, 16])}, bytes(16)), "a tensor lies outside the file"),
+        (container({"a": one(data_offsets=[16, 0])}, bytes(16)), "a tensor lies outside the file"),
+        (container({"a": one()}, bytes(15)), "a tensor lies outside the file"),
+        (container({"a": one()}, bytes(17)), "no tensor has the bytes from 16 on"),
+        (container({"a": one(data_offsets=[8, 24])}, bytes(24)), "no tensor has the bytes from 0 on"),
+        (container({"a": one(), "b": one(data_offsets=[8, 24])}, bytes(24)), "two tensors share the bytes from 8 on"),
+        (container({"a": one(), "b": one()}, bytes(16)), "two tensors share the bytes from 0 on"),
+    ],
+)
+def test_damaged_containers(data, message):
+    with pytest.raises(ValueError, match=f"it is damaged or no safetensors file .*({message})"):
+        _container.read(data)
+    with pytest.raises(ValueError, match="the data cannot be read as a flow: it is damaged or no safetensors file"):
+        fastmaf.load(data)
+
+
+@pytest.mark.parametrize("source", [None, 3, {}, [b"x"], np.zeros(3)])
+def test_what_is_no_source_is_refused(source):
+    with pytest.raises(ValueError, match="source is .*; it must be a path, a binary file or bytes"):
+        fastmaf.load(source)
+
+
+def test_equal_flows_are_equal_bytes():
+    assert to_bytes(FLOWS["maf"]()) == to_bytes(FLOWS["maf"]()) == to_bytes(fastmaf.load(to_bytes(FLOWS["maf"]())))
+
+
+# Writers that were killed
+
+
+DYING = """
+import os, signal, sys
+from fastmaf import io
+os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+io.write(sys.argv[1], b"half")
+"""
+
+
+def test_what_killed_writers_left_is_swept_by_the_next_one(tmp_path):
+    target, other = tmp_path / "flow", tmp_path / "other"
+    for path in (target, target, other):
+        assert subprocess.run([sys.executable, "-c", DYING, str(path)], timeout=60).returncode == -9
+    mine = tmp_path / f"flow.{os.getpid()}-01234567.tmp"
+    mine.write_bytes(b"of a writer that is alive")
+    (tmp_path / "flow.x.tmp").write_bytes(b"of somebody else")
+    assert len(list(tmp_path.iterdir())) == 5
+    files.write(target, b"whole")
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert target.read_bytes() == b"whole" and len(left) == 4
+    assert {"flow", "flow.x.tmp", mine.name} < set(left) and any(name.startswith("other.") for name in left)
+
+
+def test_a_writer_at_work_is_left_alone(tmp_path):
+    """Its temporary file is locked, however old, and whoever made it."""
+    target = tmp_path / "flow"
+    with open(tmp_path / "flow.999999999-01234567.tmp", "wb") as file:
+        assert files._lock(file)
+        os.utime(file.name, (1, 1))
+        files.write(target, b"whole")
+        assert os.path.exists(file.name)
+    files.write(target, b"whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["flow"]
+
+
+LOADING = """
+import threading, time, fastmaf
+data = open(r"{path}", "rb").read()
+def work():
+    while True:
+        fastmaf.load(data)
+for _ in range(4):
+    threading.Thread(target=work, daemon=True).start()
+time.sleep(0.3)
+"""
+
+
+@pytest.mark.skipif(_backends.reason("cpu") is not None, reason="the compiled core is absent")
+def test_daemon_threads_may_load_while_the_interpreter_exits(tmp_path):
+    path = tmp_path / "flow"
+    FLOWS["maf"]().save(path)
+    for _ in range(6):
+        result = subprocess.run([sys.executable, "-c", LOADING.format(path=path)], timeout=60, capture_output=True, text=True)
+        assert (result.returncode, result.stderr) == (0, "")

@@ -1,0 +1,152 @@
+"""The safetensors container: eight bytes with the length of a JSON header, the header, and the raw numbers behind it.
+
+Read and written here rather than by the package of that name, whose compiled code asks for the interpreter's lock in a way that ends the
+process where a daemon thread reads while the interpreter goes down; and because a header can be wrong in more ways than it looks for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastmaf import _words
+
+__all__ = ["CODES", "read", "write"]
+
+Array = NDArray[Any]
+
+CODES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8")}
+"""The dtypes that files of fastmaf hold."""
+
+OTHERS = frozenset(["BOOL", "U8", "I8", "I16", "U16", "F16", "BF16", "I32", "U32", "U64", "F8_E4M3", "F8_E5M2"])
+"""Other dtypes of the format."""
+
+METADATA = "__metadata__"
+LONGEST_HEADER = 100_000_000
+"""Bytes; the limit of the format."""
+
+
+class _OtherDtypeError(ValueError):
+    """The file is whole, and holds what fastmaf does not write."""
+
+
+def write(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a file.
+
+    Parameters
+    ----------
+    tensors : mapping of str to array
+        Of the dtypes of `CODES`; the larger dtypes come first, each sorted by name, so that equal contents give equal bytes.
+    metadata : mapping of str to str
+
+    Returns
+    -------
+    bytes
+
+    Raises
+    ------
+    ValueError
+        If a tensor has another dtype.
+
+    Examples
+    --------
+    >>> read(write({"a": np.array([1.0, 2.0])}, {"by": "me"}))
+    ({'a': array([1., 2.])}, {'by': 'me'})
+    """
+    codes = {dtype: code for code, dtype in CODES.items()}
+    header: dict[str, Any] = {METADATA: dict(sorted(metadata.items()))}
+    pieces, end = [], 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)):
+        array = tensors[name]
+        dtype = array.dtype.newbyteorder("<")
+        if dtype not in codes:
+            raise ValueError(f"tensor {name!r} has dtype {array.dtype}; it must be one of {', '.join(CODES)}")
+        piece = np.ascontiguousarray(array, dtype).tobytes()
+        header[name] = {"dtype": codes[dtype], "shape": [*array.shape], "data_offsets": [end, end + len(piece)]}
+        pieces.append(piece)
+        end += len(piece)
+    text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *pieces])
+
+
+def read(data: bytes) -> tuple[dict[str, Array], dict[str, str]]:
+    """The tensors of a file, which are read-only views of its bytes, and its metadata.
+
+    Raises
+    ------
+    ValueError
+        If the bytes are damaged or no such file, or a tensor has a dtype that is not in `CODES`.
+    """
+    try:
+        header, begin = _header(data)
+        metadata = header.pop(METADATA, {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata is not text by name")
+        tensors, ranges = {}, []
+        for name, entry in header.items():
+            dtype, shape, first, last = _entry(name, entry, len(data) - begin)
+            ranges.append((first, last))
+            tensors[name] = np.frombuffer(data, dtype, math.prod(shape), begin + first).reshape(shape)
+        end = 0
+        for first, last in sorted(ranges):
+            if first != end:
+                raise ValueError(f"{'two tensors share' if first < end else 'no tensor has'} the bytes from {min(first, end)} on")
+            end = last
+        if end != len(data) - begin:
+            raise ValueError(f"no tensor has the bytes from {end} on")
+    except _OtherDtypeError:
+        raise
+    except (ValueError, RecursionError, OverflowError) as error:
+        raise ValueError(f"it is damaged or no safetensors file ({error})") from None
+    return tensors, metadata
+
+
+def _header(data: bytes) -> tuple[dict[str, Any], int]:
+    """The JSON object at the head of a file, and where the numbers begin."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > len(data) - 8 or length > LONGEST_HEADER:
+        raise ValueError("its header is cut off")
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"its header holds {constant}")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("its header names something twice")
+        return result
+
+    try:
+        header = json.loads(data[8 : 8 + length].decode(), parse_constant=refuse, object_pairs_hook=unique)
+    except UnicodeDecodeError:
+        raise ValueError("its header is not text") from None
+    if not isinstance(header, dict):
+        raise ValueError("its header is not a JSON object")
+    return header, 8 + length
+
+
+def _entry(name: str, entry: Any, size: int) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:
+    """Dtype, shape and range of a tensor whose numbers lie within `size` bytes."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError("a tensor lacks its dtype, shape or data_offsets")
+    code = entry["dtype"]
+    if isinstance(code, str) and code in OTHERS:
+        raise _OtherDtypeError(f"tensor {_words.shown(name)} has dtype {code}; it must be one of {', '.join(CODES)}")
+    dtype = CODES.get(code) if isinstance(code, str) else None
+    if dtype is None:
+        raise ValueError("a tensor has a dtype that the format does not know")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in numbers):
+            raise ValueError("a tensor has a shape or range that is not made of counts")
+    if len(shape) > 32 or len(offsets) != 2 or not offsets[0] <= offsets[1] <= size:
+        raise ValueError("a tensor lies outside the file")
+    if math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0]:
+        raise ValueError("a tensor has a shape that does not fill its range")
+    return dtype, tuple(shape), offsets[0], offsets[1]

@@ -1,0 +1,386 @@
+"""The rows of a fit: judged, split, summed up, and what is worth a warning about them."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastmaf import _arrays, _words
+from fastmaf.layers import Affine, Elementwise, Terminal
+from fastmaf.record import FlowRecord
+
+try:
+    from fastmaf._core import shuffle
+except ImportError:
+    from fastmaf._reference import shuffle
+
+__all__ = ["FitWarning", "Moments", "Rows", "drawn", "shuffle", "split", "standardised"]
+
+Array = NDArray[Any]
+Layers = tuple[Any, ...]
+
+SPLIT = 4
+"""Random stream of the choice of validation rows."""
+
+BLOCK = 1 << 18
+"""Numbers read at a time when data are checked, summed, scored or hashed."""
+
+SOME = 4096
+"""Rows from which quartiles are taken."""
+
+
+class FitWarning(UserWarning):
+    """Something about a fit or its data that one would want to know."""
+
+
+class Rows(NamedTuple):
+    """Arrays of the same length, and which of their rows to use."""
+
+    x: Array
+    context: Array | None
+    weights: Array | None
+    rows: NDArray[np.int64]
+
+    def mass(self) -> float:
+        """Sum of the weights."""
+        return float(self.rows.size if self.weights is None else self.weights[self.rows].sum())
+
+
+# Shapes
+
+
+def _matrix(name: str, value: ArrayLike, columns: int, what: str, names: Sequence[str] | None = None) -> Array:
+    array = _arrays.real(name, value, names=names)
+    has = f"{name} has shape {_words.shapes(array.shape)}"
+    if array.ndim == 1 and columns:
+        raise ValueError(f"{has}; it must be (n, {columns}), one row for each of n samples" + f": {name}[:, None]" * (columns == 1))
+    if array.ndim != 2 or array.shape[1] != columns:
+        raise ValueError(f"{has}; the flow has {columns} {what}{'s' * (columns != 1)}")
+    if not columns:
+        raise ValueError(f"{has}, but the flow has no {what}s; leave {name} out")
+    return array
+
+
+def rows_of(record: FlowRecord, prefix: str, x: ArrayLike, context: ArrayLike | None = None, weights: ArrayLike | None = None) -> Rows:
+    """The arrays, judged by shape, and their rows of positive weight."""
+    rows = _matrix(f"{prefix}x", x, record.features, "feature", record.names)
+    contexts = None if context is None else _matrix(f"{prefix}context", context, record.context_features, "context feature")
+    if contexts is None and record.context_features:
+        remedy = "; pass validation=(x, context)" * bool(prefix)
+        raise ValueError(f"{prefix}context is missing; the flow has {record.context_features} context features{remedy}")
+    shares = None if weights is None else _weights(f"{prefix}weights", weights)
+    for name, array in (("context", contexts), ("weights", shares)):
+        if array is not None and len(array) != len(rows):
+            raise ValueError(f"{prefix}{name} has {len(array)} rows; {prefix}x has {len(rows)}")
+    if not len(rows):
+        raise ValueError(f"{prefix}x has no rows")
+    return Rows(rows, contexts, shares, np.arange(len(rows)) if shares is None else np.flatnonzero(shares))
+
+
+def _weights(name: str, value: ArrayLike) -> NDArray[np.float64]:
+    weights: NDArray[np.float64] = _arrays.real(name, value).astype(np.float64)
+    if weights.ndim != 1:
+        raise ValueError(f"{name} has shape {_words.shapes(weights.shape)}; it must have one number per row")
+    wrong = ~(np.isfinite(weights) & (weights >= 0))
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ValueError(f"{name} has {weights[row]} in row {row}; weights must be finite and not negative")
+    if weights.size and not weights.any():
+        raise ValueError(f"{name} are all zero: no row is left; leave {name} out, or give some rows a positive one")
+    # In other units, so that sums are finite; the powers of two leave all bits.
+    return np.asarray(np.ldexp(weights, -np.frexp(weights.max(initial=1.0))[1]))
+
+
+def split(
+    record: FlowRecord, x: ArrayLike, context: ArrayLike | None, weights: ArrayLike | None, validation: Any, seed: int, reused: bool
+) -> tuple[Rows, Rows | None]:
+    """Rows to train on, and rows to validate on; the latter are copied if the array of x is `reused` by the caller."""
+    train = rows_of(record, "", x, context, weights)
+    if not isinstance(validation, float):
+        held = rows_of(record, "validation ", *validation)
+        _check("validation x", held.x, record.layers, _counts(record), record.names)
+        if held.context is not None:
+            _check("validation context", held.context, record.context_layers)
+        return train, held
+    if not validation:
+        return train, None
+    total = train.rows.size
+    count = round(validation * total)
+    if not 0 < count < total:
+        left = "no row to validate on" if not count else "no row to train on"
+        raise ValueError(
+            f"validation is {validation} of {total} rows, which leaves {left}; give more rows, validation rows, or validation=0"
+        )
+    chosen = np.zeros(total, bool)
+    chosen[shuffle(seed, SPLIT, 0, total)[:count]] = True
+    train, held = train._replace(rows=train.rows[~chosen]), train._replace(rows=train.rows[chosen])
+    if reused:
+        context, weights = (None if array is None else array[held.rows] for array in held[1:3])
+        held = Rows(held.x[held.rows], context, weights, np.arange(held.rows.size))
+    return train, held
+
+
+def validation_of(value: Any) -> float | tuple[ArrayLike | None, ...]:
+    """The argument `validation`: a fraction, or the rows themselves with their contexts and weights."""
+    must = "it must be a fraction below 1, rows x, or a tuple (x,), (x, context) or (x, context, weights)"
+    if isinstance(value, tuple):
+        if not 1 <= len(value) <= 3 or value[0] is None:
+            raise ValueError(f"validation is a tuple of length {len(value)}; {must}")
+        return value
+    if isinstance(value, (str, bytes, bool)) or value is None:
+        raise ValueError(f"validation is {_words.shown(value)}; {must}")
+    if isinstance(value, (numbers.Real, np.number)):
+        if not 0 <= float(value) < 1:
+            raise ValueError(f"validation is {_words.shown(value)}; {must}")
+        return float(value)
+    return (value,)
+
+
+# Values
+
+
+def _counts(record: FlowRecord) -> Array | None:
+    """How many values each variable has, if they are discrete."""
+    if not isinstance(record.base, Terminal) or not record.discrete:
+        return None
+    return np.array(record.base.categories or (2,) * record.features)
+
+
+def _blocks(
+    name: str, array: Array, layers: Layers, counts: Array | None = None, names: Sequence[str] | None = None
+) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+    """The array in float64, block by block, each made sure to be finite and inside the bounds of the first layer, or one of the values."""
+    bounds = layers[0] if layers and isinstance(layers[0], Elementwise) else None
+    step = max(1, BLOCK // array.shape[1])
+
+    def judged(first: int) -> tuple[slice, NDArray[np.float64], NDArray[np.bool_]]:
+        part = slice(first, min(first + step, len(array)))
+        block = array[part].astype(np.float64)
+        wrong = ~np.isfinite(block)
+        if bounds is not None:
+            wrong |= (block <= bounds.lower) | (block >= bounds.upper)
+        if counts is not None:
+            wrong |= (block < 0) | (block >= counts) | (block != np.floor(block))
+        return part, block, wrong
+
+    for first in range(0, len(array), step):
+        part, block, wrong = judged(first)
+        if wrong.any():
+            row, column = (int(i) for i in np.argwhere(wrong)[0])
+            value, must = block[row, column], "be finite"
+            if bounds is not None and math.isfinite(value):
+                must = f"lie strictly between {bounds.lower[column]} and {bounds.upper[column]}"
+            if counts is not None:
+                must = f"be an integer from 0 to {counts[column] - 1}"
+            faulty = wrong.any(axis=0)
+            for later in range(first + step, len(array), step):
+                faulty |= judged(later)[2].any(axis=0)
+            others = [int(j) for j in np.flatnonzero(faulty) if j != column]
+            also = f" ({_words.columns(others, names)} too)" if others else ""
+            raise ValueError(f"{name} has {value} in row {first + row}, {_words.columns([column], names)}; it must {must}{also}")
+        yield part, block
+
+
+def _check(name: str, array: Array, layers: Layers, counts: Array | None = None, names: Sequence[str] | None = None) -> None:
+    for _ in _blocks(name, array, layers, counts, names):
+        pass
+
+
+def drawn(draw: Callable[[int], ArrayLike], epoch: int, shape: tuple[int, ...], record: FlowRecord) -> Array:
+    """A fresh x for an epoch."""
+    name = f"x({epoch})"
+    x = _arrays.real(name, draw(epoch), names=record.names)
+    if x.shape != shape:
+        raise ValueError(f"{name} has shape {_words.shapes(x.shape)}; x(0) has shape {_words.shapes(shape)}")
+    _check(name, x, record.layers, _counts(record), record.names)
+    return x
+
+
+# Standardisation
+
+
+@dataclass
+class Moments:
+    """Weighted mean and standard deviation of columns behind the bounds, in double, whatever their size; and their extremes as given.
+
+    Columns are summed up in units of a power of two near their largest value, so that no square overflows or vanishes.
+    """
+
+    mean: Array
+    deviation: Array
+    low: Array
+    high: Array
+
+    @classmethod
+    def of(cls, name: str, array: Array, weights: NDArray[np.float64], layers: Layers, names: Sequence[str] | None = None) -> Moments:
+        """Of the rows of positive weight; judges all."""
+        width = array.shape[1]
+        total, mean, square = 0.0, np.zeros(width), np.zeros(width)
+        unit = np.full(width, -1074)
+        low, high = np.full(width, math.inf), np.full(width, -math.inf)
+        for part, block in _blocks(name, array, layers, None, names):
+            used = weights[part] > 0
+            if not used.any():
+                continue
+            values, factor = block[used], weights[part][used, None]
+            low, high = np.minimum(low, values.min(axis=0)), np.maximum(high, values.max(axis=0))
+            values = _unbounded(values, layers)
+            largest = np.abs(values).max(axis=0)
+            larger = np.maximum(unit, np.where(largest > 0, np.frexp(largest)[1], -1074))
+            mean, square = np.ldexp(mean, unit - larger), np.ldexp(square, 2 * (unit - larger))
+            unit = larger
+            values = np.ldexp(values, -unit)
+            added = float(factor.sum())
+            near = (factor * values).sum(axis=0) / added
+            rest = (factor * (values - near)).sum(axis=0) / added  # what rounding has left
+            centre = near + rest
+            step, total = centre - mean, total + added
+            mean += step * (added / total)
+            square += (factor * (values - near) ** 2).sum(axis=0) - added * rest**2 + step**2 * (added * (total - added) / total)
+        deviation = np.where(low == high, 0.0, np.ldexp(np.sqrt(np.maximum(square, 0) / total), unit))
+        return cls(np.ldexp(mean, unit), deviation, low, high)
+
+
+def _unbounded(values: NDArray[np.float64], layers: Layers) -> NDArray[np.float64]:
+    """The rows behind an Elementwise, if the first layer is one."""
+    if not (layers and isinstance(layers[0], Elementwise)):
+        return values
+    result: NDArray[np.float64] = values.copy()
+    for column, (kind, lower, upper) in enumerate(zip(layers[0].kinds, layers[0].lower, layers[0].upper, strict=True)):
+        if kind != "identity":
+            above = np.log(values[:, column] - lower) if kind != "log_below" else 0.0
+            below = np.log(upper - values[:, column]) if kind != "log_above" else 0.0
+            result[:, column] = above - below
+    return result
+
+
+def standardised(record: FlowRecord, train: Rows, wanted: bool | str) -> tuple[FlowRecord, list[str]]:
+    """The record with the data's mean and deviation in the Affines in front, if that is wanted, and what to warn of; judges the data.
+
+    `wanted` is True for a flow that was never fitted, if its Affine is the identity or absent; "again" whatever was there.
+    """
+    weights = np.zeros(len(train.x))
+    weights[train.rows] = 1.0 if train.weights is None else train.weights[train.rows]
+    fresh = wanted == "again" or (bool(wanted) and not was_fitted(record))
+    layers, context_layers, notes = record.layers, record.context_layers, []
+    if (counts := _counts(record)) is not None:
+        _check("x", train.x, layers, counts, record.names)
+    else:
+        moments = Moments.of("x", train.x, weights, layers, record.names)
+        constant = np.flatnonzero(moments.deviation == 0)
+        if constant.size:
+            value = f": {moments.low[constant[0]]} in every row to train on" if constant.size == 1 else " in the rows to train on"
+            raise ValueError(f"x is constant in {_words.columns(constant, record.names)}{value}; leave out what does not vary")
+        layers = _placed("x", layers, moments, fresh, wanted == "again", record.names)
+        notes += _notes(record, train, layers, moments)
+        if wanted and layers is record.layers:
+            notes += _far_out("x", layers, moments, record.names)
+    if train.context is not None:
+        moments = Moments.of("context", train.context, weights, context_layers)
+        moments.deviation = np.where(moments.deviation == 0, 1.0, moments.deviation)  # what does not vary tells nothing, and harms nothing
+        context_layers = _placed("context", context_layers, moments, fresh, wanted == "again", None)
+        if wanted and context_layers is record.context_layers:
+            notes += _far_out("context", context_layers, moments, None)
+    if layers is record.layers and context_layers is record.context_layers:
+        return record, notes
+    return record.replaced(layers=layers, context_layers=context_layers), notes
+
+
+def was_fitted(record: FlowRecord) -> bool:
+    """Whether a fit has left its trace on the flow; notes of others do not count."""
+    return {"epochs", "best_epoch", "settings"} <= set(record.training)
+
+
+def _placed(name: str, layers: Layers, moments: Moments, fresh: bool, again: bool, names: Sequence[str] | None) -> Layers:
+    """The layers with a standardising Affine behind the bounds, if one is to be put there."""
+    k = int(bool(layers) and isinstance(layers[0], Elementwise))
+    width = moments.mean.size
+    there = layers[k : k + 1] and isinstance(layers[k], Affine)
+    if not fresh or (there and not again and layers[k] != Affine(np.zeros(width), np.ones(width))):
+        return layers
+    with np.errstate(all="ignore"):
+        scale = 1 / moments.deviation
+    wrong = np.flatnonzero(~(np.isfinite(scale) & (scale > 0) & np.isfinite(moments.high - moments.low)))
+    if wrong.size:
+        raise ValueError(f"{name} has a scale that float64 cannot hold in {_words.columns(wrong, names)}; give it in other units")
+    return (*layers[:k], Affine(moments.mean, scale), *layers[k + bool(there) :])
+
+
+# What is worth a warning
+
+
+def _notes(record: FlowRecord, train: Rows, layers: Layers, moments: Moments) -> list[str]:
+    """About columns that the flow's dtype cannot resolve, and about values so far away that they spoil all others."""
+    notes, names = [], record.names
+    front = layers[0] if layers else None
+    kinds = front.kinds if isinstance(front, Elementwise) else ("identity",) * record.features
+    bounded = np.array([kind != "identity" for kind in kinds])
+    largest, spread = np.maximum(np.abs(moments.low), np.abs(moments.high)), np.where(bounded, np.inf, moments.deviation)
+    single = train.x.dtype in (np.float16, np.float32)  # whose columns may be coarse by nature
+    noise = spread < (2 * _spacing(largest, np.float32) if single else 16 * _spacing(largest, np.float64))
+    if noise.any():
+        notes.append(
+            f"x varies in {_words.columns(np.flatnonzero(noise), names)} by no more than rounding errors; if it is constant, leave it out"
+        )
+    coarse = ~noise & (spread < 100 * _spacing(largest, record.dtype))
+    limits = np.finfo(record.dtype)
+    outside = ~noise & ~bounded & ((largest > float(limits.max) / 100) | (spread < float(limits.tiny) * 100))
+    if (coarse & ~outside).any():
+        where = _words.columns(np.flatnonzero(coarse & ~outside), names)
+        remedy = 'flow.sample(..., dtype="float64")' if record.dtype == np.float32 else "a smaller offset"
+        notes.append(
+            f"{record.dtype} cannot resolve {where} of x, whose values are far from 0 for their spread: subtract an offset, or use {remedy}"
+        )
+    if outside.any():
+        where = _words.columns(np.flatnonzero(outside), names)
+        notes.append(f"{where} of x has values at the ends of {record.dtype}, where samples overflow or vanish: give it in other units")
+    lost = ~noise & _collapsed(train, layers, moments, record.dtype)
+    if lost.any():
+        notes.append(
+            f"a few values of x in {_words.columns(np.flatnonzero(lost), names)} are so far away that all others are the same in "
+            f"{record.dtype}; drop those rows if they stand for missing values"
+        )
+    if record.features == 1 and not isinstance(record.base, Terminal):
+        each = " for each context" if record.context_features else ""
+        notes.append(
+            f'a flow of one variable with a normal base is one Gaussian{each}; MADE(1, conditional="mixture") can have other shapes'
+        )
+    return notes
+
+
+def _spacing(values: Array, dtype: Any) -> Array:
+    with np.errstate(all="ignore"):
+        return np.asarray(np.abs(np.spacing(values.astype(dtype))), np.float64)
+
+
+def _collapsed(train: Rows, layers: Layers, moments: Moments, dtype: np.dtype[Any]) -> Array:
+    """Columns whose middle half, in units of the deviation, is hardly wider than the dtype resolves."""
+    some = train.rows[:: -(-train.rows.size // SOME)]
+    values = _unbounded(train.x[some].astype(np.float64), layers)
+    with np.errstate(all="ignore"):
+        low, middle, high = np.quantile(values, [0.25, 0.5, 0.75], axis=0)
+        width, place = (high - low) / moments.deviation, np.abs(middle - moments.mean) / moments.deviation
+    return np.asarray((width > 0) & (width < 100 * _spacing(np.maximum(place, 1e-3), dtype)))
+
+
+def _far_out(name: str, layers: Layers, moments: Moments, names: Sequence[str] | None) -> list[str]:
+    """Whether the data, behind the Affine that the flow has and keeps, are anything but standard."""
+    k = int(bool(layers) and isinstance(layers[0], Elementwise))
+    affine = layers[k] if len(layers) > k and isinstance(layers[k], Affine) else None
+    loc, scale = (0.0, 1.0) if affine is None else (affine.loc, np.abs(affine.scale))
+    with np.errstate(all="ignore"):
+        away, width = np.abs(moments.mean - loc) * scale, moments.deviation * scale
+    wrong = np.flatnonzero(~((away < 10 * np.maximum(1, width)) & (away < 100) & (width < 10) & (width > 1e-3)))
+    if not wrong.size:
+        return []
+    where = _words.columns(wrong, names)
+    return [
+        f"{name} is not standard in {where} behind the standardisation that the flow has, which is kept: make a new flow for other data, "
+        'or pass standardize="again"'
+    ]

@@ -1,0 +1,593 @@
+"""The loop over epochs: steps, scores, what is kept, and how it ends.
+
+Everything that a run depends on is either an argument or counted (the shuffle of an epoch is a function of seed and epoch), so that a
+checkpoint needs no more than the engine's state at the end of an epoch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastmaf import _arrays, _words, io
+from fastmaf.layers import Affine, Autoregressive, BatchNorm, Terminal, _one_of
+from fastmaf.record import FlowRecord
+from fastmaf.train import data
+from fastmaf.train.checkpoint import Store, fingerprint, seed_of
+from fastmaf.train.data import FitWarning, Rows, shuffle
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # a notebook that cannot draw bars (ipywidgets are absent) gets the one of a terminal
+    from tqdm.auto import tqdm
+
+if TYPE_CHECKING:
+    from fastmaf._arrays import Seed
+    from fastmaf._backends import Backend
+    from fastmaf.ensemble import Ensemble
+    from fastmaf.flow import Flow
+
+__all__ = ["Epoch", "History", "Members", "fit"]
+
+Array = NDArray[Any]
+Layers = tuple[Any, ...]
+Path = str | os.PathLike[str]
+Statistics = list[tuple[Array, Array]]
+
+SHUFFLE = 3
+"""Random stream of the order of an epoch."""
+
+SERIES = ("train", "validation", "lr", "seconds")
+"""The lists of a `History`."""
+
+
+@dataclass(repr=False)
+class History:
+    """What happened in a fit, one entry per epoch; log-likelihoods are means per row, in nats, in the units of the data.
+
+    Attributes
+    ----------
+    train : list of float
+        Log-likelihood of the training rows, each scored just before the step that used it.
+    validation : list of float
+        Log-likelihood of the validation rows after the epoch; empty where there are none.
+    lr : list of float
+        Learning rate of the last step.
+    seconds : list of float
+        Time since the start, summed over resumed calls.
+    best_epoch : int
+        The epoch whose weights were kept, counted from 1; 0 if none was better than the start.
+    stopped : str
+        ``"patience"``, ``"max_epochs"``, ``"max_seconds"``, ``"callback"``, ``"interrupted"``, or where the loss was not finite.
+    start : float or None
+        Log-likelihood of the validation rows before the first epoch, behind the standardisation; None where there are none.
+
+    Examples
+    --------
+    >>> History(train=[-1.5, -1.25], validation=[-1.5, -1.375], best_epoch=2, stopped="max_epochs")
+    History(2 epochs, best 2: train -1.2500, validation -1.3750, stopped: max_epochs)
+    """
+
+    train: list[float] = field(default_factory=list)
+    validation: list[float] = field(default_factory=list)
+    lr: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    best_epoch: int = 0
+    stopped: str = ""
+    start: float | None = None
+
+    def __repr__(self) -> str:
+        if not self.best_epoch and self.start is not None:
+            done = f"{len(self.train)} epochs, none better than the start: validation {self.start:.4f}"
+            return f"History({done}, stopped: {self.stopped})"
+        best = slice(self.best_epoch - 1, self.best_epoch) if self.best_epoch else slice(0)
+        scores = [f"{name} {score:.4f}" for name in SERIES[:2] for score in getattr(self, name)[best]]
+        return f"History({len(self.train)} epochs, best {self.best_epoch}{': ' * bool(scores)}{', '.join(scores)}, stopped: {self.stopped})"
+
+
+@dataclass
+class Members:
+    """Flows that share one vector of weights and differ in their masks, for `fit`.
+
+    Attributes
+    ----------
+    flows : sequence of Flow
+        All of the same arrays; what their masks leave of `weights` are their weights.
+    weights : (p,) array
+        In the order of `Flow.parameters`, without masks; `fit` replaces it.
+    draw : callable, optional
+        The members for the steps of an epoch, by its number from 1 and the seed of the fit; `flows` throughout, if None.
+    build : callable, optional
+        What callbacks and checkpoints are given, from the flow as it is trained and the weights; the flow alone, if None.
+    """
+
+    flows: Sequence[Flow]
+    weights: Array
+    draw: Callable[[int, int], Sequence[Flow]] | None = None
+    build: Callable[[Flow, Array], Ensemble] | None = None
+
+
+class Epoch(Mapping[str, Any]):
+    """What a callback is told after an epoch.
+
+    Keys are epoch, train, validation (None without validation rows), lr, seconds, best_epoch and flow: the flow or ensemble as it is in
+    this epoch, made when it is looked at.
+    """
+
+    def __init__(self, values: dict[str, Any], build: Callable[[], Any]) -> None:
+        self._values, self._build = values, build
+
+    def __getitem__(self, key: str) -> Any:
+        if key == "flow" and key not in self._values:
+            self._values[key] = self._build()
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*(key for key in self._values if key != "flow"), "flow"])
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+def fit(
+    flow: Flow,
+    x: ArrayLike | Callable[[int], ArrayLike],
+    context: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    *,
+    validation: float | ArrayLike | tuple[ArrayLike | None, ...] = 0.1,
+    batch_size: int = 256,
+    optimizer: str = "adam",
+    lr: float = 1e-3,
+    schedule: str | Callable[[float], float] = "constant",
+    l2: float = 0.0,
+    weight_decay: float = 0.0,
+    clip_norm: float | None = None,
+    patience: int | None = 30,
+    max_epochs: int = 1000,
+    max_seconds: float | None = None,
+    standardize: bool | Literal["again"] = True,
+    device: str = "auto",
+    seed: Seed = None,
+    checkpoint: Path | None = None,
+    checkpoint_every: float = 1,
+    resume: bool = False,
+    callback: Callable[[Epoch], object] | None = None,
+    on_interrupt: Literal["raise", "return"] = "raise",
+    progress: bool | None = None,
+    members: Members | None = None,
+) -> History:
+    """Fit a flow in place; parameters, result and errors are those of `Flow.fit`.
+
+    With `members`, their common weights are trained instead of those of the flow: step t, counted from 0 over all epochs, those of member t
+    modulo their number. The validation log-likelihood is that of the mean of their densities. Of the flow only the fixed layers change.
+    """
+    began = time.perf_counter()
+    held_out = data.validation_of(validation)
+    if not isinstance(checkpoint, (str, os.PathLike, type(None))):
+        raise ValueError(f"checkpoint is {_words.shown(checkpoint)}; it must be a path")
+    if resume and checkpoint is None:
+        raise ValueError("resume is True, but no checkpoint is named: checkpoint=path")
+    before = seed_of(checkpoint, resume) if seed is None else None
+    settings: dict[str, Any] = {
+        "validation": held_out if isinstance(held_out, float) else "given",
+        "batch_size": _arrays.count("batch_size", batch_size, 1),
+        "optimizer": optimizer,
+        "lr": _real("lr", lr),
+        "schedule": "callable" if callable(schedule) else schedule,
+        "l2": _real("l2", l2, zero=True),
+        "weight_decay": _real("weight_decay", weight_decay, zero=True),
+        "clip_norm": None if clip_norm is None else _real("clip_norm", clip_norm),
+        "patience": None if patience is None else _arrays.count("patience", patience, 1),
+        "max_epochs": _arrays.count("max_epochs", max_epochs, 1, 2**32),
+        "max_seconds": None if max_seconds is None else _real("max_seconds", max_seconds),
+        "standardize": "again" if isinstance(standardize, str) else _words.flag("standardize", standardize),
+        "seed": _arrays.seed_or_fresh(seed) if before is None else before,
+    }
+    _one_of("optimizer", optimizer, ("adam",))
+    _one_of("on_interrupt", on_interrupt, ("raise", "return"))
+    if isinstance(standardize, str):
+        _one_of("standardize", standardize, ("again",))
+    factor = _schedule(schedule, settings["max_epochs"])
+    every = float(checkpoint_every) if isinstance(checkpoint_every, float) else _arrays.count("checkpoint_every", checkpoint_every, 1)
+    if not every > 0:
+        raise ValueError(f"checkpoint_every is {checkpoint_every}; it must be positive: an int counts epochs, a float seconds")
+    where = flow.device if isinstance(device, str) and device == "auto" else flow.to(device).device
+    if where != "cpu":
+        raise NotImplementedError(f'training on {where} is to come: flow = flow.to("cpu"), or flow.fit(..., device="cpu")')
+    record, backend = (flow if flow.device == "cpu" else flow.to("cpu"))._ready()
+
+    first_x = x(0) if callable(x) else x
+    train, held = data.split(record, first_x, context, weights, held_out, settings["seed"], callable(x))
+    start, notes = data.standardised(record, train, settings["standardize"])
+    for note in notes:
+        warnings.warn(note, FitWarning, stacklevel=3)
+    if _of_batch(record.layers) and settings["batch_size"] < 2:
+        raise ValueError(f"batch_size is {batch_size}; the statistics of a batch norm need at least 2 rows")
+    store, saved = None, {}
+    if checkpoint is not None:
+        flows = None if members is None else [member.record for member in members.flows]
+        redrawn = members is not None and members.draw is not None
+        store = Store(checkpoint, fingerprint(record, backend.name, settings, train, held, flows, redrawn))
+        saved = store.load(resume)
+    if saved:
+        with io.reading_checkpoint(checkpoint):
+            start = start.replaced(
+                layers=_restored(start.layers, "layers", saved), context_layers=_restored(start.context_layers, "context_layers", saved)
+            )
+    options: dict[str, Any] = {name: settings[name] for name in ("l2", "weight_decay", "clip_norm")}
+    if members is not None:
+        options["members"] = _behind(start, members.flows)
+    engine = backend.trainer(start, **options)
+    if members is not None:
+        engine.set_parameters(members.weights)
+    run = _Run(flow, start, backend, engine, train, held, settings, store, every, members, not data.was_fitted(record))
+    if saved:
+        with io.reading_checkpoint(checkpoint):
+            run.set_state(saved)
+    try:
+        deadline = began + (settings["max_seconds"] or math.inf)
+        run.history.stopped = run.epochs(x if callable(x) else None, factor, deadline, callback, progress)
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        run.history.stopped = "interrupted" if interrupted else f"{type(error).__name__} after {len(run.history.train)} epochs"
+        if run.history.train:  # else nothing was learned, and the flow stays as it was
+            run.install()
+        with suppress(OSError):
+            run.save(last=True)
+        if not interrupted or on_interrupt == "raise":
+            raise
+        return run.history
+    run.save(last=True)
+    run.install()
+    for note in run.complaints():
+        warnings.warn(note, FitWarning, stacklevel=3)
+    return run.history
+
+
+class _Run:
+    """A fit under way."""
+
+    def __init__(
+        self,
+        flow: Flow,
+        start: FlowRecord,
+        backend: Backend,
+        engine: Any,
+        train: Rows,
+        held: Rows | None,
+        settings: dict[str, Any],
+        store: Store | None,
+        every: float,
+        members: Members | None,
+        first: bool,
+    ) -> None:
+        self.flow, self.start, self.backend, self.engine = flow, start, backend, engine
+        self.train, self.held, self.settings, self.members, self.first = train, held, settings, members, first
+        self.store, self.every = store, every
+        self.unsaved: dict[str, Any] = {}  # the state at the end of the last epoch, until it is written
+        self.written, self.written_at = 0, time.perf_counter()
+        self.history = History()
+        self.statistics: Statistics = [(layer.mean, layer.var) for layer in _norms(start.layers)]
+        self.parameters: Array = engine.parameters()  # at the end of the last epoch
+        self.best, self.best_statistics, self.best_score = self.parameters, self.statistics, -math.inf
+
+    def epochs(
+        self,
+        draw: Callable[[int], ArrayLike] | None,
+        factor: Callable[[float], float],
+        deadline: float,
+        callback: Callable[[Epoch], object] | None,
+        progress: bool | None,
+    ) -> str:
+        """Train until something ends it, and say what."""
+        history, train, mass, members = self.history, self.train, self.train.mass(), self.members
+        last, batch_size, seed = (self.settings[name] for name in ("max_epochs", "batch_size", "seed"))
+        patience = self.settings["patience"] or math.inf
+        steps, mean_weight, used = -(-train.rows.size // batch_size), mass / train.rows.size, train.rows.size
+        if _of_batch(self.start.layers) and used > batch_size:
+            steps, used = used // batch_size, used // batch_size * batch_size
+        began = time.perf_counter() - (history.seconds[-1] if history.seconds else 0.0)
+        if not history.train:
+            self.renew(train.x, self.first)
+            self.best_statistics = self.statistics
+            score = self.score()
+            self.best_score = float(np.fmax(score, -math.inf))
+            history.start = None if self.held is None else score
+            self.snapshot()
+            self.save(last=True)
+        with tqdm(total=last, initial=len(history.train), unit="epoch", disable=None if progress is None else not progress) as bar:
+            for epoch in range(len(history.train) + 1, last + 1):
+                if epoch - 1 - history.best_epoch >= patience:
+                    return "patience"
+                if time.perf_counter() >= deadline:
+                    return "max_seconds"
+                x = train.x if draw is None else data.drawn(draw, epoch, train.x.shape, self.start)
+                rows = train.rows[shuffle(seed, SHUFFLE, epoch, train.rows.size)][:used]
+                if rows.size < train.rows.size:
+                    mass = train._replace(rows=rows).mass()
+                rates = _rates(self.settings["lr"], factor, epoch, steps)
+                if members is not None and members.draw is not None:
+                    self.engine.set_members(_behind(self.start, members.draw(epoch, seed)))
+                loss, done = self.engine.epoch(x, train.context, train.weights, rows, batch_size, rates, mean_weight, poll=bar.refresh)
+                if done < steps:
+                    return f"loss not finite in epoch {epoch}, batch {done + 1} of {steps}"
+                if members is not None and members.draw is not None:
+                    self.engine.set_members(_behind(self.start, members.flows))
+                normed = self.renew(x, False)
+                self.record(-loss / mass, self.score(), normed, float(rates[-1]), time.perf_counter() - began)
+                self.snapshot()
+                self.save()
+                last_of = {name: (getattr(history, name) or [None])[-1] for name in SERIES}
+                bar.set_postfix_str(", ".join(f"{name} {last_of[name]:.4f}" for name in SERIES[:2] if getattr(history, name)) + " nats")
+                bar.update()
+                if callback is not None and callback(self.told({"epoch": epoch, "best_epoch": history.best_epoch, **last_of})):
+                    return "callback"
+        return "max_epochs"
+
+    def told(self, values: dict[str, Any]) -> Epoch:
+        """What the callback is given; the flow in it is that of now, however late it is looked at."""
+        parameters, statistics = self.parameters, self.statistics
+        return Epoch(values, lambda: self.built(parameters, statistics))
+
+    def renew(self, x: Array, data_too: bool) -> bool:
+        """Give the batch norms the statistics of the training rows under the current weights; False where those are not finite."""
+        if not (_of_batch(self.start.layers) or (data_too and self.statistics)):
+            return True
+        parameters = self.engine.parameters()
+        if not np.isfinite(parameters).all():
+            return False
+        record = _normed(self.start.with_parameters(parameters), self.statistics)
+        found = _whole_statistics(record, self.backend, self.train._replace(x=x), data_too)
+        if found is None:
+            return False
+        self.statistics = found
+        self.engine.set_statistics(found)
+        return True
+
+    def score(self) -> float:
+        """Mean log-likelihood of the validation rows under the current weights; NaN without such rows."""
+        if self.held is None:
+            return math.nan
+        x, context, weights, rows = self.held
+        total, block = 0.0, max(1, data.BLOCK // x.shape[1])
+        for first in range(0, rows.size, block):
+            part = rows[first : first + block]
+            values = self.engine.log_prob(x[part], None if context is None else context[part]).astype(np.float64)
+            total += float((values if weights is None else values * weights[part]).sum())
+        return total / self.held.mass()
+
+    def record(self, train: float, validation: float, normed: bool, lr: float, seconds: float) -> None:
+        """Append an epoch to the history, and keep its weights and statistics if they are the best and the statistics hold."""
+        history, self.parameters = self.history, self.engine.parameters()
+        history.train.append(train)
+        history.lr.append(lr)
+        history.seconds.append(seconds)
+        if self.held is not None:
+            history.validation.append(validation)
+        if normed and (validation > self.best_score if self.held is not None else np.isfinite(self.parameters).all()):
+            history.best_epoch, self.best, self.best_score = len(history.train), self.parameters, validation
+            self.best_statistics = self.statistics
+
+    # What comes of it
+
+    def trained(self, parameters: Array, statistics: Statistics) -> FlowRecord:
+        """The record with weights of the fit; that of the fixed layers alone where members are trained."""
+        return _normed(self.start if self.members is not None else self.start.with_parameters(parameters), statistics)
+
+    def built(self, parameters: Array, statistics: Statistics) -> Any:
+        """The flow or ensemble with weights of the fit."""
+        record = self.trained(parameters, statistics).replaced(training={**self.start.training, **self.summary()})
+        flow = self.flow._of(record, self.flow._placement)
+        return flow if self.members is None or self.members.build is None else self.members.build(flow, parameters)
+
+    def install(self) -> None:
+        """Give the flow its best weights."""
+        record = self.trained(self.best, self.best_statistics)
+        self.flow._record = record.replaced(training={**self.start.training, **self.summary()})
+        if self.members is not None:
+            self.members.weights = self.best
+
+    def summary(self) -> dict[str, Any]:
+        """Return what the flow remembers of its fit, ready for JSON; nothing in it depends on a clock."""
+        history, held = self.history, self.held
+        return {
+            "epochs": len(history.train),
+            "best_epoch": history.best_epoch,
+            "train": history.train[history.best_epoch - 1] if history.best_epoch else None,
+            "validation": self.best_score if math.isfinite(self.best_score) else None,
+            "rows": int(self.train.rows.size),
+            "validation_rows": 0 if held is None else int(held.rows.size),
+            "stopped": history.stopped,
+            "settings": self.settings,
+        }
+
+    def complaints(self) -> list[str]:
+        """What is worth a warning at the end."""
+        history, remedy = self.history, f"try a lower lr than {self.settings['lr']:g}, or clip_norm"
+        kept = "the best weights so far are kept" if history.best_epoch else "the weights are those of the start"
+        if history.stopped.startswith("loss not finite"):
+            return [f"{history.stopped}: {kept}; {remedy}"]
+        if history.train and self.held is not None and not history.best_epoch:
+            return [f"none of {len(history.train)} epochs was better than the start on the validation rows: {kept}; {remedy}"]
+        return []
+
+    # Checkpoints
+
+    def snapshot(self) -> None:
+        """Keep everything that the next epochs depend on, as arrays, until it is written."""
+        if self.store is None:
+            return
+        arrays = {f"engine.{name}": value for name, value in self.engine.state().items()}
+        arrays |= {f"history.{name}": getattr(self.history, name) for name in SERIES}
+        arrays |= {"best": self.best, "best_score": self.best_score, "best_epoch": self.history.best_epoch}
+        arrays["start"] = math.nan if self.history.start is None else self.history.start
+        for name, statistics in (("statistics", self.statistics), ("best_statistics", self.best_statistics)):
+            for k, (mean, var) in enumerate(statistics):
+                arrays |= {f"{name}.{k}.mean": mean, f"{name}.{k}.var": var}
+        for prefix, layers in (("layers", self.start.layers), ("context_layers", self.start.context_layers)):
+            for k, layer in enumerate(layers):
+                if isinstance(layer, Affine):
+                    arrays |= {f"{prefix}.{k}.loc": layer.loc, f"{prefix}.{k}.scale": layer.scale}
+        self.unsaved = arrays
+
+    def save(self, last: bool = False) -> None:
+        """Write the checkpoint, if it is time to."""
+        if self.store is None or not self.unsaved:
+            return
+        done, now = len(self.history.train), time.perf_counter()
+        due = now - self.written_at >= self.every if isinstance(self.every, float) else done - self.written >= self.every
+        if due or last:
+            best = self.built(self.best, self.best_statistics)
+            self.store.save(best, {name: np.array(value, order="C") for name, value in self.unsaved.items()})
+            self.unsaved, self.written, self.written_at = {}, done, now
+
+    def set_state(self, arrays: Mapping[str, Array]) -> None:
+        """Go on from a checkpoint; its Affines are in `start` already."""
+        size, dtype = self.best.size, self.start.dtype
+        epochs = len(io.expect(arrays, "history.train", None, np.float64))
+        held = 0 if self.held is None else epochs
+        lengths = {"train": epochs, "validation": held, "lr": epochs, "seconds": epochs}
+        series = {name: io.expect(arrays, f"history.{name}", (lengths[name],), np.float64).tolist() for name in SERIES}
+        state = {name: io.expect(arrays, f"engine.{name}", (size,), dtype) for name in ("parameters", "first_moment", "second_moment")}
+        state["step"] = io.expect(arrays, "engine.step", (), np.int64)
+        start = float(io.expect(arrays, "start", (), np.float64))
+        history = History(**series, start=None if self.held is None else start)
+        history.best_epoch = int(io.expect(arrays, "best_epoch", (), np.int64))
+        if not 0 <= history.best_epoch <= epochs or state["step"] < 0:
+            raise ValueError(f"best_epoch is {history.best_epoch} of {epochs}, step {state['step']}")
+        best, score = io.expect(arrays, "best", (size,), dtype), float(io.expect(arrays, "best_score", (), np.float64))
+        found: list[Statistics] = []
+        for name in ("statistics", "best_statistics"):
+            found.append([])
+            for k, own in enumerate(self.statistics):
+                moments = [io.expect(arrays, f"{name}.{k}.{part}", own[0].shape, None) for part in ("mean", "var")]
+                found[-1].append((moments[0], moments[1]))
+        for parameters in (best, state["parameters"]):
+            self.trained(parameters, found[1])  # refuses weights where the masks have none
+        self.engine.load_state(state)
+        self.history, self.best, self.best_score, self.parameters = history, best, score, state["parameters"]
+        self.statistics, self.best_statistics = found
+        self.written = epochs
+        if self.statistics:
+            self.engine.set_statistics(self.statistics)
+
+
+def _real(name: str, value: Any, zero: bool = False) -> float:
+    """A finite number, positive or, if `zero`, not negative."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and (number > 0 or (zero and number == 0))):
+        raise ValueError(f"{name} is {value!r}; it must be a {'number that is not negative' if zero else 'positive number'}")
+    return number
+
+
+def _norms(layers: Layers) -> list[BatchNorm]:
+    return [layer for layer in layers if isinstance(layer, BatchNorm)]
+
+
+def _of_batch(layers: Layers) -> bool:
+    """Whether batch norms take their statistics from the batch."""
+    return any(norm.statistics == "batch" for norm in _norms(layers))
+
+
+def _normed(record: FlowRecord, statistics: Statistics) -> FlowRecord:
+    """The record with other statistics in its batch norms."""
+    if not statistics:
+        return record
+    moments = iter(statistics)
+    layers = []
+    for layer in record.layers:
+        if isinstance(layer, BatchNorm):
+            mean, var = next(moments)
+            layer = replace(layer, mean=mean, var=var)
+        layers.append(layer)
+    return record.replaced(layers=layers)
+
+
+def _behind(start: FlowRecord, members: Sequence[Flow]) -> list[FlowRecord]:
+    """The networks of the members behind the fixed layers of the record that is trained."""
+    result = []
+    for member in members:
+        own = iter([layer for layer in member.layers if isinstance(layer, Autoregressive)])
+        layers = [next(own) if isinstance(layer, Autoregressive) else layer for layer in start.layers]
+        result.append(start.replaced(layers=layers, base=member.base if isinstance(member.base, Terminal) else start.base))
+    return result
+
+
+def _restored(layers: Layers, prefix: str, saved: Mapping[str, Array]) -> Layers:
+    """The layers with the Affines of a checkpoint."""
+
+    def restored(name: str, layer: Affine) -> Affine:
+        return Affine(*(io.expect(saved, f"{prefix}.{name}.{part}", layer.loc.shape, np.float64) for part in ("loc", "scale")))
+
+    return tuple(restored(str(k), layer) if isinstance(layer, Affine) else layer for k, layer in enumerate(layers))
+
+
+def _whole_statistics(record: FlowRecord, backend: Backend, train: Rows, data_too: bool) -> Statistics | None:
+    """Mean and biased variance of the training rows in front of each batch norm, in double; None where they are not finite.
+
+    Those of kind "data" keep theirs, unless `data_too`.  All rows stay at the last batch norm reached, so that no layer is evaluated twice.
+    """
+    statistics: Statistics = []
+    segment: list[Any] = []
+    z: Array | None = None  # the rows that the segment begins with; at first they are the data, read block by block
+    weights = np.ones(train.rows.size) if train.weights is None else train.weights[train.rows]
+    step = max(1, data.BLOCK // record.features)
+    parts = [slice(first, min(first + step, train.rows.size)) for first in range(0, train.rows.size, step)]
+    for layer in record.layers:
+        if isinstance(layer, BatchNorm):
+            chain = record.replaced(layers=segment, base=None)
+            values = np.empty((train.rows.size, record.features), record.dtype)
+            for part in parts:
+                rows = train.rows[part]
+                context = None if train.context is None else train.context[rows]
+                backend.to_noise(chain, train.x[rows] if z is None else z[part], context, values[part])
+            z, segment = values, []
+            if layer.statistics == "batch" or data_too:
+                mean, var = _mean_and_variance(z, weights, parts)
+                if not (np.isfinite(mean).all() and np.isfinite(var).all()):
+                    return None
+                layer = replace(layer, mean=mean, var=var)
+                statistics.append((mean, var))
+            else:
+                statistics.append((layer.mean, layer.var))
+        segment.append(layer)
+    return statistics
+
+
+def _mean_and_variance(z: Array, weights: NDArray[np.float64], parts: Sequence[slice]) -> tuple[Array, Array]:
+    """Weighted mean and biased variance of the columns, in double."""
+    total = weights.sum()
+    mean = sum((weights[part] @ z[part].astype(np.float64) for part in parts), np.zeros(z.shape[1])) / total
+    var = sum((weights[part] @ (z[part] - mean) ** 2 for part in parts), np.zeros(z.shape[1])) / total
+    return mean, var
+
+
+def _schedule(schedule: str | Callable[[float], float], max_epochs: int) -> Callable[[float], float]:
+    if callable(schedule):
+        return schedule
+    _one_of("schedule", schedule, ("constant", "cosine"))
+    if schedule == "cosine":
+        return lambda epochs: 0.5 * (1.0 + math.cos(math.pi * epochs / max_epochs))
+    return lambda epochs: 1.0
+
+
+def _rates(lr: float, factor: Callable[[float], float], epoch: int, steps: int) -> NDArray[np.float64]:
+    """The learning rate of each step of an epoch."""
+    rates = np.array([lr * float(factor(epoch - 1 + step / steps)) for step in range(steps)])
+    wrong = ~(np.isfinite(rates) & (rates >= 0))
+    if wrong.any():
+        step = int(wrong.argmax())
+        raise ValueError(f"schedule({epoch - 1 + step / steps}) makes the learning rate {rates[step]}; it must be finite and not negative")
+    return rates
