@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import operator
 import secrets
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from fastmaf import _device
+from fastmaf import _device, _tables, _words
 
 __all__ = [
+    "LAYOUTS",
     "NATIVE",
     "Seed",
     "contexts",
     "count",
     "cotangents",
     "float_dtype",
+    "names",
     "output",
     "real",
     "rows",
@@ -36,37 +40,80 @@ Seed = int | np.integer[Any] | np.random.Generator | np.random.BitGenerator | np
 NATIVE = frozenset(map(np.dtype, "?bhilqBHILQefd"))
 """What backends read: booleans, integers and floats of at most 64 bits in the byte order of this machine."""
 
+LAYOUTS: Mapping[tuple[int, int], tuple[str, str]] = MappingProxyType(
+    {
+        (2, 1): ("", "one for all rows"),
+        (2, 2): ("n", "one for each row"),
+        (2, 3): ("cn", "the n rows under each of c contexts (c, 1, C), or under contexts of their own"),
+        (3, 1): ("", "one for all rows"),
+        (3, 2): ("c", "one for each group of n rows"),
+        (3, 3): ("cn", "one for each group (c, 1, C), or for each row"),
+    }
+)
+"""By the dimensions of x, (n, D) or (c, n, D), and of the context: which axes of the rows the context has, and what it is to them.
 
-def real(name: str, value: ArrayLike, device: str = "cpu", names: Any = None) -> Array:
+Axes of length 1 fit any length, as in NumPy.  A context (c, C) beside rows (c, n, D) is the one case that NumPy would place otherwise.
+"""
+
+
+def real(name: str, value: Any, device: str = "cpu", names: Sequence[str] | None = None) -> Array:
     """An array of real numbers in a dtype of `NATIVE`; an array in one of them as it lies in memory, on the device of the flow or the host.
+
+    A data frame gives its columns of these names, or all from left to right without names.
 
     Raises
     ------
     ValueError
-        For complex numbers, objects, strings and dates, CUDA arrays, masked entries and ragged lists.
+        For complex numbers, objects, strings and dates, CUDA arrays, tensors that require a gradient, masked or missing entries,
+        ragged lists.
     """
     if type(value) is not np.ndarray:
+        value = _foreign(name, value, device, names)
+        if isinstance(value, _device.DeviceArray):
+            return cast("Array", value)
+    if value.dtype in NATIVE:
+        return cast("Array", value)
+    if value.dtype.kind not in "fiub":
+        raise ValueError(f"{name} has dtype {_words.cut(str(value.dtype))}; it must hold real numbers")
+    return cast("Array", value.astype(np.float64 if value.dtype.kind == "f" else value.dtype.newbyteorder("=")))
+
+
+def _foreign(name: str, value: Any, device: str, names: Sequence[str] | None) -> Any:
+    """What is no plain ndarray, as one, or as a `_device.DeviceArray`; without a copy where that can be."""
+    if np.ma.is_masked(value):
+        raise ValueError(f"{name} has masked entries; fill or drop them first")
+    try:
+        if isinstance(value, np.ndarray):
+            return np.asarray(value)
+        if _tables.is_table(value):
+            return _tables.matrix(name, value, names)
+        if _tables.is_column(value):
+            return _tables.column(name, value)
         if _device.is_on_device(name, value):
             if device == "cpu":
                 raise ValueError(
                     f"{name} is a CUDA array; this flow computes on the CPU: copy the array to the host first, or flow.to('cuda')"
                 )
-            return cast("Array", _device.wrap(name, value, device, NATIVE))
-        if np.ma.is_masked(value):
-            raise ValueError(f"{name} has masked entries; fill or drop them first")
-        try:
-            value = np.asarray(value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{name} is not an array: {error}") from None
-    if value.dtype in NATIVE:
-        return value
-    if value.dtype.kind not in "fiub":
-        raise ValueError(f"{name} has dtype {value.dtype}; it must hold real numbers")
-    return value.astype(np.float64 if value.dtype.kind == "f" else value.dtype.newbyteorder("="))
+            return _device.wrap(name, value, device, NATIVE)
+        if hasattr(value, "__dlpack__") and not (hasattr(value, "__array__") or hasattr(value, "__array_interface__")):
+            return np.from_dlpack(value)
+        return np.asarray(value)
+    except (TypeError, RuntimeError, BufferError, OverflowError) as error:
+        raise ValueError(f"{name} is not an array: {_words.cut(str(error), 120)}") from None
+    except ValueError as error:
+        if str(error).startswith(f"{name} "):  # ours
+            raise
+        raise ValueError(f"{name} is not an array: {_words.cut(str(error), 120)}") from None
 
 
 def rows(
-    name: str, x: ArrayLike, context: ArrayLike | None, features: int, context_features: int, device: str = "cpu"
+    name: str,
+    x: Any,
+    context: Any,
+    features: int,
+    context_features: int,
+    device: str = "cpu",
+    names: Sequence[str] | None = None,
 ) -> tuple[Array, Array | None, Shape]:
     """Rows and their contexts, and the shape of one number per row.
 
@@ -75,16 +122,20 @@ def rows(
     name : str
         What the caller knows `x` as.
     x : (n, D) or (c, n, D) array
-    context : None or (C,), (n, C), (c, 1, C) or (c, n, C) array
+    context : None or array
+        See `LAYOUTS`.
     features, context_features : int
         D and C of the flow.
     device : str
         Where the flow is: on a GPU arrays of that GPU are taken too.
+    names : sequence of str, optional
+        The columns that a data frame must have.
 
     Returns
     -------
     x, context : arrays
-        As given.
+        As given, but that a context of fewer axes than its rows is (C,), or has got an axis of length 1: its axes and those of the rows
+        broadcast as NumPy has it.
     shape : (n,) or (c, n)
 
     Raises
@@ -97,7 +148,7 @@ def rows(
     >>> rows("x", np.zeros((4, 2)), np.zeros((3, 1, 5)), 2, 5)[2]
     (3, 4)
     """
-    array = x if type(x) is np.ndarray and x.dtype in NATIVE else real(name, x, device)
+    array = x if type(x) is np.ndarray and x.dtype in NATIVE else real(name, x, device, names)
     shape = array.shape
     if context is None and not context_features and len(shape) == 2 and shape[1] == features:
         return array, None, shape[:1]
@@ -105,41 +156,62 @@ def rows(
         expected = f"the flow has {features} feature{'s' * (features != 1)}"
         if len(shape) not in (2, 3):
             expected += f", so {name} must be (n, {features}) or (c, n, {features})"
-        raise ValueError(f"{name} has shape {shape}; {expected}")
+        raise ValueError(f"{name} has shape {_words.shapes(shape)}; {expected}")
     context = _context(context, context_features, device)
     _device.together(name, array, context)
     if context is None or context.ndim == 1:
         return array, context, shape[:-1]
-    if context.ndim == 2:
-        fits, result = len(shape) == 2 and context.shape[0] == shape[0], shape[:1]
-    elif len(shape) == 2:
-        fits, result = context.shape[1] == 1, (context.shape[0], shape[0])
-    else:
-        fits, result = context.shape[0] == shape[0] and context.shape[1] in (1, shape[1]), shape[:2]
-    if not fits:
-        c, n = ("c", shape[0]) if len(shape) == 2 else shape[:2]
-        by_row = f"({n}, {context_features})" if len(shape) == 2 else f"({c}, {n}, {context_features})"
+    given = context.shape
+    if len(given) == len(shape) and given[:-1] == shape[:-1]:
+        return array, context, shape[:-1]
+    if LAYOUTS[len(shape), len(given)][0] == "c":
+        context = context[:, None]
+    result = _joined(shape[:-1], context.shape[:-1])
+    if result is None:
         raise ValueError(
-            f"context has shape {context.shape}, {name} has shape {shape}; "
-            f"context must be ({context_features},), {by_row} or ({c}, 1, {context_features})"
+            f"context has shape {_words.shapes(given)}, {name} has shape {_words.shapes(shape)}; context must be "
+            f"{_allowed(shape, context_features)}"
         )
     return array, context, result
 
 
-def _context(context: ArrayLike | None, context_features: int, device: str = "cpu") -> Array | None:
+def _joined(a: Shape, b: Shape) -> Shape | None:
+    """The shape that two shapes broadcast to; None if they do not."""
+    if a == b:
+        return a
+    a, b = (1,) * (len(b) - len(a)) + a, (1,) * (len(a) - len(b)) + b
+    if any(p != q and p != 1 and q != 1 for p, q in zip(a, b, strict=True)):
+        return None
+    return tuple(q if p == 1 else p for p, q in zip(a, b, strict=True))
+
+
+def _allowed(shape: Shape, context_features: int) -> str:
+    """The shapes of contexts that rows of this shape can have, in words."""
+    size = dict(zip("cn" if len(shape) == 3 else "n", map(str, shape), strict=False))
+    words = []
+    for (ndim, _), (axes, _) in LAYOUTS.items():
+        if ndim == len(shape):
+            if len(axes) == 2:
+                words.append(f"({size.get('c', 'c')}, 1, {context_features})")
+            words.append(f"({', '.join([*(size.get(axis, axis) for axis in axes), str(context_features)])}{',' * (not axes)})")
+    return f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _context(context: Any, context_features: int, device: str = "cpu") -> Array | None:
     if context is None:
         if context_features:
             raise ValueError(f"context is missing; the flow has {context_features} context feature{'s' * (context_features != 1)}")
         return None
     array = real("context", context, device)
     if not context_features:
-        raise ValueError(f"context has shape {array.shape}; the flow has no context features")
+        raise ValueError(f"context has shape {_words.shapes(array.shape)}; the flow has no context features")
     if array.ndim not in (1, 2, 3) or array.shape[-1] != context_features:
-        raise ValueError(f"context has shape {array.shape}; the flow has {context_features} context feature{'s' * (context_features != 1)}")
+        has = f"{context_features} context feature{'s' * (context_features != 1)}"
+        raise ValueError(f"context has shape {_words.shapes(array.shape)}; the flow has {has}")
     return array
 
 
-def contexts(context: ArrayLike | None, context_features: int, device: str = "cpu") -> tuple[Array | None, int]:
+def contexts(context: Any, context_features: int, device: str = "cpu") -> tuple[Array | None, int]:
     """Contexts to sample under, None, (C,) or (c, C), and how many they are.
 
     Examples
@@ -164,10 +236,10 @@ def count(name: str, value: Any, lowest: int = 0, limit: int = 2**63) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        raise ValueError(f"{name} is {value!r}; it must be an integer") from None
+        raise ValueError(f"{name} is {_words.shown(value)}; it must be an integer") from None
     if not lowest <= number < limit:
         bound = f"at least {lowest}" if number < lowest else f"below {limit}"
-        raise ValueError(f"{name} is {number}; it must be {bound}")
+        raise ValueError(f"{name} is {_words.shown(number)}; it must be {bound}")
     return number
 
 
@@ -231,10 +303,13 @@ def output(out: Any, shape: Shape, dtype: np.dtype[Any], *inputs: Array | None, 
         for array in inputs:
             _device.together("out", result, array)
         return cast("Array", result)
+    if _device.is_tensor(out):
+        out = real("out", out)
     if not isinstance(out, np.ndarray):
         raise ValueError(f"out is of type {type(out).__name__}; it must be a NumPy array")
     if out.dtype != dtype or out.shape != shape:
-        raise ValueError(f"out has shape {out.shape} and dtype {out.dtype}; the result has shape {shape} and dtype {dtype}")
+        wrong = f"out has shape {_words.shapes(out.shape)} and dtype {_words.cut(str(out.dtype))}"
+        raise ValueError(f"{wrong}; the result has shape {shape} and dtype {dtype}")
     flags = out.flags
     if not (flags.c_contiguous and flags.writeable and flags.aligned):
         wrong = "not C-contiguous" if not flags.c_contiguous else "read-only" if not flags.writeable else "not aligned"
@@ -244,12 +319,30 @@ def output(out: Any, shape: Shape, dtype: np.dtype[Any], *inputs: Array | None, 
     return out
 
 
-def cotangents(cotangent: ArrayLike, shape: Shape, dtype: np.dtype[Any]) -> Array:
+def cotangents(cotangent: Any, shape: Shape, dtype: np.dtype[Any]) -> Array:
     """Cotangents of log_prob, C-contiguous in the dtype of the flow."""
     array = real("cotangent", cotangent)
     if array.shape != shape:
-        raise ValueError(f"cotangent has shape {array.shape}; log_prob has shape {shape}")
+        raise ValueError(f"cotangent has shape {_words.shapes(array.shape)}; log_prob has shape {shape}")
     return np.ascontiguousarray(array, dtype)
+
+
+def names(value: Any, features: int) -> tuple[str, ...] | None:
+    """One name for each variable, all different, or None.
+
+    Examples
+    --------
+    >>> names(["u", "g"], 2)
+    ('u', 'g')
+    """
+    if value is None:
+        return None
+    listed = tuple(value) if np.iterable(value) and not isinstance(value, (str, bytes, Mapping)) else ()
+    if not listed or not all(isinstance(name, str) for name in listed):
+        raise ValueError(f"names is {_words.shown(value)}; it must be a sequence of strings")
+    if len(listed) != features or len(set(listed)) != features:
+        raise ValueError(f"names lists {len(set(listed))} different names; the flow has {features} features")
+    return tuple(map(str, listed))
 
 
 def float_dtype(dtype: DTypeLike) -> np.dtype[Any]:
@@ -262,8 +355,8 @@ def float_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     """
     try:
         result = np.dtype(dtype)
-    except TypeError:
+    except (TypeError, ValueError, OverflowError):
         result = None
     if dtype is None or result not in (np.float32, np.float64):
-        raise ValueError(f"dtype is {dtype!r}; it must be 'float32' or 'float64'")
+        raise ValueError(f"dtype is {_words.shown(dtype)}; it must be 'float32' or 'float64'")
     return result

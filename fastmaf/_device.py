@@ -5,13 +5,14 @@ Nothing here imports a framework; those whose arrays come in are imported alread
 
 from __future__ import annotations
 
+import ctypes
 import sys
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DeviceArray", "finished", "index_of", "is_on_device", "output", "together", "wrap"]
+__all__ = ["DeviceArray", "finished", "index_of", "is_on_device", "is_tensor", "native", "output", "together", "wrap"]
 
 Shape = tuple[int, ...]
 
@@ -21,17 +22,71 @@ def index_of(device: str) -> int:
     return int(device.partition(":")[2])
 
 
+DEVICES = (2, 13)
+"""Memory of a GPU in DLPack: CUDA, and CUDA managed."""
+
+LEGACY_STREAM = 1
+"""The default stream in DLPack."""
+
+
 def _interface(name: str, value: Any) -> dict[str, Any] | None:
+    """The CUDA array interface of an array; None if it has none."""
+    refused = ValueError(f"{name} requires a gradient, which is not recorded here; hand over {name}.detach()")
+    if getattr(value, "requires_grad", False) is True:
+        raise refused
     try:
         interface: dict[str, Any] | None = getattr(value, "__cuda_array_interface__", None)
     except RuntimeError:  # how torch refuses
-        raise ValueError(f"{name} requires a gradient, which a flow on a GPU does not give; hand over {name}.detach()") from None
+        raise refused from None
     return interface
+
+
+class _Tensor(ctypes.Structure):
+    """DLTensor of dlpack.h."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    ]
+
+
+def _from_dlpack(value: Any) -> dict[str, Any]:
+    """What a capsule of DLPack says, as a CUDA array interface; the capsule, which owns the memory, goes with it."""
+    capsule = value.__dlpack__(stream=LEGACY_STREAM)
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    tensor = _Tensor.from_address(pointer(capsule, b"dltensor"))
+    code = {0: "i", 1: "u", 2: "f", 5: "c", 6: "b"}.get(tensor.code, "V")
+    item, shape = tensor.bits // 8, tuple(tensor.shape[: tensor.ndim])
+    return {
+        "data": ((tensor.data or 0) + tensor.byte_offset, False),
+        "shape": shape,
+        "typestr": f"|{code}{item * tensor.lanes}",
+        "strides": tuple(step * item for step in tensor.strides[: tensor.ndim]) if tensor.strides else None,
+        "stream": 0,
+        "capsule": capsule,
+    }
 
 
 def is_on_device(name: str, value: Any) -> bool:
     """Whether this is an array of a GPU."""
-    return type(value) is not np.ndarray and _interface(name, value) is not None
+    if type(value) is np.ndarray:
+        return False
+    return _interface(name, value) is not None or (hasattr(value, "__dlpack_device__") and int(value.__dlpack_device__()[0]) in DEVICES)
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether this is a tensor of torch."""
+    known = getattr(sys.modules.get("torch"), "Tensor", None)
+    return known is not None and isinstance(value, known)
 
 
 class DeviceArray:
@@ -53,8 +108,7 @@ class DeviceArray:
     """
 
     def __init__(self, name: str, owner: Any, device: int) -> None:
-        interface = _interface(name, owner)
-        assert interface is not None
+        interface = _interface(name, owner) or _from_dlpack(owner)
         self.owner = owner
         self.address, self.read_only = interface["data"]
         self.shape: Shape = tuple(interface["shape"])
@@ -64,6 +118,7 @@ class DeviceArray:
             steps = [self.dtype.itemsize * int(np.prod(self.shape[k + 1 :])) for k in range(len(self.shape))]
         self.strides: Shape = tuple(steps)
         self.device = device
+        self.capsule = interface.get("capsule")
         self.kind = _kind(owner)
         self.stream = _stream(self.kind, device, interface)
         if self.kind == "jax":  # says nothing of its streams
@@ -82,6 +137,14 @@ class DeviceArray:
         steps = [step * (size - 1) for size, step in zip(self.shape, self.strides, strict=True)]
         first = int(self.address or 0)
         return first + sum(min(step, 0) for step in steps), first + sum(max(step, 0) for step in steps) + self.dtype.itemsize
+
+    def __getitem__(self, index: tuple[slice, None]) -> DeviceArray:
+        """``array[:, None]`` and no other view: one more axis of length 1 behind the first."""
+        assert index == (slice(None), None)
+        view = object.__new__(DeviceArray)
+        view.__dict__.update(self.__dict__)
+        view.shape, view.strides = (self.shape[0], 1, *self.shape[1:]), (self.strides[0], 0, *self.strides[1:])
+        return view
 
     def describe(self) -> tuple[int, str, list[int], list[int]]:
         """What `_core.DeviceFlow` takes."""
@@ -143,11 +206,9 @@ def wrap(name: str, value: Any, device: str, native: frozenset[np.dtype[Any]]) -
     """
     from fastmaf import _core
 
-    interface = _interface(name, value)
-    assert interface is not None
-    where = _core.device_of(int(interface["data"][0] or 0))
     expected = index_of(device)
     array = DeviceArray(name, value, expected)
+    where = _core.device_of(int(array.address or 0))
     if where not in (expected, -1):
         raise ValueError(f"{name} lies on cuda:{where}; the flow is on {device}")
     if array.dtype not in native:
@@ -194,15 +255,19 @@ def finished(*arrays: Any, stream: int) -> None:
             _core.synchronize(array.device, array.stream)
 
 
-def native(result: NDArray[Any] | DeviceArray, like: Any) -> Any:
-    """The result as the caller's framework has it; `like` is what came in."""
+def native(result: NDArray[Any] | DeviceArray, like: Any) -> NDArray[Any]:
+    """The result as the caller's framework has it; `like` is the array that came in, as the caller has it."""
+    return cast("NDArray[Any]", _native(result, like))
+
+
+def _native(result: NDArray[Any] | DeviceArray, like: Any) -> Any:
     if not isinstance(result, DeviceArray):
-        return result
-    if not isinstance(like, DeviceArray) or like.kind in ("torch", "cupy"):
+        return sys.modules["torch"].from_numpy(result) if is_tensor(like) else result
+    kind = like.kind if isinstance(like, DeviceArray) else _kind(like)
+    if kind in ("torch", "cupy"):
         return result.owner
     from fastmaf import _core
 
     _core.synchronize(result.device, result.stream)  # the other framework has streams of its own
-    if like.kind == "jax":
-        return sys.modules["jax"].dlpack.from_dlpack(result.owner)
-    return result.owner
+    module: Any = sys.modules["jax"].dlpack if kind == "jax" else sys.modules.get(kind)
+    return module.from_dlpack(result.owner) if hasattr(module, "from_dlpack") else result.owner

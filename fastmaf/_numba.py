@@ -517,23 +517,24 @@ class _Call:
                 pass
 
     def rows(self, x: Array, start: int, stop: int) -> Array:
-        """Rows of (c, n, D), or of (n, D) repeated c times, in float64."""
-        if x.ndim == 2 and stop <= x.shape[0]:
+        """Rows of an array (n, D) or (c, n, D) that broadcasts to the call, in float64."""
+        if x.ndim == 2 and x.shape[0] == self.shape[-1] and stop <= x.shape[0]:
             return x[start:stop].astype(np.float64)
         group, row = np.divmod(np.arange(start, stop), self.shape[-1])
-        return (x[row] if x.ndim == 2 else x[group, row]).astype(np.float64)
+        x = np.broadcast_to(x, (*(1, *self.shape)[-2:], x.shape[-1]))
+        return x[group, row].astype(np.float64)
 
     def contexts(self, start: int, stop: int) -> tuple[Array, Array]:
         """The contexts that some rows have, in float64, and which of them each row has."""
         own, context = np.arange(stop - start), self.context
-        if context is None or context.ndim == 1:
-            return np.zeros((1, 0)) if context is None else context[None].astype(np.float64), np.zeros_like(own)
+        if context is None or math.prod(context.shape[:-1]) == 1:
+            return np.zeros((1, 0)) if context is None else context.reshape(1, -1).astype(np.float64), np.zeros_like(own)
         if context.ndim == 2:
             return context[start:stop].astype(np.float64), own
         group, row = np.divmod(np.arange(start, stop), self.shape[-1])
         if context.shape[1] == 1:
             return context[group[0] : group[-1] + 1, 0].astype(np.float64), group - group[0]
-        return context[group, row].astype(np.float64), own
+        return np.broadcast_to(context, (*self.shape, context.shape[-1]))[group, row].astype(np.float64), own
 
     def first_bias(self, contexts: Array) -> Array:
         """Biases of the first maps of all MADEs under each context."""

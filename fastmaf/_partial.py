@@ -7,14 +7,14 @@ context to which the values are added (`rest`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastmaf import _arrays, _backends, _reference
+from fastmaf import _arrays, _backends, _device, _reference, _tables, _words
 from fastmaf.flow import Flow
 from fastmaf.layers import (
     Affine,
@@ -45,11 +45,16 @@ def order(flow: Flow) -> tuple[int, ...]:
     networks = [(name, record) for name, record in records if isinstance(record, (Autoregressive, Terminal))]
     for name, record in records:
         if isinstance(record, (Linear, Permutation)):
-            raise NoOrderError(f"{name} is a {type(record).__name__}: the flow has no order of its columns")
+            raise NoOrderError(
+                f"{name} is a {type(record).__name__}: the flow has no order of its columns; build it without, and with order='sequential'"
+            )
     columns = np.lexsort((np.arange(flow.features), *(record.ranks for _, record in reversed(networks))))
     for name, record in networks:
         if (np.diff(record.ranks[columns]) < 0).any():
-            raise NoOrderError(f"{name} has an order of its own, {np.argsort(record.ranks, kind='stable').tolist()}: the layers share none")
+            raise NoOrderError(
+                f"{name} has an order of its own, {_words.shown(np.argsort(record.ranks, kind='stable').tolist())}: the layers share none; "
+                "build the flow with order='sequential', or with one permutation for all layers"
+            )
     return tuple(columns.tolist())
 
 
@@ -256,9 +261,12 @@ def _reading(dense: Dense, weight: Array, width: int) -> Dense:
 
 def sample_given(flow: Flow, x: ArrayLike, n: int, context: ArrayLike | None, seed: int | None, offset: int, context_offset: int) -> Array:
     """Rows that begin with given values; see `Flow.sample_given`."""
-    x = _arrays.real("x", x)
+    like = x
+    x = _arrays.real("x", x, names=_given_names(flow, x))
     if x.ndim not in (1, 2) or x.shape[-1] > flow.features:
-        raise ValueError(f"x has shape {x.shape}; it must be (k,) or (c, k), k at most the {flow.features} features of the flow")
+        raise ValueError(
+            f"x has shape {_words.shapes(x.shape)}; it must be (k,) or (c, k), k at most the {flow.features} features of the flow"
+        )
     n = _arrays.count("n", n)
     k = int(x.shape[-1])
     given, others = _split(flow, k)
@@ -269,7 +277,7 @@ def sample_given(flow: Flow, x: ArrayLike, n: int, context: ArrayLike | None, se
             raise ValueError(f"x has shape {x.shape} and context {context.shape}; both must have as many rows")
         c = len(x)
     seed, offset, context_offset = _arrays.seed_and_offsets(seed, offset, context_offset, n, c)
-    _possible(flow, x, given)
+    _possible(flow, x, given, _names(flow, given))
     values = np.broadcast_to(x, (c, k)).astype(flow.dtype)
     contexts = None if context is None else np.broadcast_to(context, (c, flow.context_features))
     place = (seed, offset, context_offset)
@@ -281,10 +289,17 @@ def sample_given(flow: Flow, x: ArrayLike, n: int, context: ArrayLike | None, se
         else:
             samples = _through_noise(flow, n, contexts, values, given, others, place)
     samples[:, :, given] = values[:, None]
-    return samples if grouped else samples[0]
+    return _device.native(samples if grouped else samples[0], like)
 
 
-def _possible(flow: Flow, x: Array, columns: Array) -> None:
+def _given_names(flow: Flow, x: Any) -> Sequence[str] | None:
+    """The names of the first variables of the order, as many as a data frame has columns."""
+    if not _tables.is_table(x) or flow.names is None:
+        return None
+    return _names(flow, _split(flow, min(len(_tables.labels(x)), flow.features))[0])
+
+
+def _possible(flow: Flow, x: Array, columns: Array, names: Sequence[str] | None) -> None:
     """Discrete variables have the values that are given."""
     if not isinstance(flow.base, Terminal) or flow.base.conditional == "mixture":
         return
@@ -292,7 +307,8 @@ def _possible(flow: Flow, x: Array, columns: Array) -> None:
     wrong = ~np.isin(x, np.arange(counts.max(initial=0))) | (x >= counts)
     if wrong.any():
         place = tuple(int(i) for i in np.argwhere(wrong)[0])
-        raise ValueError(f"x has {x[place]} in column {place[-1]}; that variable has the values 0..{counts[place[-1]] - 1}")
+        where = _words.columns([place[-1]], names)
+        raise ValueError(f"x has {x[place]} in {where}; that variable has the values 0..{counts[place[-1]] - 1}")
 
 
 def _sampled(conditional: Flow, n: int, contexts: Array | None, values: Array, place: tuple[int, int, int]) -> Array:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fastmaf import _arrays, _backends
+from fastmaf import _arrays, _backends, _words
 
 __all__ = ["Report", "available_isas", "get_isa", "get_num_threads", "num_threads", "set_isa", "set_num_threads", "show_config", "version"]
 
@@ -171,8 +171,8 @@ def set_isa(name: str) -> None:
     >>> fastmaf.set_isa("avx2")  # doctest: +SKIP
     """
     available = available_isas()
-    if name not in available:
-        raise ValueError(f"isa is {name!r}; this machine and this build have {', '.join(map(repr, available))}")
+    if not isinstance(name, str) or name not in available:
+        raise ValueError(f"isa is {_words.shown(name)}; this machine and this build have {', '.join(map(repr, available))}")
     _core().set_isa(name)
 
 
@@ -226,7 +226,7 @@ def show_config() -> Report:
             values["cuda kernels"] = f"for {state['architectures']}; {state['versions']}"
         for number, gpu in enumerate(state["gpus"]):
             values[f"cuda:{number}"] = gpu
-        values["built"] = ", ".join(f"{key} {_words(value)}" for key, value in _core().build_info().items())
+        values["built"] = ", ".join(f"{key} {_in_words(value)}" for key, value in _core().build_info().items())
         try:
             values["isa"] = f"{get_isa()}, of {', '.join(available_isas())}{_from('FASTMAF_ISA')}"
         except ValueError as error:
@@ -235,7 +235,7 @@ def show_config() -> Report:
     return Report(values)
 
 
-def _words(value: Any) -> str:
+def _in_words(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 

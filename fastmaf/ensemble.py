@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastmaf import _arrays, _words, masks
+from fastmaf import _arrays, _device, _tables, _words, masks
 from fastmaf import layers as _layers
 from fastmaf.flow import Flow
 from fastmaf.layers import Autoregressive, Conditioner, Dense, Terminal
@@ -201,14 +201,15 @@ class Ensemble:
         >>> fastmaf.MADE(features=3, masks=4).log_prob(np.zeros((5, 3))).shape
         (5,)
         """
-        x, context, shape = _arrays.rows("x", x, context, self.features, self.context_features)
+        given = x
+        x, context, shape = _arrays.rows("x", x, context, self.features, self.context_features, names=self.names)
         result = np.empty(shape, self.dtype) if out is None else _arrays.output(out, shape, self.dtype, x, context)
         total, members = np.full(shape, -np.inf), self._shared.members()
         with np.errstate(invalid="ignore"):
             for member in members:
                 np.logaddexp(total, member.log_prob(x, context), out=total)
         result[...] = total - math.log(len(members))
-        return result
+        return out if out is not None else _device.native(result, given)
 
     def sample(self, n: int, context: ArrayLike | None = None, seed: int | None = None, offset: int = 0, context_offset: int = 0) -> Array:
         """Draw from the ensemble: each row from a member drawn for it.
@@ -235,6 +236,7 @@ class Ensemble:
         True
         """
         n = _arrays.count("n", n)
+        given = context
         context, c = _arrays.contexts(context, self.context_features)
         seed, offset, context_offset = _arrays.seed_and_offsets(seed, offset, context_offset, n, c)
         shape = (c, n) if context is not None and context.ndim == 2 else (n,)
@@ -251,7 +253,7 @@ class Ensemble:
             record, backend = member._ready()
             backend.sample_rows(record, *counters, rows, seed, drawn)
             samples[own] = drawn
-        return samples.reshape(*shape, self.features)
+        return _device.native(samples.reshape(*shape, self.features), given)
 
     def sample_and_log_prob(
         self, n: int, context: ArrayLike | None = None, seed: int | None = None, offset: int = 0, context_offset: int = 0
@@ -283,8 +285,6 @@ class Ensemble:
         ((10, 3), (10,))
         """
         samples = self.sample(n, context, seed, offset, context_offset)
-        if samples.ndim == 3 and context is not None:
-            context = np.asarray(context)[:, None]
         return samples, self.log_prob(samples, context)
 
     def _choices(self, c: int, n: int, seed: int, offset: int, context_offset: int) -> Array:
@@ -440,7 +440,9 @@ class Ensemble:
         def build(flow: Flow, weights: Array) -> Ensemble:
             return Ensemble(flow, self._filled(weights), shared.ranks, shared.degrees)
 
-        flow = self._flow._with()
+        flow, names = self._flow._with(), _tables.names_of(x)
+        if flow.names is None and names is not None:
+            flow.names = names
         before = flow.record
         members = train.Members(shared.members(), self.parameters(), draw if _words.flag("resample", resample) else None, build)
         try:

@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastmaf import _arrays, _backends, _device, masks
+from fastmaf import _arrays, _backends, _device, _tables, _words, masks
 from fastmaf import layers as _layers
 from fastmaf.layers import Affine, Autoregressive, Elementwise, Normal, Terminal
 from fastmaf.record import FlowRecord, width_of
@@ -203,18 +203,21 @@ class Flow:
 
         Parameters
         ----------
-        x : (n, D) or (c, n, D) array
-            Of any real dtype and any strides.
-        context : (C,), (n, C), (c, 1, C) or (c, n, C) array, optional
-            One for all rows; one per row; one per group of n rows; one per row of (c, n, D).
+        x : (n, D) or (c, n, D) array, or data frame
+            Of any real dtype and any strides. Of a data frame (pandas, polars, pyarrow) the columns that `names` lists are taken, in their
+            order; all from left to right if the flow has no names. On a flow of the host, arrays that only speak DLPack are taken too.
+        context : array or data frame, optional
+            (C,), one for all rows; for x (n, D): (n, C), one for each row, or (c, 1, C), the n rows under each of c contexts, or (c, n, C);
+            for x (c, n, D): (c, C) or (c, 1, C), one for each group of n rows, or (c, n, C), one for each row. Axes of length 1 fit any
+            length. The columns of a data frame are taken from left to right, whatever their names.
         out : (n,) or (c, n) array, optional
             Filled and returned; C-contiguous, in the dtype of the flow.
 
         Returns
         -------
         (n,) or (c, n) array
-            (c, n) where x or the context has three dimensions: rows (n, D) under contexts (c, 1, C) are evaluated c times. A row with
-            a NaN gives NaN; a row at or outside a bound gives -inf.
+            (c, n) where x or the context has three dimensions. A row with a NaN gives NaN; a row at or outside a bound gives -inf. A tensor
+            of torch where x is one.
 
         Raises
         ------
@@ -228,11 +231,17 @@ class Flow:
         (5,)
         """
         record, backend = self._ready()
-        x, context, shape = _arrays.rows("x", x, context, record.features, record.context_features, self._placement[0])
-        result = _empty(shape, record.dtype, x) if out is None else _arrays.output(out, shape, record.dtype, x, context, device=self.device)
+        given = x
+        x, context, shape = _arrays.rows("x", x, context, record.features, record.context_features, self._placement[0], record.names)
+        if out is not None:
+            result = _arrays.output(out, shape, record.dtype, x, context, device=self.device)
+        else:  # `_empty` without the time of a call
+            result = np.empty(shape, record.dtype) if type(x) is np.ndarray else _empty(shape, record.dtype, x)
         if result.size:
             backend.log_prob(record, x, context, result)
-        return result if type(result) is np.ndarray else _device.native(result, x)
+        if out is not None:
+            return out
+        return result if type(given) is np.ndarray else _device.native(result, given)
 
     def to_noise(self, x: ArrayLike, context: ArrayLike | None = None) -> Array:
         """The noise that rows come from: the layers applied, the base left out.
@@ -262,11 +271,12 @@ class Flow:
         """
         record, backend = self._ready()
         _check_continuous(record, "noise")
-        x, context, shape = _arrays.rows("x", x, context, record.features, record.context_features, self.device)
+        given = x
+        x, context, shape = _arrays.rows("x", x, context, record.features, record.context_features, self.device, record.names)
         result = _empty((*shape, record.features), record.dtype, x)
         if result.size:
             backend.to_noise(record, x, context, result)
-        return result if type(result) is np.ndarray else _device.native(result, x)
+        return result if type(given) is np.ndarray else _device.native(result, given)
 
     def from_noise(self, u: ArrayLike, context: ArrayLike | None = None) -> Array:
         """The rows that noise turns into: the inverse of `to_noise`.
@@ -295,11 +305,12 @@ class Flow:
         """
         record, backend = self._ready()
         _check_continuous(record, "noise")
-        u, context, shape = _arrays.rows("u", u, context, record.features, record.context_features, self.device)
+        given = u
+        u, context, shape = _arrays.rows("u", u, context, record.features, record.context_features, self.device, record.names)
         result = _empty((*shape, record.features), record.dtype, u)
         if result.size:
             backend.from_noise(record, u, context, result)
-        return result if type(result) is np.ndarray else _device.native(result, u)
+        return result if type(given) is np.ndarray else _device.native(result, given)
 
     def sample(
         self,
@@ -384,6 +395,7 @@ class Flow:
     ) -> tuple[Array, Array | None]:
         record, backend = self._ready()
         n = _arrays.count("n", n)
+        given = context
         context, c = _arrays.contexts(context, record.context_features, self.device)
         seed, offset, context_offset = _arrays.seed_and_offsets(seed, offset, context_offset, n, c)
         groups = (c,) if context is not None and context.ndim == 2 else ()
@@ -394,11 +406,15 @@ class Flow:
         if isinstance(samples, _device.DeviceArray):
             if samples.size:
                 backend.sample(record, c, n, context, seed, offset, context_offset, samples, log_prob)
-            like = samples if context is None else context
+            like = samples if context is None else given
             return _device.native(samples, like), None if log_prob is None else _device.native(log_prob, like)
         if samples.size:
             log_prob_out = None if log_prob is None else log_prob.reshape(c, n)
             backend.sample(record, c, n, context, seed, offset, context_offset, samples.reshape(c, n, record.features), log_prob_out)
+        if out is not None:
+            samples = out
+        elif given is not None:
+            samples, log_prob = _device.native(samples, given), None if log_prob is None else _device.native(log_prob, given)
         return samples, log_prob
 
     # Partial information
@@ -528,10 +544,11 @@ class Flow:
         base = record.base
         if not isinstance(base, Terminal) or not record.discrete:
             raise ValueError(f"conditional_probs is for bernoulli and categorical flows; this one is {self!r}")
-        x, context, shape = _arrays.rows("x", x, context, record.features, record.context_features, self.device)
+        given = x
+        x, context, shape = _arrays.rows("x", x, context, record.features, record.context_features, self.device, record.names)
         result = _empty((*shape, record.features, *([max(base.categories)] if base.categories else [])), record.dtype, x)
         if not result.size:
-            return result if type(result) is np.ndarray else _device.native(result, x)
+            return result if type(given) is np.ndarray else _device.native(result, given)
         unknown = None
         with np.errstate(all="ignore"):
             if type(x) is np.ndarray and x.dtype.kind == "f" and not abs(np.sum(x, dtype=np.float64)) <= np.finfo(record.dtype).max:
@@ -541,7 +558,7 @@ class Flow:
         if unknown is not None and unknown.any():  # what comes behind an unknown value is unknown
             first = np.where(unknown, base.ranks, base.ranks.max() + 1).min(axis=-1, keepdims=True)
             result[np.broadcast_to(base.ranks > first, result.shape[: len(shape) + 1])] = np.nan
-        return result if type(result) is np.ndarray else _device.native(result, x)
+        return result if type(given) is np.ndarray else _device.native(result, given)
 
     # Gradients
 
@@ -625,7 +642,9 @@ class Flow:
     ) -> tuple[Array, Array | None, Array | None]:
         if self.device != "cpu":
             raise NotImplementedError(f"gradients on {self.device} are to come; they run on the cpu: flow.to('cpu')")
-        x, context, shape = _arrays.rows("x", x, context, record.features, record.context_features)
+        given, beside = x, context
+        own = None if context is None else _arrays.real("context", context)
+        x, context, shape = _arrays.rows("x", x, own, record.features, record.context_features, names=record.names)
         factor = np.ones(shape, record.dtype) if cotangent is None else _arrays.cotangents(cotangent, shape, record.dtype)
         value = np.empty(shape, record.dtype)
         dx = None if record.discrete else np.empty((*shape, record.features), record.dtype)
@@ -634,7 +653,10 @@ class Flow:
             backend.vjp(record, np.broadcast_to(x, (*shape, record.features)), context, factor, value, dx, dcontext, dparameters)
         if dcontext is not None and context is not None:
             dcontext = _sum_to(dcontext, context.shape)
-        return value, None if dx is None else _sum_to(dx, x.shape), dcontext
+        dx = None if dx is None else _sum_to(dx, x.shape)
+        if dcontext is not None and own is not None:
+            dcontext = _device.native(dcontext.reshape(own.shape), beside)
+        return _device.native(value, given), None if dx is None else _device.native(dx, given), dcontext
 
     # Parameters
 
@@ -736,11 +758,12 @@ class Flow:
         >>> fastmaf.MAF(features=3).to("cpu").device
         'cpu'
         """
-        if precision not in _PRECISIONS:
-            raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(map(repr, _PRECISIONS))}")
+        if not isinstance(precision, str) or precision not in _PRECISIONS:
+            raise ValueError(_words.one_of("precision", precision, _PRECISIONS))
         name, _, number = device.partition(":") if isinstance(device, str) else ("", "", "")
-        if device != "cpu" and (name != "cuda" or not (number.isdecimal() if ":" in device else not number)):
-            raise ValueError(f"device is {device!r}; it must be 'cpu', 'cuda' or 'cuda:' and a number")
+        known = isinstance(device, str) and (device == "cpu" or (name == "cuda" and (number.isdecimal() if ":" in device else not number)))
+        if not known:
+            raise ValueError(f"device is {_words.shown(device)}; it must be 'cpu', 'cuda' or 'cuda:' and a number")
         return Flow._of(self._record, ("cpu" if device == "cpu" else f"cuda:{int(number or 0)}", precision))
 
     # Training
@@ -876,32 +899,40 @@ class Flow:
         """
         from fastmaf import train
 
-        return train.fit(
-            self,
-            x,
-            context,
-            weights,
-            validation=validation,
-            batch_size=batch_size,
-            optimizer=optimizer,
-            lr=lr,
-            schedule=schedule,
-            l2=l2,
-            weight_decay=weight_decay,
-            clip_norm=clip_norm,
-            patience=patience,
-            max_epochs=max_epochs,
-            max_seconds=max_seconds,
-            standardize=standardize,
-            device=device,
-            seed=seed,
-            checkpoint=checkpoint,
-            checkpoint_every=checkpoint_every,
-            resume=resume,
-            callback=callback,
-            on_interrupt=on_interrupt,
-            progress=progress,
-        )
+        before, names = self._record, _tables.names_of(x)
+        if before.names is None and names is not None:
+            self.names = names
+        named = self._record
+        try:
+            return train.fit(
+                self,
+                x,
+                context,
+                weights,
+                validation=validation,
+                batch_size=batch_size,
+                optimizer=optimizer,
+                lr=lr,
+                schedule=schedule,
+                l2=l2,
+                weight_decay=weight_decay,
+                clip_norm=clip_norm,
+                patience=patience,
+                max_epochs=max_epochs,
+                max_seconds=max_seconds,
+                standardize=standardize,
+                device=device,
+                seed=seed,
+                checkpoint=checkpoint,
+                checkpoint_every=checkpoint_every,
+                resume=resume,
+                callback=callback,
+                on_interrupt=on_interrupt,
+                progress=progress,
+            )
+        finally:
+            if self._record is named:  # the data were refused
+                self._record = before
 
     # Files and words
 

@@ -65,8 +65,10 @@ def save(flow: Flow | Ensemble, path_or_file: str | os.PathLike[str] | IO[bytes]
     data = to_bytes(flow)
     if isinstance(path_or_file, (str, os.PathLike)):
         write(path_or_file, data)
-    else:
+    elif callable(getattr(path_or_file, "write", None)):
         path_or_file.write(data)
+    else:
+        raise ValueError(f"path_or_file is {_words.shown(path_or_file)}; it must be a path or a binary file")
 
 
 def write(path: str | os.PathLike[str], data: bytes) -> None:

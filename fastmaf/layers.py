@@ -8,13 +8,15 @@ of them means is defined, operation by operation, in ``fastmaf._reference``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from fastmaf import _words
 
 __all__ = [
     "ACTIVATIONS",
@@ -67,17 +69,20 @@ STATISTICS = ("batch", "data")
 
 def _frozen(name: str, value: ArrayLike, ndim: int, kind: str = "f") -> Array:
     """A read-only C-ordered copy of `value`; floats keep float32 or become float64."""
-    array = np.array(value, order="C")
+    try:
+        array = np.array(value, order="C")
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} is {_words.shown(value)}, which is no array of numbers") from None
     if kind == "i":
         if array.dtype.kind not in "iu" and array.size:
-            raise ValueError(f"{name} has dtype {array.dtype}; it must hold integers")
+            raise ValueError(f"{name} has dtype {_words.cut(str(array.dtype))}; it must hold integers")
         array = array.astype(np.int64)
     elif array.dtype != np.float32:
         if array.dtype.kind not in "fiub":
-            raise ValueError(f"{name} has dtype {array.dtype}; it must hold real numbers")
+            raise ValueError(f"{name} has dtype {_words.cut(str(array.dtype))}; it must hold real numbers")
         array = array.astype(np.float64)
     if array.ndim != ndim:
-        raise ValueError(f"{name} has shape {array.shape}; it must have {ndim} dimension{'s' * (ndim != 1)}")
+        raise ValueError(f"{name} has shape {_words.shapes(array.shape)}; it must have {ndim} dimension{'s' * (ndim != 1)}")
     array.flags.writeable = False
     return array
 
@@ -88,8 +93,8 @@ def _expect(name: str, array: Array, shape: tuple[int, ...]) -> None:
 
 
 def _one_of(name: str, value: str, allowed: Any) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(_words.one_of(name, value, allowed))
 
 
 class _Record:
@@ -138,6 +143,8 @@ class Elementwise(_Record):
     upper: Array
 
     def __post_init__(self) -> None:
+        if not isinstance(self.kinds, (tuple, list)):
+            raise ValueError(f"kinds is {_words.shown(self.kinds)}; it must be a sequence of str")
         kinds = tuple(self.kinds)
         lower = _frozen("lower", self.lower, 1).astype(np.float64)
         upper = _frozen("upper", self.upper, 1).astype(np.float64)
@@ -155,17 +162,21 @@ class Elementwise(_Record):
         self._set(kinds=kinds, lower=lower, upper=upper)
 
     @classmethod
-    def from_bounds(cls, bounds: Any) -> Elementwise:
-        """From one entry per column: ``None``, or a pair (lower, upper) in which either may be ``None`` or infinite."""
+    def from_bounds(cls, bounds: Any, names: Sequence[str] | None = None) -> Elementwise:
+        """From one entry per column: ``None``, or a pair (lower, upper) in which either may be ``None`` or infinite; names for messages."""
         kinds, lower, upper = [], [], []
         for j, bound in enumerate(bounds):
+            where = f"bounds[{j if names is None else _words.shown(names[j])}]"
             try:
                 low, high = (None, None) if bound is None else bound
                 low = -math.inf if low is None else float(low)
                 high = math.inf if high is None else float(high)
-            except (TypeError, ValueError):
-                raise ValueError(f"bounds[{j}] is {bound!r}; it must be None or a pair (lower, upper)") from None
-            kinds.append(("identity", "log_above", "log_below", "logit")[(low > -math.inf) + 2 * (high < math.inf)])
+            except (TypeError, ValueError, OverflowError):
+                raise ValueError(f"{where} is {_words.shown(bound)}; it must be None or a pair (lower, upper)") from None
+            kind = ("identity", "log_above", "log_below", "logit")[(low > -math.inf) + 2 * (high < math.inf)]
+            if names is not None and not low < high:
+                raise ValueError(f"{_words.columns([j], names)} has bounds ({low}, {high}), which do not fit {kind!r}")
+            kinds.append(kind)
             lower.append(low)
             upper.append(high)
         return cls(tuple(kinds), np.array(lower), np.array(upper))
@@ -249,7 +260,7 @@ class Permutation(_Record):
     def __post_init__(self) -> None:
         perm = _frozen("perm", self.perm, 1, "i")
         if not np.array_equal(np.sort(perm), np.arange(perm.size)):
-            raise ValueError(f"perm {perm.tolist()} is not a permutation of 0..{perm.size - 1}")
+            raise ValueError(f"perm {_words.shown(perm.tolist())} is not a permutation of 0..{perm.size - 1}{_words.astray(perm)}")
         self._set(perm=perm)
 
 
@@ -317,10 +328,12 @@ class Law(_Record):
     def __post_init__(self) -> None:
         _one_of("law", self.kind, LAWS)
         _one_of("form", self.form, ("standardize", "affine"))
+        if not isinstance(self.constants, Mapping):
+            raise ValueError(f"constants is {_words.shown(self.constants)}; it must be a mapping of names to numbers")
         unknown = set(self.constants) - set(LAWS[self.kind])
         if unknown:
-            raise ValueError(f"law {self.kind!r} has no constant {sorted(unknown)[0]!r}")
-        constants = {name: float(self.constants.get(name, default)) for name, default in LAWS[self.kind].items()}
+            raise ValueError(f"law {self.kind!r} has no constant {_words.shown(min(unknown, key=str))}")
+        constants = {name: _words.number(name, self.constants.get(name, default)) for name, default in LAWS[self.kind].items()}
         for name, value in constants.items():
             if not math.isfinite(value) or (name in ("clip", "eps") and value <= 0):
                 raise ValueError(f"constant {name!r} of law {self.kind!r} is {value}")
@@ -472,7 +485,7 @@ def _check_made(ranks: Array, conditioner: Conditioner, rows: tuple[int, ...]) -
     """The widths fit, and every non-zero weight lies inside the staircase of its degrees; `rows` of the final map for each variable."""
     features = ranks.size
     if features == 0 or ranks.min() < 1:
-        raise ValueError(f"ranks {ranks.tolist()} must be positive, one per variable")
+        raise ValueError(f"ranks {_words.shown(ranks.tolist())} must be positive, one per variable")
     first = conditioner.initial or conditioner.final
     if first.weight.shape[1] != features:
         raise ValueError(f"the first map reads {first.weight.shape[1]} variables; there are {features} ranks")
@@ -575,7 +588,7 @@ class Terminal(_Record):
         _one_of("conditional", self.conditional, CONDITIONALS)
         categories = tuple(int(c) for c in self.categories)
         if self.conditional == "categorical" and (len(categories) != ranks.size or min(categories, default=0) < 2):
-            raise ValueError(f"categories {categories} must give at least 2 values for each of {ranks.size} variables")
+            raise ValueError(f"categories {_words.shown(categories)} must give at least 2 values for each of {ranks.size} variables")
         if self.components < 1:
             raise ValueError(f"components is {self.components}")
         self._set(ranks=ranks, categories=categories, constants=Law(self.law, constants=self.constants).constants)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from fastmaf import _arrays
+from fastmaf import _arrays, _words
 from fastmaf import masks as _masks
 from fastmaf.ensemble import Ensemble, random_member
 from fastmaf.flow import Flow
 from fastmaf.layers import Autoregressive, FlowLayer, Law, Terminal
-from fastmaf.maf import Draft, Order, masked
+from fastmaf.maf import Bounds, Draft, Order, masked
 
 __all__ = ["MADE"]
 
@@ -33,7 +33,7 @@ def MADE(
     direct: bool = False,
     residual: bool = False,
     masks: Literal[1] = 1,
-    bounds: Sequence[Any] | None = None,
+    bounds: Bounds | None = None,
     names: Sequence[str] | None = None,
     dtype: DTypeLike = "float32",
     seed: int | None = 0,
@@ -53,7 +53,7 @@ def MADE(
     direct: bool = False,
     residual: bool = False,
     masks: int = 1,
-    bounds: Sequence[Any] | None = None,
+    bounds: Bounds | None = None,
     names: Sequence[str] | None = None,
     dtype: DTypeLike = "float32",
     seed: int | None = 0,
@@ -72,7 +72,7 @@ def MADE(
     direct: bool = False,
     residual: bool = False,
     masks: int = 1,
-    bounds: Sequence[Any] | None = None,
+    bounds: Bounds | None = None,
     names: Sequence[str] | None = None,
     dtype: DTypeLike = "float32",
     seed: int | None = 0,
@@ -115,15 +115,15 @@ def MADE(
     >>> fastmaf.MADE(features=4, conditional="bernoulli", masks=8).member(3)
     Flow(features=4, dtype=float32): Terminal((100, 100), relu, bernoulli)
     """
-    if conditional not in _CONDITIONALS:
-        raise ValueError(f"conditional is {conditional!r}; it must be one of {', '.join(map(repr, _CONDITIONALS))}")
+    if not isinstance(conditional, str) or conditional not in _CONDITIONALS:
+        raise ValueError(_words.one_of("conditional", conditional, _CONDITIONALS))
     components, masks = _arrays.count("components", components, lowest=1), _arrays.count("masks", masks, lowest=1)
     draft = Draft(features, context_features, hidden_features, activation, residual, direct, seed)
     categories = _categories(categories, conditional, draft.features)
-    layers: list[FlowLayer] = draft.front(order, bounds)
+    layers: list[FlowLayer] = draft.front(order, bounds, names)
     if conditional in ("bernoulli", "categorical"):
         if bounds is not None:
-            raise ValueError(f"bounds is {bounds!r}; {conditional} variables have none")
+            raise ValueError(f"bounds is {_words.shown(bounds)}; {conditional} variables have none")
         layers = []
     ranks = _masks.layer_ranks(order, draft.features, 1, draft.seed)[0]
     if conditional == "mixture":
@@ -148,12 +148,15 @@ def MADE(
 def _categories(categories: int | Sequence[int] | None, conditional: str, features: int) -> tuple[int, ...]:
     if conditional != "categorical":
         if categories is not None:
-            raise ValueError(f"categories is {categories!r}; only categorical variables have some, and conditional is {conditional!r}")
+            raise ValueError(
+                f"categories is {_words.shown(categories)}; only categorical variables have some, and conditional is {conditional!r}"
+            )
         return ()
     if categories is None:
         raise ValueError("categories is None; conditional='categorical' needs the number of values of the variables")
-    if not np.iterable(categories):
+    if not np.iterable(categories) or isinstance(categories, (str, bytes)):
         return (_arrays.count("categories", categories, lowest=2),) * features
+    categories = list(categories)
     if len(categories) != features:
         raise ValueError(f"categories has {len(categories)} entries; the flow has {features} features")
     return tuple(_arrays.count(f"categories[{j}]", count, lowest=2) for j, count in enumerate(categories))

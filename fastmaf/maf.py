@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fastmaf import _arrays, masks
+from fastmaf import _arrays, _words, masks
 from fastmaf.flow import Flow
 from fastmaf.layers import Affine, Autoregressive, BatchNorm, Block, Conditioner, Dense, Elementwise, FlowLayer, Law, Linear, Terminal
 
@@ -18,6 +18,7 @@ __all__ = ["MAF"]
 
 Array = NDArray[Any]
 Order = str | Sequence[int] | Sequence[Sequence[int]]
+Bounds = Sequence[Any] | Mapping[str, Any]
 
 SMALL = 1e-3
 """Bound of the first weights of the second map of a residual block, which makes the block nearly the identity."""
@@ -33,7 +34,7 @@ def MAF(
     residual: bool = False,
     batch_norm: bool | str = False,
     components: int = 1,
-    bounds: Sequence[Any] | None = None,
+    bounds: Bounds | None = None,
     names: Sequence[str] | None = None,
     dtype: DTypeLike = "float32",
     seed: int | None = 0,
@@ -64,9 +65,11 @@ def MAF(
         statistics are those of the data at the start of the first fit.
     components : int
         With more than one, the base is a mixture of so many Gaussians for each variable, given those before it: MAF MoG.
-    bounds : sequence, optional
-        For each column None or a pair (lower, upper), either of which may be None: the density lives strictly inside.
+    bounds : sequence or mapping, optional
+        For each column None or a pair (lower, upper), either of which may be None: the density lives strictly inside. With `names` also
+        ``{"z": (0, None)}``: those of some columns, by name.
     names : sequence of str, optional
+        Of the columns. By them a data frame is selected; without names a flow takes those of the first frame that it is fitted to.
     dtype : {"float32", "float64"}
     seed : int, optional
         Of the weights and of random orders; None draws afresh. The weights in float32 are those in float64, rounded.
@@ -96,12 +99,12 @@ def MAF(
     >>> fastmaf.MAF(features=7, transforms=1, hidden_features=(64,), batch_norm=True, components=10)
     Flow(features=7, dtype=float32): Affine -> Autoregressive((64), relu, exp_soft) -> BatchNorm -> Terminal((64), relu, mixture)
     """
-    if not isinstance(batch_norm, (bool, np.bool_)) and batch_norm != "act":
-        raise ValueError(f"batch_norm is {batch_norm!r}; it must be False, True or 'act'")
+    if not isinstance(batch_norm, (bool, np.bool_)) and not (isinstance(batch_norm, str) and batch_norm == "act"):
+        raise ValueError(f"batch_norm is {_words.shown(batch_norm)}; it must be False, True or 'act'")
     components = _arrays.count("components", components, lowest=1)
     draft = Draft(features, context_features, hidden_features, activation, residual, direct, seed)
-    transforms = _arrays.count("transforms", transforms, lowest=1)
-    layers = draft.front(order, bounds)
+    transforms, linear = _arrays.count("transforms", transforms, lowest=1), _words.flag("linear", linear)
+    layers = draft.front(order, bounds, names)
     law = Law(constants={"clip": clip})
     ranks = masks.layer_ranks(order, draft.features, transforms, draft.seed, components > 1)
     one = np.ones(draft.features)
@@ -136,21 +139,28 @@ class Draft:
         self.context_features = _arrays.count("context_features", context_features)
         _iterable("hidden_features", hidden_features)
         self.widths = [_arrays.count(f"hidden_features[{k}]", width, lowest=1) for k, width in enumerate(hidden_features)]
-        if residual and len(set(self.widths)) != 1:
-            raise ValueError(f"hidden_features is {tuple(self.widths)}; a residual network needs at least one block, and all of one width")
-        self.activation, self.residual, self.direct = activation, bool(residual), bool(direct)
+        self.residual = _words.flag("residual", residual)
+        if self.residual and len(set(self.widths)) != 1:
+            raise ValueError(
+                f"hidden_features is {_words.shown(tuple(self.widths))}; a residual network needs at least one block, and all of one width"
+            )
+        self.activation, self.direct = activation, _words.flag("direct", direct)
         self.seed = _arrays.seed_or_fresh(seed)
         self.rng = np.random.default_rng(self.seed)
 
-    def front(self, order: Order, bounds: Sequence[Any] | None) -> list[FlowLayer]:
+    def front(self, order: Order, bounds: Bounds | None, names: Sequence[str] | None) -> list[FlowLayer]:
         """The layers in front of the networks."""
         _iterable("order", order)
         layers: list[FlowLayer] = []
         if bounds is not None:
+            names = _arrays.names(names, self.features)
+            if isinstance(bounds, Mapping):
+                bounds = _by_name(bounds, names)
             _iterable("bounds", bounds)
-            if len(bounds) != self.features:
-                raise ValueError(f"bounds has {len(bounds)} entries; the flow has {self.features} features")
-            layers.append(Elementwise.from_bounds(bounds))
+            entries = list(bounds)
+            if len(entries) != self.features:
+                raise ValueError(f"bounds has {len(entries)} entries; the flow has {self.features} features")
+            layers.append(Elementwise.from_bounds(entries, names))
         return [*layers, _identity(self.features)]
 
     def network(self, rows: int | Sequence[int]) -> Conditioner:
@@ -224,9 +234,19 @@ def rebuilt(net: Conditioner, change: Callable[[Dense], Dense]) -> Conditioner:
     return replace(net, initial=initial, blocks=blocks, final=change(net.final))
 
 
+def _by_name(bounds: Mapping[str, Any], names: Sequence[str] | None) -> list[Any]:
+    """The bounds of each column, None for those that are not named."""
+    if names is None:
+        raise ValueError("bounds goes by name, but names is None; give names, or one entry for each column")
+    unknown = [_words.shown(name) for name in bounds if name not in names]
+    if unknown:
+        raise ValueError(f"bounds has {_words.named(unknown)}; names has no such")
+    return [bounds.get(name) for name in names]
+
+
 def _iterable(name: str, value: Any) -> None:
     if not np.iterable(value):
-        raise ValueError(f"{name} is {value!r}; it must be a sequence")
+        raise ValueError(f"{name} is {_words.shown(value)}; it must be a sequence")
 
 
 def _identity(width: int) -> Affine:

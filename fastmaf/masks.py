@@ -12,7 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from fastmaf import _words
+
 __all__ = ["hidden_degrees", "hidden_mask", "layer_ranks", "output_mask", "random_degrees"]
+
+_ORDERS = "it must be 'sequential', 'reverse', 'random', a permutation of the columns, or one for each layer"
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
@@ -65,15 +69,25 @@ def layer_ranks(
         if order == "random":
             rng = np.random.default_rng([seed, 0x6F72])
             return [rng.permutation(forward) for _ in range(count)]
-        raise ValueError(f"order is {order!r}; it must be 'sequential', 'reverse', 'random' or a permutation of the columns")
-    given = [order] * count if np.ndim(order) == 1 else list(order)
+        raise ValueError(f"order is {_words.shown(order)}; {_ORDERS}")
+    try:
+        given = [order] * count if np.ndim(order) == 1 else list(order)
+    except (TypeError, ValueError):  # no array, or lists of several lengths
+        given = list(order) if isinstance(order, (list, tuple)) else []
+        if not given:
+            raise ValueError(f"order is {_words.shown(order)}; {_ORDERS}") from None
     if len(given) != count:
         raise ValueError(f"order lists {len(given)} permutations; the flow has {transforms} transforms{' and a base' * base}")
     ranks = []
     for permutation in given:
-        columns = np.asarray(permutation)
-        if columns.shape != (features,) or columns.dtype.kind not in "iu" or not np.array_equal(np.sort(columns), forward - 1):
-            raise ValueError(f"order {np.asarray(permutation).tolist()} is not a permutation of 0..{features - 1}")
+        try:
+            columns = np.asarray(permutation)
+        except (TypeError, ValueError, RuntimeError):
+            columns = np.empty(0, object)
+        if columns.shape != (features,) or columns.dtype.kind not in "iu":
+            raise ValueError(f"order {_words.shown(permutation)} is not a permutation of 0..{features - 1}")
+        if not np.array_equal(np.sort(columns), forward - 1):
+            raise ValueError(f"order {_words.shown(columns.tolist())} is not a permutation of 0..{features - 1}{_words.astray(columns)}")
         rank = np.empty(features, np.int64)
         rank[columns] = forward
         ranks.append(rank)

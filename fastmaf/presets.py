@@ -8,7 +8,7 @@ from typing import Any
 from numpy.typing import DTypeLike
 
 from fastmaf.flow import Flow
-from fastmaf.maf import MAF, Order
+from fastmaf.maf import MAF, Bounds, Order
 
 __all__ = ["maf_paper", "resmade_lu"]
 
@@ -25,7 +25,7 @@ def maf_paper(
     hidden_features: Sequence[int] = (512, 512),
     activation: str = "relu",
     components: int = 1,
-    bounds: Sequence[Any] | None = None,
+    bounds: Bounds | None = None,
     names: Sequence[str] | None = None,
     dtype: DTypeLike = "float32",
     seed: int | None = 0,
@@ -84,7 +84,7 @@ def resmade_lu(
     hidden_features: Sequence[int] = (256, 256),
     activation: str = "relu",
     order: Order = "reverse",
-    bounds: Sequence[Any] | None = None,
+    bounds: Bounds | None = None,
     names: Sequence[str] | None = None,
     dtype: DTypeLike = "float32",
     seed: int | None = 0,

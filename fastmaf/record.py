@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastmaf import _arrays
+from fastmaf import _arrays, _words
 from fastmaf import layers as _layers
 from fastmaf.layers import Affine, Autoregressive, BatchNorm, Conditioner, Dense, Elementwise, Linear, Normal, Permutation, Terminal
 
@@ -74,7 +74,7 @@ class FlowRecord:
         names: Sequence[str] | None = None,
         training: Mapping[str, Any] | None = None,
     ) -> None:
-        layers, context_layers = tuple(layers), tuple(context_layers)
+        layers, context_layers = _chain("layers", layers), _chain("context_layers", context_layers)
         dtype = _arrays.float_dtype(dtype)
         context_features = _arrays.count("context_features", context_features)
         if not isinstance(base, (Normal, Terminal, type(None))):
@@ -105,8 +105,8 @@ class FlowRecord:
             "context_layers": context_layers,
             "base": _layers.astype(base, dtype),
             "dtype": dtype,
-            "names": _names(names, features),
-            "training": plain(dict(training or {})),
+            "names": _arrays.names(names, features),
+            "training": _training(training),
             "_derived": {},
             "_approved": None,
         }
@@ -213,14 +213,16 @@ def _check_conditioner(name: str, conditioner: Conditioner, context_features: in
             _check_width(f"the context of {name}", dense.context_weight.shape[1], context_features, "context features")
 
 
-def _names(names: Sequence[str] | None, features: int) -> tuple[str, ...] | None:
-    if names is None:
-        return None
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"names is {names!r}; it must be a sequence of strings")
-    if len(names) != features or len(set(names)) != features:
-        raise ValueError(f"names lists {len(set(names))} different names; the flow has {features} features")
-    return tuple(names)
+def _chain(name: str, layers: Any) -> tuple[Any, ...]:
+    if not np.iterable(layers):
+        raise ValueError(f"{name} is {_words.shown(layers)}; it must be a sequence of layers")
+    return tuple(layers)
+
+
+def _training(training: Any) -> dict[str, Any]:
+    if training is not None and not isinstance(training, Mapping):
+        raise ValueError(f"training is {_words.shown(training)}; it must be a mapping")
+    return cast("dict[str, Any]", plain(dict(training or {})))
 
 
 def plain(value: Any) -> Any:

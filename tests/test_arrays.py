@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import re
+import sys
+import types
 
+import make
 import numpy as np
 import pytest
 
-from fastmaf import _arrays
+import fastmaf
+from fastmaf import _arrays, _device
 
 
 class CudaArray:
@@ -27,11 +33,49 @@ class CudaArray:
         ((0, 3), (2,), (0,)),
         ((0, 3), (0, 2), (0,)),
         ((5, 3), (0, 1, 2), (0, 5)),
+        ((5, 3), (1, 2), (5,)),
+        ((1, 3), (5, 2), (5,)),
+        ((1, 3), (0, 2), (0,)),
+        ((0, 3), (1, 2), (0,)),
+        ((5, 3), (4, 5, 2), (4, 5)),
+        ((1, 3), (4, 5, 2), (4, 5)),
+        ((4, 5, 3), (4, 2), (4, 5)),
+        ((4, 5, 3), (1, 2), (4, 5)),
+        ((1, 5, 3), (4, 2), (4, 5)),
+        ((1, 5, 3), (4, 1, 2), (4, 5)),
+        ((4, 1, 3), (4, 5, 2), (4, 5)),
+        ((4, 5, 3), (1, 1, 2), (4, 5)),
+        ((4, 5, 3), (1, 5, 2), (4, 5)),
+        ((5, 5, 3), (5, 2), (5, 5)),
         ((0, 5, 3), (0, 1, 2), (0, 5)),
     ],
 )
 def test_shapes_with_context(x, context, shape):
     assert _arrays.rows("x", np.zeros(x), np.zeros(context), 3, 2)[2] == shape
+
+
+def test_contexts_and_rows_broadcast_as_numpy_has_it_once_placed():
+    """Every pair of few axes, against a placement written out in full."""
+    for x, context in itertools.product(itertools.chain(*(itertools.product((0, 1, 2, 3), repeat=k) for k in (1, 2, 3))), repeat=2):
+        if len(x) == 3 or len(context) == 3 or len(x) == 0:
+            continue
+        placed = (context[0], 1) if (len(x), len(context)) == (2, 1) else context
+        arguments = ("x", np.zeros((*x, 3)), np.zeros((*context, 2)), 3, 2)
+        try:
+            expected = np.broadcast_shapes(x, placed)
+        except ValueError:
+            with pytest.raises(ValueError, match="context must be"):
+                _arrays.rows(*arguments)
+        else:
+            assert _arrays.rows(*arguments)[2] == expected
+            assert _arrays.rows(*arguments)[1].shape == (*placed, 2)
+
+
+def test_the_docs_hold_every_layout():
+    text = inspect.getdoc(fastmaf.Flow.log_prob)
+    for (ndim, _), (axes, _) in _arrays.LAYOUTS.items():
+        shape = f"({', '.join([*axes, 'C'])}{',' * (not axes)})"
+        assert shape in text and ("x (n, D)" if ndim == 2 else "x (c, n, D)") in text
 
 
 @pytest.mark.parametrize(("x", "shape"), [((5, 3), (5,)), ((0, 3), (0,)), ((4, 5, 3), (4, 5)), ((0, 5, 3), (0, 5))])
@@ -50,10 +94,10 @@ def test_shapes_without_context(x, shape):
         ((5, 3), (3,), "context has shape (3,); the flow has 2 context features"),
         ((5, 3), (), "context has shape (); the flow has 2 context features"),
         ((5, 3), (1, 1, 5, 2), "context has shape (1, 1, 5, 2); the flow has 2 context features"),
-        ((5, 3), (4, 2), "context has shape (4, 2), x has shape (5, 3); context must be (2,), (5, 2) or (c, 1, 2)"),
-        ((5, 3), (1, 2), "context has shape (1, 2), x has shape (5, 3)"),
-        ((5, 3), (4, 5, 2), "context has shape (4, 5, 2), x has shape (5, 3)"),
-        ((4, 5, 3), (5, 2), "context has shape (5, 2), x has shape (4, 5, 3); context must be (2,), (4, 5, 2) or (4, 1, 2)"),
+        ((5, 3), (4, 2), "context has shape (4, 2), x has shape (5, 3); context must be (2,), (5, 2), (c, 1, 2) or (c, 5, 2)"),
+        ((5, 3), (0, 2), "context has shape (0, 2), x has shape (5, 3)"),
+        ((5, 3), (4, 3, 2), "context has shape (4, 3, 2), x has shape (5, 3)"),
+        ((4, 5, 3), (5, 2), "context has shape (5, 2), x has shape (4, 5, 3); context must be (2,), (4, 2), (4, 1, 2) or (4, 5, 2)"),
         ((4, 5, 3), (3, 1, 2), "context has shape (3, 1, 2), x has shape (4, 5, 3)"),
         ((4, 5, 3), (4, 4, 2), "context has shape (4, 4, 2), x has shape (4, 5, 3)"),
         ((5, 3), None, "context is missing; the flow has 2 context features"),
@@ -206,3 +250,221 @@ def test_a_flow_is_float32_or_float64(dtype):
     assert _arrays.float_dtype("d") == np.float64
     with pytest.raises(ValueError, match="it must be 'float32' or 'float64'"):
         _arrays.float_dtype(dtype)
+
+
+# Shapes through every backend
+
+
+LAYOUTS = [
+    ((4, 3), (1, 2)),
+    ((1, 3), (4, 2)),
+    ((4, 3), (5, 4, 2)),
+    ((1, 3), (5, 4, 2)),
+    ((5, 4, 3), (5, 2)),
+    ((5, 4, 3), (1, 2)),
+    ((1, 4, 3), (5, 2)),
+    ((5, 1, 3), (5, 4, 2)),
+    ((5, 1, 3), (1, 4, 2)),
+    ((5, 4, 3), (1, 1, 2)),
+    ((5, 4, 3), (1, 4, 2)),
+    ((1, 1, 3), (5, 4, 2)),
+]
+
+
+@pytest.mark.parametrize(("x", "context"), LAYOUTS)
+def test_layouts_equal_rows_written_out(backend, x, context):
+    flow = make.flow(3, context_features=2, affine=True)
+    rng = np.random.default_rng(0)
+    x, context = rng.normal(size=x), rng.normal(size=context)
+    placed = context[:, None] if (x.ndim, context.ndim) == (3, 2) else context
+    shape = np.broadcast_shapes(x.shape[:-1], placed.shape[:-1])
+    rows = np.broadcast_to(x, (*shape, 3)).reshape(-1, 3)
+    contexts = np.broadcast_to(placed, (*shape, 2)).reshape(-1, 2)
+    np.testing.assert_allclose(flow.log_prob(x, context).reshape(-1), flow.log_prob(rows, contexts), rtol=1e-12)
+    np.testing.assert_allclose(flow.to_noise(x, context).reshape(-1, 3), flow.to_noise(rows, contexts), rtol=1e-12)
+    np.testing.assert_allclose(flow.from_noise(x, context).reshape(-1, 3), flow.from_noise(rows, contexts), rtol=1e-12)
+    if flow.device != "cpu" or backend == "cuda":
+        return
+    value, dx, dcontext = flow.log_prob_and_grad(x, context)
+    assert value.shape == shape and dx.shape == x.shape and dcontext.shape == context.shape
+    _, whole, whole_context = flow.log_prob_and_grad(rows, contexts)
+    np.testing.assert_allclose(dx, summed(whole.reshape(*shape, 3), x.shape), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(
+        dcontext, summed(whole_context.reshape(*shape, 2), placed.shape).reshape(context.shape), rtol=1e-10, atol=1e-12
+    )
+
+
+def summed(array, shape):
+    """Over the axes along which an array of this shape was repeated."""
+    own = (1,) * (array.ndim - len(shape)) + shape
+    axes = tuple(axis for axis in range(array.ndim) if own[axis] == 1 != array.shape[axis])
+    return array.sum(axis=axes, keepdims=True).reshape(shape)
+
+
+def test_samples_are_scored_under_the_contexts_they_were_drawn_under(backend, dtype):
+    flow = make.flow(3, context_features=2, dtype=dtype)
+    context = np.random.default_rng(0).normal(size=(5, 2))
+    samples, log_prob = flow.sample_and_log_prob(4, context, seed=1)
+    np.testing.assert_allclose(flow.log_prob(samples, context), log_prob, rtol=1e-3 if dtype == "float32" else 1e-9, atol=1e-3)
+    for k in range(5):
+        np.testing.assert_allclose(flow.log_prob(samples, context)[k], flow.log_prob(samples[k], context[k]), rtol=1e-6)
+    one = flow.sample(4, context[:1], seed=1)
+    assert flow.log_prob(one, context[:1]).shape == (1, 4)
+
+
+def test_samples_of_an_ensemble_are_scored_so_too():
+    ensemble = fastmaf.MADE(3, context_features=2, hidden_features=(8,), masks=3, dtype="float64")
+    context = np.random.default_rng(0).normal(size=(5, 2))
+    samples, log_prob = ensemble.sample_and_log_prob(4, context, seed=1)
+    assert samples.shape == (5, 4, 3)
+    np.testing.assert_allclose(ensemble.log_prob(samples, context), log_prob)
+    np.testing.assert_allclose(log_prob[2], ensemble.log_prob(samples[2], context[2]))
+
+
+def test_probabilities_follow_the_layouts_too():
+    made = fastmaf.MADE(3, "categorical", context_features=2, hidden_features=(8,), categories=[2, 3, 4])
+    x, context = np.zeros((5, 4, 3)), np.random.default_rng(0).normal(size=(5, 2))
+    assert made.conditional_probs(x, context).shape == (5, 4, 3, 4)
+    np.testing.assert_array_equal(made.conditional_probs(x, context)[3], made.conditional_probs(x[3], context[3]))
+
+
+# Arrays of other packages
+
+
+class Tensor:
+    """A tensor of torch, as far as this package knows one."""
+
+    def __init__(self, values, requires_grad=False):
+        self.values, self.requires_grad = values, requires_grad
+
+    def __array__(self, dtype=None, copy=None):
+        if self.requires_grad:
+            raise RuntimeError("Can't call numpy() on Tensor that requires grad.")
+        return self.values
+
+    def __dlpack__(self, **options):
+        return self.values.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return (1, 0)
+
+
+class OnlyDlpack:
+    def __init__(self, values, device=(1, 0)):
+        self.values, self.device = values, device
+
+    def __dlpack__(self, stream=None, **options):
+        return self.values.__dlpack__()
+
+    def __dlpack_device__(self):
+        return self.device
+
+
+@pytest.fixture
+def torch(monkeypatch):
+    module = types.SimpleNamespace(Tensor=Tensor, from_numpy=Tensor)
+    monkeypatch.setitem(sys.modules, "torch", module)
+    return module
+
+
+def test_a_tensor_in_gives_a_tensor_out(torch):
+    flow = make.flow(3, context_features=2)
+    rng = np.random.default_rng(0)
+    x, context = rng.normal(size=(5, 3)), rng.normal(size=(5, 2))
+    t, c = Tensor(x), Tensor(context)
+    pairs = [
+        (flow.log_prob(t, c), flow.log_prob(x, context)),
+        (flow.to_noise(t, c), flow.to_noise(x, context)),
+        (flow.from_noise(t, c), flow.from_noise(x, context)),
+        (flow.sample(2, c, seed=1), flow.sample(2, context, seed=1)),
+        *zip(flow.sample_and_log_prob(2, c, seed=1), flow.sample_and_log_prob(2, context, seed=1), strict=True),
+        *zip(flow.log_prob_and_grad(t, c), flow.log_prob_and_grad(x, context), strict=True),
+        *zip(flow.vjp(t, c, Tensor(np.ones(5)))[:2], flow.vjp(x, context, np.ones(5))[:2], strict=True),
+    ]
+    made = fastmaf.MADE(3, "bernoulli", hidden_features=(4,))
+    pairs.append((made.conditional_probs(Tensor(0 * x)), made.conditional_probs(0 * x)))
+    ordered = fastmaf.MADE(3, hidden_features=(4,))
+    pairs.append((ordered.sample_given(Tensor(x[:, :1]), seed=1), ordered.sample_given(x[:, :1], seed=1)))
+    ensemble = fastmaf.MADE(3, hidden_features=(4,), context_features=2, masks=2)
+    pairs += [
+        (ensemble.log_prob(t, c), ensemble.log_prob(x, context)),
+        (ensemble.sample(2, c, seed=1), ensemble.sample(2, context, seed=1)),
+    ]
+    for tensor, array in pairs:
+        assert type(tensor) is Tensor and type(array) is np.ndarray
+        np.testing.assert_array_equal(tensor.values, array)
+    assert type(flow.log_prob(x, c)) is np.ndarray  # the kind is that of x
+    assert type(flow.vjp(t, c, np.ones(5))[2]) is np.ndarray
+
+
+def test_tensors_are_read_and_written_in_place(torch):
+    flow = make.flow(3)
+    x, out = Tensor(np.zeros((5, 3))), Tensor(np.empty(5))
+    assert np.shares_memory(_arrays.real("x", x), x.values)
+    assert flow.log_prob(x, out=out) is out
+    np.testing.assert_array_equal(out.values, flow.log_prob(x.values))
+    samples = Tensor(np.empty((4, 3)))
+    assert flow.sample(4, seed=1, out=samples) is samples
+    np.testing.assert_array_equal(samples.values, flow.sample(4, seed=1))
+    with pytest.raises(ValueError, match=re.escape("out has shape (4,)")):
+        flow.log_prob(x, out=Tensor(np.empty(4)))
+
+
+@pytest.mark.parametrize("with_torch", [True, False])
+def test_a_tensor_that_requires_a_gradient_is_refused_with_the_remedy(with_torch, request):
+    if with_torch:
+        request.getfixturevalue("torch")
+    flow = make.flow(3, context_features=2)
+    bad = Tensor(np.zeros((5, 3)), True)
+    for call, name in (
+        (lambda: flow.log_prob(bad, np.zeros(2)), "x"),
+        (lambda: flow.from_noise(bad, np.zeros(2)), "u"),
+        (lambda: flow.log_prob(np.zeros((5, 3)), Tensor(np.zeros(2), True)), "context"),
+        (lambda: flow.log_prob_and_grad(bad, np.zeros(2)), "x"),
+        (lambda: flow.fit(bad, np.zeros((5, 2))), "x"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name} requires a gradient, .* hand over {name}\.detach\(\)"):
+            call()
+
+
+def test_arrays_that_only_speak_dlpack_are_read_in_place():
+    x = np.random.default_rng(0).normal(size=(5, 3)).T[:, ::-1].T
+    array = _arrays.real("x", OnlyDlpack(x))
+    assert np.shares_memory(array, x)
+    result = make.flow(3).log_prob(OnlyDlpack(x))
+    assert type(result) is np.ndarray
+    np.testing.assert_array_equal(result, make.flow(3).log_prob(x))
+
+
+def test_a_dlpack_array_of_a_device_is_no_array_of_the_host():
+    for kind in (2, 13):
+        with pytest.raises(ValueError, match="x is a CUDA array; this flow computes on the CPU"):
+            make.flow(3).log_prob(OnlyDlpack(np.zeros((5, 3)), (kind, 0)))
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8", "i1", "u2", "i8", "f2", "?", "c8"])
+def test_a_capsule_says_where_an_array_lies(dtype):
+    x = np.ones((4, 6), dtype)[1:, ::2]
+    array = _device.DeviceArray("x", OnlyDlpack(x, (2, 0)), 0)
+    assert array.address == x.ctypes.data and array.dtype == x.dtype
+    assert array.shape == x.shape and array.strides == x.strides and array.stream == 0
+    grouped = array[:, None]
+    assert grouped.shape == (3, 1, 3) and grouped.strides == (x.strides[0], 0, x.strides[1]) and array.shape == (3, 3)
+    assert _device.DeviceArray("x", OnlyDlpack(np.ones((4, 6)), (2, 0)), 0).strides == (48, 8)
+
+
+class Broken:
+    """An array that refuses in a way of its own."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __array__(self, dtype=None, copy=None):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no " * 1000), TypeError("no"), ValueError("no\nlines"), BufferError("no")])
+def test_arrays_that_refuse_are_named(error):
+    with pytest.raises(ValueError, match="^x is not an array: no") as caught:
+        _arrays.real("x", Broken(error))
+    assert len(str(caught.value)) <= 200

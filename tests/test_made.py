@@ -83,7 +83,7 @@ def test_weights_are_those_of_the_seed_in_both_dtypes(conditional):
         ({"conditional": "categorical", "categories": [2, 3, 1]}, "categories[2] is 1; it must be at least 2"),
         ({"conditional": "categorical", "categories": [2, 3, 2.5]}, "categories[2] is 2.5; it must be an integer"),
         ({"categories": 3}, "categories is 3; only categorical variables have some, and conditional is 'gaussian'"),
-        ({"conditional": "bernoulli", "bounds": [(0, 1)] * 3}, "bounds is [(0, 1), (0, 1), (0, 1)]; bernoulli variables have none"),
+        ({"conditional": "bernoulli", "bounds": [(0, 1)] * 3}, "bounds is a list of length 3; bernoulli variables have none"),
         ({"masks": 0}, "masks is 0; it must be at least 1"),
         ({"masks": "many"}, "masks is 'many'; it must be an integer"),
         ({"residual": True, "hidden_features": (3, 4)}, "hidden_features is (3, 4); a residual network needs"),

@@ -1,0 +1,117 @@
+"""Data frames, known by what they offer (those of pandas, polars, pyarrow and their like): columns by name, converted one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastmaf import _words
+
+__all__ = ["column", "is_column", "is_table", "labels", "matrix", "names_of"]
+
+Array = NDArray[Any]
+
+
+def is_table(value: Any) -> bool:
+    """Whether this is a data frame."""
+    kind = type(value)
+    return any(hasattr(kind, name) for name in ("columns", "column_names")) and any(hasattr(kind, name) for name in ("dtypes", "schema"))
+
+
+def is_column(value: Any) -> bool:
+    """Whether this is a column of a data frame."""
+    return hasattr(type(value), "to_numpy") and not is_table(value)
+
+
+def labels(table: Any) -> list[Any]:
+    """The labels of its columns."""
+    return list(table.column_names if hasattr(type(table), "column_names") else table.columns)
+
+
+def names_of(value: Any) -> tuple[str, ...] | None:
+    """The labels of a data frame if they can serve as names: text, all different; None for anything else."""
+    if not is_table(value) or _lazy(value):
+        return None
+    found = labels(value)
+    return tuple(found) if all(isinstance(label, str) for label in found) and len(set(found)) == len(found) else None
+
+
+def matrix(name: str, table: Any, names: Sequence[str] | None = None) -> Array:
+    """The columns of these names, or all from left to right if there are no names, as one C-ordered array (n, D).
+
+    Raises
+    ------
+    ValueError
+        If a name is missing or there twice, or a column has missing values or holds no real numbers; all such columns are named.
+    """
+    if method := _lazy(table):
+        raise ValueError(f"{name} is a lazy table, {_words.shown(table)}; hand over {name}.{method}()")
+    found = labels(table)
+    places = range(len(found)) if names is None else _places(name, found, names)
+    columns = [_numbers(_column(table, found[j], j)) for j in places]
+    absent = [_words.shown(found[j]) for j, given in zip(places, columns, strict=True) if given is None]
+    if absent:
+        raise ValueError(f"{name} has missing values in {_words.named(absent)}; fill or drop them first")
+    wrong = [f"{_words.shown(found[j])} ({given})" for j, given in zip(places, columns, strict=True) if isinstance(given, str)]
+    if wrong:
+        raise ValueError(f"{name} must hold real numbers; it has {_words.named(wrong)}")
+    arrays = [given for given in columns if isinstance(given, np.ndarray)]
+    result = np.empty((len(table), len(arrays)), np.result_type(*arrays) if arrays else np.float64)
+    for j, array in enumerate(arrays):
+        result[:, j] = array
+    return result
+
+
+def column(name: str, value: Any) -> Array:
+    """One column by itself."""
+    result = _numbers(value)
+    if result is None:
+        raise ValueError(f"{name} has missing values; fill or drop them first")
+    if isinstance(result, str):
+        raise ValueError(f"{name} has dtype {result}; it must hold real numbers")
+    return result
+
+
+def _lazy(table: Any) -> str:
+    """The method that computes a table which is only planned."""
+    return next((method for method in ("collect", "compute") if hasattr(type(table), method)), "")
+
+
+def _places(name: str, found: Sequence[Any], names: Sequence[str]) -> list[int]:
+    place = {label: j for j, label in reversed(list(enumerate(found)))}
+    missing = [_words.shown(label) for label in names if label not in place]
+    if missing:
+        raise ValueError(f"{name} lacks {_words.named(missing)}, by which the flow names its variables; rename them, or hand over an array")
+    twice = [_words.shown(label) for label in names if found.count(label) > 1]
+    if twice:
+        raise ValueError(f"{name} has several of {_words.named(twice)}; rename them")
+    return [place[label] for label in names]
+
+
+def _column(table: Any, label: Any, place: int) -> Any:
+    if hasattr(type(table), "iloc"):
+        return table.iloc[:, place]
+    if hasattr(type(table), "to_series"):
+        return table.to_series(place)
+    return table.column(place) if hasattr(type(table), "column") else table[label]
+
+
+def _numbers(values: Any) -> Array | str | None:
+    """The numbers of a column; None if some are missing, the dtype if it holds none."""
+    dtype = getattr(values, "dtype", None)
+    if isinstance(dtype, np.dtype):
+        array = np.asarray(values.to_numpy())
+    elif (missing := getattr(values, "null_count", None)) is not None:  # polars, pyarrow
+        if missing() if callable(missing) else missing:
+            return None
+        array = np.asarray(values.to_numpy())
+    else:  # extension dtypes of pandas
+        if getattr(dtype, "kind", "O") not in "fiub":
+            return _words.cut(str(dtype), 20)
+        if values.isna().any():
+            return None
+        array = np.asarray(values.to_numpy(dtype=getattr(dtype, "numpy_dtype", np.float64)))
+    return array if array.dtype.kind in "fiub" else _words.cut(str(getattr(values, "type", None) or dtype), 20)

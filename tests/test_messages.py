@@ -1,0 +1,187 @@
+"""Messages: absurd arguments for every parameter of the public functions are refused in a few words that hold no data."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import re
+
+import numpy as np
+import pytest
+
+import fastmaf
+from fastmaf import _words, layers
+
+SECRET = 0.8414709848078965
+"""A number that stands in all absurd arrays and lists, which no message may print."""
+
+
+class Chatty:
+    """An object whose repr has no end."""
+
+    def __repr__(self):
+        return "chatty " * 10_000 + str(SECRET)
+
+
+ABSURD = {
+    "array": np.full((40, 7), SECRET),
+    "integers": np.full((3, 3, 3), 841470984),
+    "dict": {"key": [SECRET] * 1000, **{str(k): SECRET for k in range(1000)}},
+    "empty dict": {},
+    "long list": [SECRET] * 5000,
+    "list of arrays": [np.full(400, SECRET), np.full(300, SECRET)],
+    "list of objects": [Chatty()] * 4,
+    "object": Chatty(),
+    "text": "wordy " * 1000,
+    "bytes": b"\x84\x14" * 1000,
+    "huge": 10**5000,
+    "negative": -(10**40),
+    "complex": 1j,
+    "nan": float("nan"),
+    "structured": np.zeros(3, [(f"column {k}", "f8") for k in range(100)]),
+    "axes": np.full((1,) * 32, SECRET),
+    "type": Chatty,
+    "lists of lists": [[SECRET] * 100] * 100,
+    "None": None,
+}
+
+
+def flow(**options):
+    return fastmaf.MAF(features=3, context_features=2, transforms=1, hidden_features=(4,), names=["u", "g", "r"], **options)
+
+
+def made(**options):
+    return fastmaf.MADE(features=3, context_features=2, hidden_features=(4,), **options)
+
+
+X, CONTEXT = np.zeros((5, 3)), np.zeros((5, 2))
+LAYER = made().layers[-1]
+AFFINE = {"loc": [0.0], "scale": [1.0]}
+
+CALLS = {
+    "MAF": (fastmaf.MAF, {"features": 3}),
+    "MAF linear": (fastmaf.MAF, {"features": 3, "residual": True, "linear": True, "names": ["u", "g", "r"], "transforms": 2}),
+    "MADE": (fastmaf.MADE, {"features": 3}),
+    "categorical": (fastmaf.MADE, {"features": 3, "conditional": "categorical", "categories": 3}),
+    "Flow": (fastmaf.Flow, {"layers": [LAYER], "context_features": 2}),
+    "maf_paper": (fastmaf.presets.maf_paper, {"features": 3, "hidden_features": (4,)}),
+    "resmade_lu": (fastmaf.presets.resmade_lu, {"features": 3, "hidden_features": (4,), "transforms": 1}),
+    "load": (fastmaf.load, {}),
+    "set_backend": (fastmaf.set_backend, {}),
+    "Elementwise": (layers.Elementwise, {"kinds": ("identity",), "lower": [0.0], "upper": [1.0]}),
+    "Affine": (layers.Affine, AFFINE),
+    "Permutation": (layers.Permutation, {}),
+    "Law": (layers.Law, {}),
+    "log_prob": (flow().log_prob, {"x": X, "context": CONTEXT}),
+    "to_noise": (flow().to_noise, {"x": X, "context": CONTEXT}),
+    "from_noise": (flow().from_noise, {"u": X, "context": CONTEXT}),
+    "sample": (flow().sample, {"n": 2, "context": CONTEXT, "seed": 1}),
+    "sample_and_log_prob": (flow().sample_and_log_prob, {"n": 2, "context": CONTEXT, "seed": 1}),
+    "log_prob_and_grad": (flow().log_prob_and_grad, {"x": X, "context": CONTEXT}),
+    "vjp": (flow().vjp, {"x": X, "context": CONTEXT, "cotangent": np.ones(5)}),
+    "with_parameters": (flow().with_parameters, {}),
+    "astype": (flow().astype, {}),
+    "to": (flow().to, {"device": "cpu"}),
+    "prefix": (made().prefix, {}),
+    "sample_given": (made().sample_given, {"x": np.zeros(1), "context": CONTEXT[0]}),
+    "conditional_probs": (made(conditional="bernoulli").conditional_probs, {"x": X, "context": CONTEXT}),
+    "save": (flow().save, {}),
+    "member": (made(masks=2).member, {}),
+    "ensemble log_prob": (made(masks=2).log_prob, {"x": X, "context": CONTEXT}),
+    "ensemble sample": (made(masks=2).sample, {"n": 2, "context": CONTEXT, "seed": 1}),
+    "ensemble with_parameters": (made(masks=2).with_parameters, {}),
+    "fit": (flow().fit, {"x": np.eye(3)[np.arange(12) % 3], "context": np.eye(2)[np.arange(12) % 2], "max_epochs": 1, "progress": False}),
+    "ensemble fit": (
+        made(masks=2).fit,
+        {"x": np.eye(3)[np.arange(12) % 3], "context": np.eye(2)[np.arange(12) % 2], "max_epochs": 1, "progress": False},
+    ),
+}
+CASES = [(name, parameter) for name, (call, _) in CALLS.items() for parameter in inspect.signature(call).parameters]
+
+
+@pytest.fixture(autouse=True)
+def restored(monkeypatch):
+    from fastmaf import _backends
+
+    monkeypatch.setattr(_backends, "active", _backends.active)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "parameter"), CASES)
+def test_absurd_arguments_are_refused_in_a_few_words(name, parameter, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # text is a path, to some
+    call, arguments = CALLS[name]
+    refused = 0
+    for what, value in ABSURD.items():
+        try:
+            call(**{**arguments, parameter: value})
+        except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+            refused += 1
+            text = str(error)
+            assert len(text) <= 200, f"{what}: {len(text)} characters: {text[:300]}"
+            assert not re.search(r"(8414709.*){2}|chatty|array\(", text), f"{what}: {text}"  # one number may stand for itself
+            assert not re.search(r"ambiguous|unexpected keyword|object is not|unhashable|must be real number", text), f"{what}: {text}"
+        except OSError:
+            assert what in ("text", "bytes") and parameter in ("source", "path_or_file", "checkpoint"), what
+    assert refused or parameter in ("conditional",), "nothing was refused"
+
+
+def test_a_word_for_a_value_is_short_and_has_no_data():
+    for value in (*ABSURD.values(), np.float64(1), (1, 2, 3), [Chatty()], {1, 2}, np.dtype("f8"), "\x00" * 100, True):
+        text = _words.shown(value)
+        assert len(text) <= 60 and "chatty" not in text and "\n" not in text and str(SECRET) not in text
+
+
+def test_short_values_stand_as_they_are():
+    for value in (3, 1.5, "tanh", (100, 50), [1, 2], None, True, "a\nb", (7,)):
+        assert _words.shown(value) == repr(value)
+
+
+def test_shapes_and_dtypes_stand_for_arrays():
+    assert _words.shown(np.zeros((4, 2), "f4")) == "an array of shape (4, 2) and dtype float32"
+    assert _words.shown([0.5] * 9) == "a list of length 9"
+
+
+def test_all_faulty_columns_are_named_and_a_few_of_many():
+    assert _words.columns([0, 2], ["u", "g", "r"]) == "columns 'u', 'r'"
+    assert _words.columns(range(100)) == "columns 0, 1, 2 and 97 more"
+    assert len(_words.columns(range(9), ["name " * 100] * 9)) < 120
+
+
+def test_a_flow_without_a_common_order_says_how_to_build_one():
+    maf = fastmaf.MAF(features=784, transforms=2, hidden_features=(4,))
+    for call in (lambda: maf.prefix(3), lambda: maf.sample_given(np.zeros(3)), lambda: maf.order):
+        with pytest.raises(ValueError, match="order='sequential'") as error:
+            call()
+        assert len(str(error.value)) <= 200
+    fastmaf.MAF(features=4, transforms=2, hidden_features=(4,), order="sequential").prefix(3)
+
+
+def test_bounds_go_by_name():
+    flow = fastmaf.MAF(3, names=["u", "g", "z"], bounds={"z": (0, None), "u": (-1, 1)}, transforms=1)
+    assert flow.layers[0] == layers.Elementwise.from_bounds([(-1, 1), None, (0, None)])
+    assert fastmaf.MADE(2, names=["u", "z"], bounds={"z": (0, 1)}).layers[0].kinds == ("identity", "logit")
+    assert fastmaf.presets.resmade_lu(2, names=["u", "z"], bounds={"z": (0, 1)}, transforms=1)[0].layers[0].kinds[1] == "logit"
+    for options, message in [
+        ({"bounds": {"z": (0, 1)}}, "bounds goes by name, but names is None"),
+        ({"bounds": {"z": (0, 1), "y": None}, "names": ["u", "g"]}, "bounds has columns 'z', 'y'; names has no such"),
+        ({"bounds": {"g": (1, 0)}, "names": ["u", "g"]}, r"column 'g' has bounds \(1.0, 0.0\), which do not fit 'logit'"),
+        ({"bounds": {"g": "ab"}, "names": ["u", "g"]}, r"bounds\['g'\] is 'ab'; it must be None or a pair"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fastmaf.MAF(2, **options)
+
+
+def test_a_discrete_variable_is_named():
+    flow = fastmaf.MADE(2, "bernoulli", names=["wet", "cold"])
+    with pytest.raises(ValueError, match=r"x has 3.0 in column 'wet'; that variable has the values 0..1"):
+        flow.sample_given([3.0])
+
+
+def test_files_that_are_none():
+    for source in ({}, None, 3, [1], object()):
+        with pytest.raises(ValueError, match="source is .*; it must be a path, a binary file or bytes"):
+            fastmaf.load(source)
+    with pytest.raises(ValueError, match="path_or_file is 3; it must be a path or a binary file"):
+        fastmaf.MAF(2).save(3)
+    fastmaf.MAF(2).save(io.BytesIO())

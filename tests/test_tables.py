@@ -1,0 +1,239 @@
+"""Data frames: columns by name, what converts, and what is refused by the name of its column."""
+
+from __future__ import annotations
+
+import make
+import numpy as np
+import pytest
+
+import fastmaf
+from fastmaf import _tables, plot
+
+NAMES = ["z", "m", "r"]
+
+
+class Series:
+    """A column as polars has it."""
+
+    def __init__(self, values, missing=0):
+        self.values, self.missing = np.asarray(values), missing
+        self.dtype = f"Polars{self.values.dtype}"
+
+    def null_count(self):
+        return self.missing
+
+    def to_numpy(self):
+        return self.values
+
+
+class Frame:
+    """A data frame as polars has it: columns are text, `schema` is there, columns go by place through `to_series`."""
+
+    schema = None
+
+    def __init__(self, data):
+        self.data = {name: column if isinstance(column, Series) else Series(column) for name, column in data.items()}
+
+    @property
+    def columns(self):
+        return list(self.data)
+
+    @property
+    def shape(self):
+        return len(self), len(self.data)
+
+    def __len__(self):
+        return len(next(iter(self.data.values())).values)
+
+    def to_series(self, place):
+        return list(self.data.values())[place]
+
+
+class ArrowTable:
+    """A table as pyarrow has it: `column_names`, while `columns` are the columns themselves."""
+
+    schema = None
+
+    class Column:
+        def __init__(self, values, missing):
+            self.values, self.null_count, self.type = np.asarray(values), missing, f"arrow {np.asarray(values).dtype}"
+
+        def to_numpy(self):
+            return self.values
+
+    def __init__(self, data, missing=0):
+        self.names, self.columns = list(data), [self.Column(values, missing) for values in data.values()]
+
+    @property
+    def column_names(self):
+        return self.names
+
+    def __len__(self):
+        return len(self.columns[0].values)
+
+    def column(self, place):
+        return self.columns[place]
+
+
+def frame(kind, data):
+    if kind == "pandas":
+        return pytest.importorskip("pandas").DataFrame(data)
+    return {"polars": Frame, "arrow": ArrowTable}[kind](data)
+
+
+@pytest.fixture(params=["polars", "arrow", "pandas"])
+def kind(request):
+    return request.param
+
+
+def data(n=60):
+    rng = np.random.default_rng(0)
+    return {"z": rng.normal(10, 1, n), "m": rng.normal(-300, 50, n), "r": rng.normal(0, 0.1, n)}
+
+
+def permuted(columns):
+    return {name: columns[name] for name in ("r", "z", "m")}
+
+
+def named(**options):
+    return fastmaf.MAF(3, names=NAMES, transforms=2, hidden_features=(8,), seed=1, dtype="float64", **options)
+
+
+def test_columns_go_by_name(kind):
+    columns, flow = data(), named()
+    x = np.column_stack(list(columns.values()))
+    for own in (columns, permuted(columns), {"other": np.zeros(60), **permuted(columns)}):
+        table = frame(kind, own)
+        np.testing.assert_array_equal(flow.log_prob(table), flow.log_prob(x))
+        np.testing.assert_array_equal(flow.to_noise(table), flow.to_noise(x))
+        np.testing.assert_array_equal(flow.from_noise(table), flow.from_noise(x))
+        np.testing.assert_array_equal(flow.log_prob_and_grad(table)[1], flow.log_prob_and_grad(x)[1])
+        np.testing.assert_array_equal(flow.vjp(table, None, np.ones(60))[0], flow.vjp(x, None, np.ones(60))[0])
+    made = fastmaf.MADE(3, masks=2, hidden_features=(4,), names=NAMES)
+    np.testing.assert_array_equal(made.log_prob(frame(kind, permuted(columns))), made.log_prob(x))
+
+
+def test_missing_names_are_refused_by_name(kind):
+    columns = data()
+    table = frame(kind, {"z": columns["z"], "q": columns["m"], "p": columns["r"]})
+    for call in (named().log_prob, named().fit, named().log_prob_and_grad):
+        with pytest.raises(ValueError, match="x lacks columns 'm', 'r', by which the flow names its variables"):
+            call(table)
+    with pytest.raises(ValueError, match="validation x lacks column"):
+        named().fit(frame(kind, columns), validation=(table,))
+
+
+def test_numbers_and_booleans_convert(kind):
+    columns = {"z": np.arange(6) % 2 == 0, "m": np.arange(6, dtype="i4"), "r": np.arange(6, dtype="f4")}
+    x = np.column_stack([column.astype(float) for column in columns.values()])
+    np.testing.assert_array_equal(named().log_prob(frame(kind, columns)), named().log_prob(x))
+
+
+def test_columns_that_hold_no_numbers_are_named_all_at_once(kind):
+    columns = {"z": np.array(["a", "b"], object), "m": np.zeros(2), "r": np.array(["2020-01-01"] * 2, "M8[s]")}
+    with pytest.raises(ValueError, match=r"x must hold real numbers; it has columns 'z' \(.*\), 'r' \(.*\)") as error:
+        named().log_prob(frame(kind, columns))
+    assert len(str(error.value)) <= 200
+
+
+def test_missing_values_are_refused_and_the_column_named():
+    table = Frame({"z": Series([1.0, np.nan], 1), "m": [1.0, 2.0], "r": Series([1, 2], 2)})
+    with pytest.raises(ValueError, match="x has missing values in columns 'z', 'r'; fill or drop them first"):
+        named().log_prob(table)
+    with pytest.raises(ValueError, match="x has missing values in columns 'z', 'm', 'r'"):
+        named().log_prob(ArrowTable({"z": [1], "m": [1], "r": [2]}, 1))
+    assert np.isnan(named().log_prob(Frame({"z": [np.nan], "m": [1.0], "r": [1.0]}))).all()  # NaN is a number, as in an array
+
+
+def test_nullable_columns_of_pandas():
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame(data()).assign(m=lambda d: d.m.round().astype("Int64"), r=lambda d: (d.r > 0).astype("boolean"))
+    x = np.column_stack([table[name].astype(float) for name in NAMES])
+    np.testing.assert_allclose(named().log_prob(table), named().log_prob(x))
+    table.loc[3, "m"] = pandas.NA
+    with pytest.raises(ValueError, match="x has missing values in column 'm'"):
+        named().log_prob(table)
+    with pytest.raises(ValueError, match=r"it has column 'm' \(category\)"):
+        named().log_prob(table.assign(m=table.m.fillna(0).astype("category")))
+    with pytest.raises(ValueError, match="weights has missing values"):
+        named().fit(x, weights=table.m)
+    table = pandas.DataFrame(np.zeros((4, 4)), columns=["z", "m", "r", "m"])
+    with pytest.raises(ValueError, match="x has several of column 'm'"):
+        named().log_prob(table)
+    with pytest.raises(ValueError, match="x lacks columns 'z', 'm', 'r'"):
+        named().log_prob(pandas.DataFrame(np.zeros((4, 3))))
+
+
+def test_fit_takes_over_the_names_of_the_first_frame(kind):
+    columns = data(200)
+    flow = fastmaf.MAF(3, transforms=1, hidden_features=(4,), seed=1)
+    flow.fit(frame(kind, columns), max_epochs=1, progress=False, seed=1)
+    assert flow.names == tuple(NAMES)
+    np.testing.assert_array_equal(flow.log_prob(frame(kind, permuted(columns))), flow.log_prob(frame(kind, columns)))
+    other = fastmaf.MAF(3, transforms=1, hidden_features=(4,), seed=1)
+    other.fit(np.column_stack(list(columns.values())), max_epochs=1, progress=False, seed=1)
+    assert other.names is None
+    np.testing.assert_array_equal(flow.parameters(), other.parameters())
+    flow.fit(frame(kind, permuted(columns)), max_epochs=1, progress=False, seed=1)
+    assert flow.names == tuple(NAMES)
+    made = fastmaf.MADE(3, masks=2, hidden_features=(4,))
+    made.fit(frame(kind, columns), max_epochs=1, progress=False, validation=(frame(kind, permuted(columns)),))
+    assert made.names == tuple(NAMES)
+
+
+def test_a_refused_fit_leaves_the_flow_without_names(kind):
+    flow = fastmaf.MAF(3, transforms=1, hidden_features=(4,))
+    record = flow.record
+    bad = data(200) | {"m": np.full(200, np.inf)}
+    with pytest.raises(ValueError, match="x has inf"):
+        flow.fit(frame(kind, bad), progress=False)
+    assert flow.record is record and flow.names is None
+    with pytest.raises(ValueError, match="the flow has 3 features"):
+        flow.fit(frame(kind, {"a": np.zeros(9), "b": np.zeros(9)}), progress=False)
+
+
+def test_a_flow_without_names_takes_columns_from_left_to_right(kind):
+    columns, flow = data(), fastmaf.MAF(3, transforms=1, hidden_features=(4,))
+    np.testing.assert_array_equal(flow.log_prob(frame(kind, columns)), flow.log_prob(np.column_stack(list(columns.values()))))
+
+
+def test_contexts_are_taken_from_left_to_right(kind):
+    flow = make.flow(3, context_features=2)
+    rng = np.random.default_rng(0)
+    x, context = rng.normal(size=(4, 3)), rng.normal(size=(4, 2))
+    table = frame(kind, {"b": context[:, 0], "a": context[:, 1]})
+    np.testing.assert_array_equal(flow.log_prob(x, table), flow.log_prob(x, context))
+    np.testing.assert_array_equal(flow.sample(2, table, seed=1), flow.sample(2, context, seed=1))
+    assert flow.log_prob_and_grad(x, table)[2].shape == (4, 2)
+
+
+def test_given_values_go_by_name(kind):
+    flow = fastmaf.MADE(3, names=NAMES, order=[2, 0, 1], hidden_features=(4,), dtype="float64")
+    given = {"r": np.array([0.5, 1.0]), "z": np.array([2.0, 3.0])}
+    samples = flow.sample_given(frame(kind, given), seed=1)
+    assert samples[:, 0, 0].tolist() == [2.0, 3.0] and samples[:, 0, 2].tolist() == [0.5, 1.0]
+    with pytest.raises(ValueError, match="x lacks column 'r'"):
+        flow.sample_given(frame(kind, {"m": [0.5]}), seed=1)
+
+
+def test_a_lazy_table_is_refused_with_the_remedy():
+    class Lazy(Frame):
+        def collect(self):
+            return None
+
+    with pytest.raises(ValueError, match=r"x is a lazy table, of type Lazy; hand over x.collect\(\)"):
+        named().log_prob(Lazy(data()))
+    with pytest.raises(ValueError, match=r"x is a lazy table"):
+        fastmaf.MAF(3).fit(Lazy(data()))
+
+
+def test_pictures_take_frames(kind):
+    pytest.importorskip("matplotlib")
+    columns = data()
+    figure = plot.corner(frame(kind, columns), frame(kind, permuted(columns)))
+    assert {axes.get_xlabel() for axes in figure.axes} >= {"z", "m", "r"}
+
+
+def test_only_frames_are_frames():
+    assert not any(map(_tables.is_table, (np.zeros(3), [], {}, None, 3, np.zeros(3).view(np.recarray), Series([1]))))
+    assert _tables.names_of(Frame({"a": [1], 3: [1]})) is None and _tables.names_of(np.zeros(3)) is None
