@@ -8,7 +8,18 @@
 
 from __future__ import annotations
 
-from fastmaf import presets
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fastmaf import _backends
+
+if (_folder := _backends.in_source_tree_without_core()) is not None and not _backends.pure():
+    raise ImportError(
+        f"the source tree of fastmaf, {_folder}, has no compiled core: pip install . and run Python in another folder, "
+        f"or pip install -e . ({_backends.PURE}=1 goes without, many times slower)"
+    )
+
+from fastmaf import layers, masks, presets
 from fastmaf._backends import get_backend, set_backend
 from fastmaf.config import get_num_threads, num_threads, set_isa, set_num_threads, show_config, version
 from fastmaf.ensemble import Ensemble
@@ -17,20 +28,47 @@ from fastmaf.io import load
 from fastmaf.made import MADE
 from fastmaf.maf import MAF
 
+if TYPE_CHECKING:
+    from fastmaf import data, plot, train
+    from fastmaf.train import History
+
 __all__ = [
     "MADE",
     "MAF",
     "Ensemble",
     "Flow",
+    "History",
+    "data",
     "get_backend",
     "get_num_threads",
+    "layers",
     "load",
+    "masks",
     "num_threads",
+    "plot",
     "presets",
     "set_backend",
     "set_isa",
     "set_num_threads",
     "show_config",
+    "train",
 ]
 
 __version__ = version()
+
+_MODULES = ("data", "plot", "train")
+
+
+def __getattr__(name: str) -> Any:
+    """Modules that take time to import, when they are first asked for."""
+    if name == "History":
+        from fastmaf.train import History
+
+        return History
+    if name in _MODULES:
+        return importlib.import_module(f"fastmaf.{name}")
+    raise AttributeError(f"module 'fastmaf' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
+import pathlib
 from typing import TYPE_CHECKING, Any, Protocol
+
+from fastmaf import _words
 
 if TYPE_CHECKING:
     from fastmaf.record import FlowRecord
@@ -68,8 +73,8 @@ _loaded: dict[str, Backend | str] = {}
 
 def _load(name: str) -> Backend | str:
     """The backend, or why it is absent."""
-    if name not in names:
-        raise ValueError(f"backend is {name!r}; it must be one of {', '.join(map(repr, names))}")
+    if not isinstance(name, str) or name not in names:
+        raise ValueError(_words.one_of("backend", name, names))
     if name not in _loaded:
         try:
             _loaded[name] = importlib.import_module(_MODULES[name]).backend
@@ -117,12 +122,38 @@ def placed(device: str, precision: str) -> Backend:
     return made
 
 
+PURE = "FASTMAF_PURE"
+"""Environment variable: with 1 the compiled core may be absent, and nothing is said of it."""
+
+
+def pure() -> bool:
+    """Whether the user knows that there is no compiled core."""
+    return os.environ.get(PURE, "") not in ("", "0")
+
+
 def choose() -> Backend:
-    """The backend in use; the first call settles it."""
-    global active
+    """The backend in use; the first call settles it, and warns if it is not the compiled core."""
+    global active, _warned
     if active is None:
         active = next(loaded for loaded in map(_load, ("cpu", "numba", "reference")) if not isinstance(loaded, str))
+        if active.name != "cpu" and not pure() and not _warned:
+            _warned = True
+            _words.warn(
+                f"fastmaf computes with its {active.name} backend, many times slower than the compiled core, which is absent: "
+                f"{_words.cut(str(reason('cpu')), 160)}; {PURE}=1 or set_backend({active.name!r}) silences this"
+            )
     return active
+
+
+_warned = False  # or the user has chosen a backend, and knows
+
+
+def in_source_tree_without_core() -> str | None:
+    """The folder, if this package is a source tree whose core was not compiled into it."""
+    root = pathlib.Path(__file__).resolve().parents[1]
+    if all((root / name).is_file() for name in ("CMakeLists.txt", "pyproject.toml")) and importlib.util.find_spec("fastmaf._core") is None:
+        return str(root)
+    return None
 
 
 def get_backend() -> str:
@@ -161,5 +192,6 @@ def set_backend(name: str | None) -> None:
     'reference'
     >>> fastmaf.set_backend(None)
     """
-    global active
+    global active, _warned
     active = None if name is None else require(name)
+    _warned = True

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastmaf import _arrays, _tables, _words
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import FigureBase
@@ -38,11 +40,11 @@ def _figure(figure: FigureBase | None, width: float, height: float) -> FigureBas
     return Figure(figsize=(width, height), dpi=120) if figure is None else figure
 
 
-def _table(name: str, value: ArrayLike, columns: int | None = None) -> Array:
-    """Finite rows (n, D) in float64."""
-    array = np.asarray(value, np.float64)
+def _table(name: str, value: ArrayLike, columns: int | None = None, names: Sequence[str] | None = None) -> Array:
+    """Finite rows (n, D) in float64; of a data frame the columns of these names, if there are any."""
+    array = _arrays.real(name, value, names=names).astype(np.float64)
     if array.ndim != 2 or (columns is not None and array.shape[1] != columns):
-        raise ValueError(f"{name} has shape {array.shape}; it must be (n, {'D' if columns is None else columns})")
+        raise ValueError(f"{name} has shape {_words.shapes(array.shape)}; it must be (n, {'D' if columns is None else columns})")
     array = array[np.isfinite(array).all(axis=1)]
     if not len(array):
         raise ValueError(f"{name} has no finite rows")
@@ -57,6 +59,8 @@ def _legend(figure: FigureBase, columns: int, *words: str) -> None:
 
 
 def _labels(names: Sequence[str] | None, columns: int, letter: str) -> Sequence[str]:
+    if names is not None and (isinstance(names, str) or not np.iterable(names)):
+        raise ValueError(f"names is {_words.shown(names)}; it must be a sequence of strings")
     if names is not None and len(names) != columns:
         raise ValueError(f"names lists {len(names)} names; there are {columns} columns")
     return names if names is not None else [f"${letter}_{{{j + 1}}}$" for j in range(columns)]
@@ -98,10 +102,10 @@ def corner(data: ArrayLike, samples: ArrayLike, names: Sequence[str] | None = No
 
     Parameters
     ----------
-    data, samples : (n, D), (m, D) arrays
+    data, samples : (n, D), (m, D) arrays or data frames
         Rows that are not finite are left out.
     names : sequence of str, optional
-        One label per column.
+        One label per column; those of `data` where it is a data frame. By them the columns of `samples` are taken, if that is one too.
     figure : Figure or SubFigure, optional
         Where to draw; a new figure if None.
 
@@ -124,9 +128,10 @@ def corner(data: ArrayLike, samples: ArrayLike, names: Sequence[str] | None = No
     >>> len(corner(x[0], x[1]).axes)
     6
     """
+    own = _tables.names_of(data)
     data = _table("data", data)
     columns = data.shape[1]
-    samples = _table("samples", samples, columns)
+    samples, names = _table("samples", samples, columns, own), own if names is None else names
     names = _labels(names, columns, "x")
     figure = _figure(figure, 1.4 * columns + 0.6, 1.4 * columns + 0.6)
     low, high = np.quantile(data, [0.001, 0.999], axis=0)
@@ -277,7 +282,7 @@ def redshift(
     """
     if np.ndim(truth) != 1 or np.shape(truth) != np.shape(estimate):
         raise ValueError(f"truth has shape {np.shape(truth)}, estimate {np.shape(estimate)}; both must be (n,)")
-    both = _table("truth and estimate", np.column_stack([np.asarray(truth), np.asarray(estimate)]))
+    both = _table("truth and estimate", np.column_stack([_arrays.real("truth", truth), _arrays.real("estimate", estimate)]))
     error = (both[:, 1] - both[:, 0]) / (1 + both[:, 0])
     figure = _figure(figure, 5.0, 5.2)
     upper, lower = figure.subplots(
