@@ -328,3 +328,74 @@ def test_empty_arrays_and_odd_strides(framework):
     turned = framework.put(x)
     turned = Pretended(turned.values.T) if framework.name == "pretended" else turned.T
     assert_close("log_prob", "float32", framework.get(there.log_prob(turned)), flow.log_prob(x.T).astype("float64"))
+
+
+@needs_device
+def test_samples_of_a_device_are_scored_under_their_contexts(framework, dtype):
+    flow = conditional(dtype)
+    there = flow.to("cuda")
+    context = rows(4)[1]
+    of_context = framework.put(context)
+    samples = there.sample(10, of_context, seed=3)
+    expected = flow.log_prob(framework.get(samples), context).astype("float64")
+    assert_close("log_prob", dtype, framework.get(there.log_prob(samples, of_context)), expected, factor=4)
+    assert_close("log_prob", dtype, there.log_prob(framework.get(samples), context), expected, factor=4)
+    x = rows(1)[0]
+    assert_close(
+        "log_prob", dtype, framework.get(there.log_prob(framework.put(x), of_context)), flow.log_prob(x, context).astype("float64")
+    )
+    assert_close("log_prob", dtype, there.log_prob(x, context), flow.log_prob(x, context).astype("float64"))
+
+
+class Spoken:
+    """Memory of the host that says, by DLPack alone, that it lies on a device."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __dlpack__(self, stream=None):
+        assert stream == 1  # the default stream, on which the array is then used
+        return self.values.__dlpack__()
+
+    def __dlpack_device__(self):
+        return (2, 0)
+
+
+Spoken.__module__ = "spoken"
+
+
+@needs_device
+def test_arrays_of_a_device_that_only_speak_dlpack(framework, monkeypatch):
+    if framework.name != "pretended":
+        pytest.skip("arrays of the host stand for those of a device")
+    flow = conditional()
+    there = flow.to("cuda")
+    x, context = rows(30)
+    expected = flow.log_prob(x, context).astype("float64")
+    result = there.log_prob(Spoken(x[::-1]), Spoken(context[::-1]))
+    assert type(result) is Pretended  # a package that takes nothing over DLPack gets what its neighbour allocates
+    assert_close("log_prob", "float32", result.values[::-1], expected)
+    monkeypatch.setitem(sys.modules, "spoken", types.SimpleNamespace(from_dlpack=lambda array: Spoken(array.values)))
+    for result in (there.log_prob(Spoken(x), Spoken(context)), there.log_prob(Spoken(x), framework.put(context))):
+        assert type(result) is Spoken
+        assert_close("log_prob", "float32", result.values, expected)
+    assert type(there.sample(3, Spoken(context), seed=1)) is Spoken
+    with pytest.raises(ValueError, match="x has dtype complex64"):
+        there.log_prob(Spoken(x.astype("complex64")), Spoken(context))
+
+
+@needs_device
+def test_tensors_of_the_host_are_streamed_and_come_back_as_tensors(monkeypatch):
+    class Tensor:
+        def __init__(self, values):
+            self.values = values
+
+        def __array__(self, dtype=None, copy=None):
+            return self.values
+
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(Tensor=Tensor, from_numpy=Tensor))
+    flow = conditional()
+    x, context = rows(30)
+    result = flow.to("cuda").log_prob(Tensor(x), Tensor(context))
+    assert type(result) is Tensor
+    assert_close("log_prob", "float32", result.values, flow.log_prob(x, context).astype("float64"))
