@@ -185,11 +185,21 @@ def test_a_refused_fit_leaves_the_flow_without_names(kind):
     flow = fastmaf.MAF(3, transforms=1, hidden_features=(4,))
     record = flow.record
     bad = data(200) | {"m": np.full(200, np.inf)}
-    with pytest.raises(ValueError, match="x has inf"):
+    with pytest.raises(ValueError, match="x has inf in row 0, column 'm'; it must be finite"):
         flow.fit(frame(kind, bad), progress=False)
     assert flow.record is record and flow.names is None
     with pytest.raises(ValueError, match="the flow has 3 features"):
         flow.fit(frame(kind, {"a": np.zeros(9), "b": np.zeros(9)}), progress=False)
+
+
+def test_all_columns_that_fit_refuses_are_named():
+    x = np.random.default_rng(0).normal(size=(50, 3))
+    x[7:9, 1:] = [[np.nan, 0], [0, np.inf]]
+    with pytest.raises(ValueError, match=r"x has nan in row 7, column 'm' \(and column 'r'\); it must be finite"):
+        named().fit(x)
+    x = np.random.default_rng(0).normal(size=(50, 3)) * [0, 1, 0]
+    with pytest.raises(ValueError, match="x is constant in columns 'z', 'r': "):
+        named().fit(x)
 
 
 def test_a_flow_without_names_takes_columns_from_left_to_right(kind):
