@@ -21,16 +21,16 @@ WIDE, DEEP, COMPONENTS = (500,), (512, 512), 10
 
 # name -> model, rows of log_prob and sample
 MEMBERS: dict[str, tuple[Callable[[], Any], int]] = {
-    "Bernoulli MADE (784, 500x1)": (lambda: fastmaf.MADE(784, "bernoulli", hidden_features=WIDE), 10_000),
-    "Bernoulli MADE (63, 512x2)": (lambda: fastmaf.MADE(63, "bernoulli", hidden_features=DEEP), 10_000),
-    "mixture MADE (63, 512x2, 10)": (lambda: fastmaf.MADE(63, "mixture", hidden_features=DEEP, components=COMPONENTS), 10_000),
-    "mixture MADE (784, 1024x1, 10)": (lambda: fastmaf.MADE(784, "mixture", hidden_features=(1024,), components=COMPONENTS), 2_000),
-    "categorical MADE (63, 512x2, 8)": (lambda: fastmaf.MADE(63, "categorical", categories=8, hidden_features=DEEP), 10_000),
-    "MAF with batch norm (63, 512x2, 5)": (lambda: fastmaf.MAF(63, hidden_features=DEEP, batch_norm=True), 10_000),
-    "MAF MoG (63, 512x2, 5, 10)": (lambda: fastmaf.MAF(63, hidden_features=DEEP, components=COMPONENTS), 10_000),
-    "MAF with direct weights (63, 512x2, 5)": (lambda: fastmaf.MAF(63, hidden_features=DEEP, direct=True), 10_000),
-    "residual + LU (63, 256, 10)": (lambda: fastmaf.presets.resmade_lu(63)[0], 10_000),
-    "ensemble of 32 Bernoulli MADEs (128, 500x1)": (lambda: fastmaf.MADE(128, "bernoulli", hidden_features=WIDE, masks=32), 10_000),
+    "Bernoulli MADE (784, 500x1)": (lambda: fastmaf.MADE(784, "bernoulli", hidden_features=WIDE, seed=0), 10_000),
+    "Bernoulli MADE (63, 512x2)": (lambda: fastmaf.MADE(63, "bernoulli", hidden_features=DEEP, seed=0), 10_000),
+    "mixture MADE (63, 512x2, 10)": (lambda: fastmaf.MADE(63, "mixture", hidden_features=DEEP, components=COMPONENTS, seed=0), 10_000),
+    "mixture MADE (784, 1024x1, 10)": (lambda: fastmaf.MADE(784, "mixture", hidden_features=(1024,), components=COMPONENTS, seed=0), 2_000),
+    "categorical MADE (63, 512x2, 8)": (lambda: fastmaf.MADE(63, "categorical", categories=8, hidden_features=DEEP, seed=0), 10_000),
+    "MAF with batch norm (63, 512x2, 5)": (lambda: fastmaf.MAF(63, hidden_features=DEEP, batch_norm=True, seed=0), 10_000),
+    "MAF MoG (63, 512x2, 5, 10)": (lambda: fastmaf.MAF(63, hidden_features=DEEP, components=COMPONENTS, seed=0), 10_000),
+    "MAF with direct weights (63, 512x2, 5)": (lambda: fastmaf.MAF(63, hidden_features=DEEP, direct=True, seed=0), 10_000),
+    "residual + LU (63, 256, 10)": (lambda: fastmaf.presets.resmade_lu(63, seed=0)[0], 10_000),
+    "ensemble of 32 Bernoulli MADEs (128, 500x1)": (lambda: fastmaf.MADE(128, "bernoulli", hidden_features=WIDE, masks=32, seed=0), 10_000),
 }
 STEPS, RATE, SEED = 4, 1e-5, 2
 CHECKED = {"log_prob": 200, "sample": 20, "steps": 2}
@@ -190,7 +190,7 @@ def _bernoulli(settings: Settings) -> Iterator[Line]:
     except ImportError as problem:
         yield Line("member sample", name, rows, skipped={"torch": f"not installed ({problem})"})
         return
-    flow = fastmaf.MADE(784, "bernoulli", hidden_features=WIDE)
+    flow = fastmaf.MADE(784, "bernoulli", hidden_features=WIDE, seed=0)
     arrays = [torch.from_numpy(np.array(a)) for a in trainable(flow.base)]
 
     def logits(x: Any) -> Any:
@@ -259,7 +259,7 @@ def _mixture(settings: Settings) -> Iterator[Line]:
     except ImportError as problem:
         yield Line("member train against nflows", name, 100, skipped={"nflows": f"not installed ({problem})"})
         return
-    flow = fastmaf.MADE(63, "mixture", hidden_features=DEEP, components=COMPONENTS)
+    flow = fastmaf.MADE(63, "mixture", hidden_features=DEEP, components=COMPONENTS, seed=0)
     torch.manual_seed(0)
     net = MixtureOfGaussiansMADE(63, DEEP[0], num_blocks=1, num_mixture_components=COMPONENTS, use_residual_blocks=False)
     for batch in _batches(settings):

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastmaf import _arrays, _backends, _device, _reference, _tables, _words
+from fastmaf._arrays import Seed
 from fastmaf.flow import Flow
 from fastmaf.layers import (
     Affine,
@@ -259,7 +260,7 @@ def _reading(dense: Dense, weight: Array, width: int) -> Dense:
     return replace(dense, context="added", context_weight=old)
 
 
-def sample_given(flow: Flow, x: ArrayLike, n: int, context: ArrayLike | None, seed: int | None, offset: int, context_offset: int) -> Array:
+def sample_given(flow: Flow, x: ArrayLike, n: int, context: ArrayLike | None, seed: Seed, offset: int, context_offset: int) -> Array:
     """Rows that begin with given values; see `Flow.sample_given`."""
     like = x
     x = _arrays.real("x", x, names=_given_names(flow, x))

@@ -211,7 +211,7 @@ class Ensemble:
         result[...] = total - math.log(len(members))
         return out if out is not None else _device.native(result, given)
 
-    def sample(self, n: int, context: ArrayLike | None = None, seed: int | None = None, offset: int = 0, context_offset: int = 0) -> Array:
+    def sample(self, n: int, context: ArrayLike | None = None, seed: Seed = None, offset: int = 0, context_offset: int = 0) -> Array:
         """Draw from the ensemble: each row from a member drawn for it.
 
         Parameters
@@ -256,7 +256,7 @@ class Ensemble:
         return _device.native(samples.reshape(*shape, self.features), given)
 
     def sample_and_log_prob(
-        self, n: int, context: ArrayLike | None = None, seed: int | None = None, offset: int = 0, context_offset: int = 0
+        self, n: int, context: ArrayLike | None = None, seed: Seed = None, offset: int = 0, context_offset: int = 0
     ) -> tuple[Array, Array]:
         """Draw from the ensemble, and give the log of the mean density of each row drawn.
 

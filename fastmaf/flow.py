@@ -316,7 +316,7 @@ class Flow:
         self,
         n: int,
         context: ArrayLike | None = None,
-        seed: int | None = None,
+        seed: Seed = None,
         offset: int = 0,
         context_offset: int = 0,
         out: Array | None = None,
@@ -331,8 +331,8 @@ class Flow:
         n : int
             Rows to draw under each context.
         context : (C,) or (c, C) array, optional
-        seed : int, optional
-            Below 2**64. None draws afresh in every call.
+        seed : int, numpy.random.Generator or SeedSequence, optional
+            An int is below 2**64. None draws afresh in every call, and so does a generator.
         offset, context_offset : int
             Index of the first row and of the first context in the stream of the seed; need a seed.
         out : (n, D) or (c, n, D) array, optional
@@ -358,7 +358,7 @@ class Flow:
         return self._sample(n, context, seed, offset, context_offset, out, False)[0]
 
     def sample_and_log_prob(
-        self, n: int, context: ArrayLike | None = None, seed: int | None = None, offset: int = 0, context_offset: int = 0
+        self, n: int, context: ArrayLike | None = None, seed: Seed = None, offset: int = 0, context_offset: int = 0
     ) -> tuple[Array, Array]:
         """Draw from the flow, and give the log-density of each row drawn at no further cost.
 
@@ -391,7 +391,7 @@ class Flow:
         return samples, log_prob
 
     def _sample(
-        self, n: int, context: ArrayLike | None, seed: int | None, offset: int, context_offset: int, out: Array | None, density: bool
+        self, n: int, context: ArrayLike | None, seed: Seed, offset: int, context_offset: int, out: Array | None, density: bool
     ) -> tuple[Array, Array | None]:
         record, backend = self._ready()
         n = _arrays.count("n", n)
@@ -474,7 +474,7 @@ class Flow:
         x: ArrayLike,
         n: int = 1,
         context: ArrayLike | None = None,
-        seed: int | None = None,
+        seed: Seed = None,
         offset: int = 0,
         context_offset: int = 0,
     ) -> Array:

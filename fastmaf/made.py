@@ -10,6 +10,7 @@ from numpy.typing import DTypeLike
 
 from fastmaf import _arrays, _words
 from fastmaf import masks as _masks
+from fastmaf._arrays import Seed
 from fastmaf.ensemble import Ensemble, random_member
 from fastmaf.flow import Flow
 from fastmaf.layers import Autoregressive, FlowLayer, Law, Terminal
@@ -36,7 +37,7 @@ def MADE(
     bounds: Bounds | None = None,
     names: Sequence[str] | None = None,
     dtype: DTypeLike = "float32",
-    seed: int | None = 0,
+    seed: Seed = None,
 ) -> Flow: ...
 
 
@@ -56,7 +57,7 @@ def MADE(
     bounds: Bounds | None = None,
     names: Sequence[str] | None = None,
     dtype: DTypeLike = "float32",
-    seed: int | None = 0,
+    seed: Seed = None,
 ) -> Flow | Ensemble: ...
 
 
@@ -75,7 +76,7 @@ def MADE(
     bounds: Bounds | None = None,
     names: Sequence[str] | None = None,
     dtype: DTypeLike = "float32",
-    seed: int | None = 0,
+    seed: Seed = None,
 ) -> Flow | Ensemble:
     """A MADE (Germain et al. 2015): each variable has a density of its own, given those before it in the order.
 

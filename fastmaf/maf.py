@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from fastmaf import _arrays, _words, masks
+from fastmaf._arrays import Seed
 from fastmaf.flow import Flow
 from fastmaf.layers import Affine, Autoregressive, BatchNorm, Block, Conditioner, Dense, Elementwise, FlowLayer, Law, Linear, Terminal
 
@@ -37,7 +38,7 @@ def MAF(
     bounds: Bounds | None = None,
     names: Sequence[str] | None = None,
     dtype: DTypeLike = "float32",
-    seed: int | None = 0,
+    seed: Seed = None,
     linear: bool = False,
     direct: bool = False,
     clip: float = math.log(1000.0),
@@ -71,8 +72,9 @@ def MAF(
     names : sequence of str, optional
         Of the columns. By them a data frame is selected; without names a flow takes those of the first frame that it is fitted to.
     dtype : {"float32", "float64"}
-    seed : int, optional
-        Of the weights and of random orders; None draws afresh. The weights in float32 are those in float64, rounded.
+    seed : int, numpy.random.Generator or SeedSequence, optional
+        Of the weights and of random orders; None draws one, so that no two flows are the same. It is found in
+        ``flow.training["init_seed"]``. The weights in float32 are those in float64, rounded.
     linear : bool
         A `Linear` in front of every autoregressive layer, at first the identity.
     direct : bool
@@ -133,7 +135,7 @@ class Draft:
         activation: str,
         residual: bool,
         direct: bool,
-        seed: int | None,
+        seed: Seed,
     ) -> None:
         self.features = _arrays.count("features", features, lowest=1)
         self.context_features = _arrays.count("context_features", context_features)
@@ -211,6 +213,7 @@ class Draft:
             context_layers=context_layers,
             dtype=dtype,
             names=names,
+            training={"init_seed": self.seed},
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from numpy.typing import DTypeLike
 
+from fastmaf._arrays import Seed
 from fastmaf.flow import Flow
 from fastmaf.maf import MAF, Bounds, Order
 
@@ -28,7 +29,7 @@ def maf_paper(
     bounds: Bounds | None = None,
     names: Sequence[str] | None = None,
     dtype: DTypeLike = "float32",
-    seed: int | None = 0,
+    seed: Seed = None,
 ) -> Recipe:
     """The MAF of Papamakarios et al. 2017: batch norm behind every layer, the order turned around in every second one.
 
@@ -87,7 +88,7 @@ def resmade_lu(
     bounds: Bounds | None = None,
     names: Sequence[str] | None = None,
     dtype: DTypeLike = "float32",
-    seed: int | None = 0,
+    seed: Seed = None,
 ) -> Recipe:
     """The MAF that Durkan et al. 2019 compare their spline flows with: residual networks, and a linear layer in front of each.
 

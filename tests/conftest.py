@@ -6,6 +6,7 @@ What is missing is skipped with its reason, unless ``FASTMAF_EXPECT`` (a comma-s
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 
 import pytest
@@ -58,6 +59,12 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
         if not str(error).startswith("the cuda backend has no"):
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture(autouse=True)
+def reproducible(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds that nobody gave are drawn, but for each test the same ones in every run."""
+    monkeypatch.setattr("fastmaf._arrays.secrets.randbits", random.Random(request.node.nodeid).getrandbits)
 
 
 @pytest.fixture(scope="session", autouse=True)

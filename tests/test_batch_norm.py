@@ -181,7 +181,7 @@ def reference():
 
 def fit(made, x, **options):
     """On the reference, which every test of this section has in use."""
-    return made.fit(x, **{"batch_size": 100, "max_epochs": 4, "lr": 3e-3, **options})
+    return made.fit(x, **{"batch_size": 100, "max_epochs": 4, "lr": 3e-3, "seed": 0, **options})
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -237,7 +237,7 @@ def test_a_batch_of_one_row_has_no_statistics(reference, x):
     made = start()
     with pytest.raises(ValueError, match="batch_size is 1; the statistics of a batch norm need at least 2 rows"):
         fit(made, x, batch_size=1)
-    assert not made.training
+    assert "epochs" not in made.training
 
 
 def test_rows_that_fill_no_batch_are_left_out(reference, x):
@@ -269,7 +269,7 @@ def test_resume_gives_the_same_bits(reference, x, tmp_path, kinds, stop, same_ob
     options = {"weights": np.random.default_rng(0).uniform(size=600), "lr": 0.05, "clip_norm": 1.0, "checkpoint": tmp_path / "c"}
     whole, parts = start(kinds=kinds), start(kinds=kinds)
     history = fit(whole, x, **options)
-    fit(parts, x, **options, callback=interrupt)
+    fit(parts, x, **options, callback=interrupt, on_interrupt="return")
     if not same_object:
         parts = start(kinds=kinds, seed=0)
     resumed = fit(parts, x, **options, resume=True)
@@ -288,7 +288,8 @@ def test_a_callable_x_gives_the_statistics_of_its_epoch(reference, x):
 @pytest.mark.parametrize("validation", [0, 0.2])
 def test_a_fit_that_goes_astray_leaves_numbers(reference, x, validation):
     made = start()
-    history = fit(made, x, lr=1e200, validation=validation)
+    with pytest.warns(fastmaf.train.FitWarning, match="loss not finite in epoch 1"):
+        history = fit(made, x, lr=1e200, validation=validation)
     assert "not finite" in history.stopped
     assert np.isfinite(made.log_prob(x)).all()
 

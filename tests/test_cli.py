@@ -51,8 +51,10 @@ def test_demo_without_matplotlib(tmp_path, capsys, monkeypatch):
 
 
 def test_demo_interrupted(tmp_path, capsys, monkeypatch):
-    training = {"stopped": "interrupted", "epochs": 1, "rows": 1, "seconds": 1.0}
-    monkeypatch.setattr(fastmaf.Flow, "fit", lambda flow, *_, **__: flow.training.update(training))
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fastmaf.Flow, "fit", interrupted)
     assert cli.main(["demo", "--quick", "--output", str(tmp_path / "figure.png")]) == 130
     assert capsys.readouterr().err == "fastmaf: interrupted\n"
 

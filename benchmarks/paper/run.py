@@ -95,6 +95,7 @@ def fitted(row: Row, recipe: Recipe, data: Data, seed: int, settings: Settings) 
         checkpoint=path,
         resume=True,
         **arguments,
+        on_interrupt="return",
     )
     if history.stopped == "interrupted":
         raise Interrupted

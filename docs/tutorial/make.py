@@ -146,8 +146,8 @@ def one_outcome(page: Page, rows: int = 1000, epochs: int = 200) -> Results:
     """One binary outcome: the fitted probability is the fraction that was seen."""
     # snippet one
     x = (np.random.default_rng(1).random((rows, 1)) < 0.3).astype(int)  # (n, 1): it fired, or not
-    coin = fastmaf.MADE(features=1, conditional="bernoulli", hidden_features=())
-    history = coin.fit(x, validation=0, batch_size=rows, lr=0.1, schedule="cosine", max_epochs=epochs)
+    coin = fastmaf.MADE(features=1, conditional="bernoulli", hidden_features=(), seed=0)
+    history = coin.fit(x, validation=0, batch_size=rows, lr=0.1, schedule="cosine", max_epochs=epochs, seed=0)
     learned = coin.conditional_probs([[0]])[0, 0]
     # end
     fraction = float(x.mean())
@@ -179,8 +179,8 @@ def phrase(page: Page, rows: int = 2000, epochs: int = 3000) -> Results:
     counts = np.random.default_rng(2).multinomial(rows, (p1[:, None] * p2).ravel())
 
     phrases = np.array([(a, b) for a in range(3) for b in range(4)])  # (12, 2), each once
-    model = fastmaf.MADE(features=2, conditional="categorical", categories=[3, 4], hidden_features=(32,))
-    model.fit(phrases, weights=counts, validation=0, lr=0.01, schedule="cosine", max_epochs=epochs)
+    model = fastmaf.MADE(features=2, conditional="categorical", categories=[3, 4], hidden_features=(32,), seed=0)
+    model.fit(phrases, weights=counts, validation=0, lr=0.01, schedule="cosine", max_epochs=epochs, seed=0)
     learned = np.exp(model.log_prob(phrases)).reshape(3, 4)
     # end
     # snippet phrase-step
@@ -239,7 +239,7 @@ def staircases(page: Page) -> Results:
     page.figure("3-masks", figure)
 
     # snippet sample
-    made = fastmaf.MADE(features=6, hidden_features=(12, 12), activation="tanh", dtype="float64")
+    made = fastmaf.MADE(features=6, hidden_features=(12, 12), activation="tanh", dtype="float64", seed=0)
     net = made.layers[-1].conditioner
 
     def units(x):
@@ -280,8 +280,8 @@ def conditionals(page: Page, rows: int = 20_000, epochs: int = 30) -> Results:
     """Gaussian conditionals, in the order in which the data are made."""
     # snippet conditionals
     x, held = curved(rows, seed=0), curved(rows, seed=1)
-    made = fastmaf.MADE(features=2, order=[1, 0], hidden_features=(50, 50))  # x2 first, then x1 given x2
-    made.fit(x, max_epochs=epochs, schedule="cosine")
+    made = fastmaf.MADE(features=2, order=[1, 0], hidden_features=(50, 50), seed=0)  # x2 first, then x1 given x2
+    made.fit(x, max_epochs=epochs, schedule="cosine", seed=0)
 
     x2 = np.linspace(-4, 4, 81)
     u2 = made.to_noise(np.stack([0 * x2, x2], axis=1))[:, 1]
@@ -319,10 +319,10 @@ def jacobians(page: Page, rows: int = 60_000, epochs: int = 3) -> Results:
     x, names = galaxies()
     x = x[:rows].astype("float64")
     order = [3, 1, 6, 0, 4, 2, 5]
-    made = fastmaf.MADE(features=7, order=order, hidden_features=(50, 50), activation="tanh", names=names, dtype="float64")
-    maf = fastmaf.MAF(features=7, transforms=2, hidden_features=(50, 50), activation="tanh", names=names, dtype="float64")
+    made = fastmaf.MADE(features=7, order=order, hidden_features=(50, 50), activation="tanh", names=names, dtype="float64", seed=0)
+    maf = fastmaf.MAF(features=7, transforms=2, hidden_features=(50, 50), activation="tanh", names=names, dtype="float64", seed=0)
     for flow in (made, maf):
-        flow.fit(x, max_epochs=epochs)
+        flow.fit(x, max_epochs=epochs, seed=0)
     round_trip = np.abs(maf.from_noise(maf.to_noise(x)) - x).max()
 
     # end
@@ -374,12 +374,12 @@ def densities(page: Page, rows: int = 20_000, epochs: int = 30) -> Results:
     # snippet densities
     x, held = curved(rows, seed=0), curved(rows, seed=1)
     flows = {
-        "MADE, x2 first": fastmaf.MADE(features=2, order=[1, 0], hidden_features=(50, 50)),
-        "MADE, x1 first": fastmaf.MADE(features=2, order=[0, 1], hidden_features=(50, 50)),
-        "MAF of 3 MADEs": fastmaf.MAF(features=2, transforms=3, hidden_features=(50, 50)),
+        "MADE, x2 first": fastmaf.MADE(features=2, order=[1, 0], hidden_features=(50, 50), seed=0),
+        "MADE, x1 first": fastmaf.MADE(features=2, order=[0, 1], hidden_features=(50, 50), seed=0),
+        "MAF of 3 MADEs": fastmaf.MAF(features=2, transforms=3, hidden_features=(50, 50), seed=0),
     }
     for flow in flows.values():
-        flow.fit(x, max_epochs=epochs, schedule="cosine")
+        flow.fit(x, max_epochs=epochs, schedule="cosine", seed=0)
     score = {name: flow.log_prob(held).mean() for name, flow in flows.items()}
     # end
     truth = curved_log_prob(held)
@@ -416,7 +416,7 @@ def repeat(page: Page, rows: int = 20_000, epochs: int = 20, layers: int = 5) ->
         made = fastmaf.MADE(features=2, order=[[0, 1], [1, 0]][k % 2], hidden_features=(50, 50), seed=k)
         chain += made.layers[1:] if k else made.layers  # an Affine that standardises the data stands in front of the first
         flow = fastmaf.Flow(chain)
-        flow.fit(x, lr=2e-3, schedule="cosine", max_epochs=epochs, standardize=k == 0)
+        flow.fit(x, lr=2e-3, schedule="cosine", max_epochs=epochs, standardize=k == 0, seed=0)
         chain = list(flow.layers)
         flows.append(flow)
     # end
@@ -457,14 +457,14 @@ def mixtures(page: Page, rows: int = 20_000, epochs: int = 30) -> Results:
     x, held = ring(rows, seed=0), ring(rows, seed=1)
     size = {"features": 2, "hidden_features": (50, 50)}
     flows = {
-        "MADE, Gaussian": fastmaf.MADE(**size),
-        "MADE, mixture of 10": fastmaf.MADE(**size, conditional="mixture", components=10),
-        "MAF of 5": fastmaf.MAF(**size, transforms=5),
-        "MAF of 5, batch norm": fastmaf.MAF(**size, transforms=5, batch_norm=True),
-        "MAF of 5, mixture base": fastmaf.MAF(**size, transforms=5, components=10),
+        "MADE, Gaussian": fastmaf.MADE(**size, seed=0),
+        "MADE, mixture of 10": fastmaf.MADE(**size, conditional="mixture", components=10, seed=0),
+        "MAF of 5": fastmaf.MAF(**size, transforms=5, seed=0),
+        "MAF of 5, batch norm": fastmaf.MAF(**size, transforms=5, batch_norm=True, seed=0),
+        "MAF of 5, mixture base": fastmaf.MAF(**size, transforms=5, components=10, seed=0),
     }
     for flow in flows.values():
-        flow.fit(x, lr=2e-3, schedule="cosine", max_epochs=epochs)
+        flow.fit(x, lr=2e-3, schedule="cosine", max_epochs=epochs, seed=0)
     # end
     truth = ring_log_prob(held)
     gap = {name: float((truth - flow.log_prob(held)).mean()) for name, flow in flows.items()}
@@ -497,8 +497,8 @@ def prefixes(page: Page, rows: int = 60_000, epochs: int = 8, draws: int = 1000)
     x = x[:rows]
     test, x = x[:2000], x[2000:]
     order = [1, 2, 3, 4, 5, 6, 0]  # the six magnitudes, then the redshift
-    flow = fastmaf.MAF(features=7, transforms=3, order=order, components=8, bounds=[(0, None), *[None] * 6], names=names)
-    flow.fit(x, schedule="cosine", max_epochs=epochs)
+    flow = fastmaf.MAF(features=7, transforms=3, order=order, components=8, bounds=[(0, None), *[None] * 6], names=names, seed=0)
+    flow.fit(x, schedule="cosine", max_epochs=epochs, seed=0)
 
     magnitudes = flow.prefix(6)  # the marginal density of the magnitudes: a flow of its own
     draws_z = flow.sample_given(test[:, 1:], n=draws, seed=1)[:, :, 0]  # (2000, n): redshifts given magnitudes
