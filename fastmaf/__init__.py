@@ -30,12 +30,13 @@ from fastmaf.maf import MAF
 
 if TYPE_CHECKING:
     from fastmaf import data, plot, train
-    from fastmaf.train import History
+    from fastmaf.train import FitWarning, History
 
 __all__ = [
     "MADE",
     "MAF",
     "Ensemble",
+    "FitWarning",
     "Flow",
     "History",
     "data",
@@ -61,10 +62,8 @@ _MODULES = ("data", "plot", "train")
 
 def __getattr__(name: str) -> Any:
     """Modules that take time to import, when they are first asked for."""
-    if name == "History":
-        from fastmaf.train import History
-
-        return History
+    if name in ("FitWarning", "History"):
+        return getattr(importlib.import_module("fastmaf.train"), name)
     if name in _MODULES:
         return importlib.import_module(f"fastmaf.{name}")
     raise AttributeError(f"module 'fastmaf' has no attribute {name!r}")

@@ -65,7 +65,7 @@ def write(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
         array = tensors[name]
         dtype = array.dtype.newbyteorder("<")
         if dtype not in codes:
-            raise ValueError(f"tensor {name!r} has dtype {array.dtype}; it must be one of {', '.join(CODES)}")
+            raise ValueError(f"tensor {_words.shown(name)} has dtype {array.dtype}; it must be one of {', '.join(CODES)}")
         piece = np.ascontiguousarray(array, dtype).tobytes()
         header[name] = {"dtype": codes[dtype], "shape": [*array.shape], "data_offsets": [end, end + len(piece)]}
         pieces.append(piece)

@@ -245,7 +245,7 @@ def _from_bytes(data: bytes) -> Flow | Ensemble:
     record = _object("the metadata", _parse(metadata["fastmaf"]))
     version = record.get("format")
     if not isinstance(version, int) or version < 1:
-        raise ValueError(f"its format is {version!r}")
+        raise ValueError(f"its format is {_words.shown(version)}")
     if version > FORMAT:
         raise ValueError(f"it has format {version}; this version of fastmaf reads formats up to {FORMAT}: update fastmaf")
     members = record.pop("ensemble", None)
@@ -268,7 +268,7 @@ def _from_bytes(data: bytes) -> Flow | Ensemble:
             raise ValueError("it has members, but no network")
         result = Ensemble(flow, decoder.unmasked, *(decoder.tensor(members[name], f"ensemble.{name}", None) for name in _MEMBERS))
     if tensors:
-        raise ValueError(f"no layer has the tensor {min(tensors)!r}")
+        raise ValueError(f"no layer has the tensor {_words.shown(min(tensors))}")
     return result
 
 
@@ -330,10 +330,10 @@ def expect(arrays: Mapping[str, Array], name: str, shape: tuple[int, ...] | None
     """
     array = arrays.get(name)
     if array is None:
-        raise ValueError(f"it lacks {name!r}")
+        raise ValueError(f"it lacks {_words.shown(name)}")
     fits = array.ndim == 1 if shape is None else array.shape == shape
     if not fits or (array.dtype.kind != "f" if dtype is None else array.dtype != dtype):
-        raise ValueError(f"{name!r} has shape {_words.shapes(array.shape)} and dtype {array.dtype}, which do not fit")
+        raise ValueError(f"{_words.shown(name)} has shape {_words.shapes(array.shape)} and dtype {array.dtype}, which do not fit")
     return np.array(array)
 
 
@@ -345,7 +345,7 @@ class _Decoder:
         self.unmasked: _layers.Conditioner | None = None  # the network of an ensemble
         self.weights = {"float32": _container.CODES["F32"], "float64": _container.CODES["F64"]}.get(dtype)
         if self.weights is None:
-            raise ValueError(f"its dtype is {dtype!r}")
+            raise ValueError(f"its dtype is {_words.shown(dtype)}")
 
     def decode(self, kind: str, node: Any, path: str, owner: type | None = None) -> Any:
         """The value that a node stands for, given the annotation of its field."""
@@ -361,18 +361,18 @@ class _Decoder:
             return {key: self.decode("float", value, f"{path}.{key}") for key, value in _object(path, node).items()}
         if kind in _SCALARS:
             if not _is(node, *_SCALARS[kind]) or (kind == "float" and not math.isfinite(node)):
-                raise ValueError(f"{path} is {node!r}; it must be a{' finite' * (kind == 'float')} {kind}")
+                raise ValueError(f"{path} is {_words.shown(node)}; it must be a{' finite' * (kind == 'float')} {kind}")
             return node
         return self.record(kind, node, path)
 
     def tensor(self, node: Any, path: str, owner: type | None) -> Array:
         if node != path or path not in self.tensors:
-            raise ValueError(f"the tensor {path!r} is missing")
+            raise ValueError(f"the tensor {_words.shown(path)} is missing")
         array = self.tensors.pop(path)
         integers = path.rsplit(".", 1)[-1] in _INTEGER_FIELDS
         dtype = _container.CODES["I64"] if integers else _container.CODES["F64"] if owner in _DOUBLE_RECORDS else self.weights
         if array.dtype != dtype:
-            raise ValueError(f"tensor {path!r} has dtype {array.dtype}; it must have {dtype}")
+            raise ValueError(f"tensor {_words.shown(path)} has dtype {array.dtype}; it must have {dtype}")
         return array
 
     def record(self, kind: str, node: Any, path: str) -> Any:
@@ -380,7 +380,7 @@ class _Decoder:
         name = node.pop("type", None)
         allowed = _RECORDS if kind == "FlowLayer" else {kind: _PARTS[kind]}
         if not isinstance(name, str) or name not in allowed:
-            raise ValueError(f"{path} has type {name!r}; this version of fastmaf knows {', '.join(allowed)}")
+            raise ValueError(f"{path} has type {_words.shown(name)}; this version of fastmaf knows {', '.join(allowed)}")
         cls = allowed[name]
         if cls is _layers.BatchNorm:
             node.setdefault("statistics", "batch")  # a field that older files lack
@@ -412,7 +412,7 @@ def _object(name: str, node: Any) -> dict[str, Any]:
 def _keys(path: str, node: dict[str, Any], expected: Any) -> None:
     if set(node) != set(expected):
         wrong = sorted(set(node) ^ set(expected))[0]
-        raise ValueError(f"{path} {'lacks' if wrong in expected else 'has an unknown field'} {wrong!r}")
+        raise ValueError(f"{path} {'lacks' if wrong in expected else 'has an unknown field'} {_words.shown(wrong)}")
 
 
 def _parse(text: str) -> Any:

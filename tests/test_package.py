@@ -101,11 +101,11 @@ def test_all_is_reachable_after_one_import(tmp_path):
 import sys
 import fastmaf
 assert "fastmaf.train" not in sys.modules and "tqdm" not in sys.modules and "matplotlib" not in sys.modules
-names = ["History", "data", "layers", "masks", "plot", "presets", "train"]
+names = ["FitWarning", "History", "data", "layers", "masks", "plot", "presets", "train"]
 assert set(names) <= set(dir(fastmaf)) and set(fastmaf.__all__) <= set(dir(fastmaf))
 for name in names:
     getattr(fastmaf, name)
-assert fastmaf.History is fastmaf.train.History
+assert fastmaf.History is fastmaf.train.History and issubclass(fastmaf.FitWarning, Warning)
 from fastmaf import *
 assert History is fastmaf.History and callable(plot.corner) and callable(data.galaxies)
 try:
@@ -126,8 +126,8 @@ ipython = types.ModuleType("IPython"); ipython.get_ipython = lambda: Shell()
 ipython.display = types.ModuleType("IPython.display"); ipython.display.display = print
 sys.modules |= {"IPython": ipython, "IPython.display": ipython.display, "ipykernel.zmqshell": types.ModuleType("zmqshell")}
 sys.modules["ipywidgets"] = None
-from fastmaf import train
-print(train.tqdm.__module__)
+from fastmaf.train import loop
+print(loop.tqdm.__module__)
 """
 
 
@@ -140,6 +140,6 @@ def test_a_notebook_without_widgets_hears_no_warning(tmp_path):
 def test_a_notebook_with_widgets_gets_their_bar(tmp_path):
     widgets = "from unittest.mock import MagicMock; sys.modules['ipywidgets'] = MagicMock()"
     code = NOTEBOOK.replace('sys.modules["ipywidgets"] = None', widgets)
-    code = code.replace("print(train.tqdm.__module__)", "print([base.__module__ for base in train.tqdm.__mro__])")
+    code = code.replace("print(loop.tqdm.__module__)", "print([base.__module__ for base in loop.tqdm.__mro__])")
     result = run(code, tmp_path, PYTHONPATH=str(PACKAGE.parent))
     assert "tqdm.notebook" in result.stdout, result.stderr

@@ -136,7 +136,7 @@ def validation_of(value: Any) -> float | tuple[ArrayLike | None, ...]:
     if isinstance(value, (str, bytes, bool)) or value is None:
         raise ValueError(f"validation is {_words.shown(value)}; {must}")
     if isinstance(value, (numbers.Real, np.number)):
-        if not 0 <= float(value) < 1:
+        if not 0 <= value < 1:  # type: ignore[operator]
             raise ValueError(f"validation is {_words.shown(value)}; {must}")
         return float(value)
     return (value,)

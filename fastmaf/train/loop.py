@@ -174,6 +174,10 @@ def fit(
     held_out = data.validation_of(validation)
     if not isinstance(checkpoint, (str, os.PathLike, type(None))):
         raise ValueError(f"checkpoint is {_words.shown(checkpoint)}; it must be a path")
+    resume = _words.flag("resume", resume)
+    progress = None if progress is None else _words.flag("progress", progress)
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback is {_words.shown(callback)}; it must be callable")
     if resume and checkpoint is None:
         raise ValueError("resume is True, but no checkpoint is named: checkpoint=path")
     before = seed_of(checkpoint, resume) if seed is None else None
@@ -199,7 +203,9 @@ def fit(
     factor = _schedule(schedule, settings["max_epochs"])
     every = float(checkpoint_every) if isinstance(checkpoint_every, float) else _arrays.count("checkpoint_every", checkpoint_every, 1)
     if not every > 0:
-        raise ValueError(f"checkpoint_every is {checkpoint_every}; it must be positive: an int counts epochs, a float seconds")
+        raise ValueError(
+            f"checkpoint_every is {_words.shown(checkpoint_every)}; it must be positive: an int counts epochs, a float seconds"
+        )
     where = flow.device if isinstance(device, str) and device == "auto" else flow.to(device).device
     if where != "cpu":
         raise NotImplementedError(f'training on {where} is to come: flow = flow.to("cpu"), or flow.fit(..., device="cpu")')
@@ -485,10 +491,10 @@ def _real(name: str, value: Any, zero: bool = False) -> float:
     """A finite number, positive or, if `zero`, not negative."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not (math.isfinite(number) and (number > 0 or (zero and number == 0))):
-        raise ValueError(f"{name} is {value!r}; it must be a {'number that is not negative' if zero else 'positive number'}")
+        raise ValueError(f"{name} is {_words.shown(value)}; it must be a {'number that is not negative' if zero else 'positive number'}")
     return number
 
 
