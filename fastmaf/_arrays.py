@@ -319,12 +319,12 @@ def output(out: Any, shape: Shape, dtype: np.dtype[Any], *inputs: Array | None, 
     return out
 
 
-def cotangents(cotangent: Any, shape: Shape, dtype: np.dtype[Any]) -> Array:
-    """Cotangents of log_prob, C-contiguous in the dtype of the flow."""
+def cotangents(cotangent: Any, shape: Shape) -> Array:
+    """Cotangents of log_prob, as they are."""
     array = real("cotangent", cotangent)
     if array.shape != shape:
         raise ValueError(f"cotangent has shape {_words.shapes(array.shape)}; log_prob has shape {shape}")
-    return np.ascontiguousarray(array, dtype)
+    return array
 
 
 def names(value: Any, features: int) -> tuple[str, ...] | None:

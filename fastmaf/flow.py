@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastmaf import _arrays, _backends, _device, _tables, _words, masks
+from fastmaf import _arrays, _backends, _device, _gradients, _tables, _words, masks
 from fastmaf import layers as _layers
 from fastmaf.layers import Affine, Autoregressive, Elementwise, Normal, Terminal
 from fastmaf.record import FlowRecord, width_of
@@ -574,14 +574,18 @@ class Flow:
         -------
         value : (n,) or (c, n) array
         dx : array of the shape of x
-            For rows (n, D) under contexts (c, 1, C), summed over the c contexts.
+            For rows (n, D) under contexts (c, 1, C), summed over the c contexts, in double.
         dcontext : array of the shape of the context, or None
-            Summed over the rows that share a context.
+            Summed over the rows that share a context, likewise.
 
         Raises
         ------
         ValueError
             If a shape or dtype does not fit; if the variables are discrete.
+
+        Notes
+        -----
+        Where log_prob is -inf a row has gradients of zero, and so where it is finite but a gradient of the row is no number in the dtype.
 
         Examples
         --------
@@ -611,7 +615,8 @@ class Flow:
         dx, dcontext
             As in `log_prob_and_grad`; dx is None where the variables are discrete.
         dparameters : (p,) array
-            In the order of `parameters`; exactly zero for masked weights. The statistics of a `BatchNorm` are constants here.
+            In the order of `parameters`; exactly zero for masked weights. The statistics of a `BatchNorm` are constants here. Rows
+            whose log_prob is -inf have no part in it; those that are only just finite may be too much for the dtype.
 
         Raises
         ------
@@ -645,15 +650,8 @@ class Flow:
         given, beside = x, context
         own = None if context is None else _arrays.real("context", context)
         x, context, shape = _arrays.rows("x", x, own, record.features, record.context_features, names=record.names)
-        factor = np.ones(shape, record.dtype) if cotangent is None else _arrays.cotangents(cotangent, shape, record.dtype)
-        value = np.empty(shape, record.dtype)
-        dx = None if record.discrete else np.empty((*shape, record.features), record.dtype)
-        dcontext = None if context is None else np.empty((*shape, record.context_features), record.dtype)
-        if value.size:
-            backend.vjp(record, np.broadcast_to(x, (*shape, record.features)), context, factor, value, dx, dcontext, dparameters)
-        if dcontext is not None and context is not None:
-            dcontext = _sum_to(dcontext, context.shape)
-        dx = None if dx is None else _sum_to(dx, x.shape)
+        factor = None if cotangent is None else _arrays.cotangents(cotangent, shape)
+        value, dx, dcontext = _gradients.backward(backend, record, x, context, shape, factor, dparameters)
         if dcontext is not None and own is not None:
             dcontext = _device.native(dcontext.reshape(own.shape), beside)
         return _device.native(value, given), None if dx is None else _device.native(dx, given), dcontext
@@ -1019,15 +1017,6 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype[Any], like: Any) -> Any:
 def _check_continuous(record: FlowRecord, what: str) -> None:
     if record.discrete:
         raise ValueError(f"a flow with a {record.discrete} base has no {what}")
-
-
-def _sum_to(gradient: Array, shape: tuple[int, ...]) -> Array:
-    """Sum over the axes along which an array of this shape was repeated."""
-    if gradient.shape == shape:
-        return gradient
-    own = (1,) * (gradient.ndim - len(shape)) + shape
-    axes = tuple(axis for axis, (length, kept) in enumerate(zip(gradient.shape, own, strict=True)) if length != kept)
-    return np.asarray(gradient.sum(axis=axes, dtype=np.float64)).reshape(shape).astype(gradient.dtype)
 
 
 def _describe(record: Any) -> str:
