@@ -29,6 +29,7 @@ __all__ = [
     "output",
     "real",
     "rows",
+    "sample_dtype",
     "seed_and_offsets",
     "seed_or_fresh",
 ]
@@ -288,6 +289,30 @@ def seed_or_fresh(seed: Seed) -> int:
     if isinstance(seed, (bool, np.bool_)):
         raise ValueError("seed is a bool; it must be an integer, a numpy.random.Generator or a SeedSequence")
     return count("seed", seed, limit=2**64)
+
+
+def sample_dtype(dtype: DTypeLike | None, out: Any, own: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype of samples: the one asked for, else that of `out`, else the flow's own.
+
+    Raises
+    ------
+    ValueError
+        If it is neither float32 nor float64, or differs from that of `out`.
+
+    Examples
+    --------
+    >>> sample_dtype(None, np.empty((3, 2)), np.dtype("float32"))
+    dtype('float64')
+    """
+    given: Any = None if out is None else getattr(out, "dtype", None)
+    if not isinstance(given, np.dtype):  # of a framework, whose own names are judged with the array itself
+        given = None if given is None else str(given).rpartition(".")[2]
+    if given is not None and given in ("float32", "float64"):
+        given = np.dtype(given)
+        if dtype is not None and float_dtype(dtype) != given:
+            raise ValueError(f"dtype is {float_dtype(dtype)} and out has dtype {given}; leave one of them out")
+        return cast("np.dtype[Any]", given)
+    return own if dtype is None else float_dtype(dtype)
 
 
 def output(out: Any, shape: Shape, dtype: np.dtype[Any], *inputs: Array | None, device: str = "cpu") -> Array:
