@@ -29,6 +29,7 @@ __all__ = [
     "output",
     "real",
     "rows",
+    "sample_dtype",
     "seed_and_offsets",
     "seed_or_fresh",
 ]
@@ -290,6 +291,30 @@ def seed_or_fresh(seed: Seed) -> int:
     return count("seed", seed, limit=2**64)
 
 
+def sample_dtype(dtype: DTypeLike | None, out: Any, own: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype of samples: the one asked for, else that of `out`, else the flow's own.
+
+    Raises
+    ------
+    ValueError
+        If it is neither float32 nor float64, or differs from that of `out`.
+
+    Examples
+    --------
+    >>> sample_dtype(None, np.empty((3, 2)), np.dtype("float32"))
+    dtype('float64')
+    """
+    given: Any = None if out is None else getattr(out, "dtype", None)
+    if not isinstance(given, np.dtype):  # of a framework, whose own names are judged with the array itself
+        given = None if given is None else str(given).rpartition(".")[2]
+    if given is not None and given in ("float32", "float64"):
+        given = np.dtype(given)
+        if dtype is not None and float_dtype(dtype) != given:
+            raise ValueError(f"dtype is {float_dtype(dtype)} and out has dtype {given}; leave one of them out")
+        return cast("np.dtype[Any]", given)
+    return own if dtype is None else float_dtype(dtype)
+
+
 def output(out: Any, shape: Shape, dtype: np.dtype[Any], *inputs: Array | None, device: str = "cpu") -> Array:
     """`out`, if results of this shape and dtype can be written to it as they come.
 
@@ -319,12 +344,12 @@ def output(out: Any, shape: Shape, dtype: np.dtype[Any], *inputs: Array | None, 
     return out
 
 
-def cotangents(cotangent: Any, shape: Shape, dtype: np.dtype[Any]) -> Array:
-    """Cotangents of log_prob, C-contiguous in the dtype of the flow."""
+def cotangents(cotangent: Any, shape: Shape) -> Array:
+    """Cotangents of log_prob, as they are."""
     array = real("cotangent", cotangent)
     if array.shape != shape:
         raise ValueError(f"cotangent has shape {_words.shapes(array.shape)}; log_prob has shape {shape}")
-    return np.ascontiguousarray(array, dtype)
+    return array
 
 
 def names(value: Any, features: int) -> tuple[str, ...] | None:

@@ -75,13 +75,13 @@ class _Cuda:
         self._packed(flow).conditional_probs(_at(x), _at(context), *_where(out, x, context))
 
     def from_noise(self, flow: FlowRecord, u: Any, context: Any, out: Any) -> None:
-        self._packed(flow).from_noise(_at(u), _at(context), *_where(out, u, context))
+        self._packed(flow).from_noise(_at(u), _at(context), *_where(out, u, context), out.dtype.name)
 
     def sample(
         self, flow: FlowRecord, c: int, n: int, context: Any, seed: int, offset: int, context_offset: int, out: Any, log_prob_out: Any
     ) -> None:
         (x, stream), (log_prob, _) = _where(out, context), _where(log_prob_out, context)
-        self._packed(flow).sample(c, n, _at(context), seed, offset, context_offset, x, log_prob, stream)
+        self._packed(flow).sample(c, n, _at(context), seed, offset, context_offset, x, log_prob, stream, out.dtype.name)
 
     def sample_rows(self, flow: FlowRecord, index: Array, group: Array, context: Array | None, seed: int, out: Array) -> None:
         self._packed(flow).sample_rows(index, group, context, seed, out)

@@ -553,13 +553,13 @@ class _Call:
             pulls.append(pull)
         return np.ascontiguousarray(x, self.flow.dtype), log_det, pulls
 
-    def leave(self, z: Array) -> tuple[Array, Array]:
-        """Back through the layers in front, to strictly inside the bounds: rows and the log det of `enter`."""
+    def leave(self, z: Array, dtype: np.dtype[Any]) -> tuple[Array, Array]:
+        """Back through the layers in front, to strictly inside the bounds: rows of some dtype and the log det of `enter`."""
         x, log_det = z.astype(np.float64), np.zeros(len(z))
         for layer in reversed(self.packed.front):
             x, here = _reference.INVERSE[type(layer)](layer, x)
             log_det += here
-        x = x.astype(self.flow.dtype)
+        x = x.astype(dtype)
         for layer in self.packed.front[:1]:
             x = _reference._inside(layer, x) if isinstance(layer, Elementwise) else x
         return x, log_det
@@ -598,7 +598,7 @@ class _Numba:
             u = np.empty((0, z.shape[1]), z.dtype) if noise is None else noise[start:stop]
             _forward(call.packed.program, z, call.first_bias(contexts), which, u, total)
             if value is not None:
-                value[start:stop] = _value(total, log_det, rows, contexts[which])
+                value[start:stop] = _value(call.flow, total, log_det, rows, contexts[which])
             u[np.isneginf(log_det[: len(u)])] = np.nan
 
         call.tiles(work)
@@ -649,9 +649,10 @@ class _Numba:
             u = draw(start, stop)
             z, total = np.empty_like(u), np.empty(stop - start)
             _backward(call.packed.program, u, call.first_bias(contexts), which, z, total)
-            flat_x[start:stop], log_det = call.leave(z)
+            rows, log_det = call.leave(z, x.dtype)
+            flat_x[start:stop] = rows
             if flat_value is not None:
-                flat_value[start:stop] = total + log_det
+                flat_value[start:stop] = _reference._density((total + log_det).astype(call.flow.dtype), rows)
 
         call.tiles(work)
 
@@ -664,21 +665,27 @@ class _Numba:
         def work(start: int, stop: int) -> None:
             rows, (contexts, which) = call.rows(x, start, stop), call.contexts(start, stop)
             z, log_det, pulls = call.enter(rows)
-            factor = np.where(np.isneginf(log_det), 0, cotangent.reshape(-1)[start:stop]).astype(flow.dtype)
+            factor = cotangent.reshape(-1)[start:stop].astype(flow.dtype)
             total, dz = np.empty(stop - start), np.empty_like(z)
             dfirst = np.zeros((stop - start, 0 if dcontext is None else call.packed.first_bias.size), flow.dtype)
             _vjp(call.packed.program, z, call.first_bias(contexts), which, factor, total, dz, dfirst)
+            density = _value(flow, total, log_det, rows, contexts[which])
             if value is not None:
-                value.reshape(-1)[start:stop] = _value(total, log_det, rows, contexts[which])
+                value.reshape(-1)[start:stop] = density
+            zero = np.isneginf(density)[:, None]
             if dx is not None:
                 gradient = dz.astype(np.float64)
                 for pull in reversed(pulls):
                     gradient = pull(gradient, factor)
-                dx.reshape(-1, flow.features)[start:stop] = gradient
+                dx.reshape(-1, flow.features)[start:stop] = _reference._settled(
+                    np.where(zero, 0, gradient).astype(flow.dtype), density, factor
+                )
             if dcontext is not None:
                 pull_context = _reference._context(flow, contexts[which])[1]
                 gradient = pull_context((dfirst @ call.packed.context_weight.T).astype(np.float64), factor)
-                dcontext.reshape(-1, flow.context_features)[start:stop] = gradient
+                dcontext.reshape(-1, flow.context_features)[start:stop] = _reference._settled(
+                    np.where(zero, 0, gradient).astype(flow.dtype), density, factor
+                )
 
         call.tiles(work)
 
@@ -712,10 +719,12 @@ def _unsupported(layer: Any, front: bool) -> str | None:
     return None
 
 
-def _value(total: Array, log_det: Array, rows: Array, contexts: Array) -> Array:
-    """Log-density: NaN for a row or context with a NaN, else -inf at or outside a bound."""
-    missing = np.isnan(rows).any(axis=1) | np.isnan(contexts).any(axis=1)
-    value: Array = np.where(missing, np.nan, np.where(np.isneginf(log_det), -np.inf, total + log_det))
+def _value(flow: FlowRecord, total: Array, log_det: Array, rows: Array, contexts: Array) -> Array:
+    """Log-density: NaN for a row or context with a NaN, else -inf at or outside a bound and where the sums met infinity."""
+    value: Array = np.where(np.isneginf(log_det), -np.inf, total + log_det).astype(flow.dtype)
+    lost = np.flatnonzero(~np.isfinite(value))
+    if lost.size:
+        value[lost] = _reference._density(value[lost], rows[lost], _reference._context(flow, contexts[lost])[0])
     return value
 
 

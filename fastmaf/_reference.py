@@ -223,6 +223,12 @@ def _log_sum_exp(x: Array) -> Array:
     return np.asarray(highest + np.log(np.exp(x - highest).sum(axis=-1, keepdims=True)))
 
 
+def _softmax(x: Array) -> Array:
+    """Over the last axis. Not by way of `_log_sum_exp`: beside a large term the logarithm of the sum would be lost."""
+    terms = np.exp(x - x.max(axis=-1, keepdims=True))
+    return np.asarray(terms / terms.sum(axis=-1, keepdims=True))
+
+
 def _activate(kind: str, h: Array) -> Array:
     """NaN stays NaN."""
     if kind == "relu":
@@ -325,11 +331,8 @@ def _bounded(layer: Elementwise) -> tuple[Array, Array, Array]:
 
 def _inside(layer: Elementwise, x: Array) -> Array:
     """The nearest values strictly inside the bounds."""
-    from_lower, from_upper, _ = _bounded(layer)
-    low, high = layer.lower.astype(x.dtype), layer.upper.astype(x.dtype)
-    low = np.where(low > layer.lower, low, np.nextafter(low, np.inf, dtype=x.dtype))
-    high = np.where(high < layer.upper, high, np.nextafter(high, -np.inf, dtype=x.dtype))
-    return np.clip(x, np.where(from_lower, low, -np.inf), np.where(from_upper, high, np.inf)).astype(x.dtype)
+    low, high = layer.inner_range(x.dtype)
+    return np.clip(x, low, high)
 
 
 def _affine(layer: Affine, x: Array) -> Passed:
@@ -573,7 +576,8 @@ Based = tuple[Array, Callable[[Array], tuple[Array, Any, list[Array]]]]
 def _base(flow: FlowRecord, weights: Sequence[Array], z: Array, c: Array) -> Based:
     if isinstance(flow.base, Terminal):
         return _terminal(flow.base, weights, z, c)
-    return -0.5 * _total(z * z) - flow.features * HALF_LOG_2PI, lambda g: (-z * g[:, None], 0, [])
+    wide = z.astype(np.promote_types(z.dtype, np.float64))  # squares do not overflow there
+    return -0.5 * _total(wide * wide) - flow.features * HALF_LOG_2PI, lambda g: (-z * g[:, None], 0, [])
 
 
 def _terminal(base: Terminal, weights: Sequence[Array], x: Array, c: Array) -> Based:
@@ -613,7 +617,7 @@ def _categorical_log_prob(base: Terminal, parameters: Array, x: Array) -> tuple[
         log_p = logits - _log_sum_exp(logits)
         chosen = np.arange(count) == x[:, j, None]
         values[:, j] = np.where(np.isnan(x[:, j]), np.nan, np.where(chosen, log_p, 0).sum(axis=1))
-        slopes[:, start : start + count] = chosen - np.exp(log_p)
+        slopes[:, start : start + count] = chosen - _softmax(logits)
     return values, lambda: (slopes, np.zeros_like(x))
 
 
@@ -626,11 +630,11 @@ def _mixture_log_prob(base: Terminal, parameters: Array, x: Array) -> tuple[Arra
     values = _log_sum_exp(terms)
 
     def slopes() -> tuple[Array, Array]:
-        share = np.where(np.isneginf(values), 0, np.exp(terms - values))
+        share = _softmax(terms)
         pull = np.where(share == 0, 0, share * z)
         up = pull * np.exp(-a)
         by_log_scale = np.where(share == 0, 0, pull * z - share) * slope
-        return np.stack([share - np.exp(log_p), up, by_log_scale], axis=2).reshape(parameters.shape), -up.sum(axis=2)
+        return np.stack([share - _softmax(logits), up, by_log_scale], axis=2).reshape(parameters.shape), -up.sum(axis=2)
 
     return values[:, :, 0], slopes
 
@@ -741,8 +745,8 @@ def _forward(
     return z.astype(flow.dtype), log_det, c, pull
 
 
-def _inverse(flow: FlowRecord, z: Array, context: Array) -> tuple[Array, Array]:
-    """Rows strictly inside the bounds of the first layer, and the log det of the way back."""
+def _inverse(flow: FlowRecord, z: Array, context: Array, dtype: np.dtype[Any]) -> tuple[Array, Array]:
+    """Rows of some dtype, strictly inside the bounds of the first layer, and the log det of the way back."""
     c, _ = _context(flow, context)
     weights, front = _all_weights(flow), _front(flow)
     wide = np.promote_types(flow.dtype, np.float64)
@@ -755,30 +759,50 @@ def _inverse(flow: FlowRecord, z: Array, context: Array) -> tuple[Array, Array]:
         else:
             x, here = INVERSE[type(layer)](layer, x)
         log_det = log_det + here
-    x = x.astype(flow.dtype)
+    x = x.astype(dtype)
     return _inside(flow.layers[0], x) if flow.layers and isinstance(flow.layers[0], Elementwise) else x, log_det
 
 
 def _log_prob(
     flow: FlowRecord, weights: Weights, x: Array, context: Array, statistics: Statistics | None = None, shares: Array | None = None
 ) -> tuple[Array, Any]:
-    """Log-density: NaN for a row or context with a NaN, else -inf at or outside a bound.
+    """Log-density: NaN for a row or context with a NaN, else -inf at or outside a bound and where the sums meet infinity.
 
     The pullback of its gradient goes to x, to the context and to the arrays of all layers and of the base.
     """
     z, log_det, c, pull_layers = _forward(flow, weights, x, context, statistics, shares)
     base, pull_base = _base(flow, weights[-1], z, c)
-    outside = np.isneginf(log_det)
-    missing = np.isnan(x).any(axis=1) | np.isnan(context).any(axis=1)
-    value = np.where(missing, np.nan, np.where(outside, -np.inf, log_det + base)).astype(flow.dtype)
+    value = np.where(np.isneginf(log_det), -np.inf, log_det + base).astype(flow.dtype)
+    value = _density(value, x, c)
+    kept = ~np.isneginf(value)
 
     def pull(cotangent: Array) -> tuple[Array, Array, list[Array]]:
-        g = np.where(outside, 0, cotangent).astype(flow.dtype)
+        if shares is None and not kept.all():
+            _, pull_kept = _log_prob(flow, weights, x[kept], context[kept], statistics)
+            *inner, gradients = pull_kept(cotangent[kept])
+            dx, dcontext = (np.zeros(array.shape, of_kept.dtype) for array, of_kept in zip((x, context), inner, strict=True))
+            dx[kept], dcontext[kept] = inner
+            return dx, dcontext, gradients
+        g = cotangent.astype(flow.dtype)
         dz, dc, gradients = pull_base(g)
         dx, dcontext, own = pull_layers(dz, np.zeros_like(c) + dc, g)
         return dx, dcontext, own + gradients
 
     return value, pull
+
+
+def _density(value: Array, *arrays: Array) -> Array:
+    """Log-densities: NaN where a row of one of the arrays (n, k) has a NaN; of others -inf where the sums met infinity, far out."""
+    value = np.where(value < np.inf, value, -np.inf).astype(value.dtype)
+    for array in arrays:
+        value[np.isnan(array).any(axis=1)] = np.nan
+    return value
+
+
+def _settled(gradient: Array, value: Array, cotangent: Array) -> Array:
+    """Gradients (n, k); zero in rows where they are no numbers, though the log-density is one."""
+    lost = np.isfinite(value) & np.isfinite(cotangent) & ~np.isfinite(gradient).all(axis=1)
+    return np.where(lost[:, None], 0, gradient)
 
 
 def _no_gradient(what: str) -> Callable[..., Any]:
@@ -804,12 +828,12 @@ def _take(array: Array | None, shape: tuple[int, ...], rows: slice) -> Array:
     return repeated[rows] if len(shape) == 1 else repeated[np.unravel_index(np.arange(rows.start, rows.stop), shape)]
 
 
-def _sample(flow: FlowRecord, index: Array, group: Array, context: Array, seed: int) -> tuple[Array, Array, Array]:
-    """Samples, the log det of the way to them, and what the base gave."""
+def _sample(flow: FlowRecord, index: Array, group: Array, context: Array, seed: int, dtype: np.dtype[Any]) -> tuple[Array, Array, Array]:
+    """Samples of some dtype, the log det of the way to them, and what the base gave."""
     z = normals(seed, index, group, flow.features, flow.dtype)
     if isinstance(flow.base, Terminal):
         z = _draw(flow.base, z, _uniforms(seed, index, group, flow.features), _context(flow, context)[0])
-    return *_inverse(flow, z, context), z
+    return *_inverse(flow, z, context, dtype), z
 
 
 class _Reference:
@@ -862,7 +886,7 @@ class _Reference:
         """Rows of noise."""
         for rows in _chunks(flow, out.size // flow.features):
             us, cs = _take(u, out.shape[:-1], rows), _take(context, out.shape[:-1], rows)
-            out.reshape(-1, flow.features)[rows] = _inverse(flow, us, cs)[0]
+            out.reshape(-1, flow.features)[rows] = _inverse(flow, us, cs, out.dtype)[0]
 
     @np.errstate(all="ignore")
     def sample(
@@ -885,16 +909,18 @@ class _Reference:
             group, index = np.divmod(np.arange(rows.start, rows.stop, dtype=np.uint64), np.uint64(n))
             group, index = group + np.uint64(context_offset), index + np.uint64(offset)
             cs = _take(context, (c, n), rows)
-            out.reshape(-1, flow.features)[rows], log_det, z = _sample(flow, index, group, cs, seed)
+            x, log_det, z = _sample(flow, index, group, cs, seed, out.dtype)
+            out.reshape(-1, flow.features)[rows] = x
             if log_prob_out is not None:
-                log_prob_out.reshape(-1)[rows] = log_det + _base(flow, base_weights, z, _context(flow, cs)[0])[0]
+                value = log_det + _base(flow, base_weights, z, _context(flow, cs)[0])[0]
+                log_prob_out.reshape(-1)[rows] = _density(value.astype(flow.dtype), x)
 
     @np.errstate(all="ignore")
     def sample_rows(self, flow: FlowRecord, index: Array, group: Array, context: Array | None, seed: int, out: Array) -> None:
         """Samples of scattered counters."""
         for rows in _chunks(flow, len(index)):
             cs = _take(context, (len(index),), rows)
-            out[rows] = _sample(flow, index[rows], group[rows], cs, seed)[0]
+            out[rows] = _sample(flow, index[rows], group[rows], cs, seed, out.dtype)[0]
 
     @np.errstate(all="ignore")
     def vjp(
@@ -907,9 +933,11 @@ class _Reference:
             xs, cs = _take(x, cotangent.shape, rows), _take(context, cotangent.shape, rows)
             values, pull = _log_prob(flow, weights, xs, cs)
             *results, gradients = pull(cotangent.reshape(-1)[rows])
-            for out, result in zip((value, dx, dcontext), (values, *results), strict=True):
+            if value is not None:
+                value.reshape(-1)[rows] = values
+            for out, result in zip((dx, dcontext), results, strict=True):
                 if out is not None:
-                    out.reshape(-1, *out.shape[cotangent.ndim :])[rows] = result
+                    out.reshape(-1, out.shape[-1])[rows] = _settled(result.astype(flow.dtype), values, cotangent.reshape(-1)[rows])
             if total is not None:
                 total += _flat(gradients, total.dtype)
         if dparameters is not None:

@@ -211,12 +211,20 @@ class Ensemble:
         result[...] = total - math.log(len(members))
         return out if out is not None else _device.native(result, given)
 
-    def sample(self, n: int, context: ArrayLike | None = None, seed: Seed = None, offset: int = 0, context_offset: int = 0) -> Array:
+    def sample(
+        self,
+        n: int,
+        context: ArrayLike | None = None,
+        seed: Seed = None,
+        offset: int = 0,
+        context_offset: int = 0,
+        dtype: DTypeLike | None = None,
+    ) -> Array:
         """Draw from the ensemble: each row from a member drawn for it.
 
         Parameters
         ----------
-        n, context, seed, offset, context_offset
+        n, context, seed, offset, context_offset, dtype
             As in `Flow.sample`, splits by offset included.
 
         Returns
@@ -241,14 +249,15 @@ class Ensemble:
         seed, offset, context_offset = _arrays.seed_and_offsets(seed, offset, context_offset, n, c)
         shape = (c, n) if context is not None and context.ndim == 2 else (n,)
         chosen = self._choices(c, n, seed, offset, context_offset).reshape(-1)
-        samples = np.empty((c * n, self.features), self.dtype)
+        dtype = self._flow.record.sample_dtype(dtype)
+        samples = np.empty((c * n, self.features), dtype)
         for k, member in enumerate(self._shared.members()):
             own = np.flatnonzero(chosen == k)
             if not own.size:
                 continue
             group, index = np.divmod(own, n)
             rows = None if context is None else np.broadcast_to(context, (c, self.context_features))[group]
-            drawn = np.empty((own.size, self.features), self.dtype)
+            drawn = np.empty((own.size, self.features), dtype)
             counters = (index.astype(np.uint64) + np.uint64(offset), group.astype(np.uint64) + np.uint64(context_offset))
             record, backend = member._ready()
             backend.sample_rows(record, *counters, rows, seed, drawn)
@@ -256,13 +265,19 @@ class Ensemble:
         return _device.native(samples.reshape(*shape, self.features), given)
 
     def sample_and_log_prob(
-        self, n: int, context: ArrayLike | None = None, seed: Seed = None, offset: int = 0, context_offset: int = 0
+        self,
+        n: int,
+        context: ArrayLike | None = None,
+        seed: Seed = None,
+        offset: int = 0,
+        context_offset: int = 0,
+        dtype: DTypeLike | None = None,
     ) -> tuple[Array, Array]:
         """Draw from the ensemble, and give the log of the mean density of each row drawn.
 
         Parameters
         ----------
-        n, context, seed, offset, context_offset
+        n, context, seed, offset, context_offset, dtype
             As in `sample`.
 
         Returns
@@ -284,7 +299,7 @@ class Ensemble:
         >>> samples.shape, log_prob.shape
         ((10, 3), (10,))
         """
-        samples = self.sample(n, context, seed, offset, context_offset)
+        samples = self.sample(n, context, seed, offset, context_offset, dtype)
         return samples, self.log_prob(samples, context)
 
     def _choices(self, c: int, n: int, seed: int, offset: int, context_offset: int) -> Array:

@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastmaf import _arrays, _backends, _device, _tables, _words, masks
+from fastmaf import _arrays, _backends, _device, _gradients, _tables, _words, masks
 from fastmaf import layers as _layers
 from fastmaf.layers import Affine, Autoregressive, Elementwise, Normal, Terminal
 from fastmaf.record import FlowRecord, width_of
@@ -216,8 +216,9 @@ class Flow:
         Returns
         -------
         (n,) or (c, n) array
-            (c, n) where x or the context has three dimensions. A row with a NaN gives NaN; a row at or outside a bound gives -inf. A tensor
-            of torch where x is one.
+            (c, n) where x or the context has three dimensions. A row with a NaN gives NaN, also one in its context, where a number at or
+            outside a bound counts as one. No other row does: at and outside a bound, at infinity, and so far out that the dtype has no
+            number for it, the log-density is -inf. A tensor of torch where x is one.
 
         Raises
         ------
@@ -254,7 +255,8 @@ class Flow:
         Returns
         -------
         (n, D) or (c, n, D) array
-            Standard normal where the flow fits the data; NaN in rows that lie on or outside a bound.
+            Standard normal where the flow fits the data; NaN in rows that lie on or outside a bound. Of rows at infinity or so far out
+            that the dtype cannot follow, infinite or NaN.
 
         Raises
         ------
@@ -278,7 +280,7 @@ class Flow:
             backend.to_noise(record, x, context, result)
         return result if type(given) is np.ndarray else _device.native(result, given)
 
-    def from_noise(self, u: ArrayLike, context: ArrayLike | None = None) -> Array:
+    def from_noise(self, u: ArrayLike, context: ArrayLike | None = None, dtype: DTypeLike | None = None) -> Array:
         """The rows that noise turns into: the inverse of `to_noise`.
 
         Parameters
@@ -286,6 +288,9 @@ class Flow:
         u : (n, D) or (c, n, D) array
         context : array, optional
             As in `log_prob`.
+        dtype : {"float32", "float64"}, optional
+            Of the rows; that of the flow if None. The layers in front compute in float64 whatever the dtype of the flow: with
+            "float64" their results are kept, which columns with a large offset need.
 
         Returns
         -------
@@ -307,7 +312,7 @@ class Flow:
         _check_continuous(record, "noise")
         given = u
         u, context, shape = _arrays.rows("u", u, context, record.features, record.context_features, self.device, record.names)
-        result = _empty((*shape, record.features), record.dtype, u)
+        result = _empty((*shape, record.features), record.sample_dtype(dtype), u)
         if result.size:
             backend.from_noise(record, u, context, result)
         return result if type(given) is np.ndarray else _device.native(result, given)
@@ -320,6 +325,7 @@ class Flow:
         offset: int = 0,
         context_offset: int = 0,
         out: Array | None = None,
+        dtype: DTypeLike | None = None,
     ) -> Array:
         """Draw from the flow.
 
@@ -336,7 +342,10 @@ class Flow:
         offset, context_offset : int
             Index of the first row and of the first context in the stream of the seed; need a seed.
         out : (n, D) or (c, n, D) array, optional
-            Filled and returned; C-contiguous, in the dtype of the flow.
+            Filled and returned; C-contiguous, float32 or float64.
+        dtype : {"float32", "float64"}, optional
+            Of the samples; if None that of `out`, or of the flow. Samples of both dtypes are the same but for rounding; float64 from a
+            float32 flow resolves columns with a large offset, such as times in seconds.
 
         Returns
         -------
@@ -355,16 +364,22 @@ class Flow:
         >>> np.array_equal(flow.sample(10, seed=1)[6:], flow.sample(4, seed=1, offset=6))
         True
         """
-        return self._sample(n, context, seed, offset, context_offset, out, False)[0]
+        return self._sample(n, context, seed, offset, context_offset, out, dtype, False)[0]
 
     def sample_and_log_prob(
-        self, n: int, context: ArrayLike | None = None, seed: Seed = None, offset: int = 0, context_offset: int = 0
+        self,
+        n: int,
+        context: ArrayLike | None = None,
+        seed: Seed = None,
+        offset: int = 0,
+        context_offset: int = 0,
+        dtype: DTypeLike | None = None,
     ) -> tuple[Array, Array]:
         """Draw from the flow, and give the log-density of each row drawn at no further cost.
 
         Parameters
         ----------
-        n, context, seed, offset, context_offset
+        n, context, seed, offset, context_offset, dtype
             As in `sample`.
 
         Returns
@@ -372,6 +387,7 @@ class Flow:
         samples : (n, D) or (c, n, D) array
             Those of `sample`.
         log_prob : (n,) or (c, n) array
+            In the dtype of the flow; NaN for a sample with a NaN alone, as in `log_prob`.
 
         Raises
         ------
@@ -386,12 +402,20 @@ class Flow:
         >>> np.allclose(log_prob, flow.log_prob(x))
         True
         """
-        samples, log_prob = self._sample(n, context, seed, offset, context_offset, None, True)
+        samples, log_prob = self._sample(n, context, seed, offset, context_offset, None, dtype, True)
         assert log_prob is not None
         return samples, log_prob
 
     def _sample(
-        self, n: int, context: ArrayLike | None, seed: Seed, offset: int, context_offset: int, out: Array | None, density: bool
+        self,
+        n: int,
+        context: ArrayLike | None,
+        seed: Seed,
+        offset: int,
+        context_offset: int,
+        out: Array | None,
+        dtype: DTypeLike | None,
+        density: bool,
     ) -> tuple[Array, Array | None]:
         record, backend = self._ready()
         n = _arrays.count("n", n)
@@ -400,9 +424,9 @@ class Flow:
         seed, offset, context_offset = _arrays.seed_and_offsets(seed, offset, context_offset, n, c)
         groups = (c,) if context is not None and context.ndim == 2 else ()
         shape = (*groups, n, record.features)
-        dtype = record.dtype
+        dtype = record.sample_dtype(dtype, out)
         samples = _empty(shape, dtype, context) if out is None else _arrays.output(out, shape, dtype, context, device=self.device)
-        log_prob = _empty((*groups, n), dtype, samples) if density else None
+        log_prob = _empty((*groups, n), record.dtype, samples) if density else None
         if isinstance(samples, _device.DeviceArray):
             if samples.size:
                 backend.sample(record, c, n, context, seed, offset, context_offset, samples, log_prob)
@@ -574,14 +598,18 @@ class Flow:
         -------
         value : (n,) or (c, n) array
         dx : array of the shape of x
-            For rows (n, D) under contexts (c, 1, C), summed over the c contexts.
+            For rows (n, D) under contexts (c, 1, C), summed over the c contexts, in double.
         dcontext : array of the shape of the context, or None
-            Summed over the rows that share a context.
+            Summed over the rows that share a context, likewise.
 
         Raises
         ------
         ValueError
             If a shape or dtype does not fit; if the variables are discrete.
+
+        Notes
+        -----
+        Where log_prob is -inf a row has gradients of zero, and so where it is finite but a gradient of the row is no number in the dtype.
 
         Examples
         --------
@@ -611,7 +639,8 @@ class Flow:
         dx, dcontext
             As in `log_prob_and_grad`; dx is None where the variables are discrete.
         dparameters : (p,) array
-            In the order of `parameters`; exactly zero for masked weights. The statistics of a `BatchNorm` are constants here.
+            In the order of `parameters`; exactly zero for masked weights. The statistics of a `BatchNorm` are constants here. Rows
+            whose log_prob is -inf have no part in it; those that are only just finite may be too much for the dtype.
 
         Raises
         ------
@@ -645,15 +674,8 @@ class Flow:
         given, beside = x, context
         own = None if context is None else _arrays.real("context", context)
         x, context, shape = _arrays.rows("x", x, own, record.features, record.context_features, names=record.names)
-        factor = np.ones(shape, record.dtype) if cotangent is None else _arrays.cotangents(cotangent, shape, record.dtype)
-        value = np.empty(shape, record.dtype)
-        dx = None if record.discrete else np.empty((*shape, record.features), record.dtype)
-        dcontext = None if context is None else np.empty((*shape, record.context_features), record.dtype)
-        if value.size:
-            backend.vjp(record, np.broadcast_to(x, (*shape, record.features)), context, factor, value, dx, dcontext, dparameters)
-        if dcontext is not None and context is not None:
-            dcontext = _sum_to(dcontext, context.shape)
-        dx = None if dx is None else _sum_to(dx, x.shape)
+        factor = None if cotangent is None else _arrays.cotangents(cotangent, shape)
+        value, dx, dcontext = _gradients.backward(backend, record, x, context, shape, factor, dparameters)
         if dcontext is not None and own is not None:
             dcontext = _device.native(dcontext.reshape(own.shape), beside)
         return _device.native(value, given), None if dx is None else _device.native(dx, given), dcontext
@@ -1019,15 +1041,6 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype[Any], like: Any) -> Any:
 def _check_continuous(record: FlowRecord, what: str) -> None:
     if record.discrete:
         raise ValueError(f"a flow with a {record.discrete} base has no {what}")
-
-
-def _sum_to(gradient: Array, shape: tuple[int, ...]) -> Array:
-    """Sum over the axes along which an array of this shape was repeated."""
-    if gradient.shape == shape:
-        return gradient
-    own = (1,) * (gradient.ndim - len(shape)) + shape
-    axes = tuple(axis for axis, (length, kept) in enumerate(zip(gradient.shape, own, strict=True)) if length != kept)
-    return np.asarray(gradient.sum(axis=axes, dtype=np.float64)).reshape(shape).astype(gradient.dtype)
 
 
 def _describe(record: Any) -> str:

@@ -156,10 +156,47 @@ class Elementwise(_Record):
             above = kind in ("logit", "log_below")
             bad = math.isnan(lower[j]) or math.isnan(upper[j])
             bad = bad or (below and not math.isfinite(lower[j])) or (above and not math.isfinite(upper[j]))
-            if bad or (kind == "logit" and not lower[j] < upper[j]):
+            if bad or (kind == "logit" and not (lower[j] < upper[j] and math.isfinite(float(upper[j]) - float(lower[j])))):
                 raise ValueError(f"column {j} has bounds ({lower[j]}, {upper[j]}), which do not fit {kind!r}")
         lower.flags.writeable = upper.flags.writeable = False
         self._set(kinds=kinds, lower=lower, upper=upper)
+
+    def inner_range(self, dtype: np.dtype[Any]) -> tuple[Array, Array]:
+        """The least and the greatest number of a dtype strictly inside the bounds of each column, infinite for one without bounds.
+
+        Examples
+        --------
+        >>> low, high = Elementwise.from_bounds([(0, 1), (2, None)]).inner_range(np.dtype("float32"))
+        >>> bool((low > [0, 2]).all()), float(high[0]) < 1, bool(np.isfinite(high[1]))
+        (True, True, True)
+        """
+        kinds = np.array(self.kinds)
+        most = np.where(kinds == "identity", np.inf, np.finfo(dtype).max).astype(dtype)
+        with np.errstate(over="ignore", under="ignore"):
+            low, high = self.lower.astype(dtype), self.upper.astype(dtype)
+            low = np.where(low > self.lower, low, np.nextafter(low, np.inf, dtype=dtype))
+            high = np.where(high < self.upper, high, np.nextafter(high, -np.inf, dtype=dtype))
+        low = np.where(np.isin(kinds, ("logit", "log_above")), low, -most)
+        return low.astype(dtype), np.where(np.isin(kinds, ("logit", "log_below")), high, most).astype(dtype)
+
+    def check_range(self, dtype: np.dtype[Any], names: Sequence[str] | None = None) -> None:
+        """Refuse bounds between which a dtype has no number.
+
+        Raises
+        ------
+        ValueError
+            With the name or the number of the first such column.
+
+        Examples
+        --------
+        >>> Elementwise.from_bounds([(1, 1 + 1e-9)]).check_range(np.dtype("float64"))
+        """
+        low, high = self.inner_range(dtype)
+        for j in np.flatnonzero(~(low <= high) | np.isposinf(low) | np.isneginf(high))[:1]:
+            column = f"column {j}" if names is None else f"column {names[j]!r}"
+            wider = " or take dtype='float64'" if dtype == np.float32 else ""
+            bounds = f"({self.lower[j]}, {self.upper[j]})"
+            raise ValueError(f"{column} has bounds {bounds}, between which {dtype} has no number; widen them{wider}")
 
     @classmethod
     def from_bounds(cls, bounds: Any, names: Sequence[str] | None = None) -> Elementwise:

@@ -98,6 +98,10 @@ class FlowRecord:
             if not isinstance(own, (Elementwise, Affine)):
                 raise ValueError(f"context_layers[{k}] is of type {type(own).__name__}; it must be Elementwise or Affine")
             _check_width(f"context_layers[{k}]", width_of("", own), context_features, "context features")
+        names = _arrays.names(names, features)
+        for k, layer in enumerate(layers):
+            if isinstance(layer, Elementwise):
+                layer.check_range(dtype, names if k == 0 else None)
         values = {
             "features": features,
             "context_features": context_features,
@@ -105,7 +109,7 @@ class FlowRecord:
             "context_layers": context_layers,
             "base": _layers.astype(base, dtype),
             "dtype": dtype,
-            "names": _arrays.names(names, features),
+            "names": names,
             "training": _training(training),
             "_derived": {},
             "_approved": None,
@@ -125,6 +129,13 @@ class FlowRecord:
     def discrete(self) -> str:
         """The conditional of the base if its variables are discrete, else nothing."""
         return self.base.conditional if isinstance(self.base, Terminal) and self.base.conditional != "mixture" else ""
+
+    def sample_dtype(self, dtype: DTypeLike | None, out: Any = None) -> np.dtype[Any]:
+        """The dtype of samples for which this one or `out` is asked for; it must have numbers between the bounds."""
+        result = _arrays.sample_dtype(dtype, out, self.dtype)
+        if result != self.dtype and self.layers and isinstance(self.layers[0], Elementwise):
+            self.layers[0].check_range(result, self.names)
+        return result
 
     # What backends make of it
 

@@ -218,3 +218,68 @@ def test_a_denormal_distance_to_a_bound(backend, dtype):
         expected = flow.astype("float64").log_prob(x)
     assert np.isfinite(expected).all()
     assert_close("log_prob", dtype, flow.log_prob(x), expected)
+
+
+FAR = [0.0, 1e-300, 1.0, 1e10, 1e19, 1e20, 1e38, 1e39, 1e155, 1e300, np.finfo(np.float64).max, np.inf]
+FAR_FLOWS = [name for name in make.CASES if "larger" not in name and "layer" not in name]
+
+
+def far_rows(features, n, seed):
+    """Some columns far out, or all of them; the last row has a NaN."""
+    rng = np.random.default_rng(seed)
+    x = rng.choice([-1.0, 1.0], (n, features)) * rng.choice(FAR, (n, features))
+    x = np.where((rng.uniform(size=(n, features)) < 0.3) | (np.arange(n) % 3 == 0)[:, None], x, 0.1)
+    x[-1, features // 2] = np.nan
+    return x
+
+
+@pytest.mark.parametrize("name", [*FAR_FLOWS, "mixture"])
+def test_far_out_the_density_is_zero(backend, dtype, name):
+    """Never NaN, though the sums meet inf - inf; so at infinity, in the context too. A NaN stays NaN."""
+    if name == "mixture":
+        flow = fastmaf.MADE(5, "mixture", 2, (9, 8), components=3, seed=1, dtype=dtype)
+        if backend == "numba":
+            pytest.skip("the numba backend has no mixture")
+    else:
+        flow = make.case(name, dtype).flow
+    n, nan = 120, np.arange(120) == 119
+    x = far_rows(flow.features, n, 1)
+    contexts = [None] if not flow.context_features else [np.full((n, flow.context_features), 0.2), far_rows(flow.context_features, n, 2)]
+    for context in contexts:
+        value, *gradients = flow.log_prob_and_grad(x, context)
+        alone = np.concatenate([flow.log_prob(x[i : i + 1], None if context is None else context[i]) for i in range(n)])
+        for result in (flow.log_prob(x, context), value, alone):
+            assert np.array_equal(np.isnan(result), nan) and (result[~nan] < np.inf).all()
+            assert (result[np.isinf(x).any(axis=1) & ~nan] == -np.inf).all()
+            assert name.startswith("front") or (np.isfinite(result).any() and np.isneginf(result).any())
+        for gradient in gradients:
+            assert gradient is None or (np.isfinite(gradient[~nan]).all() and not gradient[np.isneginf(value)].any())
+
+
+@pytest.mark.parametrize("far", [1e38, 1e300, np.inf])
+def test_far_discrete_values_and_contexts(backend, dtype, far):
+    if backend == "numba":
+        pytest.skip("the numba backend has no discrete flows")
+    flow = fastmaf.MADE(3, "categorical", 1, (9,), categories=[2, 3, 4], seed=1, dtype=dtype)
+    x = np.array([[0, 0, far], [0, -far, np.nan], [1, 2, 3]])
+    value = flow.log_prob(x, [0.5])
+    assert value[0] == -np.inf and np.isnan(value[1]) and np.isfinite(value[2])
+    assert not np.isnan(flow.log_prob(x[[0, 2]], [-far])).any() and np.isnan(flow.log_prob(x, [np.nan])).all()
+
+
+def test_integers_near_the_largest(backend, dtype):
+    """Their squares are too much for float32, their densities are not."""
+    flow = make.flow(2, (), 1, dtype=dtype, seed=2)
+    x = np.array([[2**64 - 1, 2**63], [2**64 - 2**11, 2**64 - 1], [2**53 + 1, 2**64 - 2**12]], np.uint64)
+    with make.reference():
+        expected = flow.astype("float64").log_prob(x)
+    assert (expected < -1e36).all() and (expected > -3e38).all()
+    assert_close("log_prob", dtype, flow.log_prob(x), expected)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_no_density_far_out_is_large(backend, dtype, activation):
+    """Where a scale is beyond the dtype it is infinite or zero: at the largest number the log det alone would count."""
+    flow = make.flow(3, (9,), 2, activation=activation, law="exp", dtype=dtype)
+    x = np.random.default_rng(0).normal(size=(2000, 3)) * 10.0 ** np.arange(0, 20, 0.01)[:, None]
+    assert (flow.log_prob(x) < 100).all()

@@ -442,6 +442,9 @@ def test_wrong_arguments_are_named(call, message):
 
 
 def test_wrong_values_are_named():
+    uneven = fastmaf.MADE(3, "categorical", categories=[5, 3, 2], order="sequential")
+    with pytest.raises(ValueError, match=re.escape("x has 4 in column 1; that variable has the values 0..2")):
+        uneven.sample_given([[4, 2], [1, 4]])  # the variable in front has it
     flow = made("categorical")
     with pytest.raises(ValueError, match=re.escape("x has 3.0 in column 1; that variable has the values 0..1")):
         flow.sample_given([[0.0, 1.0], [1.0, 3.0]])

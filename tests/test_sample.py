@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 
 import make
 import numpy as np
@@ -11,10 +13,15 @@ import tolerances
 from tolerances import assert_close
 
 import fastmaf
-from fastmaf import _reference
+from fastmaf import _backends, _reference
 from fastmaf.layers import Affine, Autoregressive, Conditioner, Dense, Elementwise, Law
 
 stats = pytest.importorskip("scipy.stats")
+hypothesis = pytest.importorskip("hypothesis")
+st = pytest.importorskip("hypothesis.strategies")
+
+ENDS = [0.0, 1.0, -1.0, 0.1, -3.0, 1.2e9, 2460000.5, 2.0**24, 1e-40, 1e-300, 3e38, -3.4e38]
+BOUNDED = [name for name in ("reference", "numba", "cpu") if _backends.reason(name) is None]
 
 
 def noise(n, features, dtype, seed, context_row=0, offset=0):
@@ -163,6 +170,114 @@ def test_samples_lie_strictly_inside(backend, dtype, scale):
         assert ((lower < x) | np.isinf(lower)).all() and ((x < upper) | np.isinf(upper)).all() and not np.isnan(x).any()
     assert np.isfinite(density).all()
     assert np.isfinite(flow.log_prob(drawn)[np.isfinite(drawn).all(axis=1)]).all()
+
+
+# The dtype of samples
+
+
+@pytest.mark.parametrize("name", ["front", "13 (49, 50) 3", "fixed layers in front"])
+def test_samples_of_either_dtype(backend, dtype, name):
+    """The same but for rounding, of columns in the user's numbers; densities stay those of the flow."""
+    case = make.case(name, dtype)
+    flow, own = case.flow, None if case.context is None else case.context[:3]
+    x, density = flow.sample_and_log_prob(50, own, seed=4)
+    rows = flow.from_noise(case.noise, case.context)
+    for other in ("float32", "float64"):
+        y, same = flow.sample_and_log_prob(50, own, seed=4, dtype=other)
+        assert y.dtype == other and same.dtype == dtype and np.array_equal(same, density)
+        again = flow.from_noise(case.noise, case.context, dtype=other)
+        assert again.dtype == other and np.array_equal(flow.sample(50, own, seed=4, dtype=other), y)
+        out = np.empty(y.shape, other)
+        assert flow.sample(50, own, seed=4, out=out) is out and np.array_equal(out, y)
+        for ours, theirs in ((y, x), (again, rows)):
+            assert np.array_equal(ours.astype("f4"), theirs.astype("f4"))
+
+
+def test_a_large_offset_is_resolved_in_float64(backend):
+    """Times in GPS seconds, known to milliseconds, of a float32 flow."""
+    flow = fastmaf.Flow([Affine([1.2e9, 0], [1e3, 1]), *make.flow(2, (9,), 1).layers], dtype="float32")
+    plain = fastmaf.Flow(flow.layers[1:], dtype="float32")
+    x, density = flow.sample_and_log_prob(2000, seed=1, dtype="float64")
+    assert np.abs((x[:, 0] - 1.2e9) * 1e3 - plain.sample(2000, seed=1)[:, 0]).max() < 1e-3
+    assert np.abs(flow.log_prob(x) - density).max() < 1e-2
+    assert np.unique(flow.sample(2000, seed=1)[:, 0]).size == 1
+
+
+def test_ensembles_sample_in_either_dtype():
+    ensemble = fastmaf.MADE(features=3, masks=4, seed=1)
+    single, (double, density) = ensemble.sample(200, seed=1), ensemble.sample_and_log_prob(200, seed=1, dtype="float64")
+    assert double.dtype == np.float64 and density.dtype == np.float32 and np.array_equal(double.astype("f4"), single)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int32"}, "dtype is 'int32'; it must be 'float32' or 'float64'"),
+        ({"dtype": "float32", "out": np.empty((3, 1))}, "dtype is float32 and out has dtype float64; leave one of them out"),
+        ({"out": np.empty((3, 1), int)}, "out has shape (3, 1) and dtype int64; the result has shape (3, 1) and dtype float64"),
+        ({"dtype": "float32"}, "column 'a' has bounds (1.0, 1.000000001), between which float32 has no number; widen them or take"),
+    ],
+)
+def test_wrong_dtypes_of_samples(options, message):
+    flow = fastmaf.MAF(1, bounds=[(1, 1 + 1e-9)], names=["a"], dtype="float64")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        flow.sample(3, **options)
+
+
+@hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
+@hypothesis.given(st.data())
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_bounds_hold(dtype, data):
+    """Samples lie strictly inside, whatever their dtype, and have a finite density; or no number of the dtype does."""
+    lower = data.draw(st.one_of(st.none(), st.sampled_from(ENDS), st.floats(-1e30, 1e30)))
+    width = data.draw(st.one_of(st.none(), st.sampled_from([5e-324, 1e-45, 1e-12, 1.0, 4.0]), st.floats(1e-320, 1e30)))
+    upper = data.draw(st.one_of(st.none(), st.sampled_from(ENDS))) if lower is None else None if width is None else lower + width
+    if lower is not None and upper is not None and width is not None and data.draw(st.booleans()):
+        upper = float(np.nextafter(np.dtype(dtype).type(lower), np.inf)) if data.draw(st.booleans()) else upper
+    if lower is not None and upper is not None and not lower < upper:
+        return
+    scale = data.draw(st.sampled_from([1.0, 0.01, 1e-4]))
+    below, above = -math.inf if lower is None else lower, math.inf if upper is None else upper
+
+    def inside(kind):
+        number = np.dtype(kind).type
+        values = [number(below) if math.isfinite(below) else number(above)]
+        values = [*values, np.nextafter(values[0], number(np.inf)), np.nextafter(values[0], number(-np.inf))]
+        return below == -above or any(below < float(value) < above and np.isfinite(value) for value in values)
+
+    with np.errstate(all="ignore"):
+        exists = {kind: inside(kind) for kind in ("float32", "float64")}
+    layers = [Elementwise.from_bounds([(lower, upper)]), Affine([0.0], [scale]), *make.flow(1, (), 1).layers]
+    if not exists[dtype]:
+        with pytest.raises(ValueError, match="column 0 has bounds .*, between which float.* has no number; widen them"):
+            fastmaf.Flow(layers, dtype=dtype)
+        return
+    flow = fastmaf.Flow(layers, dtype=dtype)
+    noise = np.array([0, 1, -1, 5, -5, 1e2, -1e2, 1e6, -1e6, 1e30, -1e30])[:, None]
+    for backend in BOUNDED:
+        for kind in ("float32", "float64"):
+            with make.using(_backends.require(backend)):
+                if not exists[kind]:
+                    with pytest.raises(ValueError, match="has no number"):
+                        flow.from_noise(noise, dtype=kind)
+                    continue
+                x = np.concatenate([flow.from_noise(noise, dtype=kind), flow.sample(20, seed=1, dtype=kind)])
+                assert x.dtype == kind and ((below < x.astype(float)) & (x.astype(float) < above)).all()
+                assert np.isfinite(x).all() or below == -above
+                assert np.isfinite(flow.log_prob(x)[np.isfinite(x[:, 0])]).all() or below == -above
+
+
+def test_samples_that_overflow(backend, dtype):
+    """Where the sums of a density are NaN it is that of the row: NaN if that has a NaN, else zero."""
+    ranks, rng = np.array([1, 2, 3]), np.random.default_rng(1)
+    net = make.conditioner(rng, ranks, (8,), activation="tanh")
+    exponent = np.log(np.finfo(dtype).max) - 1  # the core's scales end at half the largest number
+    bias = np.where(np.arange(6) % 2, [[0, exponent, 0, 0, 0, 0]], net.final.bias)[0]
+    steep = Autoregressive(ranks, dataclasses.replace(net, final=dataclasses.replace(net.final, bias=bias)), Law("exp"))
+    flow = fastmaf.Flow([*make.flow(3, (8,), 1, order="sequential").layers, steep], dtype=dtype)
+    x, density = flow.sample_and_log_prob(500, seed=1)
+    assert not np.isfinite(x).all() and np.isfinite(x).all(axis=1).any()
+    assert np.array_equal(np.isnan(density), np.isnan(x).any(axis=1)) and (density[~np.isnan(density)] < np.inf).all()
 
 
 # Distributions

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import tracemalloc
 from dataclasses import replace
 
 import make
@@ -10,7 +12,7 @@ import pytest
 from tolerances import assert_close
 
 import fastmaf
-from fastmaf import _backends, _reference, config
+from fastmaf import _backends, _gradients, _reference, config
 from fastmaf.layers import ACTIVATIONS, BatchNorm, Linear
 from fastmaf.record import trainable
 
@@ -101,6 +103,32 @@ def test_rows_outside_bounds_move_no_weight(weights_too, dtype):
     assert not actual[0][rows].any() and not actual[1][rows].any()
 
 
+@pytest.mark.parametrize("name", ["7 (17, 5) 1", "relu-exp", "affine exp_soft", "without hidden layers", "mixture"])
+@pytest.mark.parametrize("far", [1e200, 1e308, np.inf, -np.inf])
+def test_rows_of_density_zero_move_no_weight(weights_too, dtype, name, far):
+    """Nor the gradients of their neighbours, also where they are the last ones of a tile."""
+    if name == "mixture":
+        flow = fastmaf.MADE(5, "mixture", 1, (9, 8), components=3, seed=1, dtype=dtype)
+        x, context = make.rows(flow, make.ROWS, make.contexts(flow, make.ROWS)), make.contexts(flow, make.ROWS)
+    else:
+        case = make.case(name, dtype)
+        flow, x, context = case.flow, case.x, case.context
+    moved, of_moved = x.astype(np.float64), None if context is None else context.astype(np.float64)
+    rows = np.arange(0, make.ROWS, 5)
+    moved[rows, rows % flow.features] = far
+    if of_moved is not None:
+        of_moved[rows[::2]] = far
+    cotangent = np.random.default_rng(0).normal(size=make.ROWS)
+    without = cotangent.copy()
+    without[rows] = 0
+    assert (flow.log_prob(moved, of_moved)[rows] == -np.inf).all()
+    actual, expected = flow.vjp(moved, of_moved, cotangent), flow.vjp(x, context, without)
+    for operation, a, b in zip(OPERATIONS, actual, expected, strict=True):
+        if b is not None:
+            assert_close(operation, dtype, a, b.astype(np.float64))
+    assert not actual[0][rows].any() and (context is None or not actual[1][rows].any())
+
+
 def test_nan_stays_in_its_row(backend, dtype):
     case = make.case("7 (17, 5) 1", dtype)
     x, context = case.x.copy(), case.context.copy()
@@ -139,7 +167,117 @@ def test_sums_over_what_is_shared(backend, dtype, x_shape, context_shape):
         assert_close("gradient", dtype, actual, summed(expected, like))
 
 
+FORMS = [
+    ((9, 7), (1,)),
+    ((9, 7), (9, 1)),
+    ((9, 7), (5, 1, 1)),
+    ((5, 9, 7), (1,)),
+    ((5, 9, 7), (5, 1, 1)),
+    ((5, 9, 7), (5, 9, 1)),
+    ((1, 7), (5, 1, 1)),
+    ((5, 1, 7), (5, 1, 1)),
+    ((0, 7), (5, 1, 1)),
+]
+
+
+@pytest.mark.parametrize(("x_shape", "context_shape"), FORMS)
+@pytest.mark.parametrize("budget", [1, 40, 300])
+def test_blocks_change_no_sum(weights_too, dtype, monkeypatch, x_shape, context_shape, budget):
+    """Of one row, of some of the rows of one context, of some contexts with all their rows."""
+    flow = make.case("7 (17, 5) 1", dtype).flow
+    rng = np.random.default_rng(0)
+    x, context = rng.normal(size=x_shape), rng.normal(size=context_shape)
+    g = rng.normal(size=flow.log_prob(x, context).shape)
+    whole = (*flow.log_prob_and_grad(x, context), *flow.vjp(x, context, g))
+    monkeypatch.setattr(_gradients, "BUDGET", budget * np.dtype(dtype).itemsize)
+    parts = (*flow.log_prob_and_grad(x, context), *flow.vjp(x, context, g))
+    for operation, actual, expected in zip(("log_prob", *OPERATIONS[:2], *OPERATIONS), parts, whole, strict=True):
+        assert actual.shape == expected.shape and actual.dtype == expected.dtype == dtype
+        assert_close(operation, dtype, actual, expected.astype(np.float64))
+
+
+@pytest.mark.parametrize("budget", [100, 16 << 20])
+def test_shared_gradients_are_summed_in_double(backend, monkeypatch, budget):
+    """A sum in float32 would be off by tens of its last digit."""
+    flow = make.case("7 (17, 5) 1", "float32").flow
+    rng = np.random.default_rng(0)
+    x, contexts = rng.normal(size=(2, 7)).astype("f4"), rng.normal(size=(3000, 1, 1)).astype("f4")
+    _, each, _ = flow.log_prob_and_grad(np.broadcast_to(x, (3000, 2, 7)), contexts)
+    rows = rng.normal(size=(3000, 7)).astype("f4")
+    _, _, of_each = flow.log_prob_and_grad(rows, np.broadcast_to(contexts[0, 0], (3000, 1)))
+    monkeypatch.setattr(_gradients, "BUDGET", budget)
+    dx, dcontext = flow.log_prob_and_grad(x, contexts)[1], flow.log_prob_and_grad(rows, contexts[0, 0])[2]
+    for actual, parts in ((dx, each.reshape(3000, -1)), (dcontext, of_each)):
+        exact = np.array([math.fsum(column) for column in parts.T.astype(np.float64).tolist()])
+        assert (np.abs(actual.ravel() - exact) <= np.spacing(np.abs(actual.ravel()))).all()
+
+
+class Filling:
+    """A backend whose gradients are all 1."""
+
+    name = "filling"
+
+    def unsupported(self, flow):
+        return None
+
+    def vjp(self, flow, x, context, cotangent, value, dx, dcontext, dparameters):
+        assert x.shape == dx.shape and all(out.flags.c_contiguous for out in (cotangent, value, dx, dcontext))
+        value[...], dx[...], dcontext[...] = 0, 1, 1
+        if dparameters is not None:
+            dparameters[:] = cotangent.sum()
+
+
+@pytest.mark.parametrize(("x_shape", "context_shape"), [((1500, 5), (1500, 1, 20)), ((1500, 1500, 5), (20,)), ((2_000_000, 5), (20,))])
+def test_gradients_take_little_memory(x_shape, context_shape):
+    x, context = (np.broadcast_to(np.float32(0.5), shape) for shape in (x_shape, context_shape))
+    flow = fastmaf.MAF(5, context_features=20, transforms=1, hidden_features=(8,))
+    rows = np.prod(x_shape[:-1]) * (context_shape[0] if len(x_shape) == 2 and len(context_shape) == 3 else 1)
+    shape = x_shape[:-1] if len(context_shape) == 1 else (1500, 1500)
+    ones = np.broadcast_to(np.int8(1), shape)
+    with make.using(Filling()):
+        for call in (lambda: flow.log_prob_and_grad(x, context), lambda: flow.vjp(x, context, ones)):
+            tracemalloc.start()
+            *_, last = results = call()
+            beyond = tracemalloc.get_traced_memory()[1] - sum(array.nbytes for array in results)
+            tracemalloc.stop()
+            assert beyond <= 64 << 20
+            assert (last == (rows if last.ndim == 1 else 1500)).all()
+
+
 # Every model
+
+
+def equal_components(dtype):
+    """A mixture of four times the same Gaussian, N(0.5, e^0.6)."""
+    made = fastmaf.MADE(1, "mixture", components=4, seed=1, dtype=dtype)
+    net = made.base.conditioner
+    bias = np.repeat([0.3, 0.5, 0.3 / (1 - 0.3 / made.base.constants["clip"])], 4)
+    base = replace(made.base, conditioner=replace(net, final=replace(net.final, weight=0 * net.final.weight, bias=bias)))
+    return fastmaf.Flow([], base, dtype=dtype)
+
+
+@pytest.mark.parametrize("far", [1.0, 1e4, 1e8, 1e15, 1e18])
+def test_shares_of_components_sum_to_one(weights_too, dtype, far):
+    """Also far out, where the logarithm of their sum is lost beside those of the terms."""
+    flow = equal_components(dtype)
+    x = np.array([[far], [-far]])
+    dx, _, dparameters = flow.vjp(x, None, np.ones(2))
+    np.testing.assert_allclose(dx, (0.5 - x) * np.exp(-0.6), rtol=1e-5)
+    of_logits = dparameters[-12:-8]
+    np.testing.assert_allclose(of_logits, 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("far", [1e3, 1e6, 1e8])
+@pytest.mark.parametrize("conditional", ["gaussian", "mixture"])
+def test_slopes_of_raw_log_scales_far_beyond_the_clip(weights_too, dtype, conditional, far):
+    """They are small, not lost: beside them stand squares of numbers that are large."""
+    flow = fastmaf.MADE(2, conditional, hidden_features=(9,), components=1, activation="tanh", seed=3, dtype=dtype)
+    flow = flow.with_parameters(flow.parameters() * far)
+    x, g = np.array([[0.3, far], [-0.7, -far]], dtype), np.ones(2)
+    with make.reference():
+        expected = flow.astype("float64").vjp(x, None, g)
+    for actual, exact in zip(flow.vjp(x, None, g)[::2], expected[::2], strict=True):
+        np.testing.assert_allclose(actual, exact, rtol=1e5 * np.finfo(dtype).eps, atol=1e-30)
 
 
 def mixed(features, blocks=2, **options):

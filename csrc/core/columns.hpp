@@ -8,13 +8,13 @@
 
 namespace fastmaf {
 
-// The range of T strictly inside the bounds of a column.
+// The range of T strictly inside the bounds of a column, infinity excluded where there is one: there the density is zero.
 template <class T>
 void inner_range(const Columns& columns, size_t v, T& low, T& high) {
     constexpr T infinity = std::numeric_limits<T>::infinity();
-    low = -infinity;
-    high = infinity;
     const Bijection kind = columns.kind[v];
+    high = kind == Bijection::identity ? infinity : std::numeric_limits<T>::max();
+    low = -high;
     if (kind == Bijection::logit || kind == Bijection::log_above) {
         low = T(columns.lower[v]);
         while (!(double(low) > columns.lower[v])) low = std::nextafter(low, infinity);

@@ -33,6 +33,14 @@ struct Place {
     uintptr_t stream = 0;
 };
 
+// Where samples go: their dtype is the caller's choice.
+struct Samples {
+    Samples(float* out) : single(out) {}
+    Samples(double* out) : wide(out) {}
+    float* single = nullptr;
+    double* wide = nullptr;
+};
+
 // A program with its copy on one device, made when first needed and freed with it. Results are those of the functions in cpu/backend.hpp.
 template <class T>
 class Flow {
@@ -46,8 +54,8 @@ public:
     void log_prob(const Batch& batch, T* out, const Place& place, const Poll& poll) const;
     void to_noise(const Batch& batch, T* out, const Place& place, const Poll& poll) const;
     void conditional_probs(const Batch& batch, T* out, const Place& place, const Poll& poll) const;
-    void from_noise(const Batch& noise, T* out, const Place& place, const Poll& poll) const;
-    void sample(const Draw& draw, T* out, T* log_prob, const Place& place, const Poll& poll) const;
+    void from_noise(const Batch& noise, const Samples& out, const Place& place, const Poll& poll) const;
+    void sample(const Draw& draw, const Samples& out, T* log_prob, const Place& place, const Poll& poll) const;
 
 private:
     struct Parts;

@@ -254,7 +254,10 @@ void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noi
         tile.folded = shared ? folded->pointers.data() : nullptr;
         auto write = [&](int64_t first, int64_t rows, const T* z, int64_t step, int64_t stride, double* log_det) {
             for (int64_t r = 0; r < rows; ++r) {
-                if (log_prob) log_prob[first + r] = T(program.constant() + log_det[r]);
+                if (log_prob) {
+                    const T value = T(program.constant() + log_det[r]);
+                    log_prob[first + r] = value < std::numeric_limits<T>::infinity() ? value : reader.lost_density(program, first + r);
+                }
                 const bool none = log_det[r] == -std::numeric_limits<double>::infinity();  // at or outside a bound
                 if (noise)
                     for (int d = 0; d < features; ++d)
@@ -304,8 +307,8 @@ void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noi
 }
 
 // Sampling: noise from counters, or from the batch when `draw` is null.
-template <class T>
-void generate(const Program<T>& program, const Batch& batch, const Draw* draw, T* out, T* log_prob, const Poll& poll) {
+template <class T, class Out>
+void generate(const Program<T>& program, const Batch& batch, const Draw* draw, Out* out, T* log_prob, const Poll& poll) {
     const int64_t total = batch.rows();
     if (total == 0) return;
     const Kernels<T>& k = kernels<T>();
@@ -319,7 +322,7 @@ void generate(const Program<T>& program, const Batch& batch, const Draw* draw, T
     const int tiles_together = subtiles(program, Direction::sampler);
     const Cut cut(total, k.width, int64_t(lanes) * tiles_together);
     const Columns& columns = program.spec().columns;
-    std::vector<T> low(size_t(features), T(0)), high(size_t(features), T(0));
+    std::vector<Out> low(size_t(features), Out(0)), high(size_t(features), Out(0));
     for (size_t v = 0; v < size_t(features); ++v) inner_range(columns, v, low[v], high[v]);
     Carver measure;
     Room<T>(measure, program, lanes, tiles_together);
@@ -345,20 +348,28 @@ void generate(const Program<T>& program, const Batch& batch, const Draw* draw, T
                 k.base(noise + s * tile.stride, features, lanes, rows, tile.log_det + first);
             });
         k.from_noise(views.data(), count, tile);
-        T* const value = reinterpret_cast<T*>(room.column);
+        double* const value = room.column;
         each_subtile(n, lanes, [&](int64_t s, int64_t first, int rows) {
             double* const log_det = tile.log_det + first;
+            Out* const own = out + (begin + first) * features;
             for (int v = 0; v < features; ++v) {
                 const size_t c = size_t(v);
                 k.store(tile.x[0] + s * tile.stride + (context + program.first()[c]) * lanes, rows, columns.kind[c], columns.lower[c],
                         columns.upper[c], columns.loc[c], columns.scale[c], value, log_det);
                 for (int r = 0; r < rows; ++r) {
-                    const T x = value[r];
-                    out[(begin + first + r) * features + v] = x < low[c] ? low[c] : x > high[c] ? high[c] : x;
+                    const Out x = Out(value[r]);
+                    own[r * features + v] = x < low[c] ? low[c] : x > high[c] ? high[c] : x;
                 }
             }
-            if (log_prob)
-                for (int r = 0; r < rows; ++r) log_prob[begin + first + r] = T(program.constant() + log_det[r]);
+            for (int r = 0; log_prob && r < rows; ++r) {
+                constexpr T infinity = std::numeric_limits<T>::infinity();
+                T density = T(program.constant() + log_det[r]);
+                if (!(density < infinity)) {  // as that of the row would be
+                    const Out* const x = own + r * features;
+                    density = std::any_of(x, x + features, [](Out v) { return std::isnan(v); }) ? T(NAN) : -infinity;
+                }
+                log_prob[begin + first + r] = density;
+            }
         });
     };
     parallel_for(cut.tiles, run, poll ? &poll : nullptr);
@@ -381,13 +392,13 @@ void to_noise(const Program<T>& program, const Batch& batch, T* out, const Poll&
     evaluate<T>(program, batch, nullptr, out, nullptr, poll);
 }
 
-template <class T>
-void from_noise(const Program<T>& program, const Batch& noise, T* out, const Poll& poll) {
-    generate<T>(program, noise, nullptr, out, nullptr, poll);
+template <class T, class Out>
+void from_noise(const Program<T>& program, const Batch& noise, Out* out, const Poll& poll) {
+    generate<T>(program, noise, nullptr, out, static_cast<T*>(nullptr), poll);
 }
 
-template <class T>
-void sample(const Program<T>& program, const Draw& draw, T* out, T* log_prob, const Poll& poll) {
+template <class T, class Out>
+void sample(const Program<T>& program, const Draw& draw, Out* out, T* log_prob, const Poll& poll) {
     Batch batch;
     batch.outer = draw.contexts;
     batch.inner = draw.rows;
@@ -436,8 +447,10 @@ bool poisoned() { return poison.load(std::memory_order_relaxed); }
     template void log_prob<T>(const Program<T>&, const Batch&, T*, const Poll&);            \
     template void conditional_probs<T>(const Program<T>&, const Batch&, T*, const Poll&);   \
     template void to_noise<T>(const Program<T>&, const Batch&, T*, const Poll&);            \
-    template void from_noise<T>(const Program<T>&, const Batch&, T*, const Poll&);          \
-    template void sample<T>(const Program<T>&, const Draw&, T*, T*, const Poll&);           \
+    template void from_noise<T>(const Program<T>&, const Batch&, float*, const Poll&);      \
+    template void from_noise<T>(const Program<T>&, const Batch&, double*, const Poll&);     \
+    template void sample<T>(const Program<T>&, const Draw&, float*, T*, const Poll&);       \
+    template void sample<T>(const Program<T>&, const Draw&, double*, T*, const Poll&);      \
     template Peak peak<T>(double);
 FASTMAF_INSTANTIATE(float)
 FASTMAF_INSTANTIATE(double)

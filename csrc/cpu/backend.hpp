@@ -11,17 +11,18 @@
 namespace fastmaf {
 
 template <class T>
-void log_prob(const Program<T>& program, const Batch& batch, T* out, const Poll& poll);  // out [rows]
+void log_prob(const Program<T>& program, const Batch& batch, T* out, const Poll& poll);  // out [rows]; NaN for rows with a NaN alone
 // Of discrete variables: p(x_i = 1 | x_<i) as (n, D), or p(x_i = c | x_<i) as (n, D, most values), zero where there is no c. Whatever x
 // holds goes into the network.
 template <class T>
 void conditional_probs(const Program<T>& program, const Batch& batch, T* out, const Poll& poll);
 template <class T>
 void to_noise(const Program<T>& program, const Batch& batch, T* out, const Poll& poll);  // out [rows][features]
-template <class T>
-void from_noise(const Program<T>& program, const Batch& noise, T* out, const Poll& poll);  // out [rows][features]
-template <class T>
-void sample(const Program<T>& program, const Draw& draw, T* out, T* log_prob, const Poll& poll);  // log_prob may be null
+// Columns leave the network in double: the dtype of `out` is the caller's choice.
+template <class T, class Out>
+void from_noise(const Program<T>& program, const Batch& noise, Out* out, const Poll& poll);  // out [rows][features]
+template <class T, class Out>
+void sample(const Program<T>& program, const Draw& draw, Out* out, T* log_prob, const Poll& poll);  // log_prob may be null
 
 // value [rows]; d_x [rows][features], d_context [rows][context], d_parameters [parameters]: each may be null.
 template <class T>

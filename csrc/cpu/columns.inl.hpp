@@ -39,10 +39,10 @@ static void refuse_other(const double* in, int n, int values, double* log_det) {
 }
 
 template <class T>
-static void store(const T* in, int n, Bijection kind, double lower, double upper, double loc, double scale, T* out, double* log_det) {
+static void store(const T* in, int n, Bijection kind, double lower, double upper, double loc, double scale, double* out, double* log_det) {
     constexpr int W = Lanes<double>::W;
     if (kind == Bijection::identity) {
-        for (int i = 0; i < n; ++i) out[i] = T(double(in[i]) / scale + loc);
+        for (int i = 0; i < n; ++i) out[i] = double(in[i]) / scale + loc;
         return;
     }
     const double range = kind == Bijection::logit ? __builtin_log(upper - lower) : 0;
@@ -51,7 +51,7 @@ static void store(const T* in, int n, Bijection kind, double lower, double upper
         for (int j = 0; j < W; ++j) z[j] = double(in[i + j < n ? i + j : n - 1]) / scale + loc;
         const D x = from_line(z, kind, lower, upper, range, slope);
         for (int j = 0; j < W && i + j < n; ++j) {
-            out[i + j] = T(x[j]);
+            out[i + j] = x[j];
             log_det[i + j] += slope[j];
         }
     }

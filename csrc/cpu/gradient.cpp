@@ -24,6 +24,8 @@ namespace fastmaf {
 
 namespace {
 
+constexpr int kMostLanes = 48;  // of a tile
+
 // What a chunk may keep. Chunks that stay in L2 were slower on two threads: each ends with all threads waiting.
 constexpr int64_t kChunkBytes = int64_t(64) << 20;
 // Rows of a block, twice as many in large batches: fewer sums to add up, and eight threads still have one each. 96 left more of a usual
@@ -146,6 +148,12 @@ public:
         auto run = [&](Room& room, Kept<T>& kept, int64_t first, int rows, int64_t place) {
             load(room, reader, begin + first, rows);
             for (size_t k = 0; k < program_.stages(); ++k) forward(room, k, rows);
+            if (weigh<V>(room, reader, begin + first, rows)) {
+                double weighed[kMostLanes];
+                std::copy_n(room.log_det, rows, weighed);
+                for (size_t k = 0; k < program_.stages(); ++k) forward(room, k, rows);
+                std::copy_n(weighed, rows, room.log_det);
+            }
             close(room, rows, cotangent + first, used_cotangent_.data() + first, value ? value + first : nullptr);
             for (size_t k = program_.stages(); k-- > 0;) backward(room, k, rows, wanted);
             if (d_x) write_dx(room, reader, begin + first, rows, d_x + first * program_.features());
@@ -232,6 +240,7 @@ public:
             each_tile([&](Room& room, int64_t, int rows) { forward(room, k, rows); });
         }
         each_tile([&](Room& room, int64_t first, int rows) {
+            weigh<V>(room, reader, first, rows);
             close(room, rows, cotangent + first, used_cotangent_.data() + first, value + first);
         });
         for (size_t k = stages.size(); k-- > 0;) {
@@ -422,20 +431,58 @@ private:
             if (const int values = program_.values(v)) kernels_.refuse_other(column, n, values, room.log_det);
         }
         for (int c = 0; c < context; ++c) {
-            double of_bound[48] = {};
+            double of_bound[kMostLanes] = {};
             if (c % kColumns == 0) reader.context_columns(begin, n, c, std::min(kColumns, context - c), lanes, room.column);
             load(program_.spec().context_columns, c, room.column + c % kColumns * lanes, c, of_bound);
             spoil_outside(of_bound, padded(n), room.trace[0].x + c * lanes);
             for (size_t j = 1; j < room.trace.size(); ++j) std::copy_n(room.trace[0].x + c * lanes, padded(n), room.trace[j].x + c * lanes);
         }
-        zero_outside(room.log_det, n, padded(n), features, lanes, room.trace[0].x + context * lanes);
+        for (int r = 0; r < n; ++r)
+            if (room.log_det[r] == -std::numeric_limits<double>::infinity()) zero_row(room, r, n);
+    }
+
+    // A row of density zero, and its context, go on as zeros: nothing that it meets is infinite. Only a NaN stays.
+    void zero_row(Room& room, int r, int n) {
+        const int width = program_.context() + program_.features();
+        for (int lane = r; lane < (r + 1 < n ? r + 1 : padded(n)); ++lane)
+            for (size_t k = 0; k < room.trace.size(); ++k)
+                for (int i = 0; i < (k ? program_.context() : width); ++i) {
+                    T& own = room.trace[k].x[i * lanes_ + lane];
+                    if (own == own) own = 0;
+                }
     }
 
     void forward(Room& room, size_t k, int n) {
         kernels_.forward(program_.views(Direction::density)[k], room.trace[k], room.trace[k + 1], padded(n), room.log_det);
     }
 
-    // Between forward and backward: the density, and the gradient in the noise. `used`: cotangents, zero where the density is.
+    // Behind forward: log_det becomes the density, but for the constant. Rows that have none in V, far out or at infinity, become rows of
+    // density zero; returns whether there are any, which then have to go forward again.
+    template <class V>
+    bool weigh(Room& room, const RowReader& reader, int64_t begin, int n) {
+        const T* noise = room.trace[program_.stages()].x + program_.context() * lanes_;
+        if (!program_.has_base()) kernels_.base(noise, program_.features(), lanes_, n, room.log_det);
+        bool again = false;
+        for (int r = 0; r < n; ++r) {
+            double& density = room.log_det[r];
+            constexpr double zero = -std::numeric_limits<double>::infinity();
+            if (density == zero && is_zero(room, r)) continue;
+            if (std::isfinite(V(program_.constant() + density))) continue;
+            density = double(reader.lost_density(program_, begin + r));
+            if (density == zero) zero_row(room, r, n);
+            again = again || density == zero;
+        }
+        return again;
+    }
+
+    // Whether a row went through as zeros.
+    bool is_zero(const Room& room, int r) const {
+        for (int i = 0; i < program_.context() + program_.features(); ++i)
+            if (room.trace[0].x[i * lanes_ + r] != 0) return false;
+        return true;
+    }
+
+    // Between forward and backward: the gradient in the noise. `used`: cotangents, zero where the density is.
     template <class V>
     void close(Room& room, int n, const T* cotangent, T* used, V* value) {
         const int features = program_.features(), context = program_.context();
@@ -448,9 +495,7 @@ private:
         std::fill(dx, dx + context * lanes_, T(0));
         for (int v = 0; v < features && !program_.has_base(); ++v)
             for (int r = 0; r < padded(n); ++r) dx[(context + v) * lanes_ + r] = -noise[v * lanes_ + r] * room.cotangent[r];
-        if (!value) return;
-        if (!program_.has_base()) kernels_.base(noise, features, lanes_, n, room.log_det);
-        for (int r = 0; r < n; ++r) value[r] = V(program_.constant() + room.log_det[r]);
+        for (int r = 0; value && r < n; ++r) value[r] = V(program_.constant() + room.log_det[r]);
     }
 
     void backward(Room& room, size_t k, int n, bool wanted) {
@@ -464,6 +509,7 @@ private:
             out_of(program_.spec().columns, v, room.dx[0] + (program_.context() + program_.first()[size_t(v)]) * lanes_, room, n, true, d_x + v,
                    program_.features());
         }
+        settle(room, n, d_x, program_.features());
     }
 
     void write_dcontext(Room& room, const RowReader& reader, int64_t begin, int n, T* d_context) {
@@ -471,6 +517,15 @@ private:
             reader.context_column(begin, n, c, room.column);
             out_of(program_.spec().context_columns, c, room.dx[0] + c * lanes_, room, n, false, d_context + c, program_.context());
         }
+        settle(room, n, d_context, program_.context());
+    }
+
+    // Far out the gradient of a row may be no number in T, though its density is one: it is zero then.
+    static void settle(const Room& room, int n, T* d, int width) {
+        for (int r = 0; r < n; ++r, d += width)
+            if (std::isfinite(room.log_det[r]) && std::isfinite(room.cotangent[r]) &&
+                !std::all_of(d, d + width, [](T v) { return std::isfinite(v); }))
+                std::fill(d, d + width, T(0));
     }
 
     void keep(Room& room, Kept<T>& kept, int n, int64_t place) {

@@ -57,6 +57,14 @@ inline void spoil_outside(const double* log_det, int64_t n, T* lane) {
         if (log_det[r] == -INFINITY) lane[r] = T(NAN);
 }
 
+// Whether a column has no meaning at x: NaN, or a number at or outside a bound.
+inline bool outside(const Columns& columns, size_t c, double x) {
+    const Bijection kind = columns.kind[c];
+    if (kind == Bijection::identity) return std::isnan(x);
+    const double above = kind == Bijection::log_below ? 1 : x - columns.lower[c], below = kind == Bijection::log_above ? 1 : columns.upper[c] - x;
+    return !(above > 0 && below > 0 && std::isfinite(above) && std::isfinite(below));
+}
+
 // A row at or outside a bound goes on as zeros, so that nothing beside the bound matters: its density stays zero, its gradient too. Only
 // a NaN stays. x: [variables][lanes]; lanes from n to `padded` are copies of the last row.
 template <class T>
@@ -88,6 +96,22 @@ public:
     }
     void context_columns(int64_t begin, int64_t n, int c, int count, int64_t stride, double* out) const {
         gather(batch_.context, begin, n, c, count, stride, out);
+    }
+
+    // The density of a row of which the sums say NaN or infinity: NaN where a number is missing in it or in its context, else zero.
+    // Far out and at infinity the sums meet inf - inf.
+    template <class T>
+    T lost_density(const Program<T>& program, int64_t row) const {
+        double value = 0;
+        for (int v = 0; v < program.features(); ++v) {
+            column(row, 1, v, &value);
+            if (std::isnan(value)) return T(NAN);
+        }
+        for (int c = 0; c < program.context(); ++c) {
+            context_column(row, 1, c, &value);
+            if (outside(program.spec().context_columns, size_t(c), value)) return T(NAN);
+        }
+        return T(-INFINITY);
     }
 
 private:

@@ -47,8 +47,8 @@ struct Kernels {
     void (*load)(const double* in, int n, Bijection kind, double lower, double upper, double loc, double scale, T* out, double* log_det);
     // log_det becomes -inf where a discrete variable has another value than 0, 1, ... `values` - 1. Reads and writes whole vectors.
     void (*refuse_other)(const double* in, int n, int values, double* log_det);
-    // Back from z to x in double, strictly inside the bounds as seen in T.
-    void (*store)(const T* in, int n, Bijection kind, double lower, double upper, double loc, double scale, T* out, double* log_det);
+    // Back from z to x, in double.
+    void (*store)(const T* in, int n, Bijection kind, double lower, double upper, double loc, double scale, double* out, double* log_det);
     // x[0] -> noise tile; returns which of x[0], x[1] holds it ([features][lanes] after the context rows). log_det gets -sum a.
     int (*to_noise)(const StageView<T>* stages, int count, const Tile<T>& tile);
     // The same for one row: x [context + features] in, noise out, contiguous units; scratch as long as all units together. Those who

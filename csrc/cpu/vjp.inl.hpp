@@ -31,11 +31,11 @@ static void forward_transform(const StageView<T>& stage, const Trace<T>& here, T
         for (int s = 0; s < stage.features; ++s) {
             const int own = s * L + j * W;
             const T* row = parameters + 2 * s * L + j * W;
-            const Vec<T> scale = log_scale<T>(stage, at(row + L)), e = exp<T>(-scale);
+            const Vec<T> scale = log_scale<T>(stage, at(row + L)), e = scale_of<T>(-scale);
             const Vec<T> z = to_z<T>(stage, at(x + own), at(row), scale);
             at(here.scaled + own) = stage.form == Form::affine ? at(x + own) * e : z;
             at(inverse_scale + own) = e;
-            at(slope + own) = log_scale_slope<T>(stage, scale);
+            at(slope + own) = log_scale_slope<T>(stage, at(row + L));
             at(next + stage.next[s] * L + j * W) = stage.scale ? (z - stage.loc[s]) * stage.scale[s] : z;
             sum -= widen(scale);
         }

@@ -211,6 +211,17 @@ Job<T> job_of(const Batch& batch) {
     return job;
 }
 
+template <class T>
+void aim(Job<T>& job, const Samples& out) {
+    if constexpr (std::is_same_v<T, float>) {
+        job.out = out.single;
+        job.other = out.wide;
+    } else {
+        job.out = out.wide;
+        job.other = out.single;
+    }
+}
+
 // Rows [begin, begin + count) of a host array, one behind the other.
 void gather_rows(const Source& source, int64_t begin, int64_t count, int width, char* out) {
     const Rows& rows = source.rows;
@@ -376,7 +387,8 @@ struct Flow<T>::Parts {
         std::lock_guard<std::mutex> lock(station->streaming);
         const bool reads = !job.draws, scattered = job.index != nullptr;
         const int64_t x_row = reads ? features * size_of(job.x.rows.dtype) : 0, context_row = context * size_of(job.context.rows.dtype);
-        const int64_t out_row = job.out ? job.width * int64_t(sizeof(T)) : 0, density_row = job.log_prob ? int64_t(sizeof(T)) : 0;
+        const int64_t out_row = job.out ? job.width * int64_t(sizeof(T)) : job.other ? job.width * int64_t(sizeof(Other<T>)) : 0;
+        const int64_t density_row = job.log_prob ? int64_t(sizeof(T)) : 0;
         const int64_t row = x_row + (shared ? 0 : context_row) + (scattered ? 16 : 0) + out_row + density_row;
         const int64_t chunk = std::min(job.rows, std::max<int64_t>(kLanes, kChunk / std::max<int64_t>(1, row) / kLanes * kLanes));
         auto padded = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
@@ -398,7 +410,8 @@ struct Flow<T>::Parts {
             check(cudaStreamSynchronize(slot.stream), "computing rows " + std::to_string(waiting[s]) + " and on");
             const int64_t count = std::min(chunk, job.rows - waiting[s]);
             const char* const results = slot.host_out.at_least(out_size);
-            if (job.out) std::memcpy(job.out + waiting[s] * job.width, results, size_t(count * out_row));
+            char* const out = job.out ? reinterpret_cast<char*>(job.out) : reinterpret_cast<char*>(job.other);
+            if (out) std::memcpy(out + waiting[s] * out_row, results, size_t(count * out_row));
             if (job.log_prob) std::memcpy(job.log_prob + waiting[s], results + of_density, size_t(count * density_row));
             waiting[s] = -1;
         };
@@ -445,6 +458,7 @@ struct Flow<T>::Parts {
             travel(in + of_index, host + of_index, scattered ? count * 8 : 0, cudaMemcpyHostToDevice);
             travel(in + of_group, host + of_group, scattered ? count * 8 : 0, cudaMemcpyHostToDevice);
             part.out = job.out ? reinterpret_cast<T*>(out) : nullptr;
+            part.other = job.other ? reinterpret_cast<Other<T>*>(out) : nullptr;
             part.log_prob = job.log_prob ? reinterpret_cast<T*>(out + of_density) : nullptr;
             launch(operation, part, shared, slot.stream);
             travel(results, out, count * out_row, cudaMemcpyDeviceToHost);
@@ -513,19 +527,19 @@ void Flow<T>::conditional_probs(const Batch& batch, T* out, const Place& place, 
 }
 
 template <class T>
-void Flow<T>::from_noise(const Batch& noise, T* out, const Place& place, const Poll& poll) const {
+void Flow<T>::from_noise(const Batch& noise, const Samples& out, const Place& place, const Poll& poll) const {
     Job<T> job = job_of<T>(noise);
-    job.out = out;
+    aim(job, out);
     job.width = program().features();
     parts_->run(cuda::Operation::generate, job, noise.outer, noise.inner, place, poll);
 }
 
 template <class T>
-void Flow<T>::sample(const Draw& draw, T* out, T* log_prob, const Place& place, const Poll& poll) const {
+void Flow<T>::sample(const Draw& draw, const Samples& out, T* log_prob, const Place& place, const Poll& poll) const {
     Job<T> job;
     job.rows = draw.contexts * draw.rows;
     job.context = {draw.context, draw.rows};
-    job.out = out;
+    aim(job, out);
     job.width = program().features();
     job.log_prob = log_prob;
     job.draws = true;

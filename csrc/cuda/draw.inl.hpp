@@ -397,7 +397,7 @@ FASTMAF_FN void generate_halves(const FlowView<float>& flow, const DrawView& dra
         else
             sampler_stage(flow, k, job.vectors, tile, team);
     team.sync();
-    write_samples(flow, job, begin, begin + 16 * draws.groups, tile, team);
+    write_samples<Arithmetic::halves>(flow, job, begin, begin + 16 * draws.groups, tile, team);
 }
 
 }  // namespace FASTMAF_ISA

@@ -205,34 +205,72 @@ FASTMAF_FN void write_probabilities(const FlowView<T>& flow, const Job<T>& job, 
         }
 }
 
-// Whether a result of the rows from `begin` is NaN. All warps look, so all find the same.
-template <class T>
-FASTMAF_FN bool has_nan(const FlowView<T>& flow, const Job<T>& job, int64_t begin) {
+template <class T, class U>
+FASTMAF_INLINE bool has_nan_in(const Job<T>& job, const U* rows, int features, int64_t begin) {
     for (int j = 0; j < job.vectors; ++j) {
         const Index row = counted(uint64_t(begin + j * Lanes<T>::W), uint64_t(job.rows - 1));
-        if (job.log_prob) {
-            const Vec<T> own = read_back(job.log_prob, row);
-            if (any(own != own)) return true;
-        }
-        for (int d = 0; job.out && d < flow.features; ++d) {
-            const Vec<T> own = read_back(job.out, row * uint64_t(flow.features) + uint64_t(d));
+        for (int d = 0; d < features; ++d) {
+            const Vec<U> own = read_back(rows, row * uint64_t(features) + uint64_t(d));
             if (any(own != own)) return true;
         }
     }
     return false;
 }
 
+// Whether a result of the rows from `begin` is NaN. All warps look, so all find the same.
 template <class T>
-FASTMAF_INLINE void write_result(const Job<T>& job, T* p, Index offset, Vec<T> v, int64_t n) {
+FASTMAF_FN bool has_nan(const FlowView<T>& flow, const Job<T>& job, int64_t begin) {
+    return (job.log_prob && has_nan_in(job, job.log_prob, 1, begin)) || (job.out && has_nan_in(job, job.out, flow.features, begin)) ||
+           (job.other && has_nan_in(job, job.other, flow.features, begin));
+}
+
+template <class T, class U>
+FASTMAF_INLINE void write_result(const Job<T>& job, U* p, Index offset, Vec<U> v, int64_t n) {
     if (job.fills) {
-        const Vec<T> own = read_back(p, offset);
+        const Vec<U> own = read_back(p, offset);
         v = own == own ? own : v;
     }
-    scatter<T>(p, offset, v, n);
+    scatter<U>(p, offset, v, n);
+}
+
+// Whether a kernel computes in the dtype, or in halves: what these do not yield it leaves, as NaN, to a kernel of the first kind.
+enum class Arithmetic : int { whole, halves };
+
+// The density of the rows from `first`, from the sums. Far out and at infinity these meet inf - inf: where they say NaN or infinity the
+// density is NaN if `lost` says that a number is missing, else zero.
+template <Arithmetic KIND, class T, class Lost>
+FASTMAF_INLINE void write_density(const FlowView<T>& flow, const Job<T>& job, int64_t first, const double* log_det, int64_t left, Lost lost) {
+    const T infinity = T(__builtin_inf());
+    Vec<T> density = narrow<T>(flow.constant + at(log_det));
+    if (any((density < infinity) == 0)) {
+        Vec<T> other = splat<T>(T(__builtin_nan("")));
+        if (KIND == Arithmetic::whole) {
+            const D missing = lost();
+            other = narrow<T>(missing == missing ? splat<double>(-__builtin_inf()) : missing);
+        }
+        density = density < infinity ? density : other;
+    }
+    write_result<T>(job, job.log_prob, counted(uint64_t(first), uint64_t(job.rows - 1)), density, left);
+}
+
+// NaN for rows in which a number is missing, or in their contexts.
+template <class T>
+FASTMAF_FN D missing_in(const FlowView<T>& flow, const Job<T>& job, int64_t first) {
+    const Index row = counted(uint64_t(first), uint64_t(job.rows - 1)), x = offset_of(job.x, row), context = offset_of(job.context, row);
+    D missing{};
+    for (int v = 0; v < flow.features; ++v) {
+        const D own = column_of(job.x, x, v);
+        missing = own == own ? missing : own;
+    }
+    for (int c = 0; c < flow.context; ++c) {
+        const D own = load_context(flow.context_columns[c], column_of(job.context, context, c));
+        missing = own == own ? missing : own;
+    }
+    return missing;
 }
 
 // Of the rows [begin, end), from the tile behind `count` stages.
-template <class T, class Team>
+template <Arithmetic KIND, class T, class Team>
 FASTMAF_FN void write_results(const FlowView<T>& flow, const Job<T>& job, int64_t begin, int64_t end, const Tile<T>& tile, int count,
                               const Team& team) {
     constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
@@ -243,7 +281,7 @@ FASTMAF_FN void write_results(const FlowView<T>& flow, const Job<T>& job, int64_
         double* const log_det = tile.log_det + j * W;
         if (job.log_prob && team.mine(j)) {
             if (!flow.has_base) add_base(z + j * W, flow.features, log_det);
-            write_result<T>(job, job.log_prob, row, narrow<T>(flow.constant + at(log_det)), left);
+            write_density<KIND>(flow, job, first, log_det, left, [&] { return missing_in(flow, job, first); });
         }
         if (!job.out) continue;
         for (int d = 0; d < flow.features; ++d) {
@@ -266,7 +304,7 @@ FASTMAF_FN void evaluate(const FlowView<T>& flow, const Job<T>& job, int64_t beg
     for (int k = 0; k < count; ++k) density_stage(flow, k, job.vectors, tile, team);
     team.sync();
     if (job.most) return write_probabilities(flow, job, begin, tile, team);
-    write_results(flow, job, begin, job.rows, tile, count, team);
+    write_results<Arithmetic::whole>(flow, job, begin, job.rows, tile, count, team);
 }
 
 // Before the stages of a sampler, of which there are `count`: noise, from counters or from the rows of x, contexts, and the noise's density.
@@ -290,8 +328,13 @@ FASTMAF_FN void begin_samples(const FlowView<T>& flow, const Job<T>& job, int64_
     }
 }
 
+template <class T, class U>
+FASTMAF_INLINE void write_sample(const Job<T>& job, U* out, Index place, D value, U low, U high, int64_t left) {
+    write_result<T>(job, out, place, at_least<U>(at_most<U>(narrow<U>(value), high), low), left);
+}
+
 // Behind them, of the rows [begin, end): columns in the user's numbers.
-template <class T, class Team>
+template <Arithmetic KIND, class T, class Team>
 FASTMAF_FN void write_samples(const FlowView<T>& flow, const Job<T>& job, int64_t begin, int64_t end, const Tile<T>& tile, const Team& team) {
     constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
     for (int j = 0; j < job.vectors; ++j) {
@@ -306,10 +349,21 @@ FASTMAF_FN void write_samples(const FlowView<T>& flow, const Job<T>& job, int64_
                 value = from_line(value, column.kind, column.lower, column.upper, column.range, slope);
                 at(tile.log_det + j * W) += slope;
             }
-            const Vec<T> x = at_least<T>(at_most<T>(narrow<T>(value), flow.high[v]), flow.low[v]);
-            write_result<T>(job, job.out, row * uint64_t(flow.features) + uint64_t(v), x, left);
+            const Index place = row * uint64_t(flow.features) + uint64_t(v);
+            if (job.other)
+                write_sample(job, job.other, place, value, flow.other_low[v], flow.other_high[v], left);
+            else
+                write_sample(job, job.out, place, value, flow.low[v], flow.high[v], left);
         }
-        if (job.log_prob && team.mine(j)) write_result<T>(job, job.log_prob, row, narrow<T>(flow.constant + at(tile.log_det + j * W)), left);
+        if (!job.log_prob || !team.mine(j)) continue;
+        write_density<KIND>(flow, job, first, tile.log_det + j * W, left, [&] {
+            D missing{};
+            for (int v = 0; v < flow.features; ++v) {
+                const D own = widen(at(tile.x[0] + (flow.context + v) * lanes + j * W));
+                missing = own == own ? missing : own;
+            }
+            return missing;
+        });
     }
 }
 
@@ -323,7 +377,7 @@ FASTMAF_FN void generate(const FlowView<T>& flow, const Job<T>& job, int64_t beg
     begin_samples(flow, job, begin, count, tile, team);
     for (int k = count; k-- > 0;) sampler_stage(flow, k, job.vectors, tile, team);
     team.sync();
-    write_samples(flow, job, begin, job.rows, tile, team);
+    write_samples<Arithmetic::whole>(flow, job, begin, job.rows, tile, team);
 }
 
 // The shared context added to the biases of the first map of a stage. context: room for its numbers, each in all lanes.

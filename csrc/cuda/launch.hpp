@@ -5,6 +5,18 @@
 
 namespace fastmaf {
 
+// The dtype that samples may have beside that of the flow.
+template <class T>
+struct OtherOf {
+    using Type = float;
+};
+template <>
+struct OtherOf<float> {
+    using Type = double;
+};
+template <class T>
+using Other = typename OtherOf<T>::Type;
+
 // A column of data or of the context: a bijection, then (x - loc) * scale.
 struct ColumnView {
     Bijection kind;
@@ -21,6 +33,7 @@ struct FlowView {
     double constant;
     const ColumnView *columns, *context_columns;
     const T *low, *high;       // [features] the range of samples
+    const Other<T> *other_low, *other_high;
     const int *first, *noise;  // rows of the first and of the last tile; see Program
     // Scratch of a tile, in bytes.
     int64_t scratch, pointers, log_det, x[2], uniform;
@@ -43,9 +56,10 @@ struct Job {
     Source x, context;
     const T* const* folded = nullptr;  // per stage, bias of its first map with the shared context added
     T *log_prob = nullptr, *out = nullptr;
+    Other<T>* other = nullptr;  // takes samples in place of `out`
     int width = 0;  // numbers in a row of `out`
     int most = 0;   // `out` takes probabilities of so many values of each variable instead of the noise
-    bool fills = false;  // only what is NaN in `log_prob` and `out` is computed
+    bool fills = false;  // only what is NaN in the outputs is computed
     // Noise from counters instead of x. Row i is number `begin` + i of the call, whose contexts have `inner` rows each.
     bool draws = false;
     uint64_t seed = 0, offset = 0, begin = 0, inner = 1;

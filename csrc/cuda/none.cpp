@@ -39,9 +39,9 @@ void Flow<T>::to_noise(const Batch&, T*, const Place&, const Poll&) const {}
 template <class T>
 void Flow<T>::conditional_probs(const Batch&, T*, const Place&, const Poll&) const {}
 template <class T>
-void Flow<T>::from_noise(const Batch&, T*, const Place&, const Poll&) const {}
+void Flow<T>::from_noise(const Batch&, const Samples&, const Place&, const Poll&) const {}
 template <class T>
-void Flow<T>::sample(const Draw&, T*, T*, const Place&, const Poll&) const {}
+void Flow<T>::sample(const Draw&, const Samples&, T*, const Place&, const Poll&) const {}
 
 template class Flow<float>;
 template class Flow<double>;

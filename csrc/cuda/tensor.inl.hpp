@@ -362,7 +362,7 @@ FASTMAF_FN void evaluate_halves(const FlowView<float>& flow, const TensorView& t
         else
             density_stage(flow, k, job.vectors, tile, team);
     team.sync();
-    write_results(flow, job, begin, begin + tensor.shape.rows, tile, count, team);
+    write_results<Arithmetic::halves>(flow, job, begin, begin + tensor.shape.rows, tile, count, team);
 }
 
 }  // namespace FASTMAF_ISA

@@ -13,14 +13,20 @@
 namespace fastmaf {
 namespace FASTMAF_ISA {
 
-// log sum_c e^term(c), c < n.
 template <class T, class F>
-FASTMAF_INLINE Vec<T> log_sum_exp(int n, F term) {
+FASTMAF_INLINE Vec<T> highest_of(int n, F term) {
     Vec<T> highest = term(0);
     for (int c = 1; c < n; ++c) {
         const Vec<T> t = term(c);
         highest = t > highest ? t : highest;
     }
+    return highest;
+}
+
+// log sum_c e^term(c), c < n.
+template <class T, class F>
+FASTMAF_INLINE Vec<T> log_sum_exp(int n, F term) {
+    const Vec<T> highest = highest_of<T>(n, term);
     const Vec<T> never = splat<T>(-T(__builtin_inf()));
     Vec<T> sum{};
     for (int c = 0; c < n; ++c) sum += exp<T>(term(c) - highest);
@@ -46,7 +52,7 @@ struct Conditional {
     FASTMAF_MEMBER Vec<T> scale(int c) const { return log_scale<T>(stage, row(2 * stage.components + c)); }
     // log of w_c N(x; m_c, e^a_c), up to the logarithm of sum e^l.
     FASTMAF_MEMBER Vec<T> term(Vec<T> x, int c) const {
-        const Vec<T> a = scale(c), z = (x - mean(c)) * exp<T>(-a);
+        const Vec<T> a = scale(c), z = (x - mean(c)) * scale_of<T>(-a);
         return row(c) - a - T(0.5) * z * z;
     }
 };
@@ -109,7 +115,7 @@ FASTMAF_FN Vec<T> conditional_draw(const Conditional<T>& p, Vec<T> noise, Vec<T>
         mean = index == T(c) ? p.mean(c) : mean;
         raw = index == T(c) ? p.row(2 * n + c) : raw;
     }
-    return fma(noise, exp<T>(log_scale<T>(p.stage, raw)), mean);
+    return fma(noise, scale_of<T>(log_scale<T>(p.stage, raw)), mean);
 }
 
 // e^x of a negative logarithm, and zero where a product with it might be subnormal, which is slow.
@@ -117,6 +123,19 @@ template <class T>
 FASTMAF_INLINE Vec<T> share_of(Vec<T> x) {
     return x < Constants<T>::exp_low + 40 ? Vec<T>{} : exp<T>(x);
 }
+
+// e^term(c) / sum_c e^term(c), c < n. Not from log_sum_exp: beside a large term the logarithm of the sum would be lost.
+template <class T>
+struct Shares {
+    Vec<T> highest, inverse;
+
+    template <class F>
+    FASTMAF_MEMBER Shares(int n, F term) : highest(highest_of<T>(n, term)), inverse{} {
+        for (int c = 0; c < n; ++c) inverse += share_of<T>(term(c) - highest);
+        inverse = 1 / inverse;
+    }
+    FASTMAF_MEMBER Vec<T> operator()(Vec<T> term) const { return share_of<T>(term - highest) * inverse; }
+};
 
 // Writes g d log p / d row to the rows of `delta`, and returns g d log p / dx (0 for discrete values); zeros where g is zero.
 template <class T>
@@ -127,23 +146,21 @@ FASTMAF_FN Vec<T> conditional_gradient(const Conditional<T>& p, Vec<T> x, Vec<T>
         return Vec<T>{};
     }
     if (p.stage.output == Output::categorical) {
-        const Vec<T> total = log_sum_exp<T>(p.count, [&](int c) { return p.row(c); });
-        for (int c = 0; c < p.count; ++c)
-            at(delta + c * lanes) = g * ((x == T(c) ? splat<T>(1) : Vec<T>{}) - share_of<T>(p.row(c) - total));
+        const Shares<T> shares(p.count, [&](int c) { return p.row(c); });
+        for (int c = 0; c < p.count; ++c) at(delta + c * lanes) = g * ((x == T(c) ? splat<T>(1) : Vec<T>{}) - shares(p.row(c)));
         return Vec<T>{};
     }
     const int n = p.stage.components;
-    const Vec<T> prior = log_sum_exp<T>(n, [&](int c) { return p.row(c); });
-    const Vec<T> posterior = log_sum_exp<T>(n, [&](int c) { return p.term(x, c); });
+    const Shares<T> prior(n, [&](int c) { return p.row(c); }), posterior(n, [&](int c) { return p.term(x, c); });
     Vec<T> dx{};
     for (int c = 0; c < n; ++c) {
-        const Vec<T> a = p.scale(c), inverse = exp<T>(-a), z = (x - p.mean(c)) * inverse;
+        const Vec<T> a = p.scale(c), inverse = scale_of<T>(-a), z = (x - p.mean(c)) * inverse;
         // A component far away has no share; its slopes may not be finite.
-        const Vec<T> share = g * share_of<T>(p.term(x, c) - posterior);
+        const Vec<T> share = g * posterior(p.term(x, c));
         const Vec<T> pull = share == 0 ? share : share * z * inverse;
-        at(delta + c * lanes) = g == 0 ? g : share - g * share_of<T>(p.row(c) - prior);
+        at(delta + c * lanes) = g == 0 ? g : share - g * prior(p.row(c));
         at(delta + (n + c) * lanes) = pull;
-        at(delta + (2 * n + c) * lanes) = share == 0 ? share : share * fma(z, z, splat<T>(-1)) * log_scale_slope<T>(p.stage, a);
+        at(delta + (2 * n + c) * lanes) = share == 0 ? share : share * fma(z, z, splat<T>(-1)) * log_scale_slope<T>(p.stage, p.row(2 * n + c));
         dx -= pull;
     }
     return dx;

@@ -33,14 +33,20 @@ FASTMAF_INLINE D to_line(D x, Bijection kind, double lower, double upper, double
     return slope == -infinity ? D{} : z;
 }
 
+// e^x from the smallest to the largest number: `exp` keeps to the normal ones.
+FASTMAF_INLINE D whole_exp(D x) {
+    const D half = exp<double>(0.5 * x);
+    return magnitude<double>(x) > 708 ? half * half : exp<double>(x);
+}
+
 // Back inside the bounds.
 FASTMAF_INLINE D from_line(D z, Bijection kind, double lower, double upper, double range, D& slope) {
     if (kind == Bijection::logit) {
-        const D size = magnitude<double>(z), e = exp<double>(-size), step = (upper - lower) * (e / (1 + e));
+        const D size = magnitude<double>(z), e = whole_exp(-size), step = (upper - lower) * (e / (1 + e));
         slope = size + 2 * log<double>(1 + e) - range;
         return z > 0 ? upper - step : lower + step;
     }
-    const D e = exp<double>(kind == Bijection::log_above ? z : -z);
+    const D e = whole_exp(kind == Bijection::log_above ? z : -z);
     slope = kind == Bijection::log_above ? -z : z;
     return kind == Bijection::log_above ? lower + e : upper - e;
 }

@@ -18,23 +18,30 @@ FASTMAF_INLINE Vec<T> log_scale(const StageView<T>& stage, Vec<T> raw) {
     return stage.form == Form::affine ? -a : a;
 }
 
-// ds/dr.
+// ds/dr; not from s, which cannot tell raw log-scales far beyond the clip apart.
 template <class T>
-FASTMAF_INLINE Vec<T> log_scale_slope(const StageView<T>& stage, Vec<T> s) {
-    const Vec<T> root = 1 - magnitude<T>(s) * (1 / stage.clip);
+FASTMAF_INLINE Vec<T> log_scale_slope(const StageView<T>& stage, Vec<T> raw) {
+    const Vec<T> root = 1 / fma(magnitude<T>(raw), splat<T>(1 / stage.clip), splat<T>(1));
     const Vec<T> slope = stage.law == Law::exp ? splat<T>(1) : root * root;
     return stage.form == Form::affine ? -slope : slope;
 }
 
+// e^x; infinite or zero where `exp` would stop at a number, which far out might make a density of a row that has none.
+template <class T>
+FASTMAF_INLINE Vec<T> scale_of(Vec<T> x) {
+    const Vec<T> e = exp<T>(x);
+    return x > Constants<T>::exp_high ? splat<T>(T(__builtin_inf())) : x < Constants<T>::exp_low ? Vec<T>{} : e;
+}
+
 template <class T>
 FASTMAF_INLINE Vec<T> to_z(const StageView<T>& stage, Vec<T> x, Vec<T> m, Vec<T> s) {
-    const Vec<T> e = exp<T>(-s);
+    const Vec<T> e = scale_of<T>(-s);
     return stage.form == Form::affine ? fma(x, e, m) : (x - m) * e;
 }
 
 template <class T>
 FASTMAF_INLINE Vec<T> to_x(const StageView<T>& stage, Vec<T> z, Vec<T> m, Vec<T> s) {
-    const Vec<T> e = exp<T>(s);
+    const Vec<T> e = scale_of<T>(s);
     return stage.form == Form::affine ? (z - m) * e : fma(z, e, m);
 }
 

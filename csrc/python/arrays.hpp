@@ -86,15 +86,24 @@ inline Draw scattered_draw(const py::array_t<uint64_t, py::array::c_style>& inde
     return draw;
 }
 
-// The elements of an output that Python allocated: C-contiguous, of the flow's dtype, `count` long; null for None.
+// The elements of an output that Python allocated: C-contiguous, of dtype T, `count` long; null for None.
 template <class T>
 T* output(const py::object& object, int64_t count) {
     if (object.is_none()) return nullptr;
     auto array = py::reinterpret_borrow<py::array>(object);
     if (!py::isinstance<py::array_t<T>>(object) || !(array.flags() & py::array::c_style) || !array.writeable() || array.size() != count)
         throw std::invalid_argument("an output of " + std::to_string(array.size()) + " elements does not fit " + std::to_string(count) +
-                                    " contiguous ones of the flow's dtype");
+                                    " contiguous ones of its dtype");
     return static_cast<T*>(array.mutable_data());
+}
+
+// f with the elements of an output of floats or doubles.
+template <class F>
+void with_output(const py::object& object, int64_t count, F f) {
+    if (py::isinstance<py::array_t<float>>(object))
+        f(output<float>(object, count));
+    else
+        f(output<double>(object, count));
 }
 
 template <class T>

@@ -71,6 +71,17 @@ T* output_at(const py::object& out, int64_t count, bool on_device) {
     return on_device ? reinterpret_cast<T*>(out.cast<uintptr_t>()) : output<T>(out, count);
 }
 
+// f with where samples go, of which Python says the dtype where it cannot be seen.
+template <class F>
+void with_samples(const py::object& out, int64_t count, bool on_device, const std::string& dtype, F f) {
+    if (!on_device)
+        with_output(out, count, [&](auto* x) { f(device::Samples(x)); });
+    else if (dtype == "float32")
+        f(device::Samples(reinterpret_cast<float*>(out.cast<uintptr_t>())));
+    else
+        f(device::Samples(reinterpret_cast<double*>(out.cast<uintptr_t>())));
+}
+
 device::Place place_of(const std::optional<uintptr_t>& stream) {
     return {stream.has_value(), stream.value_or(0)};
 }
@@ -126,10 +137,20 @@ void bind_cuda(py::module_& module) {
         .def("conditional_probs",
              by_rows(all_probabilities, [poll](const auto& flow, const Batch& x, auto* out, auto at) { flow.conditional_probs(x, out, at, poll); }))
         .def("from_noise",
-             by_rows(all_variables, [poll](const auto& flow, const Batch& noise, auto* out, auto at) { flow.from_noise(noise, out, at, poll); }))
+             [poll](const PyDeviceFlow& self, const py::object& u, const py::object& context, const py::object& out,
+                    std::optional<uintptr_t> stream, const std::string& dtype) {
+                 const Batch batch = batch_at(u, context, stream.has_value());
+                 self.visit([&](const auto& flow, auto) {
+                     with_samples(out, batch.rows() * flow.program().features(), stream.has_value(), dtype, [&](const device::Samples& x) {
+                         Unlocked unlocked;
+                         flow.from_noise(batch, x, place_of(stream), poll);
+                     });
+                 });
+             })
         .def("sample",
              [poll](const PyDeviceFlow& self, int64_t contexts, int64_t rows, const py::object& context, uint64_t seed, uint64_t offset,
-                    uint64_t context_offset, const py::object& out, const py::object& log_prob_out, std::optional<uintptr_t> stream) {
+                    uint64_t context_offset, const py::object& out, const py::object& log_prob_out, std::optional<uintptr_t> stream,
+                    const std::string& dtype) {
                  Draw draw = numbered_draw(contexts, rows, seed, offset, context_offset);
                  if (!context.is_none()) {
                      int64_t outer = 1, inner = 1;  // (C,) or (contexts, C)
@@ -139,21 +160,22 @@ void bind_cuda(py::module_& module) {
                  }
                  self.visit([&](const auto& flow, auto zero) {
                      using T = decltype(zero);
-                     T* x = output_at<T>(out, contexts * rows * flow.program().features(), stream.has_value());
                      T* density = output_at<T>(log_prob_out, contexts * rows, stream.has_value());
-                     Unlocked unlocked;
-                     flow.sample(draw, x, density, place_of(stream), poll);
+                     with_samples(out, contexts * rows * flow.program().features(), stream.has_value(), dtype, [&](const device::Samples& x) {
+                         Unlocked unlocked;
+                         flow.sample(draw, x, density, place_of(stream), poll);
+                     });
                  });
              })
         .def("sample_rows", [poll](const PyDeviceFlow& self, const py::array_t<uint64_t, py::array::c_style>& index,
                                    const py::array_t<uint64_t, py::array::c_style>& group, const py::object& context, uint64_t seed,
                                    const py::object& out) {
             const Draw draw = scattered_draw(index, group, context, seed);
-            self.visit([&](const auto& flow, auto zero) {
-                using T = decltype(zero);
-                T* x = output<T>(out, draw.rows * flow.program().features());
-                Unlocked unlocked;
-                flow.sample(draw, x, nullptr, {}, poll);
+            self.visit([&](const auto& flow, auto) {
+                with_samples(out, draw.rows * flow.program().features(), false, "", [&](const device::Samples& x) {
+                    Unlocked unlocked;
+                    flow.sample(draw, x, nullptr, {}, poll);
+                });
             });
         });
 }

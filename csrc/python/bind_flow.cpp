@@ -110,7 +110,15 @@ void bind_flow(py::module_& module) {
              by_rows(all_probabilities, [poll](const auto& program, const Batch& x, auto* out) { conditional_probs(program, x, out, poll); }))
         .def("to_noise", by_rows(all_variables, [poll](const auto& program, const Batch& x, auto* out) { to_noise(program, x, out, poll); }))
         .def("from_noise",
-             by_rows(all_variables, [poll](const auto& program, const Batch& noise, auto* out) { from_noise(program, noise, out, poll); }))
+             [poll](const PackedFlow& self, const py::array& u, const py::object& context, const py::object& out) {
+                 const Batch batch = batch_of(u, context);
+                 self.visit([&](const auto& program) {
+                     with_output(out, batch.rows() * program.features(), [&](auto* x) {
+                         Unlocked unlocked;
+                         from_noise(program, batch, x, poll);
+                     });
+                 });
+             })
         .def("sample",
              [poll](const PackedFlow& self, int64_t contexts, int64_t rows, const py::object& context, uint64_t seed, uint64_t offset,
                     uint64_t context_offset, const py::object& out, const py::object& log_prob_out) {
@@ -122,10 +130,11 @@ void bind_flow(py::module_& module) {
                  }
                  self.visit([&](const auto& program) {
                      using T = typename std::decay_t<decltype(program)>::Value;
-                     T* x = output<T>(out, contexts * rows * program.features());
                      T* density = output<T>(log_prob_out, contexts * rows);
-                     Unlocked unlocked;
-                     sample<T>(program, draw, x, density, poll);
+                     with_output(out, contexts * rows * program.features(), [&](auto* x) {
+                         Unlocked unlocked;
+                         sample<T>(program, draw, x, density, poll);
+                     });
                  });
              })
         .def("sample_rows",
@@ -134,9 +143,10 @@ void bind_flow(py::module_& module) {
                  const Draw draw = scattered_draw(index, group, context, seed);
                  self.visit([&](const auto& program) {
                      using T = typename std::decay_t<decltype(program)>::Value;
-                     T* x = output<T>(out, draw.rows * program.features());
-                     Unlocked unlocked;
-                     sample<T>(program, draw, x, static_cast<T*>(nullptr), poll);
+                     with_output(out, draw.rows * program.features(), [&](auto* x) {
+                         Unlocked unlocked;
+                         sample<T>(program, draw, x, static_cast<T*>(nullptr), poll);
+                     });
                  });
              })
         .def("norms",  // the stages that have statistics

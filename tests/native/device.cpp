@@ -152,6 +152,10 @@ int main() {
             sample<double>(*program, draw, expected.data(), density.data(), none);
             first.sample(draw, got.data(), got_density.data(), {}, none);
             CHECK(same(got, expected) && same(got_density, density));
+            std::vector<float> single(got.size()), got_single(got.size());
+            sample<double>(*program, draw, single.data(), density.data(), none);
+            first.sample(draw, got_single.data(), got_density.data(), {}, none);
+            CHECK(got_single == single && same(got_density, density));
             second.sample(draw, got.data(), nullptr, {}, none);
             CHECK(same(got, expected));
         }

@@ -713,9 +713,9 @@ void warps_of(const Case& one) {
         for (T& v : x) v = T(rng() % 2);
     else
         from_noise<T>(*program, batch_of(*program, x, context, n), x.data(), {});
-    auto wrong = x;  // NaN, and values on and beyond bounds or that a variable cannot have
-    const double odd[] = {NAN, 1, -7, 0.5, 2};
-    for (size_t i = 0; i < 25; ++i) wrong[rng() % wrong.size()] = T(odd[i % 5]);
+    auto wrong = x;  // NaN, values on and beyond bounds or that a variable cannot have, and such that overflow
+    const double odd[] = {NAN, 1, -7, 0.5, 2, INFINITY, -INFINITY, 1e30, -1e300};
+    for (size_t i = 0; i < 45; ++i) wrong[rng() % wrong.size()] = T(odd[i % 9]);
     const auto noise = narrowed<T>(normals(n * features, rng));
 
     for (int shared = 0; shared < (width ? 3 : 1); ++shared) {  // contexts by row, one for all, one for each of three groups
@@ -776,6 +776,11 @@ void warps_of(const Case& one) {
             warp_generate<T>(*program, {}, &request, warps, got.data(), got_density.data());
             CHECK(same(got, draws, got.size(), fused) && same(got_density, density, rows, fused));
         }
+        std::vector<Other<T>> other(draws.size()), got_other(draws.size());
+        sample<T>(*program, request, other.data(), density.data(), {});
+        warp_generate<T>(*program, {}, &request, Warps{2, 1}, nullptr, got_density.data(), got_other.data());
+        CHECK(same(got_other, other, other.size(), fused) && same(got_density, density, rows, fused));
+        CHECK(same(std::vector<float>(other.begin(), other.end()), std::vector<float>(draws.begin(), draws.end()), draws.size(), true));
     }
     Draw part = request;  // the last rows of a call
     part.contexts = 1;

@@ -66,9 +66,10 @@ void warp_probabilities(const Program<T>& program, const Batch& batch, const War
 }
 
 template <class T>
-void warp_generate(const Program<T>& program, const Batch& batch, const Draw* draw, const Warps& warps, T* out, T* log_prob) {
+void warp_generate(const Program<T>& program, const Batch& batch, const Draw* draw, const Warps& warps, T* out, T* log_prob, Other<T>* other) {
     Job<T> job;
     job.out = out;
+    job.other = other;
     job.log_prob = log_prob;
     job.fills = warps.fills;
     const Batch rows = rows_of_call(batch, draw, warps.begin, job);
@@ -128,7 +129,7 @@ FASTMAF_INSTANTIATE(double)
 #define FASTMAF_INSTANTIATE(T)                                                             \
     template void warp_evaluate<T>(const Program<T>&, const Batch&, const Warps&, T*, T*); \
     template void warp_probabilities<T>(const Program<T>&, const Batch&, const Warps&, T*); \
-    template void warp_generate<T>(const Program<T>&, const Batch&, const Draw*, const Warps&, T*, T*);
+    template void warp_generate<T>(const Program<T>&, const Batch&, const Draw*, const Warps&, T*, T*, Other<T>*);
 FASTMAF_INSTANTIATE(float)
 FASTMAF_INSTANTIATE(double)
 

@@ -65,8 +65,8 @@ void warp_draws(const Program<float>& program, const Batch& batch, const Draw* d
                 float* log_prob);
 // Its product of fragments: registers of 32 lanes.
 void warp_multiply(const uint32_t (&a)[4][32], const uint32_t (&b)[2][32], float (&c)[4][32]);
-// Noise from the batch when `draw` is null.
+// Noise from the batch when `draw` is null. `other` may take the samples in place of `out`.
 template <class T>
-void warp_generate(const Program<T>& program, const Batch& batch, const Draw* draw, const Warps& warps, T* out, T* log_prob);
+void warp_generate(const Program<T>& program, const Batch& batch, const Draw* draw, const Warps& warps, T* out, T* log_prob, Other<T>* other = nullptr);
 
 }  // namespace fastmaf

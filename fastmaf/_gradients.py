@@ -1,0 +1,142 @@
+"""Gradients where rows or contexts are shared: computed block by block and summed in double, so that they take little memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from fastmaf._backends import Backend
+    from fastmaf.record import FlowRecord
+
+__all__ = ["backward"]
+
+Array = NDArray[Any]
+
+BUDGET = 16 << 20
+"""Bytes of a block that are summed away."""
+
+
+class _Gradient:
+    """That of an array which was repeated to (c, n, width).
+
+    Blocks come with n cut outside and c inside; those of the whole of n are contiguous in (c, n, width), and the others have c = 1.
+    """
+
+    def __init__(self, shape: tuple[int, ...], c: int, n: int, dtype: np.dtype[Any]) -> None:
+        self.result = np.zeros(shape, dtype)
+        own: tuple[int, ...] = (1,) * (3 - len(shape)) + shape
+        self.own = self.result.reshape(own)
+        self.axes = tuple(axis for axis, size in enumerate((c, n)) if own[axis] != size)
+        self.kept = own[2] if self.axes else 0  # numbers of a row that are summed away
+        self.sums: Array | None = None
+
+    def part(self, groups: slice, rows: slice) -> Array:
+        """What a backend is to fill: the result itself, or room for numbers that are then added up."""
+        if not self.axes:
+            return self.own[groups, rows]
+        shape: tuple[int, ...] = (groups.stop - groups.start, rows.stop - rows.start, self.kept)
+        return np.empty(shape, self.result.dtype)
+
+    def add(self, part: Array, groups: slice, rows: slice, whole: bool) -> None:
+        """Sum a block, of the whole of n or of a part."""
+        if not self.axes:
+            return
+        total = part.sum(axis=self.axes, dtype=np.float64, keepdims=True)
+        if 0 not in self.axes and whole:
+            self.own[groups] = total
+            return
+        if self.sums is None:
+            self.sums = np.zeros((len(self.own), *total.shape[1:]))
+        self.sums[groups if 0 not in self.axes else slice(None)] += total
+
+    def close(self, rows: slice, last: bool) -> None:
+        """Behind all c of some rows."""
+        if self.sums is not None and (1 not in self.axes or last):
+            self.own[:, rows if 1 not in self.axes else slice(None)] = self.sums
+            self.sums = None
+
+
+def _blocks(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+def backward(
+    backend: Backend,
+    flow: FlowRecord,
+    x: Array,
+    context: Array | None,
+    shape: tuple[int, ...],
+    cotangent: Array | None,
+    dparameters: Array | None,
+) -> tuple[Array, Array | None, Array | None]:
+    """Log-density, and the gradients of its sum with the cotangents.
+
+    Parameters
+    ----------
+    backend : Backend
+    flow : FlowRecord
+    x, context : arrays or None
+        Validated; they broadcast to (*shape, D) and (*shape, C).
+    shape : (n,) or (c, n)
+    cotangent : array of that shape, or None for ones
+    dparameters : (p,) array or None
+        Filled.
+
+    Returns
+    -------
+    value : array of that shape
+    dx, dcontext : arrays of the shapes of x and of the context
+        None for discrete variables, and without a context.
+    """
+    c, n = (1, *shape)[-2:]
+    dtype, flat = flow.dtype, len(shape) == 1
+    value = np.empty((c, n), dtype)
+    dx = _Gradient(x.shape, c, n, dtype) if not flow.discrete else None
+    dcontext = None if context is None else _Gradient(context.shape, c, n, dtype)
+    gradients = [gradient for gradient in (dx, dcontext) if gradient is not None]
+    copied = cotangent is None or cotangent.dtype != dtype or not cotangent.flags.c_contiguous
+    per_row = sum(gradient.kept for gradient in gradients) + copied
+    most = max(1, BUDGET // (per_row * dtype.itemsize)) if per_row else max(1, c * n)
+    ones = np.ones(min(most, c * n) if cotangent is None else 0, dtype)
+    whole = n <= most
+    total = None if dparameters is None or c * n <= most else np.zeros(dparameters.shape)
+
+    def taken(array: Array, groups: slice, rows: slice) -> Array:
+        """The part of an array that belongs to a block; of the whole of one without a third axis, as it is."""
+        own = array.reshape((1,) * (3 - array.ndim) + array.shape) if array.ndim < 3 else array
+        own = own[groups if own.shape[0] == c else slice(None), rows if own.shape[1] == n else slice(None)]
+        return own[0] if flat else own
+
+    for rows in _blocks(n, n if whole else most) if n else ():
+        for groups in _blocks(c, max(1, most // n) if whole else 1):
+            size = (groups.stop - groups.start, rows.stop - rows.start)
+            if cotangent is None:
+                factor = ones[: size[0] * size[1]].reshape(size)
+            else:
+                factor = np.ascontiguousarray(cotangent.reshape(c, n)[groups, rows], dtype)
+            parts = [gradient.part(groups, rows) for gradient in gradients]
+            outs = [part[0] if flat else part for part in parts]
+            own_x = taken(x, groups, rows)
+            backend.vjp(
+                flow,
+                np.broadcast_to(own_x, (*(size[1:] if flat else size), x.shape[-1])),
+                context if context is None or context.ndim == 1 else taken(context, groups, rows),
+                factor[0] if flat else factor,
+                value[0, rows] if flat else value[groups, rows],
+                outs[0] if dx is not None else None,
+                outs[-1] if dcontext is not None else None,
+                dparameters,
+            )
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.add(part, groups, rows, whole)
+            if total is not None and dparameters is not None:
+                total += dparameters
+        for gradient in gradients:
+            gradient.close(rows, rows.stop == n)
+    if total is not None and dparameters is not None:
+        dparameters[:] = total
+    return value.reshape(shape), None if dx is None else dx.result, None if dcontext is None else dcontext.result
