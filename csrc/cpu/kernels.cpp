@@ -9,6 +9,10 @@
 #include "tiles.inl.hpp"
 #include "vjp.inl.hpp"
 
+#if defined(_GLIBCXX_VECTOR) || defined(_LIBCPP_VECTOR)
+#error "kernels.cpp includes a container"
+#endif
+
 namespace fastmaf {
 namespace FASTMAF_ISA {
 

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -1084,6 +1085,43 @@ void many_callers() {
     for (int same : equal) CHECK(same == 1);
 }
 
+// A call keeps the instruction set and the number of threads that it began with.
+void settings_change() {
+    what_runs = "settings";
+    Random rng(6);
+    Network n;
+    n.hidden = {24, 24};
+    const FlowSpec spec = flow(6, 2, {network(6, 2, n, rng), network(6, 2, n, rng)}, rng);
+    const auto program = make_program<float>(spec, random_parameters(spec, rng));
+    const auto x = narrowed<float>(normals(6 * 100, rng)), context = narrowed<float>(normals(2 * 100, rng));
+    auto densities = [&] {
+        std::vector<float> out(100);
+        log_prob<float>(*program, batch_of(*program, x, context, 100), out.data(), {});
+        return out;
+    };
+    const std::string before = isa();
+    std::vector<std::vector<float>> allowed;
+    for (const std::string& isa : available_isas()) {
+        set_isa(isa);
+        allowed.push_back(densities());
+    }
+    std::atomic<bool> done{false};
+    std::thread changing([&] {
+        while (!done)
+            for (const std::string& isa : available_isas()) {
+                set_isa(isa);
+                set_num_threads(1 + int(isa.size() % 4));
+            }
+    });
+    bool known = true;
+    for (int repeat = 0; repeat < 200; ++repeat) known = known && std::count(allowed.begin(), allowed.end(), densities());
+    done = true;
+    changing.join();
+    CHECK(known);
+    set_isa(before);
+    set_num_threads(2);
+}
+
 // A row alone whose weights are enough for several threads.
 void crew() {
     Random rng(5);
@@ -1153,7 +1191,7 @@ void errors() {
         ++caught;
     }
     try {
-        parallel_for(100, [](int64_t task) {
+        parallel_for(2, 100, [](int64_t task) {
             if (task == 57) throw std::runtime_error("57");
         });
     } catch (const std::runtime_error& error) {
@@ -1191,6 +1229,7 @@ int main() {
     large();
     set_num_threads(2);
     many_callers();
+    settings_change();
     crew();
     set_num_threads(2);
     after_fork();
