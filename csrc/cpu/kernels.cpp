@@ -38,7 +38,8 @@ static double peak(int repetitions, bool registers, T* scratch) {
             for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
                 for (int j = 0; j < kVectors; ++j) acc[r][j] = fma(a, b, acc[r][j]);
-            __asm__ volatile("" : "+v"(a), "+v"(b));
+            opaque(a);
+            opaque(b);
         }
     for (int r = 0; r < R; ++r)
         for (int j = 0; j < kVectors; ++j) at(out + (r * kVectors + j) * W) = acc[r][j];
