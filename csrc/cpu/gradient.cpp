@@ -187,9 +187,10 @@ public:
         for (int64_t r = 0; r < n; ++r) total_cotangent_ += double(used_cotangent_[size_t(r)]);
     }
 
-    // The same for a whole batch of `training` whose norms take the statistics of the batch, rows weighted by their cotangents.
+    // The same for a whole batch of `training` whose norms take the statistics of the batch, rows weighted by their cotangents. It keeps
+    // all activations of the batch: no bound but batch_size holds for its memory. What a poll throws leaves weights and moments as they were.
     template <class V>
-    void pass_together(int threads, Program<T>& training, const Batch& batch, int64_t n, const T* cotangent, V* value) {
+    void pass_together(int threads, Program<T>& training, const Batch& batch, int64_t n, const T* cotangent, V* value, PollClock& clock) {
         const RowReader reader(batch);
         const Cut cut(n, kernels_.width, lanes_, threads);
         used_cotangent_.assign(cotangent, cotangent + n);
@@ -206,6 +207,7 @@ public:
         }
         auto each_tile = [&](auto body) {
             parallel_for(threads, cut.tiles, [&](int64_t t) { body(rooms[size_t(t)], cut.begin(t), int(cut.size(t, n))); });
+            clock.tick();
         };
         const auto& stages = program_.spec().stages;
         const size_t features = size_t(program_.features());
@@ -704,7 +706,7 @@ double Trainer<T>::epoch(const Batch& batch, const double* weights, int64_t batc
         for (int64_t c = 0; c < chunks; ++c) {
             const int64_t first = c * chunk, n = std::min(chunk, size - first);
             if (gradients.together())
-                gradients.pass_together(call.threads, program, rows, n, s.cotangent.data(), s.value.data());
+                gradients.pass_together(call.threads, program, rows, n, s.cotangent.data(), s.value.data(), clock);
             else
                 gradients.pass(call.threads, rows, first, n, s.cotangent.data() + first, s.value.data() + first, static_cast<T*>(nullptr),
                                static_cast<T*>(nullptr));
