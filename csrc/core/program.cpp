@@ -9,6 +9,7 @@
 #include <string>
 
 #include <pthread.h>
+#include <unistd.h>
 
 #include "floats.hpp"
 
@@ -26,6 +27,11 @@ constexpr int kLoneUnits = 16;    // a group of this many fills panels by itself
 // of this would wait for ever.
 std::mutex packing;
 [[maybe_unused]] const int fork_waits = pthread_atfork([] { packing.lock(); }, [] { packing.unlock(); }, [] { packing.unlock(); });
+
+const long kCache = [] {
+    const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    return size > 0 ? size : 1l << 20;
+}();
 
 int panel_width(int rows) { return rows > 4 ? 8 : rows > 2 ? 4 : 2; }
 
@@ -510,6 +516,7 @@ std::unique_ptr<Packed<T>> Program<T>::lay_out(Direction direction) const {
         view.steps = tape.steps[k].data();
         view.step_count = int(tape.steps[k].size());
         view.tape = tape.data.data();
+        view.far = tape.data.size() * sizeof(T) > size_t(kCache);
         packed->views.push_back(view);
     }
     return packed;

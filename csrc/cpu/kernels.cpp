@@ -25,7 +25,7 @@ static double peak(int repetitions, bool registers, T* scratch) {
     T* const in = scratch + 8 * depth;
     T* const out = in + depth * lanes_of<T>();
     if (!registers) {
-        for (int i = 0; i < repetitions; ++i) panel<T>(3, 8, w, in, depth, 8, w, true, out);
+        for (int i = 0; i < repetitions; ++i) panel<T>(3, 8, false, w, in, depth, 8, w, true, out);
         return 2.0 * repetitions * 8 * depth * lanes_of<T>();
     }
     Vec<T> acc[R][kVectors];

@@ -51,6 +51,7 @@ struct Lanes<double> {
 
 // A sub-tile of rows is three vectors wide.
 constexpr int kVectors = 3;
+constexpr bool kPrefetches = true;
 // Rows of a panel that are summed at once.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kRows = 8;
