@@ -405,7 +405,7 @@ def test_tensors_of_the_host_are_streamed_and_come_back_as_tensors(monkeypatch):
     assert_close("log_prob", "float32", result.values, flow.log_prob(x, context).astype("float64"))
 
 
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers here")
+@needs_device
 def test_a_signal_handler_may_use_the_device():
     """In the middle of a call that streams rows, even of the same flow."""
     flow, (x, context) = conditional().to("cuda"), rows(5000)
