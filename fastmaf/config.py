@@ -46,7 +46,7 @@ def _core() -> Any:
 
 
 def set_num_threads(n: int) -> None:
-    """Set how many threads the compiled core may use.
+    """Set how many threads the compiled core may use, in all threads of this process and from their next call on.
 
     Without this call it is ``FASTMAF_NUM_THREADS``, else ``OMP_NUM_THREADS``, else the number of CPUs that this process may use.
     Results do not depend on it.
@@ -93,6 +93,10 @@ def get_num_threads() -> int:
 def num_threads(n: int) -> Iterator[None]:
     """Use n threads inside a with block.
 
+    The block holds for the Python thread that runs it, and for its own task where several take turns in one thread (asyncio): others
+    keep theirs, and threads that the block starts begin with the number of the process. Blocks nest; `set_num_threads` inside one
+    holds behind it.
+
     Parameters
     ----------
     n : int
@@ -109,12 +113,14 @@ def num_threads(n: int) -> Iterator[None]:
     >>> with fastmaf.num_threads(1):  # doctest: +SKIP
     ...     flow.log_prob(x)
     """
-    previous = get_num_threads()
-    set_num_threads(n)
+    n = _arrays.count("n", n, lowest=1, limit=2**31)
+    variable = _core().threads_of_context
+    previous = variable.get(None)
+    variable.set(n)
     try:
         yield
     finally:
-        set_num_threads(previous)
+        variable.set(previous)
 
 
 def available_isas() -> tuple[str, ...]:

@@ -5,8 +5,12 @@ Where the package was built with ``FASTMAF_CUDA=HOST`` the host stands in for a 
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
 import sys
+import threading
+import time
 import types
 
 import make
@@ -399,3 +403,45 @@ def test_tensors_of_the_host_are_streamed_and_come_back_as_tensors(monkeypatch):
     result = flow.to("cuda").log_prob(Tensor(x), Tensor(context))
     assert type(result) is Tensor
     assert_close("log_prob", "float32", result.values, flow.log_prob(x, context).astype("float64"))
+
+
+@needs_device
+def test_a_signal_handler_may_use_the_device():
+    """In the middle of a call that streams rows, even of the same flow."""
+    flow, (x, context) = conditional().to("cuda"), rows(5000)
+    expected, inside = flow.log_prob(x, context), []
+
+    def handler(*_):
+        inside.append(flow.log_prob(x[:3], context[:3]))
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        deadline = time.monotonic() + 20
+        while not inside and time.monotonic() < deadline:
+            threading.Timer(0.002, lambda: os.kill(os.getpid(), signal.SIGALRM)).start()
+            assert np.array_equal(flow.log_prob(x, context), expected)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert inside and all(np.array_equal(got, expected[:3]) for got in inside)
+
+
+def test_other_python_threads_run_while_a_flow_is_deleted(framework):
+    """Its end waits for the device."""
+    flow, (x, context) = conditional().to("cuda", "highest"), rows(40_000)
+    x, context, ticks, done = framework.put(x), framework.put(context), [], threading.Event()
+    results = flow.log_prob(x, context)  # only enqueued
+
+    def tick():
+        while not done.wait(0.001):
+            ticks.append(time.perf_counter())
+
+    other = threading.Thread(target=tick)
+    other.start()
+    begin = time.perf_counter()
+    del flow
+    end = time.perf_counter()
+    done.set()
+    other.join()
+    if end - begin > 0.1:
+        assert sum(begin < at < end for at in ticks) > 3
+    assert np.isfinite(framework.get(results)).all()

@@ -5,10 +5,12 @@ The bits are in test_bits.py.
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import multiprocessing
 import os
 import pickle
+import platform
 import signal
 import subprocess
 import sys
@@ -30,8 +32,10 @@ WAIT = 30
 def cpu(monkeypatch):
     monkeypatch.setattr(_backends, "active", None)
     fastmaf.set_backend("cpu")
-    with fastmaf.num_threads(3):
-        yield
+    before = fastmaf.get_num_threads()
+    fastmaf.set_num_threads(3)
+    yield
+    fastmaf.set_num_threads(before)
 
 
 def flow(dtype="float32"):
@@ -81,6 +85,131 @@ def test_eight_threads_pack_a_flow_once():
 
     with concurrent.futures.ThreadPoolExecutor(8) as executor:
         assert len(set(executor.map(worker, range(8)))) == 1
+
+
+def calls_of(made):
+    """Each kind of call, as bytes."""
+    context = np.array([0.5, -0.5])
+    x = made.sample(700, context, seed=1)
+    calls = (
+        lambda: [made.sample(700, context, seed=1)],
+        lambda: [made.log_prob(x, context)],
+        lambda: [made.log_prob(x[:1], context)],
+        lambda: [made.from_noise(x, context)],
+        lambda: made.vjp(x, context, x[:, 0]),
+    )
+    return [lambda call=call: b"".join(array.tobytes() for array in call()) for call in calls]
+
+
+def test_settings_change_while_others_compute():
+    """A call keeps the instruction set and the number of threads that it began with."""
+    calls, before = calls_of(flow()), config.get_isa()
+    allowed = [set() for _ in calls]
+    for isa in config.available_isas():
+        fastmaf.set_isa(isa)
+        for call, results in zip(calls, allowed, strict=True):
+            results.add(call())
+    done = threading.Event()
+
+    def change():
+        while not done.is_set():
+            for isa in config.available_isas():
+                fastmaf.set_isa(isa)
+                fastmaf.set_num_threads(1 + len(isa) % 4)
+
+    def compute(_):
+        return all(call() in results for _ in range(40) for call, results in zip(calls, allowed, strict=True))
+
+    changing = threading.Thread(target=change)
+    changing.start()
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as executor:
+            assert all(executor.map(compute, range(4)))
+    finally:
+        done.set()
+        changing.join()
+        fastmaf.set_isa(before)
+
+
+def test_a_number_of_threads_is_that_of_its_own_thread():
+    inside, meet = [], threading.Barrier(2)
+
+    def worker(n):
+        for _ in range(3):
+            with fastmaf.num_threads(n):
+                meet.wait(WAIT)
+                inside.append((n, fastmaf.get_num_threads()))
+                with pytest.raises(ZeroDivisionError), fastmaf.num_threads(n + 10):
+                    inside.append((n + 10, fastmaf.get_num_threads()))
+                    raise ZeroDivisionError
+                inside.append((n, fastmaf.get_num_threads()))
+                meet.wait(WAIT)
+            inside.append((3, fastmaf.get_num_threads()))
+            meet.wait(WAIT)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as executor:
+        list(executor.map(worker, (5, 7)))
+    assert len(inside) == 24 and all(wanted == got for wanted, got in inside)
+    assert fastmaf.get_num_threads() == 3
+
+
+def test_a_number_of_threads_for_the_process_holds_behind_a_block():
+    with fastmaf.num_threads(5):
+        fastmaf.set_num_threads(2)
+        assert fastmaf.get_num_threads() == 5
+    assert fastmaf.get_num_threads() == 2
+
+
+def test_a_number_of_threads_is_that_of_its_own_task():
+    async def task(n, begin, end):
+        await asyncio.sleep(begin / 100)
+        with fastmaf.num_threads(n):
+            await asyncio.sleep(end / 100)
+            return fastmaf.get_num_threads(), await asyncio.to_thread(fastmaf.get_num_threads)
+
+    async def both():  # the first one leaves its block while the second is in its own
+        return await asyncio.gather(task(5, 0, 2), task(7, 1, 3))
+
+    assert asyncio.run(both()) == [(5, 5), (7, 7)]
+    assert fastmaf.get_num_threads() == 3
+
+
+FLOATS = """
+import ctypes, mmap
+page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+page.write(bytes([0x0F, 0xAE, 0x17, 0xC3, 0x0F, 0xAE, 0x1F, 0xC3]))  # ldmxcsr [rdi], ret; stmxcsr [rdi], ret
+code = ctypes.addressof(ctypes.c_char.from_buffer(page))
+control = ctypes.c_uint32(0x1F80)
+load, store = (ctypes.CFUNCTYPE(None, ctypes.c_void_p)(code + at) for at in (0, 4))
+flow = fastmaf.MAF(3, transforms=2, hidden_features=(20, 20), dtype="float32", seed=1)
+x = flow.sample(5000, seed=0)
+g = (1e-40 * x[:, 0]).astype("float32")  # no normal number
+def results(pack):
+    own = flow.astype("float64").astype("float32") if pack else flow
+    arrays = [own.log_prob(x), own.log_prob(x[:1]), own.sample(3000, seed=2), *own.vjp(x, None, g)]
+    return b"".join(array.tobytes() for array in arrays if array is not None)
+def with_control(word, pack):
+    control.value = word
+    load(ctypes.byref(control))
+    try:
+        got = results(pack)
+        control.value = 0
+        store(ctypes.byref(control))
+        return got, control.value & ~0x3F
+    finally:
+        control.value = 0x1F80
+        load(ctypes.byref(control))
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the control word is that of x86")
+@pytest.mark.parametrize("threads", ["1", "3"])
+@pytest.mark.parametrize("word", ["0x9FC0", "0x5F80"], ids=["flush to zero", "round up"])
+def test_bits_do_not_depend_on_the_floats_of_the_caller(threads, word):
+    """Neither on those of its thread now nor when the pool began; the caller keeps its own."""
+    code = FLOATS + f"got = [with_control({word}, pack) for pack in (False, True)]\n"
+    code += f"expected = results(True)\nprint([same == expected and word == {word} for same, word in got])"
+    assert output(code, FASTMAF_NUM_THREADS=threads) == "[True, True]"
 
 
 def test_other_python_threads_run_meanwhile():
@@ -138,6 +267,42 @@ def test_fork_during_a_call():
     finally:
         done.set()
         busy.join()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_fork_while_another_thread_packs():
+    """The child does not wait for a thread that it does not have."""
+    for delay in np.linspace(0, 0.03, 12):
+        made = fastmaf.MAF(200, transforms=3, hidden_features=(300, 300), seed=1)
+        other = threading.Thread(target=lambda made=made: made.log_prob(np.zeros((1, 200))))
+        other.start()
+        time.sleep(delay)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(10)
+            os._exit(0 if np.isfinite(made.log_prob(np.zeros((1, 200)))).all() else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        other.join()
+
+
+FORK_IN_A_HANDLER = """
+import os, signal, threading
+flow = fastmaf.MAF(20, transforms=5, hidden_features=(256, 256), seed=1)
+flow.sample(1000, seed=0)
+signal.signal(signal.SIGUSR1, lambda *_: children.append(os.fork()))
+children = []
+threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGUSR1)).start()
+try:
+    x = flow.sample(400_000, seed=1)
+except RuntimeError as error:
+    os._exit(7 if "forked in the middle of a call" in str(error) else 1)
+print(os.waitpid(children[0], 0)[1] >> 8, np.isfinite(x).all())
+"""
+
+
+def test_a_fork_in_the_middle_of_a_call():
+    """In a signal handler: the parent goes on, and the child, which has no pool for the rest, is told."""
+    assert output("import warnings; warnings.simplefilter('ignore')\n" + FORK_IN_A_HANDLER, FASTMAF_NUM_THREADS="2") == "7 True"
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")

@@ -3,8 +3,15 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+
+#include <pthread.h>
+#include <unistd.h>
+
+#include "floats.hpp"
 
 namespace fastmaf {
 
@@ -15,6 +22,16 @@ constexpr int kPanel = 8;
 constexpr int kBlockUnits = 48;   // a sampler block gathers groups until it has this many units ...
 constexpr int kBlockGroups = 16;  // ... or this many groups;
 constexpr int kLoneUnits = 16;    // a group of this many fills panels by itself and stays alone
+
+// Held while a tape is laid out. There is one for all programs, so that a fork can wait for it: a child of a process that was in the middle
+// of this would wait for ever.
+std::mutex packing;
+[[maybe_unused]] const int fork_waits = pthread_atfork([] { packing.lock(); }, [] { packing.unlock(); }, [] { packing.unlock(); });
+
+const long kCache = [] {
+    const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    return size > 0 ? size : 1l << 20;
+}();
 
 int panel_width(int rows) { return rows > 4 ? 8 : rows > 2 ? 4 : 2; }
 
@@ -165,6 +182,7 @@ void write_backward(Writer writer, const StageSpec& stage, const Sorted& sorted,
 
 template <class T>
 Program<T>::Program(FlowSpec spec) : spec_(std::move(spec)) {
+    const PlainFloats floats;
     for (const StageSpec& stage : spec_.stages) {
         sorted_.push_back(sort_stage(stage, spec_.context));
         wires_.push_back(wires_of(stage));
@@ -203,14 +221,16 @@ Program<T>::Program(FlowSpec spec) : spec_(std::move(spec)) {
     master_.resize(index_.size());
     bias_.resize(stages());
     bias_pointers_.resize(stages());
-    inverse_.resize(stages());
-    inverse_bias_.resize(stages());
-    inverse_bias_pointers_.resize(stages());
     for (size_t k = 0; k < stages(); ++k) {
         for (const Staircase& map : sorted_[k].maps) bias_[k].emplace_back(size_t(padded_rows(map.rows())), T(0));
         for (const auto& bias : bias_[k]) bias_pointers_[k].push_back(bias.data());
     }
     refresh_scales();
+}
+
+template <class T>
+Program<T>::~Program() {
+    for (auto& packed : packed_) delete packed.load();
 }
 
 // Which row of its tile each variable has in every stage, and where it goes from there.
@@ -254,9 +274,9 @@ void Program<T>::index_parameters() {
         auto add = [&](size_t m, auto at, auto bias) {
             weight_offset.push_back(int64_t(index_.size()));
             for (int j = 0; j < sorted.maps[m].rows(); ++j)
-                for (int i = 0; i < sorted.maps[m].limit[size_t(j)]; ++i) index_.push_back(at(j, i));
+                for (int i = 0; i < sorted.maps[m].limit[size_t(j)]; ++i) index_.push_back(uint32_t(at(j, i)));
             bias_offset.push_back(int64_t(index_.size()));
-            for (int j = 0; j < bias_count(k, m); ++j) index_.push_back(bias(j));
+            for (int j = 0; j < bias_count(k, m); ++j) index_.push_back(uint32_t(bias(j)));
         };
         const int64_t begin = parameter_count_, n = features;
         auto none = [](int) { return int64_t(0); };
@@ -298,6 +318,8 @@ void Program<T>::index_parameters() {
                 add(stage.maps.size(), at, none);
             }
         }
+        if (parameter_count_ > int64_t(std::numeric_limits<uint32_t>::max()))
+            throw std::invalid_argument("the flow has more than 2^32 parameters");
         weight_offset_.push_back(weight_offset);
         bias_offset_.push_back(bias_offset);
     }
@@ -324,6 +346,7 @@ int Program<T>::most_values() const {
 
 template <class T>
 void Program<T>::set_parameters(const T* parameters) {
+    const PlainFloats floats;
     for (size_t i = 0; i < index_.size(); ++i) master_[i] = parameters[index_[i]];
     repack();
 }
@@ -336,6 +359,7 @@ void Program<T>::spread(const T* like_master, T* parameters) const {
 
 template <class T>
 void Program<T>::set_statistics(size_t stage, const double* mean, const double* var) {
+    const PlainFloats floats;
     StageSpec& spec = spec_.stages[stage];
     spec.mean.assign(mean, mean + spec_.features);
     spec.var.assign(var, var + spec_.features);
@@ -366,17 +390,18 @@ void Program<T>::refresh_scales() {
 }
 
 template <class T>
-void Program<T>::copy_bias(size_t stage, size_t map, int row, int rows) const {
+void Program<T>::copy_bias(size_t stage, size_t map, int row, int rows) {
     if (bias_count(stage, map)) std::copy_n(master_.data() + bias_offset_[stage][map] + row, rows, bias_[stage][map].data() + row);
 }
 
 // The triangles of a Linear, inverted in double.
 template <class T>
-void Program<T>::invert(size_t stage) const {
+void Program<T>::invert(size_t stage, Packed<T>& packed) const {
     const Sorted& sorted = sorted_[stage];
     const size_t n = size_t(spec_.features);
-    inverse_[stage].assign(size_t(sorted.maps[0].offset.back() + sorted.maps[1].offset.back()), T(0));
-    inverse_bias_[stage].assign(2, AlignedVector<T>(size_t(padded_rows(int(n))), T(0)));
+    packed.inverse[stage].assign(size_t(sorted.maps[0].offset.back() + sorted.maps[1].offset.back()), T(0));
+    auto& biases = packed.inverse_bias[stage];
+    biases.assign(2, AlignedVector<T>(size_t(padded_rows(int(n))), T(0)));
     std::vector<double> inverse(n * n);
     for (size_t m = 0; m < 2; ++m) {
         const Staircase& stairs = sorted.maps[m];
@@ -390,27 +415,27 @@ void Program<T>::invert(size_t stage) const {
             for (size_t c = 0; c < i; ++c) inverse[i * n + c] /= pivot;
             inverse[i * n + i] = 1 / pivot;
         }
-        T* out = inverse_[stage].data() + (m ? sorted.maps[0].offset.back() : 0);
+        T* out = packed.inverse[stage].data() + (m ? sorted.maps[0].offset.back() : 0);
         for (size_t i = 0; i < n; ++i)
             for (int c = 0; c < stairs.limit[i]; ++c) out[stairs.offset[i] + c] = T(inverse[i * n + size_t(c)]);
     }
     for (size_t i = 0; i < n; ++i) {
         double sum = 0;
         for (size_t c = 0; c <= i; ++c) sum -= inverse[i * n + c] * double(master_[size_t(bias_offset_[stage][1]) + c]);
-        inverse_bias_[stage][1][i] = T(sum);
+        biases[1][i] = T(sum);
     }
-    inverse_bias_pointers_[stage] = {inverse_bias_[stage][0].data(), inverse_bias_[stage][1].data()};
+    packed.inverse_bias_pointers[stage] = {biases[0].data(), biases[1].data()};
 }
 
 template <class T>
-void Program<T>::pack_step(const Step& step, size_t stage, Direction direction, T* data) const {
+void Program<T>::pack_step(const Step& step, size_t stage, Direction direction, Packed<T>& packed) const {
     if (step.kind != Kind::panel) return;
     const Sorted& sorted = sorted_[stage];
     const Staircase& stairs = sorted.maps[size_t(step.map)];
     const bool inverse = direction == Direction::sampler && spec_.stages[stage].output == Output::linear;
-    const T* weights = inverse ? inverse_[stage].data() + (step.map ? sorted.maps[0].offset.back() : 0)
+    const T* weights = inverse ? packed.inverse[stage].data() + (step.map ? sorted.maps[0].offset.back() : 0)
                                : master_.data() + weight_offset_[stage][size_t(step.map)];
-    T* const out = data + step.tape;
+    T* const out = packed.tape.data.data() + step.tape;
     if (direction == Direction::backward) {
         for (int row = step.begin; row < step.end; ++row) pack_transposed(step, stairs, weights, row, out);
         return;
@@ -439,9 +464,14 @@ void Program<T>::pack_transposed(const Step& step, const Staircase& stairs, cons
 }
 
 template <class T>
-void Program<T>::lay_out(Direction direction) const {
-    auto tape = std::make_unique<Tape<T>>();
-    std::vector<std::vector<std::vector<int>>> panels;
+std::unique_ptr<Packed<T>> Program<T>::lay_out(Direction direction) const {
+    const PlainFloats floats;
+    auto packed = std::make_unique<Packed<T>>();
+    Tape<T>& tape = packed->tape;
+    auto& panels = packed->panels;
+    packed->inverse.resize(stages());
+    packed->inverse_bias.resize(stages());
+    packed->inverse_bias_pointers.resize(stages());
     int64_t size = 0;
     for (size_t k = 0; k < stages(); ++k) {
         const StageSpec& stage = spec_.stages[k];
@@ -450,17 +480,16 @@ void Program<T>::lay_out(Direction direction) const {
         if (direction == Direction::density) write_density(writer, stage, sorted_[k], widths_[k]);
         if (direction == Direction::sampler) write_sampler(writer, stage, sorted_[k], spec_.context);
         if (direction == Direction::backward) write_backward(writer, stage, sorted_[k], widths_[k], spec_.context);
-        if (direction == Direction::sampler && stage.output == Output::linear) invert(k);
+        if (direction == Direction::sampler && stage.output == Output::linear) invert(k, *packed);
         panels.emplace_back(sorted_[k].maps.size());
         for (size_t s = 0; s < steps.size(); ++s)
             if (steps[s].kind == Kind::panel) panels.back()[size_t(steps[s].map)].push_back(int(s));
-        tape->steps.push_back(std::move(steps));
+        tape.steps.push_back(std::move(steps));
     }
-    tape->data.resize(size_t(size) + kPanel);  // the path of a single row reads all panels as if they had eight rows
+    tape.data.resize(size_t(size) + kPanel);  // the path of a single row reads all panels as if they had eight rows
     for (size_t k = 0; k < stages(); ++k)
-        for (const Step& step : tape->steps[k]) pack_step(step, k, direction, tape->data.data());
+        for (const Step& step : tape.steps[k]) pack_step(step, k, direction, *packed);
 
-    std::vector<StageView<T>> views;
     for (size_t k = 0; k < stages(); ++k) {
         const StageSpec& stage = spec_.stages[k];
         const bool inverse = direction == Direction::sampler && stage.output == Output::linear;
@@ -483,36 +512,31 @@ void Program<T>::lay_out(Direction direction) const {
         view.next = next_[k].data();
         view.loc = scale_[k].empty() ? nullptr : loc_[k].data();
         view.scale = scale_[k].empty() ? nullptr : scale_[k].data();
-        view.bias = inverse ? inverse_bias_pointers_[k].data() : bias_pointers_[k].data();
-        view.steps = tape->steps[k].data();
-        view.step_count = int(tape->steps[k].size());
-        view.tape = tape->data.data();
-        views.push_back(view);
+        view.bias = inverse ? packed->inverse_bias_pointers[k].data() : bias_pointers_[k].data();
+        view.steps = tape.steps[k].data();
+        view.step_count = int(tape.steps[k].size());
+        view.tape = tape.data.data();
+        view.far = tape.data.size() * sizeof(T) > size_t(kCache);
+        packed->views.push_back(view);
     }
-    panels_[int(direction)] = std::move(panels);
-    views_[int(direction)] = std::move(views);
-    tapes_[int(direction)] = std::move(tape);
+    return packed;
 }
 
 template <class T>
-const Tape<T>& Program<T>::tape(Direction direction) const {
-    views(direction);
-    return *tapes_[int(direction)];
-}
-
-template <class T>
-const std::vector<StageView<T>>& Program<T>::views(Direction direction) const {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (!tapes_[int(direction)]) lay_out(direction);
-    return views_[int(direction)];
+const Packed<T>& Program<T>::packed(Direction direction) const {
+    std::atomic<Packed<T>*>& packed = packed_[int(direction)];
+    if (const Packed<T>* made = packed.load(std::memory_order_acquire)) return *made;
+    std::lock_guard<std::mutex> lock(packing);
+    if (!packed.load(std::memory_order_relaxed)) packed.store(lay_out(direction).release(), std::memory_order_release);
+    return *packed.load(std::memory_order_relaxed);
 }
 
 template <class T>
 void Program<T>::repack() {
     for (Direction direction : {Direction::density, Direction::backward})
-        if (const auto& tape = tapes_[int(direction)])
+        if (Packed<T>* const packed = packed_[int(direction)])
             for (size_t k = 0; k < stages(); ++k)
-                for (const Step& step : tape->steps[k]) pack_step(step, k, direction, tape->data.data());
+                for (const Step& step : packed->tape.steps[k]) pack_step(step, k, direction, *packed);
     for (size_t k = 0; k < stages(); ++k)
         for (size_t m = 0; m < sorted_[k].maps.size(); ++m) copy_bias(k, m, 0, sorted_[k].maps[m].rows());
     finish_step();
@@ -522,25 +546,24 @@ template <class T>
 void Program<T>::repack_rows(size_t stage, size_t map, int row, int rows) {
     copy_bias(stage, map, row, rows);
     if (spec_.stages[stage].output == Output::norm) return;
-    Tape<T>& density = *tapes_[int(Direction::density)];
-    const int panel = panels_[int(Direction::density)][stage][map][size_t(row / kPanel)];
-    pack_step(density.steps[stage][size_t(panel)], stage, Direction::density, density.data.data());
+    Packed<T>& density = *packed_[int(Direction::density)];
+    const int panel = density.panels[stage][map][size_t(row / kPanel)];
+    pack_step(density.tape.steps[stage][size_t(panel)], stage, Direction::density, density);
 
-    Tape<T>& backward = *tapes_[int(Direction::backward)];
+    Packed<T>& backward = *packed_[int(Direction::backward)];
     const Staircase& stairs = sorted_[stage].maps[map];
     const T* weights = master_.data() + weight_offset_[stage][map];
-    for (int s : panels_[int(Direction::backward)][stage][map]) {
-        const Step& step = backward.steps[stage][size_t(s)];
+    for (int s : backward.panels[stage][map]) {
+        const Step& step = backward.tape.steps[stage][size_t(s)];
         for (int j = std::max(row, step.begin); j < std::min(row + rows, step.end); ++j)
-            pack_transposed(step, stairs, weights, j, backward.data.data() + step.tape);
+            pack_transposed(step, stairs, weights, j, backward.tape.data.data() + step.tape);
     }
 }
 
 template <class T>
 void Program<T>::finish_step() {
     refresh_scales();
-    std::lock_guard<std::mutex> lock(mutex_);
-    tapes_[int(Direction::sampler)].reset();
+    delete packed_[int(Direction::sampler)].exchange(nullptr);
 }
 
 template class Program<float>;

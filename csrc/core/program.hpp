@@ -10,9 +10,9 @@
 //     master: all staircase weights and biases, the trainable state     tape: a gather of it, padded with zeros to the panel width
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "aligned.hpp"
@@ -27,6 +27,18 @@ struct Tape {
     AlignedVector<T> data;
 };
 
+// What a direction is packed into.
+template <class T>
+struct Packed {
+    Tape<T> tape;
+    std::vector<StageView<T>> views;
+    std::vector<std::vector<std::vector<int>>> panels;  // [stage][map] steps, for repack_rows
+    // Of the sampler: the triangles of a Linear, inverted; laid out like the master.
+    std::vector<AlignedVector<T>> inverse;
+    std::vector<std::vector<AlignedVector<T>>> inverse_bias;
+    std::vector<std::vector<const T*>> inverse_bias_pointers;
+};
+
 enum class Direction { density, sampler, backward };
 
 template <class T>
@@ -37,6 +49,7 @@ public:
     explicit Program(FlowSpec spec);  // parameters are zero until set
     Program(const Program&) = delete;
     Program& operator=(const Program&) = delete;
+    ~Program();
 
     const FlowSpec& spec() const { return spec_; }
     const std::vector<Sorted>& sorted() const { return sorted_; }
@@ -63,13 +76,13 @@ public:
     double constant() const { return constant_; }  // of log_prob: the normal's, and log|det| of all scales that rows share
 
     // Views of all stages for one direction; tapes are packed on first use.
-    const std::vector<StageView<T>>& views(Direction direction) const;
-    const Tape<T>& tape(Direction direction) const;
+    const std::vector<StageView<T>>& views(Direction direction) const { return packed(direction).views; }
+    const Tape<T>& tape(Direction direction) const { return packed(direction).tape; }
 
     // The trainable state. Flat parameters are in the user's order; `index` maps a master entry to its place there.
     AlignedVector<T>& master() { return master_; }
     const AlignedVector<T>& master() const { return master_; }
-    const std::vector<int64_t>& index() const { return index_; }
+    const std::vector<uint32_t>& index() const { return index_; }
     int64_t parameter_count() const { return parameter_count_; }
     int64_t weight_offset(size_t stage, size_t map) const { return weight_offset_[stage][map]; }
     int64_t bias_offset(size_t stage, size_t map) const { return bias_offset_[stage][map]; }
@@ -90,12 +103,13 @@ public:
 private:
     void order_rows();
     void index_parameters();
-    void lay_out(Direction direction) const;
-    void invert(size_t stage) const;
+    const Packed<T>& packed(Direction direction) const;
+    std::unique_ptr<Packed<T>> lay_out(Direction direction) const;
+    void invert(size_t stage, Packed<T>& packed) const;
     void refresh_scales();
-    void pack_step(const Step& step, size_t stage, Direction direction, T* data) const;
+    void pack_step(const Step& step, size_t stage, Direction direction, Packed<T>& packed) const;
     void pack_transposed(const Step& step, const Staircase& stairs, const T* weights, int row, T* panel) const;
-    void copy_bias(size_t stage, size_t map, int row, int rows) const;
+    void copy_bias(size_t stage, size_t map, int row, int rows);
 
     FlowSpec spec_;
     std::vector<Sorted> sorted_;
@@ -110,18 +124,12 @@ private:
     std::vector<AlignedVector<T>> loc_, scale_;
     double constant_ = 0;
     AlignedVector<T> master_;
-    std::vector<int64_t> index_;
+    std::vector<uint32_t> index_;
     int64_t parameter_count_ = 0;
     std::vector<std::vector<int64_t>> weight_offset_, bias_offset_;
-    mutable std::vector<std::vector<AlignedVector<T>>> bias_;
-    mutable std::vector<std::vector<const T*>> bias_pointers_;
-    mutable std::mutex mutex_;
-    mutable std::unique_ptr<Tape<T>> tapes_[3];
-    mutable std::vector<StageView<T>> views_[3];
-    mutable std::vector<std::vector<std::vector<int>>> panels_[3];  // [stage][map] steps, for repack_rows
-    mutable std::vector<AlignedVector<T>> inverse_;                 // of the triangles of a Linear, laid out like the master
-    mutable std::vector<std::vector<AlignedVector<T>>> inverse_bias_;
-    mutable std::vector<std::vector<const T*>> inverse_bias_pointers_;
+    std::vector<std::vector<AlignedVector<T>>> bias_;
+    std::vector<std::vector<const T*>> bias_pointers_;
+    mutable std::atomic<Packed<T>*> packed_[3] = {};  // by direction; owned
 };
 
 extern template class Program<float>;

@@ -67,6 +67,7 @@ struct StageView {
     const Step* steps;
     int step_count;
     const T* tape;
+    bool far;  // the tape is larger than a core's own cache
 };
 
 // A caller's array of rows (c, n, width); a stride of 0 repeats. Strides in bytes.

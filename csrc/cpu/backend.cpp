@@ -12,11 +12,10 @@
 #include <unistd.h>
 
 #include "../core/columns.hpp"
+#include "call.hpp"
 #include "cut.hpp"
-#include "isa.hpp"
 #include "rows.hpp"
 #include "scratch.hpp"
-#include "threads.hpp"
 
 namespace fastmaf {
 
@@ -25,16 +24,17 @@ namespace {
 constexpr int kRowPath = 2;  // up to this many rows go one by one, units in lanes
 constexpr int64_t kCrewBytes = 512 << 10;  // of the tape, for each thread that works on a single row
 
+const long kCache = [] {
+    const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    return size > 0 ? size : 1l << 20;
+}();
+
 // Sub-tiles that share one pass over the tape: several when the tape of one stage outgrows the cache. Measured: 1.3 times faster than one
 // at (784, 1024), a little slower at (43, 512), whose MADEs fit.
 template <class T>
 int subtiles(const Program<T>& program, Direction direction) {
-    static const long cache = [] {
-        const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
-        return size > 0 ? size : 1l << 20;
-    }();
     const size_t per_stage = program.tape(direction).data.size() * sizeof(T) / std::max<size_t>(1, program.stages());
-    return per_stage > size_t(cache) ? 4 : 1;
+    return per_stage > size_t(kCache) ? 4 : 1;
 }
 
 // Scratch of a tile, carved the same way for measuring and for use.
@@ -81,8 +81,7 @@ struct Folded {
     std::vector<AlignedVector<T>> storage;
     std::vector<const T*> pointers;
 
-    Folded(const Program<T>& program, Direction direction, const Rows& context) {
-        const Kernels<T>& k = kernels<T>();
+    Folded(const Kernels<T>& k, const Program<T>& program, Direction direction, const Rows& context) {
         const int width = program.context();
         AlignedVector<T> row(size_t(width), T(0));
         const Columns& columns = program.spec().context_columns;
@@ -110,8 +109,8 @@ void each_subtile(int64_t n, int lanes, F f) {
 // Loads the variables of rows [begin, begin + n) into x[0]. log_det gets those of their bijections, and -inf where a discrete variable has
 // a value that it cannot have, unless it is `free` to have any.
 template <class T>
-void load_variables(const Program<T>& program, const RowReader& reader, int64_t begin, int64_t n, bool free, double* block, Tile<T>& tile) {
-    const Kernels<T>& k = kernels<T>();
+void load_variables(const Kernels<T>& k, const Program<T>& program, const RowReader& reader, int64_t begin, int64_t n, bool free,
+                    double* block, Tile<T>& tile) {
     const Columns& columns = program.spec().columns;
     const int lanes = 3 * k.width, features = program.features();
     const int64_t stride = int64_t(lanes) * tile.subtiles;
@@ -137,8 +136,8 @@ void load_variables(const Program<T>& program, const RowReader& reader, int64_t 
 
 // Loads the contexts of rows [begin, begin + n) into the top of both tiles.
 template <class T>
-void load_contexts(const Program<T>& program, const RowReader& reader, int64_t begin, int64_t n, double* block, Tile<T>& tile) {
-    const Kernels<T>& k = kernels<T>();
+void load_contexts(const Kernels<T>& k, const Program<T>& program, const RowReader& reader, int64_t begin, int64_t n, double* block,
+                   Tile<T>& tile) {
     const Columns& columns = program.spec().context_columns;
     const int lanes = 3 * k.width, context = program.context();
     const int64_t stride = int64_t(lanes) * tile.subtiles;
@@ -159,8 +158,9 @@ void load_contexts(const Program<T>& program, const RowReader& reader, int64_t b
 
 // Noise of rows [begin, begin + n), as it is, into the tile where the sampler begins.
 template <class T>
-void load_noise(const Program<T>& program, const RowReader& reader, int64_t begin, int64_t n, double* block, const Tile<T>& tile, T* noise) {
-    const int width = kernels<T>().width, lanes = 3 * width, features = program.features();
+void load_noise(const Kernels<T>& k, const Program<T>& program, const RowReader& reader, int64_t begin, int64_t n, double* block,
+                const Tile<T>& tile, T* noise) {
+    const int width = k.width, lanes = 3 * width, features = program.features();
     const int64_t stride = int64_t(lanes) * tile.subtiles;
     for (int v = 0; v < features; ++v) {
         if (v % kColumns == 0) reader.columns(begin, n, v, std::min(kColumns, features - v), stride, block);
@@ -175,8 +175,7 @@ void load_noise(const Program<T>& program, const RowReader& reader, int64_t begi
 
 // Noise of the counters of rows [begin, begin + n): normal numbers into the tile where the sampler begins, uniform ones for a base.
 template <class T>
-void draw_noise(const Program<T>& program, const Draw& draw, int64_t begin, int64_t n, const Room<T>& room, T* noise) {
-    const Kernels<T>& k = kernels<T>();
+void draw_noise(const Kernels<T>& k, const Program<T>& program, const Draw& draw, int64_t begin, int64_t n, const Room<T>& room, T* noise) {
     const Tile<T>& tile = room.tile;
     const int lanes = 3 * k.width, features = program.features();
     each_subtile(n, lanes, [&](int64_t s, int64_t first, int count) {
@@ -192,28 +191,28 @@ void draw_noise(const Program<T>& program, const Draw& draw, int64_t begin, int6
 
 // How many threads share one row: worth their while only where its weights are too many for one core's cache to hand over quickly.
 template <class T>
-int crew_size(const Program<T>& program) {
-    if (!program.row_path() || num_threads() == 1) return 1;
+int crew_size(const Program<T>& program, int threads) {
+    if (!program.row_path() || threads == 1) return 1;
     for (int rows : program.unit_rows())
         if (rows > 8 * kCrewPanels * kCrewGroups) return 1;
     const int64_t bytes = int64_t(program.tape(Direction::density).data.size() * sizeof(T));
-    return int(std::clamp<int64_t>(bytes / kCrewBytes, 1, std::min(num_threads(), 8)));
+    return int(std::clamp<int64_t>(bytes / kCrewBytes, 1, std::min(threads, 8)));
 }
 
 // Helps with a row as soon as somebody has begun it.
 template <class T>
-void assist(const std::vector<StageView<T>>& views, int count, const Tile<T>& row, Crew& crew) {
+void assist(const Kernels<T>& k, const std::vector<StageView<T>>& views, int count, const Tile<T>& row, Crew& crew) {
     while (__atomic_load_n(&crew.claims, __ATOMIC_ACQUIRE) == 0) crew.yield();
     if (__atomic_load_n(&crew.claims, __ATOMIC_ACQUIRE) == kCrewOver) return;
-    kernels<T>().assist_row(views.data(), count, row.x, row.units, row.folded, &crew);
+    k.assist_row(views.data(), count, row.x, row.units, row.folded, &crew);
 }
 
 // The probabilities of discrete variables, from their final rows to rows of `out`, `most` for each variable.
 template <class T>
-void write_probabilities(const Program<T>& program, T* final, int64_t rows, int most, T* out) {
+void write_probabilities(const Kernels<T>& k, const Program<T>& program, T* final, int64_t rows, int most, T* out) {
     const StageView<T>& stage = program.views(Direction::density).back();
-    const int width = kernels<T>().width, lanes = 3 * width, features = program.features();
-    kernels<T>().probabilities(stage, final, int((rows + width - 1) / width));
+    const int width = k.width, lanes = 3 * width, features = program.features();
+    k.probabilities(stage, final, int((rows + width - 1) / width));
     for (int v = 0; v < features; ++v) {
         const int s = program.first()[size_t(v)], count = stage.first[s + 1] - stage.first[s];
         for (int64_t r = 0; r < rows; ++r) {
@@ -228,7 +227,8 @@ template <class T>
 void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noise, T* probabilities, const Poll& poll) {
     const int64_t total = batch.rows();
     if (total == 0) return;
-    const Kernels<T>& k = kernels<T>();
+    const Call<T> call;
+    const Kernels<T>& k = call.kernels;
     const auto& views = program.views(Direction::density);
     const int lanes = 3 * k.width, features = program.features(), context = program.context();
     const int count = int(noise ? program.transforms() : program.stages());
@@ -236,13 +236,13 @@ void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noi
     const RowReader reader(batch);
     const bool shared = context > 0 && reader.shared_context();
     std::unique_ptr<Folded<T>> folded;
-    if (shared) folded = std::make_unique<Folded<T>>(program, Direction::density, batch.context);
+    if (shared) folded = std::make_unique<Folded<T>>(k, program, Direction::density, batch.context);
     const int tiles_together = subtiles(program, Direction::density);
-    const Cut cut(total, k.width, int64_t(lanes) * tiles_together);
+    const Cut cut(total, k.width, int64_t(lanes) * tiles_together, call.threads);
     Carver measure;
     Room<T>(measure, program, lanes, tiles_together);
 
-    const int together = total == 1 ? crew_size(program) : 1;
+    const int together = total == 1 ? crew_size(program, call.threads) : 1;
     Crew crew{0, 0, [] { std::this_thread::yield(); }};
     Tile<T> shared_row{};
 
@@ -268,8 +268,8 @@ void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noi
         if (n <= kRowPath && program.row_path()) {
             tile.subtiles = 1;
             for (int64_t r = 0; r < n; ++r) {
-                load_variables(program, reader, begin + r, 1, false, room.column, tile);
-                if (!shared) load_contexts(program, reader, begin + r, 1, room.column, tile);
+                load_variables(k, program, reader, begin + r, 1, false, room.column, tile);
+                if (!shared) load_contexts(k, program, reader, begin + r, 1, room.column, tile);
                 // Lane 0 of the tile becomes a contiguous row.
                 for (int i = 0; i < context + features; ++i) tile.x[0][i] = tile.x[0][i * lanes];
                 for (int i = 0; i < context; ++i) tile.x[1][i] = tile.x[1][i * lanes];
@@ -283,21 +283,21 @@ void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noi
         }
         tile.rows = int(n);
         tile.subtiles = int((n + lanes - 1) / lanes);
-        load_variables(program, reader, begin, n, probabilities, room.column, tile);
-        if (!shared || program.late_context()) load_contexts(program, reader, begin, n, room.column, tile);
+        load_variables(k, program, reader, begin, n, probabilities, room.column, tile);
+        if (!shared || program.late_context()) load_contexts(k, program, reader, begin, n, room.column, tile);
         const int at = k.to_noise(views.data(), count, tile);
         each_subtile(n, lanes, [&](int64_t s, int64_t first, int rows) {
             if (probabilities)
-                write_probabilities(program, tile.units[views.back().maps - 1] + s * tile.stride, rows, most,
+                write_probabilities(k, program, tile.units[views.back().maps - 1] + s * tile.stride, rows, most,
                                     probabilities + (begin + first) * features * most);
             const T* z = tile.x[at] + s * tile.stride + context * lanes;
             if (log_prob && !program.has_base()) k.base(z, features, lanes, rows, tile.log_det + first);
             write(begin + first, rows, z, 1, lanes, tile.log_det + first);
         });
     };
-    if (together == 1) return parallel_for(cut.tiles, run, poll ? &poll : nullptr);
-    parallel_briefly(together, [&](int64_t t) {
-        if (t > 0) return assist<T>(views, count, shared_row, crew);
+    if (together == 1) return parallel_for(call.threads, cut.tiles, run, poll ? &poll : nullptr);
+    parallel_briefly(call.threads, together, [&](int64_t t) {
+        if (t > 0) return assist<T>(k, views, count, shared_row, crew);
         struct Over {
             Crew& crew;
             ~Over() { __atomic_store_n(&crew.claims, kCrewOver, __ATOMIC_RELEASE); }
@@ -311,16 +311,17 @@ template <class T, class Out>
 void generate(const Program<T>& program, const Batch& batch, const Draw* draw, Out* out, T* log_prob, const Poll& poll) {
     const int64_t total = batch.rows();
     if (total == 0) return;
-    const Kernels<T>& k = kernels<T>();
+    const Call<T> call;
+    const Kernels<T>& k = call.kernels;
     const auto& views = program.views(Direction::sampler);
     const int lanes = 3 * k.width, features = program.features(), context = program.context();
     const int count = int(draw ? program.stages() : program.transforms());
     const RowReader reader(batch);
     const bool shared = context > 0 && reader.shared_context();
     std::unique_ptr<Folded<T>> folded;
-    if (shared) folded = std::make_unique<Folded<T>>(program, Direction::sampler, batch.context);
+    if (shared) folded = std::make_unique<Folded<T>>(k, program, Direction::sampler, batch.context);
     const int tiles_together = subtiles(program, Direction::sampler);
-    const Cut cut(total, k.width, int64_t(lanes) * tiles_together);
+    const Cut cut(total, k.width, int64_t(lanes) * tiles_together, call.threads);
     const Columns& columns = program.spec().columns;
     std::vector<Out> low(size_t(features), Out(0)), high(size_t(features), Out(0));
     for (size_t v = 0; v < size_t(features); ++v) inner_range(columns, v, low[v], high[v]);
@@ -339,10 +340,10 @@ void generate(const Program<T>& program, const Batch& batch, const Draw* draw, O
         std::fill(tile.log_det, tile.log_det + int64_t(lanes) * tile.subtiles, 0.0);
         T* const noise = tile.x[count % 2] + context * lanes;
         if (draw)
-            draw_noise(program, *draw, begin, n, room, noise);
+            draw_noise(k, program, *draw, begin, n, room, noise);
         else
-            load_noise(program, reader, begin, n, room.column, tile, noise);
-        if (!shared || program.late_context()) load_contexts(program, reader, begin, n, room.column, tile);
+            load_noise(k, program, reader, begin, n, room.column, tile, noise);
+        if (!shared || program.late_context()) load_contexts(k, program, reader, begin, n, room.column, tile);
         if (log_prob && !program.has_base())
             each_subtile(n, lanes, [&](int64_t s, int64_t first, int rows) {
                 k.base(noise + s * tile.stride, features, lanes, rows, tile.log_det + first);
@@ -372,7 +373,7 @@ void generate(const Program<T>& program, const Batch& batch, const Draw* draw, O
             }
         });
     };
-    parallel_for(cut.tiles, run, poll ? &poll : nullptr);
+    parallel_for(call.threads, cut.tiles, run, poll ? &poll : nullptr);
 }
 
 }  // namespace
@@ -407,16 +408,15 @@ void sample(const Program<T>& program, const Draw& draw, Out* out, T* log_prob, 
 }
 
 template <class T>
-Peak peak(double seconds) {
-    const Kernels<T>& k = kernels<T>();
+Peak peak(double seconds, int threads) {
+    const Call<T> call;
     auto rate = [&](bool registers) {
         using Clock = std::chrono::steady_clock;
-        const int threads = num_threads();
         std::vector<double> flop(size_t(threads), 0.0);
         const auto start = Clock::now();
-        parallel_for(threads, [&](int64_t t) {
+        parallel_for(threads, threads, [&](int64_t t) {
             AlignedVector<T> scratch(16384, T(1e-3));
-            do flop[size_t(t)] += k.peak(2000, registers, scratch.data());
+            do flop[size_t(t)] += call.kernels.peak(2000, registers, scratch.data());
             while (std::chrono::duration<double>(Clock::now() - start).count() < seconds);
         });
         const double elapsed = std::chrono::duration<double>(Clock::now() - start).count();
@@ -451,7 +451,7 @@ bool poisoned() { return poison.load(std::memory_order_relaxed); }
     template void from_noise<T>(const Program<T>&, const Batch&, double*, const Poll&);     \
     template void sample<T>(const Program<T>&, const Draw&, float*, T*, const Poll&);       \
     template void sample<T>(const Program<T>&, const Draw&, double*, T*, const Poll&);      \
-    template Peak peak<T>(double);
+    template Peak peak<T>(double, int);
 FASTMAF_INSTANTIATE(float)
 FASTMAF_INSTANTIATE(double)
 

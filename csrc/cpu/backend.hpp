@@ -64,12 +64,12 @@ private:
     std::unique_ptr<TrainerState<T>> state_;
 };
 
-// GFLOP/s of the micro-kernel on a block in L1 and of fused multiply-adds in registers, on all threads for about `seconds` each.
+// GFLOP/s of the micro-kernel on a block in L1 and of fused multiply-adds in registers, on so many threads, for about `seconds` each.
 struct Peak {
     double kernel, registers;
 };
 template <class T>
-Peak peak(double seconds);
+Peak peak(double seconds, int threads);
 
 // Row order of an epoch: argsort of 64-bit Philox words of (row, epoch, stream).
 void shuffle(uint64_t seed, uint32_t stream, uint32_t epoch, int64_t rows, int64_t* order);

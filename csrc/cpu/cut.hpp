@@ -4,8 +4,6 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "threads.hpp"
-
 namespace fastmaf {
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -13,7 +11,7 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 // How rows are cut: tiles of `rows`, a multiple of the vector width, few enough idle lanes and enough tiles for all threads.
 struct Cut {
     int64_t rows, tiles;
-    Cut(int64_t total, int width, int64_t most, int threads = num_threads()) {
+    Cut(int64_t total, int width, int64_t most, int threads) {
         int64_t count = (total + most - 1) / most;
         if (count < 8 * threads) count = round_up(count, threads);
         rows = std::max<int64_t>(width, std::min(most, round_up((total + count - 1) / std::max<int64_t>(1, count), width)));

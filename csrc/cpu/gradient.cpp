@@ -14,11 +14,10 @@
 #include <limits>
 
 #include "backend.hpp"
+#include "call.hpp"
 #include "cut.hpp"
-#include "isa.hpp"
 #include "rows.hpp"
 #include "scratch.hpp"
-#include "threads.hpp"
 
 namespace fastmaf {
 
@@ -89,7 +88,7 @@ struct Kept {
 template <class T>
 class Gradients {
 public:
-    Gradients(const Program<T>& program, bool parameters) : program_(program), parameters_(parameters) {
+    Gradients(const Program<T>& program, bool parameters, const Kernels<T>& kernels) : program_(program), parameters_(parameters), kernels_(kernels) {
         program.views(Direction::density);
         program.views(Direction::backward);
         lanes_ = 3 * kernels_.width;
@@ -140,9 +139,9 @@ public:
     // Forward and backward of rows [begin, begin + n) of the batch, n <= chunk(). cotangent, value, d_x, d_context: per row of the chunk.
     // If there are parameters, keeps what `gradient` needs.
     template <class V>
-    void pass(const Batch& batch, int64_t begin, int64_t n, const T* cotangent, V* value, T* d_x, T* d_context) {
+    void pass(int threads, const Batch& batch, int64_t begin, int64_t n, const T* cotangent, V* value, T* d_x, T* d_context) {
         const RowReader reader(batch);
-        const Cut cut(n, kernels_.width, lanes_);
+        const Cut cut(n, kernels_.width, lanes_, threads);
         used_cotangent_.resize(size_t(n));
         const bool wanted = d_x || d_context;
         auto run = [&](Room& room, Kept<T>& kept, int64_t first, int rows, int64_t place) {
@@ -165,7 +164,7 @@ public:
             const int64_t blocks = (n + most - 1) / most, rows = (n + blocks - 1) / blocks;
             block_gradients_.resize(size_t(blocks) * program_.master().size());
             blocks_ = int(blocks);
-            parallel_for(blocks, [&](int64_t b) {
+            parallel_for(threads, blocks, [&](int64_t b) {
                 const int64_t first = b * rows, here = std::min(rows, n - first);
                 T* const out = block_gradients_.data() + size_t(b) * program_.master().size();
                 if (here <= 0) return std::fill(out, out + program_.master().size(), T(0));
@@ -186,7 +185,7 @@ public:
             });
         } else {
             make_room(cut, n);
-            parallel_for(cut.tiles, [&](int64_t t) {
+            parallel_for(threads, cut.tiles, [&](int64_t t) {
                 Carver carve(thread_scratch(room_size()));
                 Room room(carve, *this, parameters_ ? tiles_.data() + size_t(t) * kept_stride() : nullptr);
                 run(room, kept_, cut.begin(t), int(cut.size(t, n)), cut.begin(t));
@@ -196,11 +195,12 @@ public:
         for (int64_t r = 0; r < n; ++r) total_cotangent_ += double(used_cotangent_[size_t(r)]);
     }
 
-    // The same for a whole batch of `training` whose norms take the statistics of the batch, rows weighted by their cotangents.
+    // The same for a whole batch of `training` whose norms take the statistics of the batch, rows weighted by their cotangents. It keeps
+    // all activations of the batch: no bound but batch_size holds for its memory. What a poll throws leaves weights and moments as they were.
     template <class V>
-    void pass_together(Program<T>& training, const Batch& batch, int64_t n, const T* cotangent, V* value) {
+    void pass_together(int threads, Program<T>& training, const Batch& batch, int64_t n, const T* cotangent, V* value, PollClock& clock) {
         const RowReader reader(batch);
-        const Cut cut(n, kernels_.width, lanes_);
+        const Cut cut(n, kernels_.width, lanes_, threads);
         used_cotangent_.assign(cotangent, cotangent + n);
         total_cotangent_ = 0;
         for (int64_t r = 0; r < n; ++r) total_cotangent_ += double(cotangent[r]);
@@ -214,7 +214,8 @@ public:
             rooms.emplace_back(carve, *this, tiles_.data() + size_t(t) * kept_stride());
         }
         auto each_tile = [&](auto body) {
-            parallel_for(cut.tiles, [&](int64_t t) { body(rooms[size_t(t)], cut.begin(t), int(cut.size(t, n))); });
+            parallel_for(threads, cut.tiles, [&](int64_t t) { body(rooms[size_t(t)], cut.begin(t), int(cut.size(t, n))); });
+            clock.tick();
         };
         const auto& stages = program_.spec().stages;
         const size_t features = size_t(program_.features());
@@ -572,7 +573,7 @@ private:
 
     const Program<T>& program_;
     const bool parameters_;
-    const Kernels<T>& kernels_ = kernels<T>();  // one set for life: layouts depend on its lanes
+    const Kernels<T>& kernels_;  // one set for life: layouts depend on its lanes
     int lanes_ = 0;
     size_t kept_rows_ = 0, input_rows_ = 0;
     std::vector<Places> places_;
@@ -601,16 +602,17 @@ template <class T>
 void vjp(const Program<T>& program, const Batch& batch, const T* cotangent, T* value, T* d_x, T* d_context, T* d_parameters,
          const Poll& poll) {
     const int64_t total = batch.rows(), features = program.features(), context = program.context();
-    Gradients<T> gradients(program, d_parameters != nullptr);
+    const Call<T> call;
+    Gradients<T> gradients(program, d_parameters != nullptr, call.kernels);
     AlignedVector<T> gradient(d_parameters ? program.master().size() : 0, T(0));
     PollClock clock(poll);
     for (int64_t begin = 0; begin < total; begin += gradients.chunk()) {
         const int64_t n = std::min(gradients.chunk(), total - begin);
         clock.tick();
-        gradients.pass(batch, begin, n, cotangent + begin, value ? value + begin : nullptr, d_x ? d_x + begin * features : nullptr,
+        gradients.pass(call.threads, batch, begin, n, cotangent + begin, value ? value + begin : nullptr, d_x ? d_x + begin * features : nullptr,
                        d_context ? d_context + begin * context : nullptr);
         if (d_parameters)
-            parallel_for(int64_t(gradients.tasks().size()),
+            parallel_for(call.threads, int64_t(gradients.tasks().size()),
                          [&](int64_t t) { gradients.gradient(gradients.tasks()[size_t(t)], true, gradient.data()); });
     }
     if (!d_parameters) return;
@@ -621,7 +623,7 @@ void vjp(const Program<T>& program, const Batch& batch, const T* cotangent, T* v
 // One of the networks that share the weights of a trainer.
 template <class T>
 struct Member {
-    explicit Member(std::shared_ptr<Program<T>> program) : program(std::move(program)), gradients(*this->program, true) {}
+    explicit Member(std::shared_ptr<Program<T>> program) : program(std::move(program)), gradients(*this->program, true, kernels<T>()) {}
     std::shared_ptr<Program<T>> program;
     Gradients<T> gradients;
 };
@@ -727,7 +729,8 @@ template <class T>
 double Trainer<T>::epoch(const Batch& batch, const double* weights, int64_t batch_size, const double* rates, double mean_weight,
                          int64_t& done, const Poll& poll) {
     TrainerState<T>& s = *state_;
-    const Kernels<T>& k = kernels<T>();
+    const Call<T> call;
+    const Kernels<T>& k = call.kernels;
     const AdamSettings& a = s.settings;
     const int64_t total = batch.rows();
     double sum = 0;
@@ -758,12 +761,12 @@ double Trainer<T>::epoch(const Batch& batch, const double* weights, int64_t batc
         for (int64_t c = 0; c < chunks; ++c) {
             const int64_t first = c * chunk, n = std::min(chunk, size - first);
             if (gradients.together())
-                gradients.pass_together(program, rows, n, s.cotangent.data(), s.value.data());
+                gradients.pass_together(call.threads, program, rows, n, s.cotangent.data(), s.value.data(), clock);
             else
-                gradients.pass(rows, first, n, s.cotangent.data() + first, s.value.data() + first, static_cast<T*>(nullptr),
+                gradients.pass(call.threads, rows, first, n, s.cotangent.data() + first, s.value.data() + first, static_cast<T*>(nullptr),
                                static_cast<T*>(nullptr));
             for (int64_t i = first; i < first + n; ++i) loss -= weight(i) * s.value[size_t(i)];
-            if (c + 1 < chunks) parallel_for(int64_t(tasks.size()), [&](int64_t t) { gradient_of(t, c > 0); });
+            if (c + 1 < chunks) parallel_for(call.threads, int64_t(tasks.size()), [&](int64_t t) { gradient_of(t, c > 0); });
         }
         if (!std::isfinite(loss)) return sum;
 
@@ -775,7 +778,7 @@ double Trainer<T>::epoch(const Batch& batch, const double* weights, int64_t batc
         double scale = 1;
         const bool ready = a.clip_norm > 0 || s.shared;
         T* gradient = s.gradient.data();
-        if (ready) parallel_for(int64_t(tasks.size()), [&](int64_t t) { gradient_of(t, chunks > 1); });
+        if (ready) parallel_for(call.threads, int64_t(tasks.size()), [&](int64_t t) { gradient_of(t, chunks > 1); });
         if (s.shared) {
             s.user_gradient.assign(s.user_weights.size(), T(0));
             gradient = s.user_gradient.data();
@@ -793,10 +796,10 @@ double Trainer<T>::epoch(const Batch& batch, const double* weights, int64_t batc
         if (s.shared) {
             constexpr int64_t together = 1 << 14;
             const int64_t count = int64_t(s.m.size());
-            parallel_for((count + together - 1) / together,
+            parallel_for(call.threads, (count + together - 1) / together,
                          [&](int64_t t) { apply(t * together, std::min(together, count - t * together)); });
         } else {
-            parallel_for(int64_t(tasks.size()), [&](int64_t t) {
+            parallel_for(call.threads, int64_t(tasks.size()), [&](int64_t t) {
                 const Task& task = tasks[size_t(t)];
                 if (!ready) gradient_of(t, chunks > 1);
                 for (const auto& range : gradients.ranges(task)) apply(range.first, range.second);
@@ -813,10 +816,11 @@ double Trainer<T>::epoch(const Batch& batch, const double* weights, int64_t batc
 }
 
 void shuffle(uint64_t seed, uint32_t stream, uint32_t epoch, int64_t rows, int64_t* order) {
+    const Call<float> call;
     std::vector<std::pair<uint64_t, int64_t>> keys(static_cast<size_t>(rows));
     for (int64_t i = 0; i < rows; i += 64) {
         uint32_t words[4][64];
-        kernels<float>().words(seed, uint64_t(i), 64, epoch, stream << 24, words);
+        call.kernels.words(seed, uint64_t(i), 64, epoch, stream << 24, words);
         for (int64_t j = i; j < std::min(rows, i + 64); ++j) keys[size_t(j)] = {uint64_t(words[1][j - i]) << 32 | words[0][j - i], j};
     }
     std::sort(keys.begin(), keys.end());

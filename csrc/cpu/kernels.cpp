@@ -9,6 +9,10 @@
 #include "tiles.inl.hpp"
 #include "vjp.inl.hpp"
 
+#if defined(_GLIBCXX_VECTOR) || defined(_LIBCPP_VECTOR)
+#error "kernels.cpp includes a container"
+#endif
+
 namespace fastmaf {
 namespace FASTMAF_ISA {
 
@@ -21,7 +25,7 @@ static double peak(int repetitions, bool registers, T* scratch) {
     T* const in = scratch + 8 * depth;
     T* const out = in + depth * lanes_of<T>();
     if (!registers) {
-        for (int i = 0; i < repetitions; ++i) panel<T>(3, 8, w, in, depth, 8, w, true, out);
+        for (int i = 0; i < repetitions; ++i) panel<T>(3, 8, false, w, in, depth, 8, w, true, out);
         return 2.0 * repetitions * 8 * depth * lanes_of<T>();
     }
     Vec<T> acc[R][kVectors];
@@ -34,7 +38,8 @@ static double peak(int repetitions, bool registers, T* scratch) {
             for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
                 for (int j = 0; j < kVectors; ++j) acc[r][j] = fma(a, b, acc[r][j]);
-            __asm__ volatile("" : "+v"(a), "+v"(b));
+            opaque(a);
+            opaque(b);
         }
     for (int r = 0; r < R; ++r)
         for (int j = 0; j < kVectors; ++j) at(out + (r * kVectors + j) * W) = acc[r][j];

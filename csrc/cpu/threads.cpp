@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 
 #include <algorithm>
 #include <atomic>
@@ -15,6 +16,8 @@
 #include <string>
 #include <system_error>
 #include <thread>
+
+#include "../core/floats.hpp"
 
 namespace fastmaf {
 
@@ -51,7 +54,24 @@ int default_threads() {
     return available_cores();
 }
 
-std::atomic<int> chosen_threads{0};
+std::atomic<int> chosen_threads{0}, fallback_threads{0};
+thread_local int threads_of_scope = 0;
+
+// Signals are for the threads of the program: their handlers must not run on one of ours.
+class NoSignals {
+public:
+    NoSignals() {
+        sigset_t all;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before_);
+    }
+    NoSignals(const NoSignals&) = delete;
+    NoSignals& operator=(const NoSignals&) = delete;
+    ~NoSignals() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+
+private:
+    sigset_t before_;
+};
 
 struct Loop {
     Loop(const std::function<void(int64_t)>& body, int64_t tasks) : body(body), tasks(tasks) {}
@@ -81,6 +101,11 @@ struct Loop {
     }
 };
 
+class Pool;
+// Never destroyed: its threads may outlive static destructors. After a fork the child's copy has no threads, so it gets a new pool. Made
+// when the library is loaded: whoever is forked while another thread makes it would wait for ever.
+extern Pool* pool;
+
 class Pool {
 public:
     bool acquire() { return !busy_.exchange(true, std::memory_order_acquire); }
@@ -90,7 +115,10 @@ public:
     // `wake` false that is left to the end, for the sake of the next loop.
     void run(Loop& loop, int helpers, bool wake, const std::function<void()>* poll) {
         try {
-            for (; workers_ < helpers; ++workers_) std::thread(&Pool::live, this).detach();
+            if (workers_ < helpers) {
+                const NoSignals blocked;
+                for (; workers_ < helpers; ++workers_) std::thread(&Pool::live, this).detach();
+            }
         } catch (const std::system_error&) {  // the system gives no more threads
             helpers = workers_;
         }
@@ -104,7 +132,12 @@ public:
             for (int i = 0; i < helpers; ++i) wake_.notify_one();
         };
         if (wake) wake_helpers();
-        loop.work(poll);
+        const std::function<void()> ask = [&] {
+            (*poll)();
+            if (this != pool) throw std::runtime_error("this process was forked in the middle of a call, which only its parent can finish");
+        };
+        loop.work(poll ? &ask : nullptr);
+        if (this != pool) return;  // the threads of the parent are not here
         {
             std::lock_guard<std::mutex> lock(mutex_);
             loop_ = nullptr;
@@ -120,6 +153,7 @@ public:
 
 private:
     void live() {
+        const PlainFloats floats;
         uint64_t seen = 0;
         for (;;) {
             const auto until = Clock::now() + kSpin;
@@ -153,25 +187,19 @@ private:
     int vacant_ = 0, workers_ = 0;
 };
 
-// Never destroyed: its threads may outlive static destructors. After a fork the child's copy has no threads, so it gets a new pool.
-Pool* pool = nullptr;
-
-Pool& the_pool() {
-    static std::once_flag once;
-    std::call_once(once, [] {
-        pool = new Pool;
-        pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
-    });
-    return *pool;
-}
+Pool* pool = [] {
+    pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+    return new Pool;
+}();
 
 }  // namespace
 
 int num_threads() {
-    int threads = chosen_threads.load(std::memory_order_relaxed);
-    if (threads) return threads;
-    static const int fallback = default_threads();
-    return fallback;
+    if (threads_of_scope) return threads_of_scope;
+    if (const int threads = chosen_threads.load(std::memory_order_relaxed)) return threads;
+    int threads = fallback_threads.load(std::memory_order_relaxed);
+    if (!threads) fallback_threads = threads = default_threads();  // twice by two threads, rather than locked during a fork
+    return threads;
 }
 
 void set_num_threads(int threads) {
@@ -179,14 +207,20 @@ void set_num_threads(int threads) {
     chosen_threads = threads;
 }
 
-void parallel_loop(int64_t tasks, const std::function<void(int64_t)>& body, bool wake, const std::function<void()>* poll) {
+ThreadsOfScope::ThreadsOfScope(int threads) : before_(threads_of_scope) {
+    if (threads) threads_of_scope = threads;
+}
+ThreadsOfScope::~ThreadsOfScope() { threads_of_scope = before_; }
+
+void parallel_loop(int threads, int64_t tasks, const std::function<void(int64_t)>& body, bool wake, const std::function<void()>* poll) {
     Loop loop(body, tasks);
-    const int helpers = int(std::min<int64_t>(num_threads(), tasks)) - 1;
-    if (helpers > 0 && the_pool().acquire()) {
+    const int helpers = int(std::min<int64_t>(threads, tasks)) - 1;
+    if (helpers > 0 && pool->acquire()) {
         struct Release {
-            ~Release() { the_pool().release(); }
+            Pool* const acquired = pool;
+            ~Release() { acquired->release(); }
         } release;
-        the_pool().run(loop, helpers, wake, poll);
+        pool->run(loop, helpers, wake, poll);
     } else {
         loop.work(poll);
     }

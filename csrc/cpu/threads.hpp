@@ -7,24 +7,36 @@
 
 namespace fastmaf {
 
-// FASTMAF_NUM_THREADS, else OMP_NUM_THREADS, else what affinity and the cgroup's quota allow; or the number set last.
+// That of the scope, or the number set last; else FASTMAF_NUM_THREADS, else OMP_NUM_THREADS, else what affinity and the cgroup's quota allow.
 int num_threads();
 void set_num_threads(int threads);  // throws std::invalid_argument below 1
 
-// Calls body(task) for every task, each exactly once, on several threads. `poll`, if any, is called by the calling thread about every
+// Another number for what the calling thread begins in a scope; 0 leaves it.
+class ThreadsOfScope {
+public:
+    explicit ThreadsOfScope(int threads);
+    ThreadsOfScope(const ThreadsOfScope&) = delete;
+    ThreadsOfScope& operator=(const ThreadsOfScope&) = delete;
+    ~ThreadsOfScope();
+
+private:
+    const int before_;
+};
+
+// Calls body(task) for every task, each exactly once, on up to `threads` threads. `poll`, if any, is called by the calling thread about every
 // 100 ms; what it throws, and what a body throws, stops the loop and reaches the caller.
-void parallel_loop(int64_t tasks, const std::function<void(int64_t)>& body, bool wake, const std::function<void()>* poll);
+void parallel_loop(int threads, int64_t tasks, const std::function<void(int64_t)>& body, bool wake, const std::function<void()>* poll);
 
 template <class F>
-void parallel_for(int64_t tasks, F&& body, const std::function<void()>* poll = nullptr) {
+void parallel_for(int threads, int64_t tasks, F&& body, const std::function<void()>* poll = nullptr) {
     if (tasks == 1) return body(0);
-    parallel_loop(tasks, std::ref(body), true, poll);
+    parallel_loop(threads, tasks, std::ref(body), true, poll);
 }
 
 // The same for a loop so short that only threads which are still awake from the last one are of use.
 template <class F>
-void parallel_briefly(int64_t tasks, F&& body) {
-    parallel_loop(tasks, std::ref(body), false, nullptr);
+void parallel_briefly(int threads, int64_t tasks, F&& body) {
+    parallel_loop(threads, tasks, std::ref(body), false, nullptr);
 }
 
 }  // namespace fastmaf

@@ -1,7 +1,6 @@
 // What the backend hands to the kernels of an instruction set. Plain pointers, no code.
 #pragma once
 
-#include "../core/program.hpp"
 #include "../ops/tile.hpp"
 
 namespace fastmaf {

@@ -1,11 +1,13 @@
 // What ops need of a vector; csrc/cuda/vec.inl.hpp offers the same with the threads of a warp for lanes.
 // Vectors of the instruction set being compiled: Lanes<T>::V holds W values of T, I the integers of the same width.
 // Arithmetic is that of the compiler's vector types; what they lack, or what must round the same everywhere, stands here.
-// The baseline has no fused multiply-add on x86, so its results differ from avx2 and avx512 in the last bits.
+// The baseline of x86 has no fused multiply-add, so its results differ from avx2 and avx512 in the last bits.
 #pragma once
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include <cstdint>
@@ -49,6 +51,7 @@ struct Lanes<double> {
 
 // A sub-tile of rows is three vectors wide.
 constexpr int kVectors = 3;
+constexpr bool kPrefetches = true;
 // Rows of a panel that are summed at once.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kRows = 8;
@@ -77,13 +80,20 @@ template <class T>
 FASTMAF_INLINE const Vec<T>& at(const T* p) {
     return *reinterpret_cast<const Vec<T>*>(p);
 }
+// A register whose origin the compiler no longer knows.
+template <class V>
+FASTMAF_INLINE void opaque(V& v) {
+#if defined(__x86_64__)
+    asm("" : "+v"(v));
+#elif defined(__aarch64__)
+    asm("" : "+w"(v));
+#endif
+}
 // at(p) in a register. GCC likes to read a vector again for every use, which takes the ports that other loads need.
 template <class T>
 FASTMAF_INLINE Vec<T> loaded(const T* p) {
     Vec<T> v = at(p);
-#ifdef FASTMAF_HAS_X86
-    asm("" : "+v"(v));
-#endif
+    opaque(v);
     return v;
 }
 template <class T>
@@ -138,6 +148,13 @@ FASTMAF_INLINE Vec<float> relu(Vec<float> x) { return (Vec<float>)_mm256_max_ps(
 FASTMAF_INLINE Vec<double> relu(Vec<double> x) { return (Vec<double>)_mm256_max_pd(_mm256_setzero_pd(), (__m256d)x); }
 FASTMAF_INLINE Vec<float> root(Vec<float> x) { return (Vec<float>)_mm256_sqrt_ps((__m256)x); }
 FASTMAF_INLINE Vec<double> root(Vec<double> x) { return (Vec<double>)_mm256_sqrt_pd((__m256d)x); }
+#elif defined(__aarch64__)
+FASTMAF_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return (Vec<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+FASTMAF_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return (Vec<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b); }
+template <class V>
+FASTMAF_INLINE V relu(V x) { return x < 0 ? V{} : x; }
+FASTMAF_INLINE Vec<float> root(Vec<float> x) { return (Vec<float>)vsqrtq_f32((float32x4_t)x); }
+FASTMAF_INLINE Vec<double> root(Vec<double> x) { return (Vec<double>)vsqrtq_f64((float64x2_t)x); }
 #else
 template <class V>
 FASTMAF_INLINE V fma(V a, V b, V c) { return a * b + c; }

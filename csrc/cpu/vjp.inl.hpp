@@ -118,7 +118,7 @@ static void backward(const StageView<T>& stage, const Trace<T>& here, int lanes,
         const bool hidden = step.out >= 0;
         if (!hidden && (inner == 2 || (inner == 1 && step.out == kTile && step.row < stage.context))) continue;
         T* const out = buffer<T>(stage, step.out, below, here.delta) + step.row * L;
-        panel<T>(vectors, step.width, stage.tape + step.tape, here.delta[step.in] + step.begin * L, step.end - step.begin, step.rows,
+        panel<T>(vectors, step.width, stage.far, stage.tape + step.tape, here.delta[step.in] + step.begin * L, step.end - step.begin, step.rows,
                  step.start == Start::zero ? zeros : nullptr, false, out);
         if (!hidden || !is_network(stage.output)) continue;
         if (stage.activated[step.out]) {

@@ -9,9 +9,12 @@
 #include <map>
 #include <mutex>
 #include <stdexcept>
+#include <vector>
 
+#include <pthread.h>
 #include <unistd.h>
 
+#include "../core/floats.hpp"
 #include "draw_image.hpp"
 #include "kernels.hpp"
 
@@ -30,7 +33,7 @@ namespace {
 constexpr int kLanes = 128;                        // of the widest tile: four vectors
 constexpr int64_t kScratch = int64_t(1) << 30;     // at most, for the blocks of a launch
 constexpr int64_t kChunk = FASTMAF_CUDA_CHUNK;     // bytes of a host array that travel together
-constexpr uint64_t kKept = 2 * uint64_t(kScratch);  // that the pool keeps between calls
+constexpr uint64_t kKept = uint64_t(256) << 20;  // bytes that the pool keeps between calls; those of larger flows outlast an allocation
 
 std::string size_of(double bytes) {
     const char* const units[] = {"B", "KiB", "MiB", "GiB"};
@@ -142,22 +145,36 @@ struct Slot {
     Buffer host_in{true}, host_out{true}, in{false}, out{false};
 };
 
-// What the flows of a device share: what launches need of it, and the two slots through which arrays of the host are streamed. It goes
-// with the last of them.
+// Through which arrays of the host are streamed: while one is computed, the other travels.
+struct Slots {
+    std::unique_ptr<Slot> of[2];
+    Slot& at(int s) {
+        if (!of[s]) of[s] = std::make_unique<Slot>();
+        return *of[s];
+    }
+};
+
+std::mutex stations;
+[[maybe_unused]] const int fork_waits = pthread_atfork([] { stations.lock(); }, [] { stations.unlock(); }, [] { stations.unlock(); });
+
+// What the flows of a device share: what launches need of it, and slots that were used before. It goes with the last of them.
 struct Station {
     int device;
     const pid_t process = getpid();  // a child after fork has no CUDA
     int processors = 0, cache = 0, shared = 0;
     bool tensor_cores = false;
-    cudaMemPool_t pool = nullptr;
-    std::mutex streaming;
-    std::unique_ptr<Slot> slots[2];
+    cudaMemPool_t pool = nullptr;  // null where the device has none
+    std::mutex mutex;
+    std::unique_ptr<Slots> spare;
 
     explicit Station(int device) : device(device) {
         check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "asking for the multiprocessors");
         check(cudaDeviceGetAttribute(&cache, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device), "asking for the cache");
         check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "asking for the shared memory");
         tensor_cores = cuda::has_tensor_cores();
+        int pools = 0;
+        check(cudaDeviceGetAttribute(&pools, cudaDevAttrMemoryPoolsSupported, device), "asking for memory pools");
+        if (!pools) return;
         cudaMemPoolProps properties{};
         properties.allocType = cudaMemAllocationTypePinned;
         properties.location.type = cudaMemLocationTypeDevice;
@@ -172,15 +189,34 @@ struct Station {
         int before = 0;
         if (process != getpid() || cudaGetDevice(&before) != cudaSuccess) return;
         cudaSetDevice(device);
-        for (auto& slot : slots) slot.reset();
-        cudaMemPoolDestroy(pool);
+        spare.reset();
+        if (pool) cudaMemPoolDestroy(pool);
         cudaSetDevice(before);
     }
 
-    static std::shared_ptr<Station> of(int device) {
-        static std::mutex mutex;
-        static std::map<int, std::weak_ptr<Station>> all;
+    // Each call streams through slots of its own, so that it never waits for another one, which may have called it (from a signal handler).
+    std::unique_ptr<Slots> take_slots() {
         std::lock_guard<std::mutex> lock(mutex);
+        return spare ? std::move(spare) : std::make_unique<Slots>();
+    }
+    void give_back(std::unique_ptr<Slots> slots) {
+        std::lock_guard<std::mutex> lock(mutex);
+        if (!spare) spare.swap(slots);
+    }
+
+    cudaError_t allocate(void** memory, int64_t bytes, cudaStream_t stream) const {
+        return pool ? cudaMallocFromPoolAsync(memory, size_t(bytes), pool, stream) : cudaMalloc(memory, size_t(bytes));
+    }
+    // Without a pool the stream is waited for.
+    cudaError_t release(void* memory, cudaStream_t stream) const {
+        if (pool) return cudaFreeAsync(memory, stream);
+        const cudaError_t error = cudaStreamSynchronize(stream), freed = cudaFree(memory);
+        return error == cudaSuccess ? freed : error;
+    }
+
+    static std::shared_ptr<Station> of(int device) {
+        static std::map<int, std::weak_ptr<Station>>& all = *new std::map<int, std::weak_ptr<Station>>;
+        std::lock_guard<std::mutex> lock(stations);
         std::shared_ptr<Station> station = all[device].lock();
         if (!station) all[device] = station = std::make_shared<Station>(device);
         return station;
@@ -352,7 +388,7 @@ struct Flow<T>::Parts {
         void* memory = nullptr;
         for (;; blocks = std::max<int64_t>(1, blocks / 2), tensor_blocks = std::max<int64_t>(1, tensor_blocks / 2)) {
             const int64_t bytes = std::max(blocks, tensor_blocks) * flow.scratch + room + folded + table;
-            const cudaError_t error = cudaMallocFromPoolAsync(&memory, size_t(bytes), station->pool, stream);
+            const cudaError_t error = station->allocate(&memory, bytes, stream);
             if (error == cudaSuccess) break;
             if (error != cudaErrorMemoryAllocation) check(error, "allocating " + size_of(double(bytes)) + " of scratch");
             if (blocks == 1 && tensor_blocks == 1) out_of_memory(bytes, "the scratch of one block");
@@ -376,7 +412,7 @@ struct Flow<T>::Parts {
             job.folded = pointers;
         }
         if (error == cudaSuccess) error = cuda::launch<T>(operation, flow, job, int(blocks), stream);
-        const cudaError_t freed = cudaFreeAsync(memory, stream);
+        const cudaError_t freed = station->release(memory, stream);
         check(error, "launching a kernel");
         check(freed, "freeing scratch");
     }
@@ -384,7 +420,6 @@ struct Flow<T>::Parts {
     // Rows of the host, in chunks: while one is computed, its neighbours travel. `job` holds host arrays.
     void stream_rows(cuda::Operation operation, const Job<T>& job, bool shared, const Poll& poll) {
         const int features = program->features(), context = program->context();
-        std::lock_guard<std::mutex> lock(station->streaming);
         const bool reads = !job.draws, scattered = job.index != nullptr;
         const int64_t x_row = reads ? features * size_of(job.x.rows.dtype) : 0, context_row = context * size_of(job.context.rows.dtype);
         const int64_t out_row = job.out ? job.width * int64_t(sizeof(T)) : job.other ? job.width * int64_t(sizeof(Other<T>)) : 0;
@@ -398,15 +433,18 @@ struct Flow<T>::Parts {
 
         struct Settled {  // nothing is under way when a call ends, however it ends
             Station& station;
+            std::unique_ptr<Slots> slots;
             ~Settled() {
-                for (auto& slot : station.slots)
+                for (auto& slot : slots->of)
                     if (slot) cudaStreamSynchronize(slot->stream);
+                station.give_back(std::move(slots));
             }
-        } settled{*station};
+        } settled{*station, station->take_slots()};
+        Slots& slots = *settled.slots;
         int64_t waiting[2] = {-1, -1};
         auto collect = [&](int s) {
             if (waiting[s] < 0) return;
-            Slot& slot = *station->slots[s];
+            Slot& slot = slots.at(s);
             check(cudaStreamSynchronize(slot.stream), "computing rows " + std::to_string(waiting[s]) + " and on");
             const int64_t count = std::min(chunk, job.rows - waiting[s]);
             const char* const results = slot.host_out.at_least(out_size);
@@ -418,8 +456,7 @@ struct Flow<T>::Parts {
         int s = 0;
         for (int64_t begin = 0; begin < job.rows; begin += chunk, s = 1 - s) {
             if (poll) poll();
-            if (!station->slots[s]) station->slots[s] = std::make_unique<Slot>();
-            Slot& slot = *station->slots[s];
+            Slot& slot = slots.at(s);
             collect(s);
             const int64_t count = std::min(chunk, job.rows - begin);
             char *const host = slot.host_in.at_least(in_size), *const in = slot.in.at_least(in_size);
@@ -474,6 +511,7 @@ struct Flow<T>::Parts {
         if (station->process != getpid())
             throw std::runtime_error("CUDA does not survive a fork: this process was forked after a flow was used on a GPU; spawn it instead");
         const Current current(station->device);
+        const PlainFloats floats;
         const bool shared = program->context() > 0 && shares_context(job.context.rows, outer, inner);
         if (place.on_device)
             launch(operation, job, shared, reinterpret_cast<cudaStream_t>(place.stream));

@@ -7,7 +7,11 @@ namespace fastmaf {
 namespace device {
 
 namespace {
+#ifdef FASTMAF_RETRY
+const char* const kReason = "the CUDA kernels did not compile when fastmaf was installed; pip install -v . shows why";
+#else
 const char* const kReason = "this build of fastmaf has no CUDA kernels";
+#endif
 }
 
 State state() {

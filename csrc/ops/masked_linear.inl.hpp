@@ -13,10 +13,12 @@
 namespace fastmaf {
 namespace FASTMAF_ISA {
 
-template <class T, int R, int NV, int KS, int IS>
+// AHEAD: fetches weights 4 KB before they are used, which pays where the tape comes from beyond a core's own cache.
+template <class T, int R, int NV, int KS, int IS, bool AHEAD = false>
 FASTMAF_INLINE void accumulate(Vec<T> (&acc)[R][NV], const T* w, const T* a, int stride, int n) {
     constexpr int W = Lanes<T>::W;
     for (int k = 0; k < n; ++k) {
+        if constexpr (AHEAD) __builtin_prefetch(w + 4096 / sizeof(T));
         const Weights<T, R, IS> weights(w);
         Vec<T> in[NV];
 FASTMAF_UNROLL(4)
@@ -33,7 +35,7 @@ FASTMAF_UNROLL(4)
 }
 
 // One strip of R rows of a panel whose tape holds WIDTH rows. `bias` null: the sum continues what lies in out.
-template <class T, int R, int WIDTH, int NV>
+template <class T, int R, int WIDTH, int NV, bool AHEAD>
 FASTMAF_FN void strip(const T* w, const T* in, int n, int rows, const T* bias, bool rectify, T* out) {
     constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
     Vec<T> acc[R][NV];
@@ -41,7 +43,7 @@ FASTMAF_UNROLL(8)
     for (int i = 0; i < R; ++i)
 FASTMAF_UNROLL(4)
         for (int j = 0; j < NV; ++j) acc[i][j] = bias ? splat<T>(bias[i]) : i < rows ? at(out + i * lanes + j * W) : Vec<T>{};
-    accumulate<T, R, NV, WIDTH, 1>(acc, w, in, lanes, n);
+    accumulate<T, R, NV, WIDTH, 1, AHEAD>(acc, w, in, lanes, n);
     if (rectify) {
 FASTMAF_UNROLL(8)
         for (int i = 0; i < R; ++i)
@@ -55,29 +57,31 @@ FASTMAF_UNROLL(4)
             for (int j = 0; j < NV; ++j) at(out + i * lanes + j * W) = acc[i][j];
 }
 
-template <class T, int WIDTH, int NV>
+template <class T, int WIDTH, int NV, bool AHEAD>
 FASTMAF_FN void strips(const T* w, const T* in, int n, int rows, const T* bias, bool rectify, T* out) {
     constexpr int R = WIDTH < kRows ? WIDTH : kRows;
 FASTMAF_UNROLL(2)
     for (int i = 0; i < WIDTH; i += R)
-        if (i < rows) strip<T, R, WIDTH, NV>(w + i, in, n, rows - i, bias ? bias + i : nullptr, rectify, out + i * lanes_of<T>());
+        if (i < rows) strip<T, R, WIDTH, NV, AHEAD>(w + i, in, n, rows - i, bias ? bias + i : nullptr, rectify, out + i * lanes_of<T>());
 }
 
 template <class T, int NV>
-FASTMAF_FN void panel(int width, const T* w, const T* in, int n, int rows, const T* bias, bool rectify, T* out) {
-    if (width == 8) return strips<T, 8, NV>(w, in, n, rows, bias, rectify, out);
-    if (width == 4) return strips<T, 4, NV>(w, in, n, rows, bias, rectify, out);
-    return strips<T, 2, NV>(w, in, n, rows, bias, rectify, out);
+FASTMAF_FN void panel(int width, bool ahead, const T* w, const T* in, int n, int rows, const T* bias, bool rectify, T* out) {
+    if constexpr (kPrefetches)
+        if (width == 8 && ahead) return strips<T, 8, NV, true>(w, in, n, rows, bias, rectify, out);
+    if (width == 8) return strips<T, 8, NV, false>(w, in, n, rows, bias, rectify, out);
+    if (width == 4) return strips<T, 4, NV, false>(w, in, n, rows, bias, rectify, out);
+    return strips<T, 2, NV, false>(w, in, n, rows, bias, rectify, out);
 }
 
 template <class T>
-FASTMAF_INLINE void panel(int vectors, int width, const T* w, const T* in, int n, int rows, const T* bias, bool rectify, T* out) {
+FASTMAF_INLINE void panel(int vectors, int width, bool ahead, const T* w, const T* in, int n, int rows, const T* bias, bool rectify, T* out) {
     if constexpr (kVectors == 4)
-        if (vectors > 2) return panel<T, 4>(width, w, in, n, rows, bias, rectify, out);
+        if (vectors > 2) return panel<T, 4>(width, ahead, w, in, n, rows, bias, rectify, out);
     if constexpr (kVectors == 3)
-        if (vectors == 3) return panel<T, 3>(width, w, in, n, rows, bias, rectify, out);
-    if (vectors == 2) return panel<T, 2>(width, w, in, n, rows, bias, rectify, out);
-    return panel<T, 1>(width, w, in, n, rows, bias, rectify, out);
+        if (vectors == 3) return panel<T, 3>(width, ahead, w, in, n, rows, bias, rectify, out);
+    if (vectors == 2) return panel<T, 2>(width, ahead, w, in, n, rows, bias, rectify, out);
+    return panel<T, 1>(width, ahead, w, in, n, rows, bias, rectify, out);
 }
 
 // The tile or the units that a panel reads or writes.
@@ -97,7 +101,7 @@ FASTMAF_FN void run_panel(const StageView<T>& stage, const Step& step, const T* 
     const bool rectify = activated && !raw && !add && stage.activation == Activation::relu;
     T* const rows = out + step.row * lanes;
     T* const sums = raw ? raw + step.row * lanes : rows;
-    panel<T>(vectors, step.width, stage.tape + step.tape + skip * step.width, in + (step.begin + skip) * lanes,
+    panel<T>(vectors, step.width, stage.far, stage.tape + step.tape + skip * step.width, in + (step.begin + skip) * lanes,
              step.end - step.begin - skip, step.rows, bias, rectify, sums);
     if (step.finish == Finish::raw || rectify) return;
     if (add || raw)

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "../cpu/backend.hpp"
+#include "../cpu/threads.hpp"
 
 namespace fastmaf {
 
@@ -133,10 +134,24 @@ void or_rest(F f) {
 #endif
 }
 
-// Without the interpreter's lock for the time of a scope.
+// The contextvars.ContextVar with the number of threads that the running Python code asks for. It lives as long as the process.
+inline PyObject* threads_of_context() {
+    static PyObject* const variable = PyContextVar_New("fastmaf.num_threads", nullptr);
+    return variable;
+}
+
+// 0 where nothing is asked for.
+inline int wanted_threads() {
+    PyObject* value = nullptr;
+    if (PyContextVar_Get(threads_of_context(), nullptr, &value) != 0) throw py::error_already_set();
+    const py::object number = py::reinterpret_steal<py::object>(value);
+    return number && !number.is_none() ? number.cast<int>() : 0;
+}
+
+// Without the interpreter's lock for the time of a scope: what computes, with the number of threads of the Python code that calls.
 class Unlocked {
 public:
-    Unlocked() : state_(PyEval_SaveThread()) {}
+    explicit Unlocked(int threads = wanted_threads()) : threads_(threads), state_(PyEval_SaveThread()) {}
     Unlocked(const Unlocked&) = delete;
     Unlocked& operator=(const Unlocked&) = delete;
     ~Unlocked() {
@@ -144,6 +159,7 @@ public:
     }
 
 private:
+    const ThreadsOfScope threads_;
     PyThreadState* state_;
 };
 

@@ -12,7 +12,12 @@
 namespace fastmaf {
 
 void bind_config(py::module_& module) {
-    module.def("num_threads", &num_threads);
+    // A context variable, so that a number holds for its own thread, and for its own task where tasks take turns on one.
+    module.attr("threads_of_context") = py::reinterpret_borrow<py::object>(threads_of_context());
+    module.def("num_threads", [] {
+        const ThreadsOfScope scope(wanted_threads());
+        return num_threads();
+    });
     module.def("set_num_threads", &set_num_threads, py::arg("threads"));
     module.def("isa", &isa);
     module.def("set_isa", &set_isa, py::arg("name"));
@@ -46,14 +51,11 @@ void bind_config(py::module_& module) {
     module.def(
         "peak",
         [](const std::string& dtype, int threads, double seconds) {
-            const int before = num_threads();
-            set_num_threads(threads);
             Peak result{};
             {
                 Unlocked unlocked;
-                result = dtype == "float64" ? peak<double>(seconds) : peak<float>(seconds);
+                result = dtype == "float64" ? peak<double>(seconds, threads) : peak<float>(seconds, threads);
             }
-            set_num_threads(before);
             py::dict rates;
             rates["kernel"] = result.kernel;
             rates["fma"] = result.registers;

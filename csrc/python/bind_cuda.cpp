@@ -45,8 +45,17 @@ Rows rows_at(const Description& array, int64_t& outer, int64_t& inner) {
     return rows;
 }
 
+// The end of a flow waits for its device, and other Python threads must not wait with it.
+struct DeleteUnlocked {
+    template <class F>
+    void operator()(F* flow) const {
+        const Unlocked unlocked(0);
+        delete flow;
+    }
+};
+
 struct PyDeviceFlow {
-    std::variant<std::unique_ptr<device::Flow<float>>, std::unique_ptr<device::Flow<double>>> flow;
+    std::variant<std::unique_ptr<device::Flow<float>, DeleteUnlocked>, std::unique_ptr<device::Flow<double>, DeleteUnlocked>> flow;
 
     template <class F>
     void visit(F f) const {
@@ -125,7 +134,7 @@ void bind_cuda(py::module_& module) {
                  std::visit(
                      [&](const auto& program) {
                          using T = typename std::decay_t<decltype(*program)>::Value;
-                         self.flow = std::make_unique<device::Flow<T>>(program, device, precision_named(precision));
+                         self.flow = std::unique_ptr<device::Flow<T>, DeleteUnlocked>(new device::Flow<T>(program, device, precision_named(precision)));
                      },
                      flow.program);
                  return self;

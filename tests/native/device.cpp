@@ -5,6 +5,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "core/device.hpp"
@@ -186,6 +187,18 @@ int main() {
         CHECK(error_of([&] { first.log_prob(batch, out.data(), {}, impatient); }) == "enough");
         first.log_prob(batch, out.data(), {}, none);
         CHECK(polls == 3 && std::isfinite(out.back()));
+        // A call in the middle of another one, as from a signal handler; and from another thread that it waits for.
+        const Reals alone = out;
+        std::fill(out.begin(), out.end(), 0.0);
+        Reals inner(out), other(out);
+        polls = 0;
+        const Poll calls = [&] {
+            if (++polls != 2) return;
+            first.log_prob(batch, inner.data(), {}, none);
+            std::thread([&] { first.log_prob(batch, other.data(), {}, none); }).join();
+        };
+        first.log_prob(batch, out.data(), {}, calls);
+        CHECK(polls > 2 && out == alone && inner == alone && other == alone);
         runtime_break(cudaErrorIllegalAddress);
         const std::string lost = error_of([&] { first.log_prob(batch, out.data(), {}, none); });
         CHECK(contains(lost, "while computing rows 0 and on") && contains(lost, "the device is lost to this process"));
@@ -199,6 +212,20 @@ int main() {
         CHECK(contains(error_of([&] { device::Flow<double>(program, 2); }), "there is no cuda:2 here; GPUs: 2"));
     }
     CHECK(runtime_blocks() == 0);  // nothing stays
+    {
+        runtime_pools(false);
+        const device::Flow<double> flow(program, 1);
+        Batch batch;
+        batch.inner = n;
+        batch.x = rows_of(x.data(), features);
+        batch.context = rows_of(context.data(), width);
+        Reals expected(static_cast<size_t>(n)), got(expected);
+        log_prob<double>(*program, batch, expected.data(), {});
+        flow.log_prob(batch, got.data(), {}, {});
+        CHECK(same(got, expected));
+        runtime_pools(true);
+    }
+    CHECK(runtime_blocks() == 0);
     std::printf("%d passed, %d failed\n", passed, failed);
     return failed ? 1 : 0;
 }

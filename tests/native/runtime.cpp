@@ -15,6 +15,7 @@ std::map<cudaStream_t, std::vector<std::function<void()>>> queues;
 std::map<void*, int> blocks;  // device of each
 int64_t limit = int64_t(1) << 40;
 cudaError_t broken = cudaSuccess;
+bool pools = true;
 thread_local int current = 0;
 using Lock = std::lock_guard<std::recursive_mutex>;
 
@@ -53,6 +54,7 @@ void enqueue(cudaStream_t stream, std::function<void()> work) {
 int runtime_blocks() { return int(blocks.size()); }
 void runtime_limit(int64_t bytes) { limit = bytes; }
 void runtime_break(cudaError_t error) { broken = error; }
+void runtime_pools(bool there) { pools = there; }
 
 }  // namespace fastmaf
 
@@ -82,7 +84,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
     return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : 1 << 18;
+    *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : attribute == cudaDevAttrMemoryPoolsSupported ? pools : 1 << 18;
     return cudaSuccess;
 }
 cudaError_t cudaRuntimeGetVersion(int* version) {
@@ -122,6 +124,7 @@ cudaError_t cudaFreeHost(void* p) { return release(p); }
 cudaError_t cudaMalloc(void** p, size_t bytes) { return allocate(p, bytes, current); }
 cudaError_t cudaFree(void* p) { return release(p); }
 cudaError_t cudaMemPoolCreate(cudaMemPool_t* pool, const cudaMemPoolProps*) {
+    if (!pools) return cudaErrorNotSupported;
     void* p = nullptr;
     allocate(&p, 1, current);
     *pool = static_cast<cudaMemPool_t>(p);

@@ -38,6 +38,7 @@ struct Lanes<double> {
 };
 
 constexpr int kVectors = 4;
+constexpr bool kPrefetches = false;
 constexpr int kRows = 8;
 template <class T>
 constexpr int lanes_of() {
