@@ -16,7 +16,7 @@ __all__ = ["backward"]
 
 Array = NDArray[Any]
 
-BUDGET = 16 << 20
+BUDGET = 8 << 20
 """Bytes of a block that are summed away."""
 
 
@@ -131,8 +131,9 @@ def backward(
                 outs[-1] if dcontext is not None else None,
                 dparameters,
             )
-            for gradient, part in zip(gradients, parts, strict=True):
-                gradient.add(part, groups, rows, whole)
+            del outs
+            for gradient in gradients:  # each part goes before the next block gets room
+                gradient.add(parts.pop(0), groups, rows, whole)
             if total is not None and dparameters is not None:
                 total += dparameters
         for gradient in gradients:
