@@ -107,7 +107,7 @@ def _numbers(values: Any) -> Array | str | None:
     elif (missing := getattr(values, "null_count", None)) is not None:  # polars, pyarrow
         if missing() if callable(missing) else missing:
             return None
-        array = np.asarray(values.to_numpy())
+        array = np.asarray(values if hasattr(values, "__array__") else values.to_numpy())  # pyarrow's to_numpy refuses booleans
     else:  # extension dtypes of pandas
         if getattr(dtype, "kind", "O") not in "fiub":
             return _words.cut(str(dtype), 20)

@@ -58,7 +58,12 @@ class ArrowTable:
         def __init__(self, values, missing):
             self.values, self.null_count, self.type = np.asarray(values), missing, f"arrow {np.asarray(values).dtype}"
 
+        def __array__(self, dtype=None, copy=None):
+            return self.values
+
         def to_numpy(self):
+            if self.values.dtype == bool:
+                raise RuntimeError("Zero copy conversions not possible with boolean types")
             return self.values
 
     def __init__(self, data, missing=0):
