@@ -20,6 +20,9 @@ Array = NDArray[Any]
 Order = str | Sequence[int] | Sequence[Sequence[int]]
 Bounds = Sequence[Any] | Mapping[str, Any]
 
+TOTAL = 10.0
+"""Bound of the log-scales of all transforms of a variable together; measured in ``docs/defaults.md``."""
+
 SMALL = 1e-3
 """Bound of the first weights of the second map of a residual block, which makes the block nearly the identity."""
 
@@ -40,7 +43,7 @@ def MAF(
     seed: int | None = 0,
     linear: bool = False,
     direct: bool = False,
-    clip: float = math.log(1000.0),
+    clip: float | None = None,
 ) -> Flow:
     """A masked autoregressive flow (Papamakarios et al. 2017) with random weights.
 
@@ -77,9 +80,10 @@ def MAF(
         A `Linear` in front of every autoregressive layer, at first the identity.
     direct : bool
         Direct weights from the variables to the parameters (Germain et al. 2015, section 3).
-    clip : float
-        Bound of the log-scale of a variable in each transform. A row far from all that were trained on can meet it in one transform after
-        another and have a density that is low beyond all measure; 1 or 2 leaves room enough for most data and prevents that.
+    clip : float, optional
+        Bound of the log-scale of a variable in each transform. None takes ``10 / transforms``, at most log(1000): then all of them
+        together scale a variable by at most e^10. A wider one lets samples stray: a row a little outside the data can be scaled up in one
+        transform after another, and a row of data far from all others can have a density that is low beyond all measure.
 
     Returns
     -------
@@ -105,7 +109,7 @@ def MAF(
     draft = Draft(features, context_features, hidden_features, activation, residual, direct, seed)
     transforms, linear = _arrays.count("transforms", transforms, lowest=1), _words.flag("linear", linear)
     layers = draft.front(order, bounds, names)
-    law = Law(constants={"clip": clip})
+    law = Law(constants={"clip": min(Law().constants["clip"], TOTAL / transforms) if clip is None else clip})
     ranks = masks.layer_ranks(order, draft.features, transforms, draft.seed, components > 1)
     one = np.ones(draft.features)
     for own in ranks[:transforms]:
