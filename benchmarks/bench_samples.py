@@ -1,8 +1,8 @@
 """Whether samples of flows fitted by default settings look like the data, and what that costs in held-out log-likelihood.
 
-Each data set is fitted with the default bound of the log-scales, and with log(1000) in every transform, which was the default before. A
-fifth of the rows is held out. Draws count as far out from 1.5 ranges of the data beyond its ends; how many rows the tails of the data
-explain there is extrapolated from its outermost rows.
+Each data set is fitted with the default bound of the log-scales, and with log(1000) in every transform, which was the default before and
+is that of a single transform. A fifth of the rows is held out. Draws are far out where they lie 1.5 ranges of the data beyond its ends;
+how many of them the tails of the data explain is extrapolated from its outermost rows.
 """
 
 from __future__ import annotations
@@ -88,10 +88,10 @@ class Case:
 SETS = (galaxies, casp, planck, student, lognormal)
 CASES = (
     *(Case(load.__name__, load) for load in SETS),
-    *(Case(f"{load.__name__}, {k} transforms", load, k, seeds=2) for k in (1, 2, 10) for load in SETS),
     Case("19 lognormal columns, 32 transforms", many, 32, (64, 64), 6, 2),
     Case("19 lognormal columns, 32 transforms, batch norm", many, 32, (64, 64), 6, 2, True),
     Case("patches", patches, 5, (128, 128), 8, 1),
+    *(Case(f"{load.__name__}, 10 transforms", load, 10, seeds=2) for load in SETS),
 )
 
 
@@ -109,7 +109,7 @@ def tails(x: Array, draws: int) -> tuple[float, Array, Array]:
     for sign in (-1.0, 1.0):
         far = np.sort(sign * (x - middle), axis=0)[-OUTERMOST - 1 :]
         end = far[-1] + RANGES * span
-        index = np.log(far[1:] / far[0]).mean(axis=0)
+        index = np.maximum(np.log(far[1:] / far[0]).mean(axis=0), 1e-3)  # of a column that ends abruptly it is 0
         expected += float((draws * OUTERMOST / len(x) * (end / far[0]) ** (-1 / index)).sum())
         ends.append(middle + sign * np.maximum(end, far[0] * (draws * OUTERMOST / len(x) / RARE) ** index))
     return expected, ends[0], ends[1]

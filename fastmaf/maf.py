@@ -109,7 +109,7 @@ def MAF(
     draft = Draft(features, context_features, hidden_features, activation, residual, direct, seed)
     transforms, linear = _arrays.count("transforms", transforms, lowest=1), _words.flag("linear", linear)
     layers = draft.front(order, bounds, names)
-    law = Law(constants={"clip": min(Law().constants["clip"], TOTAL / transforms) if clip is None else clip})
+    law = soft_law(clip, transforms)
     ranks = masks.layer_ranks(order, draft.features, transforms, draft.seed, components > 1)
     one = np.ones(draft.features)
     for own in ranks[:transforms]:
@@ -124,6 +124,12 @@ def MAF(
         net = draft.mixture(components)
         base = Terminal(ranks[-1], masked(net, ranks[-1]), "mixture", components)
     return draft.flow(layers, base, dtype, names)
+
+
+def soft_law(clip: float | None, transforms: int) -> Law:
+    """The law of each of so many transforms; without `clip`, with the default bound."""
+    law = Law()
+    return replace(law, constants={"clip": min(law.constants["clip"], TOTAL / transforms) if clip is None else clip})
 
 
 class Draft:
