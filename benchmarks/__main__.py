@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-OPERATIONS = ("log_prob", "sample", "train", "members", "overhead", "quality")
+OPERATIONS = ("log_prob", "sample", "train", "members", "overhead", "quality", "samples")
 
 
 def parse() -> argparse.Namespace:
@@ -19,7 +19,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=10, help="even; each contender runs once per round (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="few rows, two rounds, no torch.compile: whether it works, not how fast")
     parser.add_argument("--slow", action="store_true", help="time zuko's sampler on X, minutes for one call")
-    parser.add_argument("--data", type=Path, default=here.parents[1] / "shared" / "data", help="folder of the data of quality")
+    parser.add_argument("--data", type=Path, default=here.parents[1] / "shared" / "data", help="folder of the data of quality and samples")
     output = here / "results" / "latest"
     parser.add_argument("--output", type=Path, default=output, help="writes OUTPUT.json and OUTPUT.md (benchmarks/results/latest)")
     arguments = parser.parse_args()

@@ -50,11 +50,17 @@ def _thirds(x: Array, rng: np.random.Generator) -> Split:
     return Split.of(np.split(x, [int(0.8 * len(x)), int(0.9 * len(x))]))
 
 
-def casp(path: Path) -> Split:
+def proteins(path: Path, rng: np.random.Generator) -> Array:
     """Protein structures: duplicates dropped, the integer-valued column made continuous."""
-    x, rng = np.unique(np.load(path / "casp_f32.npz")["x"], axis=0).astype(np.float64), np.random.default_rng(0)
+    x = np.unique(np.load(path / "casp_f32.npz")["x"], axis=0).astype(np.float64)
     x[:, (x == np.round(x)).all(axis=0)] += rng.uniform(size=(len(x), 1))
-    return _thirds(x, rng)
+    return x
+
+
+def casp(path: Path) -> Split:
+    """Those of `proteins`."""
+    rng = np.random.default_rng(0)
+    return _thirds(proteins(path, rng), rng)
 
 
 def galaxies(path: Path) -> Split:

@@ -72,6 +72,10 @@ GOALS: dict[str, dict[str, tuple[str, float]]] = {
         for data in ("casp", "galaxies", "planck")
         for recipe in ("", ", clipped")
     },
+    **{
+        f"samples/{data}, default/1000000": {"unexplained": ("<=", 0), "std ratio": ("<=", 1.1), "lowest row": (">=", -1e4)}
+        for data in ("galaxies", "casp", "planck", "student", "lognormal")
+    },
     "import/-/0": {"milliseconds": ("<=", 150)},
 }
 

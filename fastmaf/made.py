@@ -14,7 +14,7 @@ from fastmaf._arrays import Seed
 from fastmaf.ensemble import Ensemble, random_member
 from fastmaf.flow import Flow
 from fastmaf.layers import Autoregressive, FlowLayer, Law, Terminal
-from fastmaf.maf import Bounds, Draft, Order, masked
+from fastmaf.maf import Bounds, Draft, Order, masked, soft_law
 
 __all__ = ["MADE"]
 
@@ -38,6 +38,7 @@ def MADE(
     names: Sequence[str] | None = None,
     dtype: DTypeLike = "float32",
     seed: Seed = None,
+    clip: float | None = None,
 ) -> Flow: ...
 
 
@@ -58,6 +59,7 @@ def MADE(
     names: Sequence[str] | None = None,
     dtype: DTypeLike = "float32",
     seed: Seed = None,
+    clip: float | None = None,
 ) -> Flow | Ensemble: ...
 
 
@@ -77,6 +79,7 @@ def MADE(
     names: Sequence[str] | None = None,
     dtype: DTypeLike = "float32",
     seed: Seed = None,
+    clip: float | None = None,
 ) -> Flow | Ensemble:
     """A MADE (Germain et al. 2015): each variable has a density of its own, given those before it in the order.
 
@@ -93,6 +96,8 @@ def MADE(
         Of a mixture.
     categories : int or sequence of int
         How many values a categorical variable has, at least 2: one number for all variables, or one for each.
+    clip : float, optional
+        Bound of the log-scales of a Gaussian; None takes log(1000), as `fastmaf.MAF` does with one transform.
     masks : int
         With more than one, an `fastmaf.Ensemble` of so many networks that share their weights, each with an order and connections of its
         own (sections 4.2 and 4.3). The first is what ``masks=1`` gives.
@@ -126,6 +131,8 @@ def MADE(
         if bounds is not None:
             raise ValueError(f"bounds is {_words.shown(bounds)}; {conditional} variables have none")
         layers = []
+    if clip is not None and conditional != "gaussian":
+        raise ValueError(f"clip is for Gaussian variables; conditional is {conditional!r}")
     ranks = _masks.layer_ranks(order, draft.features, 1, draft.seed)[0]
     if conditional == "mixture":
         net = draft.mixture(components)
@@ -134,7 +141,7 @@ def MADE(
     base = None
     own = masked(net, ranks, categories)
     if conditional == "gaussian":
-        layers.append(Autoregressive(ranks, own))
+        layers.append(Autoregressive(ranks, own, soft_law(clip, 1)))
     else:
         base = Terminal(ranks, own, conditional, components if conditional == "mixture" else 1, categories)
     flow = draft.flow(layers, base, dtype, names)

@@ -21,6 +21,9 @@ Array = NDArray[Any]
 Order = str | Sequence[int] | Sequence[Sequence[int]]
 Bounds = Sequence[Any] | Mapping[str, Any]
 
+TOTAL = 10.0
+"""Bound of the log-scales of all transforms of a variable together; measured in ``docs/defaults.md``."""
+
 SMALL = 1e-3
 """Bound of the first weights of the second map of a residual block, which makes the block nearly the identity."""
 
@@ -41,7 +44,7 @@ def MAF(
     seed: Seed = None,
     linear: bool = False,
     direct: bool = False,
-    clip: float = math.log(1000.0),
+    clip: float | None = None,
 ) -> Flow:
     """A masked autoregressive flow (Papamakarios et al. 2017) with random weights.
 
@@ -79,9 +82,10 @@ def MAF(
         A `Linear` in front of every autoregressive layer, at first the identity.
     direct : bool
         Direct weights from the variables to the parameters (Germain et al. 2015, section 3).
-    clip : float
-        Bound of the log-scale of a variable in each transform. A row far from all that were trained on can meet it in one transform after
-        another and have a density that is low beyond all measure; 1 or 2 leaves room enough for most data and prevents that.
+    clip : float, optional
+        Bound of the log-scale of a variable in each transform. None takes ``10 / transforms``, at most log(1000): then all of them
+        together scale a variable by at most e^10. A wider one lets samples stray: a row a little outside the data can be scaled up in one
+        transform after another, and a row of data far from all others can have a density that is low beyond all measure.
 
     Returns
     -------
@@ -107,7 +111,7 @@ def MAF(
     draft = Draft(features, context_features, hidden_features, activation, residual, direct, seed)
     transforms, linear = _arrays.count("transforms", transforms, lowest=1), _words.flag("linear", linear)
     layers = draft.front(order, bounds, names)
-    law = Law(constants={"clip": clip})
+    law = soft_law(clip, transforms)
     ranks = masks.layer_ranks(order, draft.features, transforms, draft.seed, components > 1)
     one = np.ones(draft.features)
     for own in ranks[:transforms]:
@@ -122,6 +126,12 @@ def MAF(
         net = draft.mixture(components)
         base = Terminal(ranks[-1], masked(net, ranks[-1]), "mixture", components)
     return draft.flow(layers, base, dtype, names)
+
+
+def soft_law(clip: float | None, transforms: int) -> Law:
+    """The law of each of so many transforms; without `clip`, with the default bound."""
+    law = Law()
+    return replace(law, constants={"clip": min(law.constants["clip"], TOTAL / transforms) if clip is None else clip})
 
 
 class Draft:

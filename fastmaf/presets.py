@@ -16,7 +16,7 @@ __all__ = ["maf_paper", "resmade_lu"]
 Recipe = tuple[Flow, dict[str, Any]]
 
 CLIP = 1.0
-"""Largest log-scale of a network of `resmade_lu`. With that of `MAF`, log(1000), one test row in 50,000 came out at -1e34 nats."""
+"""Largest log-scale of a network of `resmade_lu`, however many there are. With log(1000) one test row in 50,000 came out at -1e34 nats."""
 
 
 def maf_paper(
@@ -35,7 +35,7 @@ def maf_paper(
 
     Adam with learning rate 1e-4, batches of 100 rows, an L2 penalty of 1e-6, stopping after 30 epochs without a better validation score.
     The paper takes 1 or 2 hidden layers of 100 units (POWER, GAS), 512 (HEPMASS, MINIBOONE, BSDS300) or 1024 (BSDS300, MNIST), tanh on GAS
-    and relu elsewhere, 5 or 10 transforms, and 10 components in its MAF MoG.
+    and relu elsewhere, 5 or 10 transforms, and 10 components in its MAF MoG. Its log-scales have no bound; here they have that of `MAF`.
 
     Parameters
     ----------

@@ -22,6 +22,12 @@ def test_is_a_maf_with_one_transform():
     assert made.base == Normal(4)
 
 
+def test_bound_of_the_log_scales():
+    assert fastmaf.MADE(features=3, clip=1.5).layers[1].law.constants["clip"] == 1.5
+    with pytest.raises(ValueError, match="clip is for Gaussian variables; conditional is 'mixture'"):
+        fastmaf.MADE(features=3, conditional="mixture", clip=1.5)
+
+
 @pytest.mark.parametrize(
     "options", [{"direct": True}, {"residual": True, "hidden_features": (5, 5)}, {"bounds": [(0, 1), None, None, None]}]
 )

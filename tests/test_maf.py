@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import make
@@ -36,6 +37,12 @@ def test_clip_bounds_how_much_a_transform_scales():
         assert 1 < scales(clip=1.5) < 1.5 < scales() < np.log(1000)
     with pytest.raises(ValueError, match=r"'clip'.*-1"):
         fastmaf.MAF(features=3, clip=-1)
+
+
+@pytest.mark.parametrize(("transforms", "bound"), [(1, math.log(1000)), (2, 5), (5, 2), (32, 0.3125)])
+def test_all_transforms_together_scale_by_no_more_than_one_bound(transforms, bound):
+    assert {made.law.constants["clip"] for made in mades(fastmaf.MAF(features=3, transforms=transforms))} == {bound}
+    assert {made.law.constants["clip"] for made in mades(fastmaf.MAF(features=3, transforms=transforms, clip=3))} == {3}
 
 
 @pytest.mark.parametrize(

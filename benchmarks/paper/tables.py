@@ -62,7 +62,7 @@ PATCHES = [
     "",
     "The patches are cut anew by the paper's recipe, 150,000 of them to train on where the paper has a million: scores compare to about",
     "0.4 nats. The paper's number of the last row is that of Durkan et al. (2019). The log-scales of MAF (5) and of the last row are",
-    "bounded by 2 and by 1: by log(1000), the default, which MAF (10) and MAF MoG (5) have here, one test row in 50,000 came out at",
+    "bounded by 2 and by 1: by log(1000), which MAF (10) and MAF MoG (5) have here, one test row in 50,000 came out at",
     "-1e14 nats in two of three fits of MAF (5), and at -1e34 in one of the last row.",
 ]
 
