@@ -36,8 +36,8 @@ def data(features, n, seed=0):
 @functools.cache
 def fitted(features):
     bounds = [(0, None), None] if features == 2 else None
-    flow = fastmaf.MAF(features, transforms=3, hidden_features=(32, 32), activation="tanh", bounds=bounds)
-    flow.fit(data(features, 6000), batch_size=200, lr=3e-3, schedule="cosine", max_epochs=16, patience=16)
+    flow = fastmaf.MAF(features, transforms=3, hidden_features=(32, 32), activation="tanh", bounds=bounds, seed=0)
+    flow.fit(data(features, 6000), batch_size=200, lr=3e-3, schedule="cosine", max_epochs=16, patience=16, seed=0)
     return flow
 
 

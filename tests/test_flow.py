@@ -27,7 +27,8 @@ def assert_close(operation, dtype, actual, other):
 
 def make(dtype="float32", context_features=C, **options):
     """A small flow with standardisation on both sides."""
-    flow = fastmaf.MAF(D, context_features, transforms=3, hidden_features=(9, 11), activation="tanh", dtype=dtype, **options)
+    options = {"transforms": 3, "hidden_features": (9, 11), "activation": "tanh", "dtype": dtype, "seed": 0, **options}
+    flow = fastmaf.MAF(D, context_features, **options)
     flow.layers = [Affine(np.arange(D) / 4, 1 + np.arange(D) / 8) if isinstance(layer, Affine) else layer for layer in flow.layers]
     if context_features:
         flow.context_layers = [Affine([0.25, -0.5], [2.0, 0.5])]

@@ -134,8 +134,8 @@ def terminal(conditional):
 
 
 FLOWS = {
-    "maf": lambda: fastmaf.MAF(features=3, context_features=2, transforms=2, hidden_features=(5, 4)),
-    "maf64": lambda: fastmaf.MAF(features=2, hidden_features=(), dtype="float64", bounds=[None, (0, 1)]),
+    "maf": lambda: fastmaf.MAF(features=3, context_features=2, transforms=2, hidden_features=(5, 4), seed=0),
+    "maf64": lambda: fastmaf.MAF(features=2, hidden_features=(), dtype="float64", bounds=[None, (0, 1)], seed=0),
     "zuko": zuko,
     "nflows": nflows,
     "else": everything_else,
@@ -146,7 +146,7 @@ FLOWS = {
     "laws": lambda: fastmaf.Flow(
         [Autoregressive([1], Conditioner(None, (), final(np.ones(1), np.ones(1), 2)), Law(kind)) for kind in LAWS]
     ),
-    "activations": lambda: fastmaf.Flow([layer for a in ACTIVATIONS for layer in fastmaf.MADE(2, activation=a).layers]),
+    "activations": lambda: fastmaf.Flow([layer for a in ACTIVATIONS for layer in fastmaf.MADE(2, activation=a, seed=0).layers]),
 }
 
 
@@ -292,7 +292,7 @@ def edited(data, edit):
     return join(header, body)
 
 
-DATA = to_bytes(fastmaf.MAF(features=3, context_features=2, transforms=1, hidden_features=(4,), names=["a", "b", "c"]))
+DATA = to_bytes(fastmaf.MAF(features=3, context_features=2, transforms=1, hidden_features=(4,), names=["a", "b", "c"], seed=0))
 
 
 def set_in(*path, value):
