@@ -183,6 +183,55 @@ def test_counts_have_a_range():
 def test_seeds_and_offsets():
     assert _arrays.seed_and_offsets(2**64 - 1, 2**64 - 5, 2**32 - 3, 5, 3) == (2**64 - 1, 2**64 - 5, 2**32 - 3)
     assert _arrays.seed_and_offsets(None, 0, 0, 5, 3) != _arrays.seed_and_offsets(None, 0, 0, 5, 3)
+    sequence = np.random.SeedSequence(3)
+    assert _arrays.seed_and_offsets(sequence, 7, 1, 5, 3) == (_arrays.seed_or_fresh(np.random.SeedSequence(3)), 7, 1)
+
+
+def test_seeds_have_64_bits():
+    generator, bits = np.random.default_rng(0), np.random.PCG64(0)
+    sequences = np.random.SeedSequence(0).spawn(40)
+    for seeds in ([None] * 40, [generator] * 40, [bits] * 40, sequences):
+        found = [_arrays.seed_or_fresh(seed) for seed in seeds]
+        assert all(type(seed) is int and 0 <= seed < 2**64 for seed in found) and len(set(found)) == 40
+        assert max(found) >= 2**63 > min(found) and {seed & 1 for seed in found} == {0, 1}
+    for seed in (np.int8(5), np.uint64(5), np.array(5)):
+        assert _arrays.seed_or_fresh(seed) == 5
+
+
+@pytest.mark.parametrize(
+    ("seed", "message"),
+    [
+        (True, "seed is a bool; it must be an integer, a numpy.random.Generator or a SeedSequence"),
+        (np.False_, "seed is a bool"),
+        (1.0, "seed is 1.0; it must be an integer"),
+        (np.float32(2), "seed is 2.0"),
+        ("3", "seed is '3'"),
+        ([1, 2], "seed is [1, 2]"),
+        (np.arange(100), "seed is an array of shape (100,)"),
+        (np.random.RandomState(0), "seed is "),
+        (np.int8(-1), "seed is -1; it must be at least 0"),
+        (10**400, "seed is an integer of 1329 bits; it must be below 18446744073709551616"),
+    ],
+)
+def test_wrong_seeds_are_refused_everywhere(seed, message):
+    flow, ensemble = fastmaf.MADE(2, hidden_features=(3,)), fastmaf.MADE(2, hidden_features=(3,), masks=2)
+    calls = (
+        fastmaf.MAF,
+        fastmaf.MADE,
+        fastmaf.presets.maf_paper,
+        fastmaf.presets.resmade_lu,
+        lambda _, seed: flow.sample(3, seed=seed),
+        lambda _, seed: flow.sample_and_log_prob(3, seed=seed),
+        lambda _, seed: flow.sample_given([0.0], 3, seed=seed),
+        lambda _, seed: flow.fit(np.random.default_rng(0).normal(size=(50, 2)), max_epochs=1, seed=seed),
+        lambda _, seed: ensemble.sample(3, seed=seed),
+        lambda _, seed: ensemble.sample_and_log_prob(3, seed=seed),
+        lambda _, seed: ensemble.fit(np.random.default_rng(0).normal(size=(50, 2)), max_epochs=1, seed=seed),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
+            call(2, seed=seed)
+        assert len(str(error.value)) <= 200
 
 
 @pytest.mark.parametrize(
@@ -197,6 +246,8 @@ def test_seeds_and_offsets():
         ((0, 0, 2**32 - 1, 1, 2), "context_offset 4294967295 and 2 contexts together pass 2**32"),
         ((None, 3, 0, 1, 1), "offset is 3, but seed is None"),
         ((None, 0, 4, 1, 1), "context_offset is 4, but seed is None"),
+        ((np.random.default_rng(0), 3, 0, 1, 1), "offset is 3, but seed is a generator"),
+        ((np.random.PCG64(0), 0, 4, 1, 1), "context_offset is 4, but seed is a generator"),
     ],
 )
 def test_wrong_seeds_and_offsets_are_named(arguments, message):

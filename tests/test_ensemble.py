@@ -42,7 +42,9 @@ MODELS = {
 
 
 def model(name, masks=4, **options):
-    return fastmaf.MADE(5, masks=masks, **{"hidden_features": (11, 7), "dtype": "float64", "order": "random", "seed": 0, **MODELS[name], **options})
+    return fastmaf.MADE(
+        5, masks=masks, **{"hidden_features": (11, 7), "dtype": "float64", "order": "random", "seed": 0, **MODELS[name], **options}
+    )
 
 
 def network(flow):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 
@@ -163,7 +164,57 @@ def test_seeds_and_dtypes():
     assert single.dtype == np.float32 and double.dtype == np.float64
     assert np.array_equal(single.parameters(), double.parameters().astype(np.float32))
     assert not np.array_equal(double.parameters(), other.parameters())
-    assert not np.array_equal(fastmaf.MAF(features=3, seed=None).parameters(), fastmaf.MAF(features=3, seed=None).parameters())
+
+
+FACTORIES = {
+    "MAF": lambda **seed: fastmaf.MAF(4, transforms=2, hidden_features=(5,), order="random", components=2, **seed),
+    "MADE": lambda **seed: fastmaf.MADE(4, hidden_features=(5,), order="random", **seed),
+    "MADE with masks": lambda **seed: fastmaf.MADE(4, "bernoulli", hidden_features=(5,), masks=3, **seed),
+    "maf_paper": lambda **seed: fastmaf.presets.maf_paper(4, transforms=1, hidden_features=(5,), **seed)[0],
+    "resmade_lu": lambda **seed: fastmaf.presets.resmade_lu(4, transforms=1, hidden_features=(5, 5), **seed)[0],
+}
+
+
+def drawn(flow):
+    """All that a factory draws: weights, and the ranks of the variables."""
+    records = (flow._flow, flow.ranks, flow.degrees) if isinstance(flow, fastmaf.Ensemble) else (flow,)
+    ranks = [part.ranks for part in (*records[0].layers, records[0].base) if hasattr(part, "ranks")]
+    return b"".join(array.tobytes() for array in (flow.parameters(), *ranks, *records[1:]))
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_flows_without_a_seed_differ_and_record_theirs(name):
+    flows = [FACTORIES[name]() for _ in range(5)]
+    assert len(set(map(drawn, flows))) == 5
+    for flow in flows:
+        file = io.BytesIO()
+        flow.save(file)
+        seed = fastmaf.load(file.getvalue()).training["init_seed"]
+        assert seed == flow.training["init_seed"] and drawn(FACTORIES[name](seed=seed)) == drawn(flow)
+    assert drawn(FACTORIES[name](seed=None)) not in map(drawn, flows)
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_seeds_of_numpy(name):
+    make = FACTORIES[name]
+
+    def five(generator):
+        return [drawn(make(seed=generator)) for _ in range(5)]
+
+    assert drawn(make(seed=np.uint64(2**64 - 1))) == drawn(make(seed=2**64 - 1))
+    for kind in (np.random.default_rng, np.random.PCG64):
+        assert len(set(five(kind(3)))) == 5 and five(kind(3)) == five(kind(3))
+    sequence = np.random.SeedSequence(3)
+    assert five(sequence) == five(np.random.SeedSequence(3)) == 5 * [drawn(make(seed=sequence))]
+    children = [drawn(make(seed=child)) for child in sequence.spawn(4)]
+    assert len({drawn(make(seed=sequence)), *children}) == 5
+
+
+def test_the_seed_of_a_flow_outlives_a_fit():
+    flow = fastmaf.MAF(2, transforms=1, hidden_features=(3,))
+    seed = flow.training["init_seed"]
+    flow.fit(np.random.default_rng(0).normal(size=(100, 2)), max_epochs=1, seed=5)
+    assert flow.training["init_seed"] == seed and flow.training["settings"]["seed"] == 5
 
 
 @pytest.mark.parametrize(

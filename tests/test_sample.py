@@ -203,6 +203,31 @@ def test_a_large_offset_is_resolved_in_float64(backend):
     assert np.unique(flow.sample(2000, seed=1)[:, 0]).size == 1
 
 
+SAMPLERS = {
+    "sample": lambda **seed: fastmaf.MADE(3, hidden_features=(4,), seed=1).sample(20, **seed),
+    "sample_and_log_prob": lambda **seed: fastmaf.MADE(3, hidden_features=(4,), seed=1).sample_and_log_prob(20, **seed)[0],
+    "sample_given": lambda **seed: fastmaf.MADE(3, hidden_features=(4,), seed=1).sample_given([0.5], 20, **seed),
+    "an ensemble's": lambda **seed: fastmaf.MADE(3, hidden_features=(4,), masks=3, seed=1).sample(20, **seed),
+    "an ensemble's with log_prob": lambda **seed: fastmaf.MADE(3, hidden_features=(4,), masks=3, seed=1).sample_and_log_prob(20, **seed)[0],
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_seeds_of_numpy(name):
+    def three(**seed):
+        return [SAMPLERS[name](**seed).tobytes() for _ in range(3)]
+
+    assert len({*three(), *three(seed=None)}) == 6
+    for kind in (np.random.default_rng, np.random.PCG64):
+        assert len(set(three(seed=kind(3)))) == 3 and three(seed=kind(3)) == three(seed=kind(3))
+        with pytest.raises(ValueError, match="offset is 1, but seed is a generator"):
+            SAMPLERS[name](seed=kind(3), offset=1)
+    sequence = np.random.SeedSequence(3)
+    assert three(seed=sequence) == 3 * three(seed=np.random.SeedSequence(3))[:1]
+    assert SAMPLERS[name](seed=sequence, offset=5)[:15].tobytes() == SAMPLERS[name](seed=sequence)[5:].tobytes()
+    assert three(seed=np.int64(3)) == three(seed=3)
+
+
 def test_ensembles_sample_in_either_dtype():
     ensemble = fastmaf.MADE(features=3, masks=4, seed=1)
     single, (double, density) = ensemble.sample(200, seed=1), ensemble.sample_and_log_prob(200, seed=1, dtype="float64")
