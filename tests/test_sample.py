@@ -347,3 +347,17 @@ def test_noise_is_standard_normal_and_independent(backend, dtype):
     assert stats.kstest(correlation, "norm").pvalue > tolerances.P_VALUE
     assert np.abs(correlation).max() < stats.norm.isf(tolerances.P_VALUE / correlation.size)
     assert (np.abs(draws[0]) < 6.7).all() and (np.abs(draws[0]) > 3.5).any()
+
+
+def test_states_of_an_ensemble_come_as_often_as_their_probabilities_say(core, dtype):
+    """Over many ensembles and seeds together: four million draws show what one test of many would only hint at by chance."""
+    states, n, p_values = np.arange(64)[:, None] >> np.arange(6) & 1, 200_000, []
+    for seed in range(20):
+        ensemble = fastmaf.MADE(6, "bernoulli", hidden_features=(16,), masks=8, seed=seed, dtype=dtype)
+        p = np.exp(ensemble.log_prob(states).astype("f8"))
+        assert abs(p.sum() - 1) < 1e-6
+        assert (n * p).min() > 20, "cells large enough for the test"
+        found = np.bincount(ensemble.sample(n, seed=1000 + seed).astype(int) @ (1 << np.arange(6)), minlength=64)
+        p_values.append(stats.chisquare(found, n * p / p.sum()).pvalue)
+    assert stats.combine_pvalues(p_values).pvalue > tolerances.P_VALUE
+    assert stats.kstest(p_values, "uniform").pvalue > tolerances.P_VALUE
