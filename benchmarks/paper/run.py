@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
+
+from fastmaf.io import read_checkpoint
 
 from . import baselines
 from .data import TEST, TRAIN, VALIDATION, Array, Data, load
@@ -166,8 +167,7 @@ def _spent(checkpoint: Path) -> float:
     """Seconds of the fit so far: the cap holds for all its calls together."""
     if not checkpoint.exists():
         return 0.0
-    with safe_open(checkpoint, framework="numpy") as file:
-        return float(sum(file.get_tensor("history.seconds")[-1:]))
+    return float(sum(read_checkpoint(checkpoint)[1]["history.seconds"][-1:]))
 
 
 @functools.lru_cache(maxsize=1)
