@@ -1,7 +1,7 @@
 """The safetensors container: eight bytes with the length of a JSON header, the header, and the raw numbers behind it.
 
-Read and written here rather than by the package of that name, whose compiled code asks for the interpreter's lock in a way that ends the
-process where a daemon thread reads while the interpreter goes down; and because a header can be wrong in more ways than it looks for.
+Read and written here rather than by the package of that name: the bytes of equal contents are equal, and all that can be wrong in a header
+(names twice, ranges that overlap or leave holes, sizes that overflow) is looked for and said.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ import math
 import os
 import re
 import secrets
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import fields
@@ -36,9 +35,6 @@ from fastmaf.record import plain
 __all__ = ["FORMAT", "checkpoint_bytes", "expect", "load", "read_checkpoint", "reading_checkpoint", "save", "write"]
 
 Array = NDArray[Any]
-
-YOUNG = 60.0
-"""Seconds after which a temporary file is not taken for one that its writer is about to lock."""
 
 FORMAT = 1
 """Version of the format that is written; older ones are read."""
@@ -86,56 +82,60 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
     ['x']
     """
     target = os.path.realpath(path)
-    temporary = f"{target}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    try:
-        with open(temporary, "xb") as file:
-            _lock(file)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, target)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
+    with _temporary(target) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        os.replace(file.name, target)
     _sweep(target)
 
 
+@contextmanager
+def _temporary(target: str) -> Iterator[IO[bytes]]:
+    """A new file beside the target, locked while it is written; gone afterwards, unless it was given another name."""
+    while True:
+        file = open(f"{target}.{secrets.token_hex(8)}.tmp", "xb")  # noqa: SIM115
+        # Before the lock was there, somebody may have taken the file for one of a dead writer.
+        if _lock(file) and os.path.exists(file.name):
+            break
+        file.close()
+        _unlink(file.name)
+    try:
+        with file:
+            yield file
+    finally:
+        _unlink(file.name)
+
+
 def _lock(file: IO[bytes]) -> bool:
-    """Take the lock of a file, which goes with the process; False if another has it. Where there are no locks, all have it."""
+    """Take the lock of a file, which goes with its writer; False if another has it. Where there are no locks, all have them."""
     try:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError):
+    except BlockingIOError:
         return False
+    except (ImportError, OSError):
+        return True
     return True
+
+
+def _unlink(path: str) -> None:
+    with suppress(OSError):
+        os.unlink(path)
 
 
 def _sweep(target: str) -> None:
-    """Remove the temporary files of writers that are dead."""
+    """Remove the temporary files of writers that are dead; nothing where locks cannot tell."""
     folder, name = os.path.split(target)
-    pattern = re.compile(re.escape(name) + r"\.(\d+)-[0-9a-f]{8}\.tmp")
-    with suppress(OSError):
-        for entry in os.listdir(folder):
-            match = pattern.fullmatch(entry)
-            if match is None:
-                continue
-            with suppress(OSError), open(os.path.join(folder, entry), "rb") as file:
-                # Between making its file and locking it a writer has a moment without lock, but it is alive.
-                old = time.time() - os.fstat(file.fileno()).st_mtime > YOUNG
-                if (old or not _alive(int(match[1]))) and _lock(file):
-                    os.unlink(os.path.join(folder, entry))
+    pattern = re.compile(re.escape(name) + r"\.[0-9a-f]{16}\.tmp")
+    with suppress(OSError, ImportError):
+        import fcntl
 
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
+        for entry in filter(pattern.fullmatch, os.listdir(folder)):
+            with suppress(OSError), open(os.path.join(folder, entry), "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _unlink(file.name)
 
 
 def load(source: str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes]) -> Any:
