@@ -85,9 +85,7 @@ MUTATIONS = {
         "return bool(record.training)",
         "test_train.py -k notes",
     ),
-    "a value of another variable is accepted": Mutation(
-        "_partial.py", " | (x >= counts)", "", "test_partial.py"
-    ),
+    "a value of another variable is accepted": Mutation("_partial.py", " | (x >= counts)", "", "test_partial.py"),
     "shared gradients are summed in single": Mutation(
         "_gradients.py",
         "part.sum(axis=self.axes, dtype=np.float64, keepdims=True)",

@@ -236,9 +236,17 @@ def test_rows_beyond_halves_are_computed_as_without(precision):
 def test_gradients_and_training_say_where_they_run():
     flow = fastmaf.MAF(features=2).to("cuda")
     x = np.zeros((100, 2))
-    for call in (lambda: flow.vjp(x, None, np.ones(100)), lambda: flow.log_prob_and_grad(x), lambda: flow.fit(x)):
+    for call in (lambda: flow.vjp(x, None, np.ones(100)), lambda: flow.log_prob_and_grad(x)):
         with pytest.raises(NotImplementedError, match=r"cuda:0 .* on the cpu: flow.to\('cpu'\)"):
             call()
+    with pytest.raises(
+        NotImplementedError, match=r'training on cuda:0 is to come: flow = flow.to\("cpu"\), or flow.fit\(..., device="cpu"\)'
+    ):
+        flow.fit(x)
+    x = np.random.default_rng(0).normal(size=(100, 2))
+    before = flow.log_prob(x)
+    flow.fit(x, device="cpu", max_epochs=2, lr=1e-2)
+    assert flow.device == "cuda:0" and flow.training["epochs"] == 2 and not np.array_equal(flow.log_prob(x), before)
 
 
 @needs_device

@@ -412,3 +412,20 @@ def test_an_unknown_instruction_set_is_an_error():
     assert "sse9" in output("print(fastmaf.show_config())", FASTMAF_ISA="sse9")
     with pytest.raises(ValueError, match="isa is 'sse9'; this machine and this build have 'avx|'baseline"):
         fastmaf.set_isa("sse9")
+
+
+LATE = """
+class Late:
+    def __del__(self):
+        self.flow.log_prob(self.x), self.flow.sample(50_000)
+late = Late()
+late.flow, late.x = fastmaf.MAF(8, hidden_features=(300, 300)), np.zeros((50_000, 8))
+late.flow.log_prob(late.x)
+import sys
+sys.modules["kept"] = late  # until the interpreter goes down
+print("over")
+"""
+
+
+def test_the_interpreter_may_go_down_with_flows_that_are_used_to_the_end():
+    assert output(LATE) == "over"

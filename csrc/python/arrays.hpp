@@ -148,23 +148,32 @@ inline int wanted_threads() {
     return number && !number.is_none() ? number.cast<int>() : 0;
 }
 
-// Without the interpreter's lock for the time of a scope: what computes, with the number of threads of the Python code that calls.
+// Whether this thread takes the interpreter down, and computes with the lock in its hand.
+inline thread_local bool keeps_lock = false;
+
+// Without the interpreter's lock for the time of a scope: what computes, with the number of threads of the Python code that calls. The
+// thread that takes the interpreter down (it calls us from destructors of Python objects) keeps the lock: nobody else will take it.
 class Unlocked {
 public:
-    explicit Unlocked(int threads = wanted_threads()) : threads_(threads), state_(PyEval_SaveThread()) {}
+    explicit Unlocked(int threads = wanted_threads()) : threads_(threads), state_(Py_IsInitialized() ? PyEval_SaveThread() : nullptr), outer_(keeps_lock) {
+        keeps_lock = state_ == nullptr;
+    }
     Unlocked(const Unlocked&) = delete;
     Unlocked& operator=(const Unlocked&) = delete;
     ~Unlocked() {
-        or_rest([&] { PyEval_RestoreThread(state_); });
+        keeps_lock = outer_;
+        if (state_) or_rest([&] { PyEval_RestoreThread(state_); });
     }
 
 private:
     const ThreadsOfScope threads_;
     PyThreadState* state_;
+    const bool outer_;
 };
 
 // Lets Ctrl-C through during long calls.
 inline void check_signals() {
+    if (keeps_lock) return;
     or_rest([] {
         py::gil_scoped_acquire gil;
         if (PyErr_CheckSignals() != 0) throw py::error_already_set();
