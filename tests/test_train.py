@@ -962,6 +962,26 @@ def test_contexts_that_do_not_vary(x):
             linear(context_features=1).fit(x[:60], rare, max_epochs=1, seed=seed)
 
 
+def test_a_column_that_varies_in_one_row_never_keeps_a_fit_from_starting(x):
+    rows = np.c_[x[:60, 0], np.arange(60) == 17]
+    held_out = 0
+    for seed in range(60):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            flow = linear(seed=0)
+            flow.fit(rows, max_epochs=1, validation=0.3, seed=seed)
+        notes = [str(note.message) for note in seen if "nothing can be learned" in str(note.message)]
+        assert notes in (
+            [],
+            ["x varies in column 1 only in rows to validate on, so that nothing can be learned of it: give more rows, or leave it out"],
+        )
+        held_out += len(notes)
+        assert np.isfinite(flow.layers[0].scale).all() and flow.layers[0].scale.max() < 20
+    assert 0 < held_out < 60
+    with pytest.raises(ValueError, match="x is constant in column 1: 0.0 in every row to train on"):
+        linear().fit(rows, weights=np.arange(60) != 17)
+
+
 def test_few_rows_of_positive_weight(x):
     weights = np.zeros(2000)
     weights[np.random.default_rng(0).choice(2000, 20, replace=False)] = 1
@@ -1124,8 +1144,8 @@ Z = RNG.normal(size=(2000, 2))
         (Z * [1e-46, 1], "float32", "column 't' of x has values at the ends of float32"),
         (Z * [1e-12, 1] + [100.0, 0], "float64", "float64 cannot resolve column 't' of x"),
         (np.c_[(0.3 + Z[:, 1]) - Z[:, 1], Z[:, 0]], "float32", "x varies in column 't' by no more than rounding errors"),
-        (np.where(np.arange(2000)[:, None] % 200 == 0, [1e20, 0], Z), "float32", "a few values of x in column 't' are so far away"),
-        (np.where(np.arange(2000)[:, None] % 200 == 0, [1e30, 0], Z), "float64", "a few values of x in column 't' are so far away"),
+        (np.where(np.arange(2000)[:, None] % 200 == 0, [1e20, 0], Z), "float32", "some values of x in column 't' are so far away"),
+        (np.where(np.arange(2000)[:, None] % 200 == 0, [1e30, 0], Z), "float64", "some values of x in column 't' are so far away"),
     ],
 )
 def test_columns_that_cannot_be_resolved(rows, dtype, message):
@@ -1137,6 +1157,35 @@ def test_columns_that_cannot_be_resolved(rows, dtype, message):
 def test_nothing_is_said_of_ordinary_data(dtype):
     for rows in (Z, Z * [1e6, 1e-6] + [1e8, 0], np.exp(2 * Z), (Z > 0) + 0.0 * Z, np.round(Z), Z.astype("f4"), Z * [10, 1] + [58000, 0]):
         assert warned(linear(dtype=dtype), rows, validation=0) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.3, 0.7, 0.95])
+@pytest.mark.parametrize("others", [lambda z: z, np.round, lambda z: np.where(z > 0, 0.0, z)])
+def test_some_values_far_away_are_said_however_many_they_are(share, others, dtype):
+    rows = np.c_[others(Z[:, 0]), Z[:, 1]]
+    rows[RNG.random(2000) < share, 0] = -1e30
+    rows[0, 0] = -1e30
+    message = f"some values of x in column 't' are so far away that the others hardly differ in {dtype}"
+    assert warned(linear(dtype=dtype, names=("t", "u")), rows, validation=0)[0].startswith(message)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_values_far_away_and_rounding_errors_are_said_of_contexts_too(dtype):
+    context = Z[:, ::-1].copy()
+    context[::10, 1] = 1e30
+    flow = linear(context_features=2, dtype=dtype)
+    assert warned(flow, Z, context=context)[0].startswith(
+        f"some values of context in column 1 are so far away that the others hardly differ in {dtype}"
+    )
+    context = np.c_[Z[:, 1], (0.3 + Z[:, 1]) - Z[:, 1]]
+    flow = linear(context_features=2, dtype=dtype)
+    assert warned(flow, Z, context=context) == [
+        "context varies in column 1 by no more than rounding errors; if it is constant, leave it out"
+    ]
+    assert flow.context_layers[0].scale[1] == 1, "else 0.31 would be 1e14 deviations away"
+    for offset, scale in ((1.2e9, 1e-3), (0, 1e46), (0, 1e-46)):  # the Affine of the context is applied in double
+        assert warned(linear(context_features=1, dtype=dtype), Z, context=offset + scale * Z[:, :1]) == []
 
 
 def test_one_variable_is_one_gaussian():

@@ -32,7 +32,7 @@ BLOCK = 1 << 18
 """Numbers read at a time when data are checked, summed, scored or hashed."""
 
 SOME = 4096
-"""Rows from which quartiles are taken."""
+"""Rows that show whether values fall together."""
 
 
 class FitWarning(UserWarning):
@@ -273,17 +273,28 @@ def standardised(record: FlowRecord, train: Rows, wanted: bool | str) -> tuple[F
         _check("x", train.x, layers, counts, record.names)
     else:
         moments = Moments.of("x", train.x, weights, layers, record.names)
-        constant = np.flatnonzero(moments.deviation == 0)
+        seldom = constant = np.flatnonzero(moments.deviation == 0)
+        if constant.size:  # the few rows in which it varies may all be held out: the seed is not to decide
+            used = np.ones(len(train.x)) if train.weights is None else train.weights
+            moments.deviation[constant] = Moments.of("x", train.x, used, layers, record.names).deviation[constant]
+            seldom, constant = constant, np.flatnonzero(moments.deviation == 0)
         if constant.size:
             value = f": {moments.low[constant[0]]} in every row to train on" if constant.size == 1 else " in the rows to train on"
             raise ValueError(f"x is constant in {_words.columns(constant, record.names)}{value}; leave out what does not vary")
+        if seldom.size:
+            where = _words.columns(seldom, record.names)
+            notes.append(
+                f"x varies in {where} only in rows to validate on, so that nothing can be learned of it: give more rows, or leave it out"
+            )
         layers = _placed("x", layers, moments, fresh, wanted == "again", record.names)
         notes += _notes(record, train, layers, moments)
         if wanted and layers is record.layers:
             notes += _far_out("x", layers, moments, record.names)
     if train.context is not None:
         moments = Moments.of("context", train.context, weights, context_layers)
-        moments.deviation = np.where(moments.deviation == 0, 1.0, moments.deviation)  # what does not vary tells nothing, and harms nothing
+        noise = _noise(train.context, moments)
+        notes += _spoilt("context", train.context, train, context_layers, moments, noise, record.dtype, None)
+        moments.deviation = np.where(noise, 1.0, moments.deviation)  # what does not vary tells nothing, and harms nothing
         context_layers = _placed("context", context_layers, moments, fresh, wanted == "again", None)
         if wanted and context_layers is record.context_layers:
             notes += _far_out("context", context_layers, moments, None)
@@ -317,17 +328,13 @@ def _placed(name: str, layers: Layers, moments: Moments, fresh: bool, again: boo
 
 def _notes(record: FlowRecord, train: Rows, layers: Layers, moments: Moments) -> list[str]:
     """About columns that the flow's dtype cannot resolve, and about values so far away that they spoil all others."""
-    notes, names = [], record.names
+    names = record.names
     front = layers[0] if layers else None
     kinds = front.kinds if isinstance(front, Elementwise) else ("identity",) * record.features
     bounded = np.array([kind != "identity" for kind in kinds])
     largest, spread = np.maximum(np.abs(moments.low), np.abs(moments.high)), np.where(bounded, np.inf, moments.deviation)
-    single = train.x.dtype in (np.float16, np.float32)  # whose columns may be coarse by nature
-    noise = spread < (2 * _spacing(largest, np.float32) if single else 16 * _spacing(largest, np.float64))
-    if noise.any():
-        notes.append(
-            f"x varies in {_words.columns(np.flatnonzero(noise), names)} by no more than rounding errors; if it is constant, leave it out"
-        )
+    noise = _noise(train.x, moments) & ~bounded
+    notes = _spoilt("x", train.x, train, layers, moments, noise, record.dtype, names)
     coarse = ~noise & (spread < 100 * _spacing(largest, record.dtype))
     limits = np.finfo(record.dtype)
     outside = ~noise & ~bounded & ((largest > float(limits.max) / 100) | (spread < float(limits.tiny) * 100))
@@ -340,12 +347,6 @@ def _notes(record: FlowRecord, train: Rows, layers: Layers, moments: Moments) ->
     if outside.any():
         where = _words.columns(np.flatnonzero(outside), names)
         notes.append(f"{where} of x has values at the ends of {record.dtype}, where samples overflow or vanish: give it in other units")
-    lost = ~noise & _collapsed(train, layers, moments, record.dtype)
-    if lost.any():
-        notes.append(
-            f"a few values of x in {_words.columns(np.flatnonzero(lost), names)} are so far away that all others are the same in "
-            f"{record.dtype}; drop those rows if they stand for missing values"
-        )
     if record.features == 1 and not isinstance(record.base, Terminal):
         each = " for each context" if record.context_features else ""
         notes.append(
@@ -359,14 +360,46 @@ def _spacing(values: Array, dtype: Any) -> Array:
         return np.asarray(np.abs(np.spacing(values.astype(dtype))), np.float64)
 
 
-def _collapsed(train: Rows, layers: Layers, moments: Moments, dtype: np.dtype[Any]) -> Array:
-    """Columns whose middle half, in units of the deviation, is hardly wider than the dtype resolves."""
-    some = train.rows[:: -(-train.rows.size // SOME)]
-    values = _unbounded(train.x[some].astype(np.float64), layers)
-    with np.errstate(all="ignore"):
-        low, middle, high = np.quantile(values, [0.25, 0.5, 0.75], axis=0)
-        width, place = (high - low) / moments.deviation, np.abs(middle - moments.mean) / moments.deviation
-    return np.asarray((width > 0) & (width < 100 * _spacing(np.maximum(place, 1e-3), dtype)))
+def _noise(array: Array, moments: Moments) -> Array:
+    """Columns that are constant, but for rounding."""
+    single = array.dtype in (np.float16, np.float32)  # whose columns may be coarse by nature
+    largest = np.maximum(np.abs(moments.low), np.abs(moments.high))
+    least = 2 * _spacing(largest, np.float32) if single else 16 * _spacing(largest, np.float64)
+    return np.asarray((moments.deviation == 0) | (moments.deviation < least))
+
+
+def _spoilt(
+    name: str, array: Array, train: Rows, layers: Layers, moments: Moments, noise: Array, dtype: np.dtype[Any], names: Sequence[str] | None
+) -> list[str]:
+    """About columns that are constant but for rounding, and those in which some values are too far away from others."""
+    notes, varying = [], noise & (moments.deviation > 0)
+    if varying.any():
+        where = _words.columns(np.flatnonzero(varying), names)
+        notes.append(f"{name} varies in {where} by no more than rounding errors; if it is constant, leave it out")
+    lost = ~noise & _collapsed(array[train.rows[:: -(-train.rows.size // SOME)]], layers, moments, dtype)
+    if lost.any():
+        where = _words.columns(np.flatnonzero(lost), names)
+        notes.append(
+            f"some values of {name} in {where} are so far away that the others hardly differ in {dtype}; "
+            "drop those rows if they stand for missing values"
+        )
+    return notes
+
+
+def _collapsed(rows: Array, layers: Layers, moments: Moments, dtype: np.dtype[Any]) -> Array:
+    """Columns in which half of the distinct values lie, in units of the deviation, hardly further apart than the dtype resolves."""
+    values = _unbounded(rows.astype(np.float64), layers)
+    lost = np.zeros(moments.mean.size, bool)
+    for j in np.flatnonzero(moments.deviation > 0):
+        distinct = np.unique(values[:, j])
+        half = distinct.size // 2  # steps between the ends of the narrowest interval that holds more than half of them
+        with np.errstate(all="ignore"):
+            widths = distinct[half:] - distinct[: distinct.size - half]
+            first = int(widths.argmin())
+            width = widths[first] / moments.deviation[j]
+            place = np.abs(distinct[first] - moments.mean[j]) / moments.deviation[j]
+        lost[j] = 0 < width < 100 * _spacing(np.maximum(place, 1e-3), dtype)
+    return lost
 
 
 def _far_out(name: str, layers: Layers, moments: Moments, names: Sequence[str] | None) -> list[str]:
