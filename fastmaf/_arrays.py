@@ -288,6 +288,8 @@ def seed_or_fresh(seed: Seed) -> int:
         return int(seed.generate_state(1, np.uint64)[0])
     if isinstance(seed, (bool, np.bool_)):
         raise ValueError("seed is a bool; it must be an integer, a numpy.random.Generator or a SeedSequence")
+    if isinstance(seed, np.random.RandomState):
+        raise ValueError("seed is a RandomState; it must be an integer, a numpy.random.Generator or a SeedSequence")
     return count("seed", seed, limit=2**64)
 
 

@@ -871,8 +871,8 @@ class Flow:
             For the validation split and the shuffling. None draws one, or takes that of the checkpoint which is resumed; it is found in
             ``flow.training["settings"]["seed"]``.
         checkpoint : path, optional
-            File (.safetensors) for the state of the fit; `fastmaf.load` reads the best flow so far from it. That of an earlier fit is
-            replaced unless `resume` is set; any other file is refused.
+            File (.safetensors) for the state of the fit; `fastmaf.load` reads the best flow so far from it. One that exists is
+            refused unless `resume` is set: a new fit replaces nothing.
         checkpoint_every : int or float
             Write it at the end of so many epochs, if it is an int, or at the first end of an epoch after so many seconds, if it is a
             float; and always when the fit ends, however it does.
@@ -897,7 +897,7 @@ class Flow:
         ValueError
             If shapes do not fit; if data are not finite, not strictly inside their bounds, or constant in a column of `x`; if discrete
             data are no integers in range; if weights are negative or all zero; if an argument is out of range; if a batch norm would see
-            batches of one row; if `resume` meets a checkpoint of another run.
+            batches of one row; if the checkpoint exists and is not to be resumed, or is that of another fit.
 
         Warns
         -----

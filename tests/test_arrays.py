@@ -208,7 +208,7 @@ def test_seeds_have_64_bits():
         ("3", "seed is '3'"),
         ([1, 2], "seed is [1, 2]"),
         (np.arange(100), "seed is an array of shape (100,)"),
-        (np.random.RandomState(0), "seed is "),
+        (np.random.RandomState(0), "seed is a RandomState; it must be an integer, a numpy.random.Generator or a SeedSequence"),
         (np.int8(-1), "seed is -1; it must be at least 0"),
         (10**400, "seed is an integer of 1329 bits; it must be below 18446744073709551616"),
     ],

@@ -266,9 +266,10 @@ def test_resume_gives_the_same_bits(reference, x, tmp_path, kinds, stop, same_ob
         if record["epoch"] == stop:
             raise KeyboardInterrupt
 
-    options = {"weights": np.random.default_rng(0).uniform(size=600), "lr": 0.05, "clip_norm": 1.0, "checkpoint": tmp_path / "c"}
+    options = {"weights": np.random.default_rng(0).uniform(size=600), "lr": 0.05, "clip_norm": 1.0}
     whole, parts = start(kinds=kinds), start(kinds=kinds)
     history = fit(whole, x, **options)
+    options["checkpoint"] = tmp_path / "c"
     fit(parts, x, **options, callback=interrupt, on_interrupt="return")
     if not same_object:
         parts = start(kinds=kinds, seed=0)

@@ -339,7 +339,7 @@ def put(x, row, column, value):
         (lambda x: x, {"checkpoint_every": 0}, "checkpoint_every is 0"),
         (lambda x: x, {"checkpoint_every": math.nan}, "checkpoint_every is nan"),
         (lambda x: x, {"on_interrupt": "stop"}, "on_interrupt is 'stop'"),
-        (lambda x: x, {"standardize": "twice"}, "standardize is 'twice'"),
+        (lambda x: x, {"standardize": "twice"}, "standardize is 'twice'; it must be True, False or 'again'"),
         (lambda x: x, {"validation": "some"}, "validation is 'some'"),
         (lambda x: x, {"validation": -0.1}, "validation is -0.1"),
         (lambda x: x, {"batch_size": 0}, "batch_size is 0"),
@@ -737,9 +737,16 @@ def test_resume_without_a_file_starts(x, tmp_path):
     flow.fit(x, max_epochs=2, checkpoint=tmp_path / "c", resume=True)
     reference.fit(x, max_epochs=2)
     assert same(flow, reference)
-    flow = linear()
-    flow.fit(x, max_epochs=2, checkpoint=tmp_path / "c")
-    assert same(flow, reference), "without resume, a checkpoint is overwritten"
+
+
+def test_a_checkpoint_is_not_replaced_by_another_fit(x, tmp_path):
+    linear().fit(x, max_epochs=2, checkpoint=tmp_path / "c")
+    data = (tmp_path / "c").read_bytes()
+    for rows, options in ((x, {}), (x[::-1], {"lr": 0.1})):
+        flow = linear()
+        with pytest.raises(ValueError, match="checkpoint 'c' exists; pass resume=True to go on from it, or name another file"):
+            flow.fit(rows, max_epochs=2, checkpoint=tmp_path / "c", **options)
+        assert (tmp_path / "c").read_bytes() == data and "epochs" not in flow.training
 
 
 @pytest.mark.parametrize(
@@ -769,12 +776,12 @@ def test_resume_refuses_other_data(x, tmp_path):
     linear().fit(x, max_epochs=1, checkpoint=tmp_path / "c")
     with pytest.raises(ValueError, match=r"the data \(x\)"):
         linear().fit(put(x, 5, 0, 1.0), checkpoint=tmp_path / "c", resume=True)
-    linear().fit(x, max_epochs=2, checkpoint=tmp_path / "c", schedule="cosine")
+    linear().fit(x, max_epochs=2, checkpoint=tmp_path / "d", schedule="cosine")
     with pytest.raises(ValueError, match="max_epochs: 2 there, 3 here"):
-        linear().fit(x, max_epochs=3, checkpoint=tmp_path / "c", schedule="cosine", resume=True)
-    linear().fit(x, max_epochs=1, checkpoint=tmp_path / "c", validation=(x[:9],))
+        linear().fit(x, max_epochs=3, checkpoint=tmp_path / "d", schedule="cosine", resume=True)
+    linear().fit(x, max_epochs=1, checkpoint=tmp_path / "e", validation=(x[:9],))
     with pytest.raises(ValueError, match=r"the data \(validation\)"):
-        linear().fit(x, max_epochs=1, checkpoint=tmp_path / "c", validation=(x[:8],), resume=True)
+        linear().fit(x, max_epochs=1, checkpoint=tmp_path / "e", validation=(x[:8],), resume=True)
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b"", lambda data: b"\xff" * 200])

@@ -35,22 +35,22 @@ class Store(NamedTuple):
         io.write(self.path, io.checkpoint_bytes(best, self.fingerprint, dict(arrays)))
 
     def load(self, resume: bool) -> dict[str, Array]:
-        """Return the arrays of the file; none where there is no file, or a new fit is to replace it."""
+        """Return the arrays of the file; none where there is no file. A new fit replaces none: hours of another one may be in it."""
         if not os.path.exists(self.path):
             return {}
+        name, remedy = os.path.basename(self.path), "name another file for the checkpoint, or move that one away"
         try:
             written, arrays = io.read_checkpoint(self.path)
         except ValueError as error:
             if resume:
                 raise
-            remedy = "name another file for the checkpoint, or move that one away"
-            raise ValueError(f"checkpoint {os.path.basename(self.path)!r} exists and is no checkpoint of a fit; {remedy}") from error
+            raise ValueError(f"checkpoint {_words.shown(name)} exists and is no checkpoint of a fit; {remedy}") from error
         if not resume:
-            return {}
-        for name, value in self.fingerprint.items():
-            if (old := written.get(name)) != value:
-                values = "" if name.startswith("the ") else f": {_words.shown(old)} there, {_words.shown(value)} here"
-                raise ValueError(f"checkpoint {self.path} belongs to another fit: it differs in {name}{values}")
+            raise ValueError(f"checkpoint {_words.shown(name)} exists; pass resume=True to go on from it, or {remedy}")
+        for key, value in self.fingerprint.items():
+            if (old := written.get(key)) != value:
+                values = "" if key.startswith("the ") else f": {_words.shown(old)} there, {_words.shown(value)} here"
+                raise ValueError(f"checkpoint {self.path} belongs to another fit: it differs in {key}{values}")
         return arrays
 
 

@@ -193,13 +193,11 @@ def fit(
         "patience": None if patience is None else _arrays.count("patience", patience, 1),
         "max_epochs": _arrays.count("max_epochs", max_epochs, 1, 2**32),
         "max_seconds": None if max_seconds is None else _real("max_seconds", max_seconds),
-        "standardize": "again" if isinstance(standardize, str) else _words.flag("standardize", standardize),
+        "standardize": _standardize(standardize),
         "seed": _arrays.seed_or_fresh(seed) if before is None else before,
     }
     _one_of("optimizer", optimizer, ("adam",))
     _one_of("on_interrupt", on_interrupt, ("raise", "return"))
-    if isinstance(standardize, str):
-        _one_of("standardize", standardize, ("again",))
     factor = _schedule(schedule, settings["max_epochs"])
     every = float(checkpoint_every) if isinstance(checkpoint_every, float) else _arrays.count("checkpoint_every", checkpoint_every, 1)
     if not every > 0:
@@ -496,6 +494,14 @@ def _real(name: str, value: Any, zero: bool = False) -> float:
     if not (math.isfinite(number) and (number > 0 or (zero and number == 0))):
         raise ValueError(f"{name} is {_words.shown(value)}; it must be a {'number that is not negative' if zero else 'positive number'}")
     return number
+
+
+def _standardize(value: Any) -> bool | str:
+    if not isinstance(value, str):
+        return _words.flag("standardize", value)
+    if value != "again":
+        raise ValueError(f"standardize is {_words.shown(value)}; it must be True, False or 'again'")
+    return value
 
 
 def _norms(layers: Layers) -> list[BatchNorm]:
