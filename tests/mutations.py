@@ -121,9 +121,30 @@ MUTATIONS = {
     ),
     "a context that does not vary has scale 0": Mutation(
         "train/data.py",
-        "moments.deviation = np.where(moments.deviation == 0, 1.0, moments.deviation)",
+        "moments.deviation = np.where(noise, 1.0, moments.deviation)",
         "pass",
         "test_train.py -k contexts_that_do_not_vary",
+    ),
+    "a column that varies in a row held out is refused": Mutation(
+        "train/data.py",
+        "used = np.ones(len(train.x)) if train.weights is None else train.weights",
+        "used = weights",
+        "test_train.py -k never_keeps_a_fit_from_starting",
+    ),
+    "many values far away are not seen": Mutation(
+        "train/data.py",
+        "half = distinct.size // 2 ",
+        "distinct = np.sort(values[:, j])[values.shape[0] // 4 : -values.shape[0] // 4]; half = distinct.size - 1 ",
+        "test_train.py -k far_away_are_said",
+    ),
+    "contexts are not looked at": Mutation(
+        "train/data.py", 'notes += _spoilt("context"', '_spoilt("context"', "test_train.py -k said_of_contexts_too"
+    ),
+    "another fit's checkpoint is replaced": Mutation(
+        "train/checkpoint.py",
+        '            raise ValueError(f"checkpoint {_words.shown(name)} exists; ',
+        '            return {}\n            raise ValueError(f"checkpoint {_words.shown(name)} exists; ',
+        "test_train.py -k not_replaced_by_another_fit",
     ),
     "validation rows share the caller's buffer": Mutation(
         "train/data.py", "    if reused:", "    if False:", "test_train.py -k one_array_again"
