@@ -31,7 +31,7 @@ SPLIT = 4
 BLOCK = 1 << 18
 """Numbers read at a time when data are checked, summed, scored or hashed."""
 
-SOME = 4096
+SOME = 512
 """Rows that show whether values fall together."""
 
 
@@ -222,27 +222,31 @@ class Moments:
         """Of the rows of positive weight; judges all."""
         width = array.shape[1]
         total, mean, square = 0.0, np.zeros(width), np.zeros(width)
-        unit = np.full(width, -1074)
+        unit = np.full(width, -1000)  # no less, so that this power of two and its inverse are numbers
         low, high = np.full(width, math.inf), np.full(width, -math.inf)
         for part, block in _blocks(name, array, layers, None, names):
             used = weights[part] > 0
             if not used.any():
                 continue
-            values, factor = block[used], weights[part][used, None]
-            low, high = np.minimum(low, values.min(axis=0)), np.maximum(high, values.max(axis=0))
-            values = _unbounded(values, layers)
-            largest = np.abs(values).max(axis=0)
-            larger = np.maximum(unit, np.where(largest > 0, np.frexp(largest)[1], -1074))
+            values, factor = block[used], weights[part][used]
+            least, most = values.min(axis=0), values.max(axis=0)
+            low, high = np.minimum(low, least), np.maximum(high, most)
+            if layers and isinstance(layers[0], Elementwise):
+                values = _unbounded(values, layers)
+                least, most = values.min(axis=0), values.max(axis=0)
+            larger = np.maximum(unit, np.frexp(np.maximum(np.abs(least), np.abs(most)))[1])
             mean, square = np.ldexp(mean, unit - larger), np.ldexp(square, 2 * (unit - larger))
             unit = larger
-            values = np.ldexp(values, -unit)
+            values *= np.ldexp(1.0, -unit)
             added = float(factor.sum())
-            near = (factor * values).sum(axis=0) / added
-            rest = (factor * (values - near)).sum(axis=0) / added  # what rounding has left
+            near = np.einsum("i,ij->j", factor, values) / added
+            values -= near
+            rest = np.einsum("i,ij->j", factor, values) / added  # what rounding has left
+            values *= values
             centre = near + rest
             step, total = centre - mean, total + added
             mean += step * (added / total)
-            square += (factor * (values - near) ** 2).sum(axis=0) - added * rest**2 + step**2 * (added * (total - added) / total)
+            square += np.einsum("i,ij->j", factor, values) - added * rest**2 + step**2 * (added * (total - added) / total)
         deviation = np.where(low == high, 0.0, np.ldexp(np.sqrt(np.maximum(square, 0) / total), unit))
         return cls(np.ldexp(mean, unit), deviation, low, high)
 
@@ -388,17 +392,20 @@ def _spoilt(
 
 def _collapsed(rows: Array, layers: Layers, moments: Moments, dtype: np.dtype[Any]) -> Array:
     """Columns in which half of the distinct values lie, in units of the deviation, hardly further apart than the dtype resolves."""
-    values = _unbounded(rows.astype(np.float64), layers)
+    values = np.sort(_unbounded(rows.astype(np.float64), layers), axis=0)
     lost = np.zeros(moments.mean.size, bool)
-    for j in np.flatnonzero(moments.deviation > 0):
-        distinct = np.unique(values[:, j])
-        half = distinct.size // 2  # steps between the ends of the narrowest interval that holds more than half of them
-        with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):
+        place = np.abs(values[[0, -1]] - moments.mean).max(axis=0) / moments.deviation
+        steps, most = np.diff(values, axis=0), 100 * _spacing(np.maximum(place, 1e-3), dtype) * moments.deviation
+        many = (steps > 0).sum(axis=0)
+        suspect = (many > 0) & (2 * ((steps > 0) & (steps < most)).sum(axis=0) >= many)
+        for j in np.flatnonzero(suspect & (moments.deviation > 0)):
+            distinct = np.unique(values[:, j])
+            half = distinct.size // 2  # steps between the ends of the narrowest interval that holds more than half of them
             widths = distinct[half:] - distinct[: distinct.size - half]
             first = int(widths.argmin())
-            width = widths[first] / moments.deviation[j]
-            place = np.abs(distinct[first] - moments.mean[j]) / moments.deviation[j]
-        lost[j] = 0 < width < 100 * _spacing(np.maximum(place, 1e-3), dtype)
+            near = np.abs(distinct[first] - moments.mean[j]) / moments.deviation[j]
+            lost[j] = widths[first] / moments.deviation[j] < 100 * _spacing(np.maximum(near, 1e-3), dtype)
     return lost
 
 
