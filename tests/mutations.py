@@ -140,6 +140,12 @@ MUTATIONS = {
     "contexts are not looked at": Mutation(
         "train/data.py", 'notes += _spoilt("context"', '_spoilt("context"', "test_train.py -k said_of_contexts_too"
     ),
+    "seconds between checkpoints count epochs": Mutation(
+        "train/loop.py",
+        "now - self.written_at >= self.every if isinstance(self.every, float) else done",
+        "done",
+        "test_train.py -k so_many_seconds",
+    ),
     "another fit's checkpoint is replaced": Mutation(
         "train/checkpoint.py",
         '            raise ValueError(f"checkpoint {_words.shown(name)} exists; ',

@@ -835,6 +835,19 @@ def test_checkpoint_every(x, tmp_path, monkeypatch):
         assert written == epochs, every
 
 
+def test_checkpoint_every_so_many_seconds(x, tmp_path, monkeypatch):
+    written, clock = [], [0.0]
+    monkeypatch.setattr("fastmaf.train.loop.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("fastmaf.train.checkpoint.Store.save", lambda self, best, arrays: written.append(int(arrays["history.train"].size)))
+
+    def draw(epoch):
+        clock[0] += 10.0 * (epoch > 0)
+        return x
+
+    linear().fit(draw, max_epochs=8, checkpoint=tmp_path / "c", checkpoint_every=25.0)
+    assert written == [0, 3, 6, 8], "epochs end after 10, 20, 30 ... seconds"
+
+
 def test_resumed_with_gaps_it_gives_the_same_bits(x, tmp_path):
     whole, parts = linear(), linear()
     whole.fit(x, max_epochs=7)
