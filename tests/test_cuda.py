@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -453,3 +454,15 @@ def test_other_python_threads_run_while_a_flow_is_deleted(framework):
     if end - begin > 0.1:
         assert sum(begin < at < end for at in ticks) > 3
     assert np.isfinite(framework.get(results)).all()
+
+
+@needs_device
+def test_a_process_ends_with_a_flow_on_the_device():
+    """Its end comes while the interpreter goes down."""
+    code = """
+import fastmaf, sys
+flow = fastmaf.MAF(features=2, seed=1).to("cuda")
+flow.sample(10, seed=1)
+sys.kept = flow  # until modules are taken apart
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
