@@ -211,8 +211,10 @@ class Elementwise(_Record):
             except (TypeError, ValueError, OverflowError):
                 raise ValueError(f"{where} is {_words.shown(bound)}; it must be None or a pair (lower, upper)") from None
             kind = ("identity", "log_above", "log_below", "logit")[(low > -math.inf) + 2 * (high < math.inf)]
-            if names is not None and not low < high:
-                raise ValueError(f"{_words.columns([j], names)} has bounds ({low}, {high}), which do not fit {kind!r}")
+            if not low < high:
+                raise ValueError(
+                    f"{_words.columns([j], names)} has bounds ({low}, {high}); the lower one must be below the upper one, both numbers"
+                )
             kinds.append(kind)
             lower.append(low)
             upper.append(high)

@@ -165,7 +165,7 @@ def test_bounds_go_by_name():
     for options, message in [
         ({"bounds": {"z": (0, 1)}}, "bounds goes by name, but names is None"),
         ({"bounds": {"z": (0, 1), "y": None}, "names": ["u", "g"]}, "bounds has columns 'z', 'y'; names has no such"),
-        ({"bounds": {"g": (1, 0)}, "names": ["u", "g"]}, r"column 'g' has bounds \(1.0, 0.0\), which do not fit 'logit'"),
+        ({"bounds": {"g": (1, 0)}, "names": ["u", "g"]}, r"column 'g' has bounds \(1.0, 0.0\); the lower one must be below the upper one"),
         ({"bounds": {"g": "ab"}, "names": ["u", "g"]}, r"bounds\['g'\] is 'ab'; it must be None or a pair"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -1176,6 +1176,24 @@ def test_columns_that_cannot_be_resolved(rows, dtype, message):
     assert any(re.match(message.replace("(", r"\(").replace(")", r"\)").replace("...", r"\.\.\."), note) for note in notes), notes
 
 
+@pytest.mark.parametrize("value", [-999.0, 99.0, -9999.0])
+@pytest.mark.parametrize("every", [3, 20, 500])
+def test_a_value_that_stands_for_a_missing_one(value, every):
+    rows = np.where(np.arange(2000)[:, None] % every == 0, [value, 0], [1, 1] * Z)
+    rows[:, 1] = Z[:, 1]
+    (note,) = warned(linear(names=("t", "u")), rows, validation=0)
+    assert note.startswith("rows of x share one value in column 't' that is far from all others")
+
+
+@pytest.mark.parametrize(("factor", "shift"), [(0.1, 0), (0.001, 3), (4, 0), (1, 5)])
+def test_a_second_fit_on_data_elsewhere(factor, shift):
+    flow = linear(names=("t", "u"))
+    flow.fit(Z, max_epochs=1, validation=0)
+    assert warned(flow, Z + 0.5, validation=0) == [] and warned(flow, 1.5 * Z, validation=0) == []
+    (note,) = warned(flow, Z * [factor, 1] + [shift, 0], validation=0)
+    assert note.startswith("x is not standard in column 't' behind the standardisation that the flow has")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_nothing_is_said_of_ordinary_data(dtype):
     for rows in (Z, Z * [1e6, 1e-6] + [1e8, 0], np.exp(2 * Z), (Z > 0) + 0.0 * Z, np.round(Z), Z.astype("f4"), Z * [10, 1] + [58000, 0]):

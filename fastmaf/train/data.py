@@ -31,6 +31,9 @@ SPLIT = 4
 BLOCK = 1 << 18
 """Numbers read at a time when data are checked, summed, scored or hashed."""
 
+MANY = 8192
+"""Rows among which a value that many of them share is looked for."""
+
 SOME = 512
 """Rows that show whether values fall together."""
 
@@ -114,9 +117,8 @@ def split(
     count = round(validation * total)
     if not 0 < count < total:
         left = "no row to validate on" if not count else "no row to train on"
-        raise ValueError(
-            f"validation is {validation} of {total} rows, which leaves {left}; give more rows, validation rows, or validation=0"
-        )
+        of = f"{total} rows" if total == len(train.x) else f"the {total} rows of positive weight"
+        raise ValueError(f"validation is {validation} of {of}, which leaves {left}; give more rows, validation rows, or validation=0")
     chosen = np.zeros(total, bool)
     chosen[shuffle(seed, SPLIT, 0, total)[:count]] = True
     train, held = train._replace(rows=train.rows[~chosen]), train._replace(rows=train.rows[chosen])
@@ -387,7 +389,24 @@ def _spoilt(
             f"some values of {name} in {where} are so far away that the others hardly differ in {dtype}; "
             "drop those rows if they stand for missing values"
         )
+    marked = ~noise & ~lost & _marked(array[train.rows[:: -(-train.rows.size // MANY)]])
+    if marked.any():
+        where = _words.columns(np.flatnonzero(marked), names)
+        notes.append(f"rows of {name} share one value in {where} that is far from all others; drop them if it stands for a missing one")
     return notes
+
+
+def _marked(rows: Array) -> Array:
+    """Columns whose least or largest value stands in several rows, at least three ranges of all other values away from these."""
+    values, marked = rows.astype(np.float64), np.zeros(rows.shape[1], bool)
+    with np.errstate(all="ignore"):
+        for sign in (1.0, -1.0):
+            own = sign * values
+            least, most = own.min(axis=0), own.max(axis=0)
+            second = np.where(own > least, own, math.inf).min(axis=0)
+            for j in np.flatnonzero((second - least >= 3 * (most - second)) & (most > second) & ((own == least).sum(axis=0) > 1)):
+                marked[j] |= np.unique(own[:, j]).size > 10  # else the column has a few values by nature
+    return marked
 
 
 def _collapsed(rows: Array, layers: Layers, moments: Moments, dtype: np.dtype[Any]) -> Array:
@@ -416,7 +435,7 @@ def _far_out(name: str, layers: Layers, moments: Moments, names: Sequence[str] |
     loc, scale = (0.0, 1.0) if affine is None else (affine.loc, np.abs(affine.scale))
     with np.errstate(all="ignore"):
         away, width = np.abs(moments.mean - loc) * scale, moments.deviation * scale
-    wrong = np.flatnonzero(~((away < 10 * np.maximum(1, width)) & (away < 100) & (width < 10) & (width > 1e-3)))
+    wrong = np.flatnonzero(~((away < 3 * np.maximum(1, width)) & (width < 3) & (width > 0.2)))
     if not wrong.size:
         return []
     where = _words.columns(wrong, names)
