@@ -439,9 +439,9 @@ class Ensemble:
         Examples
         --------
         >>> import fastmaf, numpy as np
-        >>> ensemble = fastmaf.MADE(features=2, hidden_features=(8,), masks=3)
+        >>> ensemble = fastmaf.MADE(features=2, hidden_features=(8,), masks=3, seed=0)
         >>> x = np.random.default_rng(0).normal(size=(500, 2))
-        >>> history = ensemble.fit(x, max_epochs=2, progress=False)
+        >>> history = ensemble.fit(x, max_epochs=2, seed=0, progress=False)
         """
         from fastmaf import train
 
