@@ -146,6 +146,7 @@ def _describe_stage(layer: Any) -> dict[str, Any]:
         "law": law.kind,
         "form": law.form,
         "clip": law.constants.get("clip", 1.0),
+        "input_clip": conditioner.input_clip or 0.0,
         "skip": conditioner.skip is not None,
         "maps": [
             {

@@ -61,8 +61,9 @@ class Program(NamedTuple):
     loc: Array
     scale: Array
     clip: Array  # (K,) of the exp_soft law, or 0 for exp
+    reach: Array  # (K + 1,) where what the networks read is clipped, or infinity
     activation: Array  # (K,) index into ACTIVATIONS
-    height: int  # rows of the work array
+    height: int  # rows of the work array: variables as networks read them, units, variables as they are, parameters
     constant: float  # log det of the affine maps between the MADEs
     base: float  # -D/2 log(2 pi)
 
@@ -128,8 +129,9 @@ def _activate(kind: Any, h: Any, row: Any, rows: Any, slopes: Any, lanes: Any) -
 def _made(p: Any, k: Any, h: Any, z: Any, logdet: Any, first: Any, which: Any, lanes: Any, inverse: Any, slopes: Any) -> None:
     """MADE k: from the variables in h to z, or back; takes the log-scales off `logdet`.
 
-    With `slopes`: act' of the hidden units; e^-a and da/dr in the rows of shift and raw log-scale.
+    With `slopes`: act' of the hidden units; e^-a and da/dr in the rows of shift and raw log-scale; whether a variable is read as it is.
     """
+    own, reach = h.shape[0] - 3 * z.shape[0], p.reach[k]
     number = h.dtype.type
     zero, one = number(0), number(1)
     clip = p.clip[k]
@@ -151,35 +153,46 @@ def _made(p: Any, k: Any, h: Any, z: Any, logdet: Any, first: Any, which: Any, l
             continue
         for i in range(rows // 2):
             v = (row - h.shape[0]) // 2 + z.shape[0] + i
-            shift, raw, x, noise = h[row + 2 * i], h[row + 2 * i + 1], h[v], z[v]
+            shift, raw, x, read, noise = h[row + 2 * i], h[row + 2 * i + 1], h[own + v], h[v], z[v]
             for b in range(lanes):
                 bend = one / (one + abs(raw[b]) * soft)
                 a = raw[b] * bend
                 if inverse:
                     x[b] = noise[b] * math.exp(a) + shift[b]
+                    read[b] = _clipped(x[b], reach)
                 else:
                     e = math.exp(-a)
                     noise[b] = (x[b] - shift[b]) * e
                     if slopes.shape[0] > 0:
                         slopes[row + 2 * i, b] = e
                         slopes[row + 2 * i + 1, b] = bend * bend
+                        slopes[v, b] = one if read[b] == x[b] else zero
                 logdet[b] -= a
+
+
+@_compiled
+def _clipped(x: Any, reach: Any) -> Any:
+    """NaN stays NaN."""
+    return -reach if x < -reach else reach if x > reach else x
 
 
 @_compiled
 def _gather(p: Any, k: Any, z: Any, h: Any, lanes: Any) -> None:
     """The variables of MADE k, or the noise for k = K, from the result of the one before."""
-    for i in range(p.source.shape[1]):
-        x, y, loc, scale = z[p.source[k, i]], h[i], p.loc[k, i], p.scale[k, i]
+    features, reach = p.source.shape[1], p.reach[k]
+    for i in range(features):
+        x, y, read, loc, scale = z[p.source[k, i]], h[h.shape[0] - 3 * features + i], h[i], p.loc[k, i], p.scale[k, i]
         for b in range(lanes):
             y[b] = (x[b] - loc) * scale
+            read[b] = _clipped(y[b], reach)
 
 
 @_compiled
 def _scatter(p: Any, k: Any, h: Any, z: Any, lanes: Any) -> None:
     """The inverse of `_gather`."""
-    for i in range(p.source.shape[1]):
-        x, y, loc, scale = z[p.source[k, i]], h[i], p.loc[k, i], p.scale[k, i]
+    features = p.source.shape[1]
+    for i in range(features):
+        x, y, loc, scale = z[p.source[k, i]], h[h.shape[0] - 3 * features + i], p.loc[k, i], p.scale[k, i]
         for b in range(lanes):
             x[b] = y[b] / scale + loc
 
@@ -221,8 +234,8 @@ def _backward(p: Any, u: Any, first: Any, which: Any, x: Any, value: Any) -> Non
         total[:] = p.constant + p.base
         for b in range(lanes):
             for i in range(features):
-                h[i, b] = u[start + b, i]
-                total[b] -= 0.5 * h[i, b] * h[i, b]
+                h[p.height - 3 * features + i, b] = u[start + b, i]
+                total[b] -= 0.5 * u[start + b, i] * u[start + b, i]
         _scatter(p, p.clip.size, h, z, lanes)
         for k in range(p.clip.size - 1, -1, -1):
             _made(p, k, h, z, total, first, which[start:], lanes, True, none)
@@ -256,13 +269,13 @@ def _vjp(p: Any, x: Any, first: Any, which: Any, cotangent: Any, value: Any, dx:
         for i in range(features):
             for b in range(lanes):
                 total[b] -= 0.5 * h[i, b] * h[i, b]
-                dh[i, b] = -cotangent[start + b] * h[i, b]
+                dh[p.height - 3 * features + i, b] = -cotangent[start + b] * h[i, b]
         value[start:stop] = total[:lanes]
         for k in range(count, -1, -1):
             if k < count:
                 _made_vjp(p, k, z[k + 1], dz, dh, slopes[k], cotangent[start:stop], dfirst[start:stop], lanes)
             for i in range(features):
-                y, g, scale = dz[p.source[k, i]], dh[i], p.scale[k, i]
+                y, g, scale = dz[p.source[k, i]], dh[p.height - 3 * features + i], p.scale[k, i]
                 for b in range(lanes):
                     y[b] = g[b] * scale
         for b in range(lanes):
@@ -272,7 +285,8 @@ def _vjp(p: Any, x: Any, first: Any, which: Any, cotangent: Any, value: Any, dx:
 
 @_compiled
 def _made_vjp(p: Any, k: Any, z: Any, dz: Any, dh: Any, slopes: Any, cotangent: Any, dfirst: Any, lanes: Any) -> None:
-    """From the gradient in the result of MADE k to that in its variables, the first rows of dh: its jobs backwards."""
+    """From the gradient in the result of MADE k to that in its variables as they are: its jobs backwards."""
+    own = dh.shape[0] - 3 * z.shape[0]
     dh[:] = 0
     for j in range(p.starts[k + 1] - 1, p.starts[k] - 1, -1):
         job = p.jobs[j]
@@ -282,7 +296,7 @@ def _made_vjp(p: Any, k: Any, z: Any, dz: Any, dh: Any, slopes: Any, cotangent: 
                 v = (row - dh.shape[0]) // 2 + z.shape[0] + i
                 for b in range(lanes):
                     e = dz[v, b] * slopes[row + 2 * i, b]
-                    dh[v, b] += e
+                    dh[own + v, b] = e
                     dh[row + 2 * i, b] = -e
                     dh[row + 2 * i + 1, b] = -(dz[v, b] * z[v, b] + cotangent[b]) * slopes[row + 2 * i + 1, b]
         else:
@@ -295,6 +309,9 @@ def _made_vjp(p: Any, k: Any, z: Any, dz: Any, dh: Any, slopes: Any, cotangent: 
                     dfirst[b, job[BIAS] + r] = dh[row + r, b]
         below = dh[job[INPUT] : job[INPUT] + job[INPUTS]]
         _accumulate(below, dh[row : row + rows], p.tape[job[WEIGHT] :], 1, job[INPUTS], lanes)
+    for v in range(z.shape[0]):
+        for b in range(lanes):
+            dh[own + v, b] += dh[v, b] * slopes[v, b]
 
 
 @_compiled
@@ -395,7 +412,7 @@ def _pack(flow: FlowRecord) -> Packed:
             place = np.argsort(order)
             k += 1
 
-    height = 3 * features + max((sum(dense.bias.size for dense in made.conditioner.hidden) for made in mades), default=0)
+    height = 4 * features + max((sum(dense.bias.size for dense in made.conditioner.hidden) for made in mades), default=0)
     tape, bias, first, context_weight = _Tape(), _Tape(), _Tape(), []
     jobs: list[tuple[int, ...]] = []
     starts = [0]
@@ -419,6 +436,7 @@ def _pack(flow: FlowRecord) -> Packed:
         loc.astype(flow.dtype),
         scale.astype(flow.dtype),
         np.array([made.law.constants.get("clip", 0.0) for made in mades], flow.dtype),
+        np.array([*(made.conditioner.input_clip or math.inf for made in mades), math.inf], flow.dtype),
         np.array([ACTIVATIONS.index(made.conditioner.activation) for made in mades], np.int64),
         height,
         float(np.log(np.abs(scale)).sum()),

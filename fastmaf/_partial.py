@@ -2,12 +2,12 @@
 
 Variables that come first in the order of every network never read those behind them.  Their marginal is the flow without the others and
 without the hidden units that only those read (`prefix`).  Given their values, the network of a single MADE is one of the rest, under a
-context to which the values are added (`rest`).
+context to which is added what it reads of the values (`rest`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -157,11 +157,18 @@ def _selected(dense: Dense, rows: Array, columns: Array) -> Dense:
 # The rest, given the prefix
 
 
-def rest(flow: Flow, k: int) -> Flow | None:
-    """The other variables given the first k, as a flow with context [context, values of the first k from left to right].
+def rest(flow: Flow, k: int) -> tuple[Flow, Callable[[Array], Array]] | None:
+    """The other variables given the first k, and what the network reads of these.
 
     For a flow with one network, which reads the data; None for others, and where the context of the network enters its first map
     by other means than being added.
+
+    Returns
+    -------
+    flow : Flow
+        Its context is [context, what the network reads of the first k from left to right].
+    read : function
+        From values of the first k, (n, k), to that.
     """
     networks = [record for record in (*flow.layers, flow.base) if isinstance(record, (Autoregressive, Terminal))]
     if len(networks) != 1 or getattr(networks[0], "direction", "data") != "data":
@@ -171,9 +178,18 @@ def rest(flow: Flow, k: int) -> Flow | None:
     if record is None:
         return None
     place = next((k for k, layer in enumerate(flow.layers) if layer is networks[0]), len(flow.layers))
-    before = [_fixed(_sliced(layer, given)) for layer in flow.layers[:place]]
-    context_layers = _side_by_side(flow.context_layers, before, (flow.context_features, given.size)) if given.size else flow.context_layers
-    return flow._with(
+    context_layers = flow.context_layers
+    if given.size and context_layers:
+        context_layers = tuple(_beside(layer, given.size) for layer in context_layers)
+    front = [_fixed(_sliced(layer, given)) for layer in flow.layers[:place]]
+    clip = networks[0].conditioner.input_clip
+
+    def read(values: Array) -> Array:
+        if front and given.size:
+            values = Flow(front, features=given.size, dtype=flow.dtype).to_noise(values)
+        return values if clip is None else np.clip(values, -clip, clip)
+
+    conditional = flow._with(
         layers=[record if k == place else _sliced(layer, others) for k, layer in enumerate(flow.layers)],
         base=record if isinstance(flow.base, Terminal) else Normal(others.size),
         features=others.size,
@@ -181,27 +197,15 @@ def rest(flow: Flow, k: int) -> Flow | None:
         context_layers=context_layers,
         names=_names(flow, others),
     )
+    return conditional, read
 
 
-def _side_by_side(left: Iterable[Any], right: Iterable[Any], widths: tuple[int, int]) -> tuple[Elementwise | Affine, ...]:
-    """Two chains of layers that treat each column by itself as one, Elementwise layers first where either chain begins with one."""
-    chains = [list(left), list(right)]
-    result: list[Elementwise | Affine] = []
-    while any(chains):
-        kind = Elementwise if any(chain and isinstance(chain[0], Elementwise) for chain in chains) else Affine
-        parts = [
-            chain.pop(0) if chain and isinstance(chain[0], kind) else _nothing(kind, n) for chain, n in zip(chains, widths, strict=True)
-        ]
-        if kind is Elementwise:
-            bounds = (np.concatenate([getattr(part, name) for part in parts]) for name in ("lower", "upper"))
-            result.append(Elementwise(parts[0].kinds + parts[1].kinds, *bounds))
-        else:
-            result.append(Affine(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("loc", "scale"))))
-    return tuple(result)
-
-
-def _nothing(kind: type, width: int) -> Any:
-    return Elementwise.from_bounds([None] * width) if kind is Elementwise else Affine(np.zeros(width), np.ones(width))
+def _beside(layer: Any, width: int) -> Elementwise | Affine:
+    """The layer with so many columns more, which it leaves as they are."""
+    if isinstance(layer, Affine):
+        return Affine(np.append(layer.loc, np.zeros(width)), np.append(layer.scale, np.ones(width)))
+    free = Elementwise.from_bounds([None] * width)
+    return Elementwise(layer.kinds + free.kinds, np.append(layer.lower, free.lower), np.append(layer.upper, free.upper))
 
 
 def _fixed(layer: Any) -> Any:
@@ -286,7 +290,7 @@ def sample_given(flow: Flow, x: ArrayLike, n: int, context: ArrayLike | None, se
     if others.size and samples.size:
         conditional = rest(flow, k)
         if conditional is not None:
-            samples[:, :, others] = _sampled(conditional, n, contexts, values, place)
+            samples[:, :, others] = _sampled(*conditional, n, contexts, values, place)
         else:
             samples = _through_noise(flow, n, contexts, values, given, others, place)
     samples[:, :, given] = values[:, None]
@@ -312,9 +316,11 @@ def _possible(flow: Flow, x: Array, columns: Array, names: Sequence[str] | None)
         raise ValueError(f"x has {x[place]} in {where}; that variable has the values 0..{counts[place[-1]] - 1}")
 
 
-def _sampled(conditional: Flow, n: int, contexts: Array | None, values: Array, place: tuple[int, int, int]) -> Array:
-    """Samples (c, n, D) under contexts to which values are added."""
-    parts = [part for part in (contexts, values) if part is not None]
+def _sampled(
+    conditional: Flow, read: Callable[[Array], Array], n: int, contexts: Array | None, values: Array, place: tuple[int, int, int]
+) -> Array:
+    """Samples (c, n, D) under contexts to which is added what the network reads of given values."""
+    parts = [part for part in (contexts, read(values)) if part is not None]
     wide = np.concatenate(parts, axis=1, dtype=np.result_type(np.float64, *parts))
     backend = _backends.choose()
     if backend.unsupported(conditional.record) is not None:  # a context in an unusual place
@@ -338,10 +344,10 @@ def _through_noise(
         base = rest(Flow([], flow.base, **_options(flow)), k)
         if base is None:
             raise ValueError("base: its context enters its first map by other means than being added, which sample_given cannot follow")
-        noise[:, :, others] = _sampled(base, n, contexts, own if k else values, place)
+        noise[:, :, others] = _sampled(*base, n, contexts, own if k else values, place)
     else:
         normal = Flow([], features=others.size, dtype=flow.dtype)
-        noise[:, :, others] = _sampled(normal, n, None, values[:, :0], place)
+        noise[:, :, others] = _sampled(normal, lambda values: values, n, None, values[:, :0], place)
     return free.from_noise(noise, None if contexts is None else contexts[:, None])
 
 

@@ -503,6 +503,7 @@ def _block(block: Block, take: Iterator[Array], activation: str, h: Array, c: Ar
 def _network(layer: Autoregressive | Terminal, weights: Sequence[Array], x: Array, c: Array) -> tuple[Array, Back]:
     """The parameters of all variables, (n, rows of the final map)."""
     net, take = layer.conditioner, iter(weights)
+    given, x = x, x if net.input_clip is None else np.clip(x, -net.input_clip, net.input_clip)
     h, steps = x, []
     if net.initial is not None:
         h, pull = _dense(net.initial, take, net.activation, False, h, c)
@@ -522,7 +523,8 @@ def _network(layer: Autoregressive | Terminal, weights: Sequence[Array], x: Arra
             dx, dc_here, here = step(dx)
             dc, gradients = dc + dc_here, here + gradients
         gradients = [np.where(own, gradient, 0) for own, gradient in zip(free(layer), gradients, strict=True)]
-        return dx if skip is None else dx + dy @ skip, dc, gradients
+        dx = dx if skip is None else dx + dy @ skip
+        return np.where(x == given, dx, 0), dc, gradients
 
     return y, back
 

@@ -44,6 +44,8 @@ _DOUBLE_RECORDS = (_layers.Elementwise, _layers.Affine)
 _KEYS = ("format", "dtype", "features", "context_features", "names", "context_layers", "layers", "base", "training")
 _MEMBERS = ("ranks", "degrees")
 _RECORDS = {cls.__name__: cls for cls in (*get_args(_layers.FlowLayer), _layers.Normal, _layers.Terminal)}
+_LATER: dict[type, dict[str, Any]] = {_layers.BatchNorm: {"statistics": "batch"}, _layers.Conditioner: {"input_clip": None}}
+"""Fields that older files lack, and what they mean then."""
 _PARTS = {cls.__name__: cls for cls in (_layers.Conditioner, _layers.Block, _layers.Dense, _layers.Law)}
 
 
@@ -382,8 +384,8 @@ class _Decoder:
         if not isinstance(name, str) or name not in allowed:
             raise ValueError(f"{path} has type {_words.shown(name)}; this version of fastmaf knows {', '.join(allowed)}")
         cls = allowed[name]
-        if cls is _layers.BatchNorm:
-            node.setdefault("statistics", "batch")  # a field that older files lack
+        for field, value in _LATER.get(cls, {}).items():
+            node.setdefault(field, value)
         _keys(path, node, [f.name for f in fields(cls)])
         values = {f.name: self.decode(str(f.type), node[f.name], f"{path}.{f.name}", cls) for f in fields(cls)}
         try:

@@ -487,6 +487,9 @@ class Conditioner(_Record):
         hidden units).
     skip : (D * P, D) array or None
         Direct weights from variables to parameters.
+    input_clip : float or None
+        Variables beyond +-input_clip are read as +-input_clip, by the first map and by the direct weights: out there the network is
+        constant instead of going on as straight lines. The law has the variables as they are. None reads them all as they are.
     """
 
     initial: Dense | None
@@ -495,6 +498,7 @@ class Conditioner(_Record):
     activation: str = "relu"
     final_activation: bool = True
     skip: Array | None = None
+    input_clip: float | None = None
 
     def __post_init__(self) -> None:
         _one_of("activation", self.activation, ACTIVATIONS)
@@ -512,12 +516,23 @@ class Conditioner(_Record):
         values: dict[str, Any] = {"blocks": blocks, "final_activation": bool(self.final_activation)}
         if self.skip is not None:
             values["skip"] = _frozen("skip", self.skip, 2)
+        values["input_clip"] = input_clip(self.input_clip)
         self._set(**values)
 
     @property
     def hidden(self) -> tuple[Dense, ...]:
         """All maps but the final one, in order."""
         return (() if self.initial is None else (self.initial,)) + tuple(m for block in self.blocks for m in block.maps)
+
+
+def input_clip(value: Any) -> float | None:
+    """A checked `input_clip`."""
+    if value is None:
+        return None
+    number = _words.number("input_clip", value)
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"input_clip is {_words.shown(value)}; it must be a positive number or None")
+    return number
 
 
 def _check_made(ranks: Array, conditioner: Conditioner, rows: tuple[int, ...]) -> None:

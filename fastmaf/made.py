@@ -14,7 +14,7 @@ from fastmaf._arrays import Seed
 from fastmaf.ensemble import Ensemble, random_member
 from fastmaf.flow import Flow
 from fastmaf.layers import Autoregressive, FlowLayer, Law, Terminal
-from fastmaf.maf import Bounds, Draft, Order, masked, soft_law
+from fastmaf.maf import INPUT_CLIP, Bounds, Draft, Order, masked, soft_law
 
 __all__ = ["MADE"]
 
@@ -39,6 +39,7 @@ def MADE(
     dtype: DTypeLike = "float32",
     seed: Seed = None,
     clip: float | None = None,
+    input_clip: float | None = INPUT_CLIP,
 ) -> Flow: ...
 
 
@@ -60,6 +61,7 @@ def MADE(
     dtype: DTypeLike = "float32",
     seed: Seed = None,
     clip: float | None = None,
+    input_clip: float | None = INPUT_CLIP,
 ) -> Flow | Ensemble: ...
 
 
@@ -80,6 +82,7 @@ def MADE(
     dtype: DTypeLike = "float32",
     seed: Seed = None,
     clip: float | None = None,
+    input_clip: float | None = INPUT_CLIP,
 ) -> Flow | Ensemble:
     """A MADE (Germain et al. 2015): each variable has a density of its own, given those before it in the order.
 
@@ -98,6 +101,8 @@ def MADE(
         How many values a categorical variable has, at least 2: one number for all variables, or one for each.
     clip : float, optional
         Bound of the log-scales of a Gaussian; None takes log(1000), as `fastmaf.MAF` does with one transform.
+    input_clip : float or None
+        As in `fastmaf.MAF`; discrete variables are read as they are.
     masks : int
         With more than one, an `fastmaf.Ensemble` of so many networks that share their weights, each with an order and connections of its
         own (sections 4.2 and 4.3). The first is what ``masks=1`` gives.
@@ -124,13 +129,14 @@ def MADE(
     if not isinstance(conditional, str) or conditional not in _CONDITIONALS:
         raise ValueError(_words.one_of("conditional", conditional, _CONDITIONALS))
     components, masks = _arrays.count("components", components, lowest=1), _arrays.count("masks", masks, lowest=1)
-    draft = Draft(features, context_features, hidden_features, activation, residual, direct, seed)
+    discrete = conditional in ("bernoulli", "categorical")
+    draft = Draft(features, context_features, hidden_features, activation, residual, direct, seed, input_clip)
     categories = _categories(categories, conditional, draft.features)
     layers: list[FlowLayer] = draft.front(order, bounds, names)
-    if conditional in ("bernoulli", "categorical"):
+    if discrete:
         if bounds is not None:
             raise ValueError(f"bounds is {_words.shown(bounds)}; {conditional} variables have none")
-        layers = []
+        layers, draft.input_clip = [], None
     if clip is not None and conditional != "gaussian":
         raise ValueError(f"clip is for Gaussian variables; conditional is {conditional!r}")
     ranks = _masks.layer_ranks(order, draft.features, 1, draft.seed)[0]

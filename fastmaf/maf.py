@@ -14,12 +14,16 @@ from fastmaf import _arrays, _words, masks
 from fastmaf._arrays import Seed
 from fastmaf.flow import Flow
 from fastmaf.layers import Affine, Autoregressive, BatchNorm, Block, Conditioner, Dense, Elementwise, FlowLayer, Law, Linear, Terminal
+from fastmaf.layers import input_clip as _input_clip
 
 __all__ = ["MAF"]
 
 Array = NDArray[Any]
 Order = str | Sequence[int] | Sequence[Sequence[int]]
 Bounds = Sequence[Any] | Mapping[str, Any]
+
+INPUT_CLIP = 5.0
+"""How far from their mean, in standard deviations, networks read variables as they are."""
 
 TOTAL = 10.0
 """Bound of the log-scales of all transforms of a variable together; measured in ``docs/defaults.md``."""
@@ -45,6 +49,7 @@ def MAF(
     linear: bool = False,
     direct: bool = False,
     clip: float | None = None,
+    input_clip: float | None = INPUT_CLIP,
 ) -> Flow:
     """A masked autoregressive flow (Papamakarios et al. 2017) with random weights.
 
@@ -86,6 +91,9 @@ def MAF(
         Bound of the log-scale of a variable in each transform. None takes ``10 / transforms``, at most log(1000): then all of them
         together scale a variable by at most e^10. A wider one lets samples stray: a row a little outside the data can be scaled up in one
         transform after another, and a row of data far from all others can have a density that is low beyond all measure.
+    input_clip : float or None
+        The networks read a variable beyond +-input_clip, in units of its standardisation, as +-input_clip: out there they are constant.
+        None reads every value as it is; then a stray sample meets straight lines, which carry it on in one transform after another.
 
     Returns
     -------
@@ -108,7 +116,7 @@ def MAF(
     if not isinstance(batch_norm, (bool, np.bool_)) and not (isinstance(batch_norm, str) and batch_norm == "act"):
         raise ValueError(f"batch_norm is {_words.shown(batch_norm)}; it must be False, True or 'act'")
     components = _arrays.count("components", components, lowest=1)
-    draft = Draft(features, context_features, hidden_features, activation, residual, direct, seed)
+    draft = Draft(features, context_features, hidden_features, activation, residual, direct, seed, input_clip)
     transforms, linear = _arrays.count("transforms", transforms, lowest=1), _words.flag("linear", linear)
     layers = draft.front(order, bounds, names)
     law = soft_law(clip, transforms)
@@ -146,6 +154,7 @@ class Draft:
         residual: bool,
         direct: bool,
         seed: Seed,
+        input_clip: float | None,
     ) -> None:
         self.features = _arrays.count("features", features, lowest=1)
         self.context_features = _arrays.count("context_features", context_features)
@@ -157,6 +166,7 @@ class Draft:
                 f"hidden_features is {_words.shown(tuple(self.widths))}; a residual network needs at least one block, and all of one width"
             )
         self.activation, self.direct = activation, _words.flag("direct", direct)
+        self.input_clip = _input_clip(input_clip)
         self.seed = _arrays.seed_or_fresh(seed)
         self.rng = np.random.default_rng(self.seed)
 
@@ -192,7 +202,7 @@ class Draft:
         bound = 1 / math.sqrt(self.features)
         skip = 0.01 * self.rng.uniform(-bound, bound, (int(outputs), self.features)) if self.direct else None
         last = bool(self.widths) and not self.residual
-        return Conditioner(hidden[0] if hidden else None, blocks, final, self.activation, last, skip)
+        return Conditioner(hidden[0] if hidden else None, blocks, final, self.activation, last, skip, self.input_clip)
 
     def mixture(self, components: int) -> Conditioner:
         """A network of a mixture without its masks: means apart from each other, raw log-scales and logits around zero."""

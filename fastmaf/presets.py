@@ -74,6 +74,7 @@ def maf_paper(
         names=names,
         dtype=dtype,
         seed=seed,
+        input_clip=None,
     )
     return flow, {"batch_size": 100, "lr": 1e-4, "l2": 1e-6, "patience": 30}
 
@@ -135,6 +136,7 @@ def resmade_lu(
         seed=seed,
         linear=True,
         clip=CLIP,
+        input_clip=None,
     )
     settings = {"batch_size": 512, "lr": 5e-4, "schedule": "cosine", "clip_norm": 5.0, "patience": None, "max_epochs": 200}
     return flow, settings

@@ -47,7 +47,7 @@ def dense(rng, mask, degrees=None, context_features=0, gain=1.0, **options):
     return Dense(weight, 0.5 * gain[:, 0] * rng.normal(size=rows), degrees, **options)
 
 
-def conditioner(rng, ranks, hidden, context_features=0, activation="relu", rows=2):
+def conditioner(rng, ranks, hidden, context_features=0, activation="relu", rows=2, input_clip=None):
     """A plain network, its context added at the first map; the units of each layer in random order; log-scales smaller than shifts."""
     maps, reads = [], ranks
     for width in hidden:
@@ -56,7 +56,9 @@ def conditioner(rng, ranks, hidden, context_features=0, activation="relu", rows=
         reads = degrees
     gain = np.resize([[0.5], [0.15]], (rows * ranks.size, 1))
     final = dense(rng, masks.output_mask(ranks, reads, rows), None, 0 if maps else context_features, gain)
-    return Conditioner(maps[0] if maps else None, tuple(Block("plain", (m,)) for m in maps[1:]), final, activation, bool(maps))
+    return Conditioner(
+        maps[0] if maps else None, tuple(Block("plain", (m,)) for m in maps[1:]), final, activation, bool(maps), input_clip=input_clip
+    )
 
 
 def flow(
@@ -73,6 +75,7 @@ def flow(
     bounds=None,
     between=False,
     ranks=None,
+    input_clip=None,
 ):
     """A flow of plain MADEs.
 
@@ -88,7 +91,7 @@ def flow(
         layers.append(random_affine(rng, features))
         context_layers += [random_affine(rng, context_features)] * (context_features > 0)
     for own in masks.layer_ranks(order, features, transforms, seed) if ranks is None else [np.array(ranks)] * transforms:
-        net = conditioner(rng, own, hidden, context_features, activation)
+        net = conditioner(rng, own, hidden, context_features, activation, input_clip=input_clip)
         layers.append(Autoregressive(own, net, law if isinstance(law, Law) else Law(law)))
         if between:
             layers += [Permutation(rng.permutation(features)), random_affine(rng, features)]
@@ -150,6 +153,16 @@ CASES = {
         for law in ("exp", "exp_soft")
     },
     "clip": {"features": 4, "law": Law("exp_soft", constants={"clip": 0.1})},
+    **{
+        f"input_clip {features} {hidden} {c}": {
+            "features": features,
+            "hidden": hidden,
+            "context_features": c,
+            "input_clip": 0.7,
+            "affine": True,
+        }
+        for features, hidden, c in ((1, (4,), 1), (5, (9, 7), 0), (6, (), 2), (9, (7, 6, 5), 2), (17, (30,), 1))
+    },
     "blocks": {"features": 6, "hidden": (9, 8), "context_features": 2, "ranks": (2, 1, 3, 3, 1, 2)},
     "one block": {"features": 3, "hidden": (4,), "context_features": 1, "ranks": (1, 1, 1)},
     "front": {"features": 6, "hidden": (9,), "context_features": 2, "affine": True, "bounds": True, "between": True, "activation": "silu"},

@@ -31,7 +31,7 @@ def test_clip_bounds_how_much_a_transform_scales():
     far = 1e6 * np.random.default_rng(0).normal(size=(50, 3))
 
     def scales(**options):
-        flow = fastmaf.MAF(features=3, transforms=1, dtype="float64", **options)
+        flow = fastmaf.MAF(features=3, transforms=1, dtype="float64", input_clip=None, **options)
         return np.abs(np.log(flow.to_noise(far + [0, 0, 1])[:, 2] - flow.to_noise(far)[:, 2])).max()
 
     with make.reference():
@@ -252,3 +252,22 @@ def test_the_seed_of_a_flow_outlives_a_fit():
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         fastmaf.MAF(**{"features": 3, **arguments})
+
+
+def test_networks_read_no_further_than_input_clip():
+    flow = fastmaf.MAF(features=3, transforms=1, order="sequential", dtype="float64", seed=0)
+    assert flow.layers[-1].conditioner.input_clip == fastmaf.MADE(features=3).layers[-1].conditioner.input_clip == 5
+    assert fastmaf.MADE(3, "mixture").base.conditioner.input_clip == fastmaf.MAF(3, components=2).base.conditioner.input_clip == 5
+    assert fastmaf.MADE(3, "bernoulli").base.conditioner.input_clip is None
+    assert fastmaf.MAF(3, input_clip=None).layers[-1].conditioner.input_clip is None
+    at, beyond = flow.to_noise([[5, -5, 1.0], [5e3, -np.inf, 1.0]])
+    assert at[2] == beyond[2] and at[0] != beyond[0]
+    (near, _, _), (far, _, _) = flow.to_noise([[6, 0, 1.0], [7, 0, 1.0]])
+    _, dx, _ = flow.log_prob_and_grad([[6, 0, 1.0]])
+    assert dx[0, 0] == pytest.approx(-near * (far - near))  # of the base alone
+
+
+@pytest.mark.parametrize("clip", [0, -1, np.inf, np.nan, "far"])
+def test_an_input_clip_is_a_positive_number(clip):
+    with pytest.raises(ValueError, match="input_clip is"):
+        fastmaf.MAF(features=2, input_clip=clip)

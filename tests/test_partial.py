@@ -105,8 +105,9 @@ def test_the_density_of_a_made_is_that_of_the_prefix_times_that_of_the_rest(name
     flow = single(name)
     x, context = rows(flow)
     first, others = sorted(flow.order[:k]), sorted(flow.order[k:])
-    marginal, conditional = flow.prefix(k), _partial.rest(flow, k)
-    wide = x[:, first] if context is None else np.concatenate([context, x[:, first]], axis=1)
+    marginal, (conditional, read) = flow.prefix(k), _partial.rest(flow, k)
+    known = read(x[:, first])
+    wide = known if context is None else np.concatenate([context, known], axis=1)
     terms = marginal.log_prob(x[:, first], context) + conditional.log_prob(x[:, others], wide)
     np.testing.assert_allclose(terms, flow.log_prob(x, context), rtol=1e-11, atol=1e-11)
 
@@ -250,7 +251,7 @@ def test_a_known_conditional():
 @pytest.mark.parametrize("options", [{"context_features": 2}, {"hidden_features": (7, 7), "residual": True}, {"conditional": "mixture"}])
 def test_direct_weights_to_the_rest_run_on_the_core(compiled, options):
     flow = made(**{"conditional": "gaussian", "direct": True, **options})
-    assert _backends.choose().unsupported(_partial.rest(flow, 2)) is None
+    assert _backends.choose().unsupported(_partial.rest(flow, 2)[0].record) is None
     context = make.contexts(flow, 3)
     given = np.random.default_rng(5).normal(size=(3, 2))
     samples = flow.sample_given(given, 131, context, seed=4)

@@ -1316,3 +1316,13 @@ def test_history_repr():
     assert repr(History()) == "History(0 epochs, best 0, stopped: )"
     history = History(train=[-2.0, -1.0], lr=[1.0, 1.0], seconds=[0.0, 1.0], best_epoch=2, stopped="max_epochs")
     assert repr(history) == "History(2 epochs, best 2: train -1.0000, stopped: max_epochs)"
+
+
+def test_values_that_networks_read_clipped_are_a_warning():
+    x = np.random.default_rng(0).normal(size=(200, 2)) * [1, 100]
+    flow = fastmaf.MAF(2, transforms=1, hidden_features=(4,), names=["a", "b"], seed=0)
+    with pytest.warns(fastmaf.FitWarning, match=r"'b' of x lie beyond input_clip, 5.*standardize x"):
+        flow.fit(x, max_epochs=1, standardize=False, seed=0, lr=1e-5, progress=False)
+    fastmaf.MAF(2, transforms=1, hidden_features=(4,), input_clip=None, seed=0).fit(
+        x, max_epochs=1, standardize=False, seed=0, lr=1e-5, progress=False
+    )

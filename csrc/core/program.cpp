@@ -202,6 +202,7 @@ Program<T>::Program(FlowSpec spec) : spec_(std::move(spec)) {
             if (map >= 0 && activated[size_t(map)]) raw[size_t(map)] = 1;
         for (size_t m = 0; m + 1 < widths.size(); ++m) row_path_ = row_path_ && activated[m] && adds[m] < 0;
         row_path_ = row_path_ && stage.output == Output::transform && !stage.direct();
+        clips_ = clips_ || stage.input_clip > 0;
         late_context_ = late_context_ || stage.late_context();
         has_base_ = is_base(stage.output);
         unit_rows_.resize(std::max(unit_rows_.size(), widths.size()));
@@ -506,6 +507,7 @@ std::unique_ptr<Packed<T>> Program<T>::lay_out(Direction direction) const {
         view.law = stage.law;
         view.form = stage.form;
         view.clip = T(stage.clip);
+        view.input_clip = T(stage.input_clip);
         view.components = stage.components;
         view.first = sorted_[k].first.data();
         view.trainable = stage.trainable;

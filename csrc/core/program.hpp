@@ -68,6 +68,7 @@ public:
     // The map with units of its own that a map writes: direct weights share the final rows.
     size_t written(size_t stage, size_t map) const { return map < widths_[stage].size() ? map : widths_[stage].size() - 1; }
     bool keeps_raw(size_t stage, size_t map) const { return raw_[stage][map] != 0; }
+    bool clips() const { return clips_; }  // whether the maps of a stage read variables clipped
     bool discrete() const { return has_base_ && spec_.stages.back().output != Output::mixture; }
     int values(int variable) const;  // how many values a discrete variable has (no layer stands before such a base); 0 for any number
     bool late_context() const { return late_context_; }  // whether a context is read behind the first map of a stage
@@ -114,7 +115,7 @@ private:
     FlowSpec spec_;
     std::vector<Sorted> sorted_;
     std::vector<std::vector<std::pair<int, int>>> wires_;
-    bool has_base_ = false, row_path_ = true, late_context_ = false;
+    bool has_base_ = false, row_path_ = true, late_context_ = false, clips_ = false;
     std::vector<std::vector<int>> widths_, adds_;
     std::vector<int> unit_rows_, raw_rows_;
     std::vector<std::vector<char>> activated_, raw_;  // booleans, one byte each

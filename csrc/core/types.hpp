@@ -36,6 +36,7 @@ struct StageSpec {
     Law law = Law::exp_soft;
     Form form = Form::affine;
     double clip = 0;
+    double input_clip = 0;         // variables beyond +-input_clip are read as it by the maps; 0: all as they are
     int components = 1;              // of a mixture: rows are logits, means, raw log-scales
     std::vector<double> loc, scale;  // transform: an Affine after it, by coordinate, or none. norm: (x - loc) scale if not trainable
     bool trainable = false;          // norm: (x - mean) e^log_gamma / sqrt(var + eps) + beta

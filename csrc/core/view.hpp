@@ -57,6 +57,7 @@ struct StageView {
     Law law;
     Form form;
     T clip;
+    T input_clip;               // where what the maps read of the variables ends, or 0
     int components;
     bool trainable;             // of a norm: its biases are log_gamma, then beta
     const int* first;           // [features + 1] first final row of the s-th variable

@@ -55,6 +55,7 @@ struct Room {
         context = carve.take<uint32_t>(size_t(lanes));
         const size_t before = carve.used();
         for (T*& x : tile.x) x = carve.take<T>(width * size_t(lanes));
+        tile.read = program.clips() ? carve.take<T>(width * size_t(lanes)) : nullptr;
         tile.uniform = program.has_base() ? carve.take<T>(size_t(program.features()) * size_t(lanes)) : nullptr;
         auto buffers = [&](const std::vector<int>& rows) {
             T** pieces = carve.take<T*>(rows.size());
@@ -204,7 +205,7 @@ template <class T>
 void assist(const Kernels<T>& k, const std::vector<StageView<T>>& views, int count, const Tile<T>& row, Crew& crew) {
     while (__atomic_load_n(&crew.claims, __ATOMIC_ACQUIRE) == 0) crew.yield();
     if (__atomic_load_n(&crew.claims, __ATOMIC_ACQUIRE) == kCrewOver) return;
-    k.assist_row(views.data(), count, row.x, row.units, row.folded, &crew);
+    k.assist_row(views.data(), count, row.x, row.read, row.units, row.folded, &crew);
 }
 
 // The probabilities of discrete variables, from their final rows to rows of `out`, `most` for each variable.
@@ -274,7 +275,7 @@ void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noi
                 for (int i = 0; i < context + features; ++i) tile.x[0][i] = tile.x[0][i * lanes];
                 for (int i = 0; i < context; ++i) tile.x[1][i] = tile.x[1][i * lanes];
                 if (together > 1) shared_row = tile;
-                const int at = k.to_noise_row(views.data(), count, tile.x, tile.units, tile.log_det, tile.folded, together > 1 ? &crew : nullptr);
+                const int at = k.to_noise_row(views.data(), count, tile.x, tile.read, tile.units, tile.log_det, tile.folded, together > 1 ? &crew : nullptr);
                 const T* z = tile.x[at] + context;
                 if (log_prob) k.base(z, features, 1, 1, tile.log_det);
                 write(begin + r, 1, z, 0, 1, tile.log_det);

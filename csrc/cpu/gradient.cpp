@@ -373,10 +373,12 @@ private:
                 Trace<T> own{};
                 std::vector<T*> units, raw;
                 const bool last = k == program.stages();
-                if (last || owner.places_[k].x == kNowhere) own.x = carve.take<T>(width * lanes);
+                const bool clips = !last && program.spec().stages[k].input_clip > 0;
+                if (last || owner.places_[k].x == kNowhere || clips) own.x = carve.take<T>(width * lanes);
                 if (!last) {
                     const StageSpec& stage = program.spec().stages[k];
-                    if (stage.output == Output::transform) own.scaled = carve.take<T>(3 * features * lanes);
+                    if (stage.output == Output::transform || clips) own.scaled = carve.take<T>(3 * features * lanes);
+                    own.read = clips && owner.places_[k].x == kNowhere ? carve.take<T>(width * lanes) : own.x;
                     const auto& widths = program.widths(k);
                     for (size_t m = 0; m < widths.size(); ++m) {
                         const bool argument = m < stage.maps.size() && stage.maps[m].activated && keeps_argument(stage.activation);
@@ -404,7 +406,9 @@ private:
             };
             for (size_t k = 0; k + 1 < trace.size(); ++k) {
                 const Places& places = owner.places_[k];
-                point(trace[k].x, places.x);
+                const bool clips = owner.program_.spec().stages[k].input_clip > 0;
+                point(trace[k].read, places.x);
+                if (!clips) trace[k].x = trace[k].read;
                 for (size_t m = 0; m < places.delta.size(); ++m) {
                     point(trace[k].units[m], places.units[m]);
                     point(trace[k].delta[m], places.delta[m]);
@@ -535,7 +539,7 @@ private:
             for (size_t m = 0; m < program_.wires(k).size(); ++m) {
                 if (places_[k].inputs[m] == kNowhere) continue;
                 const int in = program_.wires(k)[m].first;
-                const T* from = in >= 0 ? trace.units[in] : in == kTile ? trace.x : trace.x + program_.context() * lanes_;
+                const T* from = in >= 0 ? trace.units[in] : in == kTile ? trace.read : trace.read + program_.context() * lanes_;
                 const int inputs = in >= 0 ? program_.widths(k)[size_t(in)] : program_.sorted()[k].maps[m].inputs;
                 kernels_.transpose(from, inputs, padded(n),
                                    kept.inputs + places_[k].inputs[m] * size_t(kept.capacity), place, kept.capacity);

@@ -20,9 +20,10 @@ constexpr uint64_t kCrewOver = ~0ull << 32;  // the claims that send the others 
 template <class T>
 struct Trace {
     T* x;          // [context + features][lanes]
+    T* read;       // what the maps read of it: x itself, or a copy with clipped variables
     T** units;     // [maps]
     T** raw;       // [maps] sums, where they are kept beside the activations: for the maps that add them, or for act'
-    T* scaled;     // dz/ds [features][lanes] but for its sign, then e^-s, then ds/dr; see ops/laws
+    T* scaled;     // dz/ds [features][lanes] but for its sign, then e^-s, then ds/dr; see ops/laws. Later d/dx by the law, if read is not x
     T** delta;     // [maps] d(sum of cotangent * log_prob) / d(output of map m before its activation)
 };
 
@@ -52,8 +53,8 @@ struct Kernels {
     int (*to_noise)(const StageView<T>* stages, int count, const Tile<T>& tile);
     // The same for one row: x [context + features] in, noise out, contiguous units; scratch as long as all units together. Those who
     // call assist_row at the same time, with the same arguments, take a part of it; `crew` is null without them.
-    int (*to_noise_row)(const StageView<T>* stages, int count, T* const x[2], T* const* units, double* log_det, const T* const* folded, Crew* crew);
-    void (*assist_row)(const StageView<T>* stages, int count, T* const x[2], T* const* units, const T* const* folded, Crew* crew);
+    int (*to_noise_row)(const StageView<T>* stages, int count, T* const x[2], T* read, T* const* units, double* log_det, const T* const* folded, Crew* crew);
+    void (*assist_row)(const StageView<T>* stages, int count, T* const x[2], T* read, T* const* units, const T* const* folded, Crew* crew);
     // x[count % 2] holds the noise; returns which tile holds x.
     int (*from_noise)(const StageView<T>* stages, int count, const Tile<T>& tile);
     // After to_noise: the final rows of a discrete base become the probabilities of its values.

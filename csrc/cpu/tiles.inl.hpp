@@ -25,13 +25,20 @@ static int to_noise(const StageView<T>* stages, int count, const Tile<T>& tile) 
         const StageView<T>& stage = stages[k];
         T* const x = tile.x[k % 2];
         T* const next = tile.x[(k + 1) % 2] + stage.context * lanes;
+        T* const read = stage.input_clip > 0 ? tile.read : x;
+        for (int s = 0; read != x && s < tile.subtiles; ++s) {
+            const int vectors = vectors_of(tile.rows, s, Lanes<T>::W);
+            const int64_t shift = s * tile.stride, variables = shift + stage.context * lanes;
+            copy_contexts<T>(stage, x + shift, read + shift, vectors);
+            clip_inputs<T>(stage, x + variables, read + variables, 0, stage.features, vectors);
+        }
         for (int i = 0; i < stage.step_count; ++i) {
             const Step& step = stage.steps[i];
             for (int s = 0; s < tile.subtiles; ++s) {
                 const int vectors = vectors_of(tile.rows, s, Lanes<T>::W);
                 const int64_t shift = s * tile.stride;
                 if (step.kind == Kind::panel)
-                    panel_step<T>(stage, step, x, tile.units, tile.raw, shift, vectors, tile.folded ? tile.folded[k] : nullptr);
+                    panel_step<T>(stage, step, read, tile.units, tile.raw, shift, vectors, tile.folded ? tile.folded[k] : nullptr);
                 else
                     density_law<T>(stage, step, tile.units, shift, x + stage.context * lanes + shift, next + shift, vectors,
                                    tile.log_det + s * lanes);
@@ -59,16 +66,21 @@ static int from_noise(const StageView<T>* stages, int count, const Tile<T>& tile
     for (int k = count; k-- > 0;) {
         const StageView<T>& stage = stages[k];
         T* const x = tile.x[k % 2];
+        T* const read = stage.input_clip > 0 ? tile.read : x;
+        for (int s = 0; read != x && s < tile.subtiles; ++s)
+            copy_contexts<T>(stage, x + s * tile.stride, read + s * tile.stride, vectors_of(tile.rows, s, Lanes<T>::W));
         for (int i = 0; i < stage.step_count; ++i) {
             const Step& step = stage.steps[i];
             for (int s = 0; s < tile.subtiles; ++s) {
                 const int vectors = vectors_of(tile.rows, s, Lanes<T>::W);
                 const int64_t shift = s * tile.stride, variables = shift + stage.context * lanes;
                 if (step.kind == Kind::panel)
-                    panel_step<T>(stage, step, x, tile.units, tile.raw, shift, vectors, tile.folded ? tile.folded[k] : nullptr);
-                else
+                    panel_step<T>(stage, step, read, tile.units, tile.raw, shift, vectors, tile.folded ? tile.folded[k] : nullptr);
+                else {
                     sampler_law<T>(stage, step, tile.units, shift, tile.x[(k + 1) % 2] + variables,
                                    tile.uniform ? tile.uniform + shift : nullptr, x + variables, vectors, tile.density, tile.log_det + s * lanes);
+                    if (read != x) clip_inputs<T>(stage, x + variables, read + variables, step.row, step.rows, vectors);
+                }
             }
         }
     }
@@ -233,12 +245,12 @@ static void lead(const RowMap<T>& map, Crew* crew, uint64_t job, uint64_t& helpe
 }
 
 template <class T>
-static void assist_row(const StageView<T>* stages, int count, T* const x[2], T* const* units, const T* const* folded, Crew* crew) {
+static void assist_row(const StageView<T>* stages, int count, T* const x[2], T* read, T* const* units, const T* const* folded, Crew* crew) {
     uint64_t job = 0;
     for (int k = 0; k < count; ++k) {
         const StageView<T>& stage = stages[k];
         for (int i = 0; i < stage.step_count && stage.steps[i].kind == Kind::panel;) {
-            const RowMap<T> map(stage, stage.steps + i, x[k % 2], units, folded ? folded[k] : nullptr);
+            const RowMap<T> map(stage, stage.steps + i, stage.input_clip > 0 ? read : x[k % 2], units, folded ? folded[k] : nullptr);
             ++job;
             wait_until(crew, [&] { return __atomic_load_n(&crew->claims, __ATOMIC_ACQUIRE) >> 32 >= job; });
             for (int group; (group = take_group(crew, job, false)) >= 0;) {
@@ -252,14 +264,22 @@ static void assist_row(const StageView<T>* stages, int count, T* const x[2], T* 
 
 // Buffers hold their rows padded to a multiple of 16, so whole vectors may be processed.
 template <class T>
-static int to_noise_row(const StageView<T>* stages, int count, T* const x[2], T* const* units, double* log_det, const T* const* folded, Crew* crew) {
+static int to_noise_row(const StageView<T>* stages, int count, T* const x[2], T* read, T* const* units, double* log_det, const T* const* folded,
+                        Crew* crew) {
     constexpr int W = Lanes<T>::W;
     double sum = 0;
     uint64_t job = 0, helped = 0;
     for (int k = 0; k < count; ++k) {
         const StageView<T>& stage = stages[k];
+        if (stage.input_clip > 0) {
+            for (int c = 0; c < stage.context; ++c) read[c] = x[k % 2][c];
+            for (int i = stage.context; i < stage.context + stage.features; ++i) {
+                const T own = x[k % 2][i];
+                read[i] = own < -stage.input_clip ? -stage.input_clip : own > stage.input_clip ? stage.input_clip : own;
+            }
+        }
         for (int i = 0; i < stage.step_count && stage.steps[i].kind == Kind::panel;) {
-            const RowMap<T> map(stage, stage.steps + i, x[k % 2], units, folded ? folded[k] : nullptr);
+            const RowMap<T> map(stage, stage.steps + i, stage.input_clip > 0 ? read : x[k % 2], units, folded ? folded[k] : nullptr);
             if (crew)
                 lead<T>(map, crew, ++job, helped);
             else

@@ -48,6 +48,10 @@ static void forward(const StageView<T>& stage, const Trace<T>& here, const Trace
     constexpr int W = Lanes<T>::W, L = lanes_of<T>();
     const int vectors = (lanes + W - 1) / W;
     T* const behind = next.x + stage.context * L;
+    if (here.read != here.x) {
+        copy_contexts<T>(stage, here.x, here.read, vectors);
+        clip_inputs<T>(stage, here.x + stage.context * L, here.read + stage.context * L, 0, stage.features, vectors);
+    }
     for (int i = 0; i < stage.step_count; ++i) {
         const Step& step = stage.steps[i];
         if (step.kind == Kind::law) {
@@ -59,7 +63,7 @@ static void forward(const StageView<T>& stage, const Trace<T>& here, const Trace
         }
         const int add = step.map < stage.maps && step.finish == Finish::unit ? stage.adds[step.map] : -1;
         const T* added = add < 0 ? nullptr : here.raw[add] ? here.raw[add] : here.units[add];
-        run_panel<T>(stage, step, buffer<T>(stage, step.in, here.x, here.units), here.units[step.out],
+        run_panel<T>(stage, step, buffer<T>(stage, step.in, here.read, here.units), here.units[step.out],
                      step.map < stage.maps ? here.raw[step.map] : nullptr, added, vectors, nullptr);
     }
 }
@@ -109,6 +113,13 @@ static void backward(const StageView<T>& stage, const Trace<T>& here, int lanes,
     for (int i = 0; i < stage.context; ++i)
         for (int j = 0; j < vectors; ++j) at(below + i * L + j * W) = at(above + i * L + j * W);
     backward_law<T>(stage, here, vectors, cotangent, above, below);
+    T* const dx = below + stage.context * L;
+    const bool clips = here.read != here.x && inner < 2;
+    for (int s = 0; clips && s < stage.features; ++s)
+        for (int j = 0; j < vectors; ++j) {
+            at(here.scaled + s * L + j * W) = at(dx + s * L + j * W);
+            at(dx + s * L + j * W) = Vec<T>{};
+        }
     for (int i = 0; i < stage.step_count; ++i) {
         const Step& step = stage.steps[i];
         if (step.kind == Kind::law) {
@@ -130,6 +141,12 @@ static void backward(const StageView<T>& stage, const Trace<T>& here, int lanes,
                 for (int r = 0; r < step.rows; ++r)
                     for (int j = 0; j < vectors; ++j) at(out + r * L + j * W) += at(here.delta[m] + (step.row + r) * L + j * W);
     }
+    for (int s = 0; clips && s < stage.features; ++s)
+        for (int j = 0; j < vectors; ++j) {
+            const int own = s * L + j * W, row = own + stage.context * L;
+            const Vec<T> through = at(here.x + row) == at(here.read + row) ? at(dx + own) : Vec<T>{};
+            at(dx + own) = at(here.scaled + own) + through;
+        }
 }
 
 // One stage of a transpose: swap the off-diagonal blocks of size B of a W x W matrix held in W vectors.

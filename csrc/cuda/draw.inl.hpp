@@ -217,9 +217,10 @@ FASTMAF_INLINE void finish_variables(Drawing<HIDDEN, PARTS>& drawing, const Draw
             a = select(astray, none, a);
             put(x, s * uint32_t(lanes) + row, v, there);
             drawing.log_det[half] -= select_wide(there, widen(a));
-            const auto fit = fits_half(v);
+            const Vec<float> read = clipped<float>(view, v);
+            const auto fit = fits_half(read);
             lost[half] |= select_words(there & (fit == 0), Words{} + 1u, Words{});
-            value[half][t] = select(there & fit, v * kHalfScale, Vec<float>{});
+            value[half][t] = select(there & fit, read * kHalfScale, Vec<float>{});
         }
     }
     mark(drawing.marks, lost, 0);
@@ -351,7 +352,7 @@ FASTMAF_FN void draw_stage(const FlowView<float>& flow, const DrawView& draws, i
         context.parts = 2;
         for (int i = team.thread(); i < draws.rows; i += team.threads()) lost[i] = kNowhere;
         team.sync();
-        write_inputs(context, x, draws.rows, vectors, reinterpret_cast<Half*>(shared + draws.inputs[0]), lost, team);
+        write_inputs(flow.stages[k], context, x, draws.rows, vectors, reinterpret_cast<Half*>(shared + draws.inputs[0]), lost, team);
         team.sync();
     }
     if (team.rank >= draws.groups) return supply.pass(stage.tiles, team);

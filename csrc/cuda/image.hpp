@@ -120,6 +120,7 @@ FlowView<T> lay_out(Image& image, const Program<T>& program, Direction direction
     flow.pointers = take(2 * flow.maps * int64_t(sizeof(T*)));
     flow.log_det = take(lanes * int64_t(sizeof(double)));
     for (int64_t& x : flow.x) x = take((flow.features + flow.context) * row);
+    flow.read = program.clips() ? take((flow.features + flow.context) * row) : 0;
     flow.uniform = flow.has_base ? take(flow.features * row) : 0;
     for (int64_t& rows : units) rows = take(rows * row);
     for (int64_t& rows : raw) rows = rows ? take(rows * row) : -1;

@@ -36,7 +36,7 @@ struct FlowView {
     const Other<T> *other_low, *other_high;
     const int *first, *noise;  // rows of the first and of the last tile; see Program
     // Scratch of a tile, in bytes.
-    int64_t scratch, pointers, log_det, x[2], uniform;
+    int64_t scratch, pointers, log_det, x[2], read, uniform;
     const int64_t *units, *raw;  // [maps]; raw is negative where none is kept
     // Biases of the first maps with a context folded in: where those of each stage begin, and how many they are.
     const int64_t* folded;

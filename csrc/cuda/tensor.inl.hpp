@@ -227,7 +227,7 @@ FASTMAF_INLINE void write_variables(Sums<MT> (&sums)[kStripTiles], const Strip& 
 
 // The inputs of a stage as halves.
 template <class Team>
-FASTMAF_FN void write_inputs(const TensorMap& map, const float* x, int rows, int vectors, Half* out, int* lost, const Team& team) {
+FASTMAF_FN void write_inputs(const StageView<float>& stage, const TensorMap& map, const float* x, int rows, int vectors, Half* out, int* lost, const Team& team) {
     constexpr int W = Lanes<float>::W, lanes = lanes_of<float>();
     for (int k = 0; k < (map.inputs + 15) / 16 * 16; k += 8)
         for (int j = 0; j < vectors; ++j) {
@@ -242,6 +242,7 @@ FASTMAF_FN void write_inputs(const TensorMap& map, const float* x, int rows, int
                 for (int u = 1; u >= 0; --u) {
                     const int input = k + 2 * i + u;
                     v[u] = input < map.inputs ? at(x + input * lanes + j * W) : Vec<float>{};
+                    if (input >= stage.context) v[u] = clipped<float>(stage, v[u]);
                     const auto fit = fits_half(v[u]);
                     first = select_words(fit, first, Words{} + uint32_t(input));
                     v[u] = select(fit, v[u] * kHalfScale, Vec<float>{});
@@ -309,7 +310,7 @@ FASTMAF_INLINE void tensor_stage(const FlowView<float>& flow, const TensorView& 
     team.sync();  // the variables are there, and all have left the stage before
     for (int i = team.thread(); i < stage.maps * rows; i += team.threads()) halves.lost[i] = kNowhere;
     team.sync();
-    write_inputs(stage.map[0], x, rows, vectors, halves.units[0], halves.lost, team);
+    write_inputs(view, stage.map[0], x, rows, vectors, halves.units[0], halves.lost, team);
     for (int m = 0; m < stage.maps; ++m) {
         team.sync();
         if (m + 1 < stage.maps)

@@ -12,6 +12,14 @@
 namespace fastmaf {
 namespace FASTMAF_ISA {
 
+// What maps read of a variable: all of it, or no more than the clip of the stage. NaN stays NaN.
+template <class T>
+FASTMAF_INLINE Vec<T> clipped(const StageView<T>& stage, Vec<T> x) {
+    const Vec<T> high = splat<T>(stage.input_clip > 0 ? stage.input_clip : T(__builtin_inf())), low = -high;
+    const Vec<T> above = x < low ? low : x;
+    return above > high ? high : above;
+}
+
 template <class T>
 FASTMAF_INLINE Vec<T> log_scale(const StageView<T>& stage, Vec<T> raw) {
     const Vec<T> a = stage.law == Law::exp ? raw : raw / fma(magnitude<T>(raw), splat<T>(1 / stage.clip), splat<T>(1));

@@ -52,6 +52,22 @@ FASTMAF_FN void norm_law(const StageView<T>& stage, const T* x, T* next, int vec
         }
 }
 
+// What the maps of a stage read of the variables [first, first + count).
+template <class T>
+FASTMAF_FN void clip_inputs(const StageView<T>& stage, const T* x, T* read, int first, int count, int vectors) {
+    constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
+    for (int s = first; s < first + count; ++s)
+        for (int j = 0; j < vectors; ++j) at(read + s * lanes + j * W) = clipped<T>(stage, at(x + s * lanes + j * W));
+}
+
+// The contexts among what the maps of a stage read.
+template <class T>
+FASTMAF_FN void copy_contexts(const StageView<T>& stage, const T* x, T* read, int vectors) {
+    constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
+    for (int c = 0; c < stage.context; ++c)
+        for (int j = 0; j < vectors; ++j) at(read + c * lanes + j * W) = at(x + c * lanes + j * W);
+}
+
 // Turns rows around: the last one first.
 template <class T>
 FASTMAF_FN void flip(T* units, int rows, int vectors) {

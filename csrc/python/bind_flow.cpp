@@ -51,6 +51,7 @@ StageSpec read_stage(const py::dict& d) {
     stage.law = index_in<Law>(d["law"].cast<std::string>(), {"exp", "exp_soft"});
     stage.form = index_in<Form>(d["form"].cast<std::string>(), {"standardize", "affine"});
     stage.clip = d["clip"].cast<double>();
+    stage.input_clip = d["input_clip"].cast<double>();
     for (const auto& item : d["maps"].cast<py::list>()) {
         const auto map = item.cast<py::dict>();
         stage.maps.push_back({map["rows"].cast<int>(), map["inputs"].cast<int>(), map["degrees"].cast<std::vector<int64_t>>(),

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastmaf import _arrays, _words
-from fastmaf.layers import Affine, Elementwise, Terminal
+from fastmaf.layers import Affine, Autoregressive, Elementwise, Terminal
 from fastmaf.record import FlowRecord
 
 try:
@@ -296,6 +296,8 @@ def standardised(record: FlowRecord, train: Rows, wanted: bool | str) -> tuple[F
         notes += _notes(record, train, layers, moments)
         if wanted and layers is record.layers:
             notes += _far_out("x", layers, moments, record.names)
+        elif not wanted:
+            notes += _out_of_reach(record, layers, moments)
     if train.context is not None:
         moments = Moments.of("context", train.context, weights, context_layers)
         noise = _noise(train.context, moments)
@@ -428,13 +430,34 @@ def _collapsed(rows: Array, layers: Layers, moments: Moments, dtype: np.dtype[An
     return lost
 
 
-def _far_out(name: str, layers: Layers, moments: Moments, names: Sequence[str] | None) -> list[str]:
-    """Whether the data, behind the Affine that the flow has and keeps, are anything but standard."""
+def _out_of_reach(record: FlowRecord, layers: Layers, moments: Moments) -> list[str]:
+    """Whether the first network reads much of the data at its clip only."""
+    nets = [made.conditioner for made in (*layers, record.base) if isinstance(made, (Autoregressive, Terminal))]
+    if not nets or nets[0].input_clip is None:
+        return []
+    away, width = _behind_the_front(layers, moments)
+    wrong = np.flatnonzero(~(away + width < nets[0].input_clip))
+    if not wrong.size:
+        return []
+    where, clip = _words.columns(wrong, record.names), nets[0].input_clip
+    return [
+        f"many values in {where} of x lie beyond input_clip, {clip:g}, where networks do not tell them apart: standardize x, or "
+        "build the flow with input_clip=None"
+    ]
+
+
+def _behind_the_front(layers: Layers, moments: Moments) -> tuple[Array, Array]:
+    """Distance of the mean from 0 and standard deviation of each column, behind the bounds and the Affine in front."""
     k = int(bool(layers) and isinstance(layers[0], Elementwise))
     affine = layers[k] if len(layers) > k and isinstance(layers[k], Affine) else None
     loc, scale = (0.0, 1.0) if affine is None else (affine.loc, np.abs(affine.scale))
     with np.errstate(all="ignore"):
-        away, width = np.abs(moments.mean - loc) * scale, moments.deviation * scale
+        return np.abs(moments.mean - loc) * scale, moments.deviation * scale
+
+
+def _far_out(name: str, layers: Layers, moments: Moments, names: Sequence[str] | None) -> list[str]:
+    """Whether the data, behind the Affine that the flow has and keeps, are anything but standard."""
+    away, width = _behind_the_front(layers, moments)
     wrong = np.flatnonzero(~((away < 3 * np.maximum(1, width)) & (width < 3) & (width > 0.2)))
     if not wrong.size:
         return []
