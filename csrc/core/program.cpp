@@ -11,6 +11,7 @@
 #include <pthread.h>
 #include <unistd.h>
 
+#include "columns.hpp"
 #include "floats.hpp"
 
 namespace fastmaf {
@@ -219,6 +220,14 @@ Program<T>::Program(FlowSpec spec) : spec_(std::move(spec)) {
     }
     order_rows();
     index_parameters();
+    std::apply(
+        [&](auto&... range) {
+            const size_t features = size_t(spec_.features);
+            (range.low.resize(features), ...);
+            (range.high.resize(features), ...);
+            for (size_t v = 0; v < features; ++v) (inner_range(spec_.columns, v, range.low[v], range.high[v]), ...);
+        },
+        ranges_);
     master_.resize(index_.size());
     bias_.resize(stages());
     bias_pointers_.resize(stages());

@@ -13,6 +13,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <tuple>
 #include <vector>
 
 #include "aligned.hpp"
@@ -37,6 +38,12 @@ struct Packed {
     std::vector<AlignedVector<T>> inverse;
     std::vector<std::vector<AlignedVector<T>>> inverse_bias;
     std::vector<std::vector<const T*>> inverse_bias_pointers;
+};
+
+// The range of what leaves each column, strictly inside its bounds.
+template <class Out>
+struct Range {
+    std::vector<Out> low, high;
 };
 
 enum class Direction { density, sampler, backward };
@@ -71,6 +78,10 @@ public:
     bool clips() const { return clips_; }  // whether the maps of a stage read variables clipped
     bool discrete() const { return has_base_ && spec_.stages.back().output != Output::mixture; }
     int values(int variable) const;  // how many values a discrete variable has (no layer stands before such a base); 0 for any number
+    template <class Out>
+    const Range<Out>& range() const {
+        return std::get<Range<Out>>(ranges_);
+    }
     bool late_context() const { return late_context_; }  // whether a context is read behind the first map of a stage
     int most_values() const;  // of a discrete variable; 1 for bernoulli variables
     bool row_path() const { return row_path_; }    // whether the path of a single row can run all stages
@@ -124,6 +135,7 @@ private:
     std::vector<int> noise_;
     std::vector<AlignedVector<T>> loc_, scale_;
     double constant_ = 0;
+    std::tuple<Range<float>, Range<double>> ranges_;  // [features]
     AlignedVector<T> master_;
     std::vector<uint32_t> index_;
     int64_t parameter_count_ = 0;

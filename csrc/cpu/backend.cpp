@@ -76,30 +76,30 @@ struct Room {
     }
 };
 
-// Biases of the first maps with the shared context folded in.
+// Folds the context that all rows share.
 template <class T>
-struct Folded {
-    std::vector<AlignedVector<T>> storage;
-    std::vector<const T*> pointers;
-
-    Folded(const Kernels<T>& k, const Program<T>& program, Direction direction, const Rows& context) {
-        const int width = program.context();
-        AlignedVector<T> row(size_t(width), T(0));
-        const Columns& columns = program.spec().context_columns;
-        for (int c = 0; c < width; ++c) {
-            double value = read(context.data + c * context.column, context.dtype), unused = 0;
-            k.load(&value, 1, columns.kind[size_t(c)], columns.lower[size_t(c)], columns.upper[size_t(c)], columns.loc[size_t(c)],
-                   columns.scale[size_t(c)], &row[size_t(c)], &unused);
-            spoil_outside(&unused, 1, &row[size_t(c)]);
-        }
-        const auto& views = program.views(direction);
-        for (const StageView<T>& stage : views) {
-            storage.emplace_back(size_t(padded_rows(stage.rows[0])), T(0));
-            k.fold(stage, row.data(), storage.back().data());
-        }
-        for (const auto& bias : storage) pointers.push_back(bias.data());
+void fold(const Kernels<T>& k, const Program<T>& program, Direction direction, const Rows& context, Folded<T>& folded) {
+    const int width = program.context();
+    const Columns& columns = program.spec().context_columns;
+    folded.row.assign(size_t(width), T(0));
+    for (int c = 0; c < width; ++c) {
+        double value = read(context.data + c * context.column, context.dtype), unused = 0;
+        k.load(&value, 1, columns.kind[size_t(c)], columns.lower[size_t(c)], columns.upper[size_t(c)], columns.loc[size_t(c)],
+               columns.scale[size_t(c)], &folded.row[size_t(c)], &unused);
+        spoil_outside(&unused, 1, &folded.row[size_t(c)]);
     }
-};
+    const auto& views = program.views(direction);
+    size_t size = 0;
+    for (const StageView<T>& stage : views) size += size_t(padded_rows(stage.rows[0]));
+    folded.biases.assign(size, T(0));
+    folded.pointers.clear();
+    T* own = folded.biases.data();
+    for (const StageView<T>& stage : views) {
+        k.fold(stage, folded.row.data(), own);
+        folded.pointers.push_back(own);
+        own += padded_rows(stage.rows[0]);
+    }
+}
 
 // f(s, first, count) for the rows [first, first + count) of each sub-tile s of a tile of n rows.
 template <class F>
@@ -225,10 +225,10 @@ void write_probabilities(const Kernels<T>& k, const Program<T>& program, T* fina
 
 // Density, noise and probabilities share everything but what they write.
 template <class T>
-void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noise, T* probabilities, const Poll& poll) {
+void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noise, T* probabilities, const Poll& poll, Workspace<T>* workspace) {
     const int64_t total = batch.rows();
     if (total == 0) return;
-    const Call<T> call;
+    const Call<T> call(workspace);
     const Kernels<T>& k = call.kernels;
     const auto& views = program.views(Direction::density);
     const int lanes = 3 * k.width, features = program.features(), context = program.context();
@@ -236,8 +236,9 @@ void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noi
     const int most = probabilities ? program.most_values() : 0;
     const RowReader reader(batch);
     const bool shared = context > 0 && reader.shared_context();
-    std::unique_ptr<Folded<T>> folded;
-    if (shared) folded = std::make_unique<Folded<T>>(k, program, Direction::density, batch.context);
+    Folded<T> here;
+    Folded<T>& folded = workspace ? workspace->folded : here;
+    if (shared) fold(k, program, Direction::density, batch.context, folded);
     const int tiles_together = subtiles(program, Direction::density);
     const Cut cut(total, k.width, int64_t(lanes) * tiles_together, call.threads);
     Carver measure;
@@ -252,7 +253,7 @@ void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noi
         Room<T> room(carve, program, lanes, tiles_together);
         Tile<T>& tile = room.tile;
         const int64_t begin = cut.begin(t), n = cut.size(t, total);
-        tile.folded = shared ? folded->pointers.data() : nullptr;
+        tile.folded = shared ? folded.pointers.data() : nullptr;
         auto write = [&](int64_t first, int64_t rows, const T* z, int64_t step, int64_t stride, double* log_det) {
             for (int64_t r = 0; r < rows; ++r) {
                 if (log_prob) {
@@ -309,23 +310,23 @@ void evaluate(const Program<T>& program, const Batch& batch, T* log_prob, T* noi
 
 // Sampling: noise from counters, or from the batch when `draw` is null.
 template <class T, class Out>
-void generate(const Program<T>& program, const Batch& batch, const Draw* draw, Out* out, T* log_prob, const Poll& poll) {
+void generate(const Program<T>& program, const Batch& batch, const Draw* draw, Out* out, T* log_prob, const Poll& poll, Workspace<T>* workspace) {
     const int64_t total = batch.rows();
     if (total == 0) return;
-    const Call<T> call;
+    const Call<T> call(workspace);
     const Kernels<T>& k = call.kernels;
     const auto& views = program.views(Direction::sampler);
     const int lanes = 3 * k.width, features = program.features(), context = program.context();
     const int count = int(draw ? program.stages() : program.transforms());
     const RowReader reader(batch);
     const bool shared = context > 0 && reader.shared_context();
-    std::unique_ptr<Folded<T>> folded;
-    if (shared) folded = std::make_unique<Folded<T>>(k, program, Direction::sampler, batch.context);
+    Folded<T> here;
+    Folded<T>& folded = workspace ? workspace->folded : here;
+    if (shared) fold(k, program, Direction::sampler, batch.context, folded);
     const int tiles_together = subtiles(program, Direction::sampler);
     const Cut cut(total, k.width, int64_t(lanes) * tiles_together, call.threads);
     const Columns& columns = program.spec().columns;
-    std::vector<Out> low(size_t(features), Out(0)), high(size_t(features), Out(0));
-    for (size_t v = 0; v < size_t(features); ++v) inner_range(columns, v, low[v], high[v]);
+    const std::vector<Out>&low = program.template range<Out>().low, &high = program.template range<Out>().high;
     Carver measure;
     Room<T>(measure, program, lanes, tiles_together);
 
@@ -334,7 +335,7 @@ void generate(const Program<T>& program, const Batch& batch, const Draw* draw, O
         Room<T> room(carve, program, lanes, tiles_together);
         Tile<T>& tile = room.tile;
         const int64_t begin = cut.begin(t), n = cut.size(t, total);
-        tile.folded = shared ? folded->pointers.data() : nullptr;
+        tile.folded = shared ? folded.pointers.data() : nullptr;
         tile.rows = int(n);
         tile.subtiles = int((n + lanes - 1) / lanes);
         tile.density = log_prob != nullptr;
@@ -380,32 +381,32 @@ void generate(const Program<T>& program, const Batch& batch, const Draw* draw, O
 }  // namespace
 
 template <class T>
-void log_prob(const Program<T>& program, const Batch& batch, T* out, const Poll& poll) {
-    evaluate<T>(program, batch, out, nullptr, nullptr, poll);
+void log_prob(const Program<T>& program, const Batch& batch, T* out, const Poll& poll, Workspace<T>* workspace) {
+    evaluate<T>(program, batch, out, nullptr, nullptr, poll, workspace);
 }
 
 template <class T>
-void conditional_probs(const Program<T>& program, const Batch& batch, T* out, const Poll& poll) {
-    evaluate<T>(program, batch, nullptr, nullptr, out, poll);
+void conditional_probs(const Program<T>& program, const Batch& batch, T* out, const Poll& poll, Workspace<T>* workspace) {
+    evaluate<T>(program, batch, nullptr, nullptr, out, poll, workspace);
 }
 
 template <class T>
-void to_noise(const Program<T>& program, const Batch& batch, T* out, const Poll& poll) {
-    evaluate<T>(program, batch, nullptr, out, nullptr, poll);
+void to_noise(const Program<T>& program, const Batch& batch, T* out, const Poll& poll, Workspace<T>* workspace) {
+    evaluate<T>(program, batch, nullptr, out, nullptr, poll, workspace);
 }
 
 template <class T, class Out>
-void from_noise(const Program<T>& program, const Batch& noise, Out* out, const Poll& poll) {
-    generate<T>(program, noise, nullptr, out, static_cast<T*>(nullptr), poll);
+void from_noise(const Program<T>& program, const Batch& noise, Out* out, const Poll& poll, Workspace<T>* workspace) {
+    generate<T>(program, noise, nullptr, out, static_cast<T*>(nullptr), poll, workspace);
 }
 
 template <class T, class Out>
-void sample(const Program<T>& program, const Draw& draw, Out* out, T* log_prob, const Poll& poll) {
+void sample(const Program<T>& program, const Draw& draw, Out* out, T* log_prob, const Poll& poll, Workspace<T>* workspace) {
     Batch batch;
     batch.outer = draw.contexts;
     batch.inner = draw.rows;
     batch.context = draw.context;
-    generate<T>(program, batch, &draw, out, log_prob, poll);
+    generate<T>(program, batch, &draw, out, log_prob, poll, workspace);
 }
 
 template <class T>
@@ -445,13 +446,13 @@ void set_poison(bool on) { poison = on; }
 bool poisoned() { return poison.load(std::memory_order_relaxed); }
 
 #define FASTMAF_INSTANTIATE(T)                                                              \
-    template void log_prob<T>(const Program<T>&, const Batch&, T*, const Poll&);            \
-    template void conditional_probs<T>(const Program<T>&, const Batch&, T*, const Poll&);   \
-    template void to_noise<T>(const Program<T>&, const Batch&, T*, const Poll&);            \
-    template void from_noise<T>(const Program<T>&, const Batch&, float*, const Poll&);      \
-    template void from_noise<T>(const Program<T>&, const Batch&, double*, const Poll&);     \
-    template void sample<T>(const Program<T>&, const Draw&, float*, T*, const Poll&);       \
-    template void sample<T>(const Program<T>&, const Draw&, double*, T*, const Poll&);      \
+    template void log_prob<T>(const Program<T>&, const Batch&, T*, const Poll&, Workspace<T>*);            \
+    template void conditional_probs<T>(const Program<T>&, const Batch&, T*, const Poll&, Workspace<T>*);   \
+    template void to_noise<T>(const Program<T>&, const Batch&, T*, const Poll&, Workspace<T>*);            \
+    template void from_noise<T>(const Program<T>&, const Batch&, float*, const Poll&, Workspace<T>*);      \
+    template void from_noise<T>(const Program<T>&, const Batch&, double*, const Poll&, Workspace<T>*);     \
+    template void sample<T>(const Program<T>&, const Draw&, float*, T*, const Poll&, Workspace<T>*);       \
+    template void sample<T>(const Program<T>&, const Draw&, double*, T*, const Poll&, Workspace<T>*);      \
     template Peak peak<T>(double, int);
 FASTMAF_INSTANTIATE(float)
 FASTMAF_INSTANTIATE(double)

@@ -11,23 +11,45 @@
 namespace fastmaf {
 
 template <class T>
-void log_prob(const Program<T>& program, const Batch& batch, T* out, const Poll& poll);  // out [rows]; NaN for rows with a NaN alone
+struct Kernels;
+
+// Biases of the first maps with a context that all rows share folded in.
+template <class T>
+struct Folded {
+    AlignedVector<T> row, biases;
+    std::vector<const T*> pointers;  // per stage
+};
+
+// What the calls of one caller keep for the next ones, so that these allocate nothing and ask nothing of the process. It belongs to one program.
+template <class T>
+struct Workspace {
+    const Kernels<T>* kernels;
+    int threads;
+    Folded<T> folded;
+    std::shared_ptr<void> gradients;  // layouts and buffers of vjp
+};
+
+// Without a workspace a call takes the instruction set and the threads of the process.
+
+template <class T>
+void log_prob(const Program<T>& program, const Batch& batch, T* out, const Poll& poll, Workspace<T>* workspace = nullptr);  // out [rows]; NaN for rows with a NaN alone
 // Of discrete variables: p(x_i = 1 | x_<i) as (n, D), or p(x_i = c | x_<i) as (n, D, most values), zero where there is no c. Whatever x
 // holds goes into the network.
 template <class T>
-void conditional_probs(const Program<T>& program, const Batch& batch, T* out, const Poll& poll);
+void conditional_probs(const Program<T>& program, const Batch& batch, T* out, const Poll& poll, Workspace<T>* workspace = nullptr);
 template <class T>
-void to_noise(const Program<T>& program, const Batch& batch, T* out, const Poll& poll);  // out [rows][features]
+void to_noise(const Program<T>& program, const Batch& batch, T* out, const Poll& poll, Workspace<T>* workspace = nullptr);  // out [rows][features]
 // Columns leave the network in double: the dtype of `out` is the caller's choice.
 template <class T, class Out>
-void from_noise(const Program<T>& program, const Batch& noise, Out* out, const Poll& poll);  // out [rows][features]
+void from_noise(const Program<T>& program, const Batch& noise, Out* out, const Poll& poll, Workspace<T>* workspace = nullptr);  // out [rows][features]
 template <class T, class Out>
-void sample(const Program<T>& program, const Draw& draw, Out* out, T* log_prob, const Poll& poll);  // log_prob may be null
+void sample(const Program<T>& program, const Draw& draw, Out* out, T* log_prob, const Poll& poll,
+            Workspace<T>* workspace = nullptr);  // log_prob may be null
 
 // value [rows]; d_x [rows][features], d_context [rows][context], d_parameters [parameters]: each may be null.
 template <class T>
 void vjp(const Program<T>& program, const Batch& batch, const T* cotangent, T* value, T* d_x, T* d_context, T* d_parameters,
-         const Poll& poll);
+         const Poll& poll, Workspace<T>* workspace = nullptr);
 
 struct AdamSettings {
     double beta1 = 0.9, beta2 = 0.999, eps = 1e-8, l2 = 0, weight_decay = 0, clip_norm = 0;  // clip_norm 0: none

@@ -12,6 +12,7 @@
 #include <chrono>
 #include <cmath>
 #include <limits>
+#include <optional>
 
 #include "backend.hpp"
 #include "call.hpp"
@@ -354,8 +355,8 @@ private:
 
     // Scratch of one tile. What weights need lies in the chunk's memory.
     struct Room {
-        std::vector<Trace<T>> trace;
-        std::vector<std::vector<T*>> pointers;
+        Trace<T>* trace;  // [stages + 1]
+        size_t stages;
         T* dx[2];
         T* cotangent;
         double *log_det, *column;
@@ -369,32 +370,31 @@ private:
             cotangent = carve.take<T>(lanes);
             for (T*& d : dx) d = carve.take<T>(width * lanes);
             if (!kept) kept = carve.take<T>(owner.kept_stride());
-            for (size_t k = 0; k <= program.stages(); ++k) {
+            stages = program.stages();
+            trace = carve.take<Trace<T>>(stages + 1);
+            for (size_t k = 0; k <= stages; ++k) {
                 Trace<T> own{};
-                std::vector<T*> units, raw;
-                const bool last = k == program.stages();
-                const bool clips = !last && program.spec().stages[k].input_clip > 0;
+                const bool last = k == stages, clips = !last && program.spec().stages[k].input_clip > 0;
                 if (last || owner.places_[k].x == kNowhere || clips) own.x = carve.take<T>(width * lanes);
                 if (!last) {
                     const StageSpec& stage = program.spec().stages[k];
                     if (stage.output == Output::transform || clips) own.scaled = carve.take<T>(3 * features * lanes);
                     own.read = clips && owner.places_[k].x == kNowhere ? carve.take<T>(width * lanes) : own.x;
                     const auto& widths = program.widths(k);
+                    own.units = carve.take<T*>(widths.size());
+                    own.raw = carve.take<T*>(widths.size());
+                    own.delta = carve.take<T*>(widths.size());
                     for (size_t m = 0; m < widths.size(); ++m) {
                         const bool argument = m < stage.maps.size() && stage.maps[m].activated && keeps_argument(stage.activation);
-                        units.push_back(owner.places_[k].units[m] == kNowhere ? carve.take<T>(size_t(widths[m]) * lanes) : nullptr);
-                        raw.push_back(argument || program.keeps_raw(k, m) ? carve.take<T>(size_t(widths[m]) * lanes) : nullptr);
+                        const size_t size = size_t(widths[m]) * lanes;
+                        T* const units = owner.places_[k].units[m] == kNowhere ? carve.take<T>(size) : nullptr;
+                        T* const raw = argument || program.keeps_raw(k, m) ? carve.take<T>(size) : nullptr;
+                        if (!own.units) continue;  // measuring
+                        own.units[m] = units;
+                        own.raw[m] = raw;
                     }
                 }
-                pointers.push_back(units);
-                pointers.push_back(raw);
-                pointers.emplace_back(units.size());
-                trace.push_back(own);
-            }
-            for (size_t k = 0; k < trace.size(); ++k) {
-                trace[k].units = pointers[3 * k].data();
-                trace[k].raw = pointers[3 * k + 1].data();
-                trace[k].delta = pointers[3 * k + 2].data();
+                if (trace) trace[k] = own;
             }
             if (kept) aim(owner, kept);
         }
@@ -404,7 +404,7 @@ private:
             auto point = [&](T*& pointer, size_t row) {
                 if (row != kNowhere) pointer = kept + row * size_t(owner.lanes_);
             };
-            for (size_t k = 0; k + 1 < trace.size(); ++k) {
+            for (size_t k = 0; k < stages; ++k) {
                 const Places& places = owner.places_[k];
                 const bool clips = owner.program_.spec().stages[k].input_clip > 0;
                 point(trace[k].read, places.x);
@@ -440,7 +440,7 @@ private:
             if (c % kColumns == 0) reader.context_columns(begin, n, c, std::min(kColumns, context - c), lanes, room.column);
             load(program_.spec().context_columns, c, room.column + c % kColumns * lanes, c, of_bound);
             spoil_outside(of_bound, padded(n), room.trace[0].x + c * lanes);
-            for (size_t j = 1; j < room.trace.size(); ++j) std::copy_n(room.trace[0].x + c * lanes, padded(n), room.trace[j].x + c * lanes);
+            for (size_t j = 1; j <= room.stages; ++j) std::copy_n(room.trace[0].x + c * lanes, padded(n), room.trace[j].x + c * lanes);
         }
         for (int r = 0; r < n; ++r)
             if (room.log_det[r] == -std::numeric_limits<double>::infinity()) zero_row(room, r, n);
@@ -450,7 +450,7 @@ private:
     void zero_row(Room& room, int r, int n) {
         const int width = program_.context() + program_.features();
         for (int lane = r; lane < (r + 1 < n ? r + 1 : padded(n)); ++lane)
-            for (size_t k = 0; k < room.trace.size(); ++k)
+            for (size_t k = 0; k <= room.stages; ++k)
                 for (int i = 0; i < (k ? program_.context() : width); ++i) {
                     T& own = room.trace[k].x[i * lanes_ + lane];
                     if (own == own) own = 0;
@@ -604,10 +604,13 @@ Batch part(const Batch& batch, const int64_t* index, int64_t rows) {
 
 template <class T>
 void vjp(const Program<T>& program, const Batch& batch, const T* cotangent, T* value, T* d_x, T* d_context, T* d_parameters,
-         const Poll& poll) {
+         const Poll& poll, Workspace<T>* workspace) {
     const int64_t total = batch.rows(), features = program.features(), context = program.context();
-    const Call<T> call;
-    Gradients<T> gradients(program, d_parameters != nullptr, call.kernels);
+    const Call<T> call(workspace);
+    std::optional<Gradients<T>> own;
+    if (!workspace || d_parameters) own.emplace(program, d_parameters != nullptr, call.kernels);
+    if (!own && !workspace->gradients) workspace->gradients = std::make_shared<Gradients<T>>(program, false, call.kernels);
+    Gradients<T>& gradients = own ? *own : *static_cast<Gradients<T>*>(workspace->gradients.get());
     AlignedVector<T> gradient(d_parameters ? program.master().size() : 0, T(0));
     PollClock clock(poll);
     for (int64_t begin = 0; begin < total; begin += gradients.chunk()) {
@@ -832,7 +835,7 @@ void shuffle(uint64_t seed, uint32_t stream, uint32_t epoch, int64_t rows, int64
 }
 
 #define FASTMAF_INSTANTIATE(T)                                                                                              \
-    template void vjp<T>(const Program<T>&, const Batch&, const T*, T*, T*, T*, T*, const Poll&);                           \
+    template void vjp<T>(const Program<T>&, const Batch&, const T*, T*, T*, T*, T*, const Poll&, Workspace<T>*);                           \
     template class Trainer<T>;
 FASTMAF_INSTANTIATE(float)
 FASTMAF_INSTANTIATE(double)
