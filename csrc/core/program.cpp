@@ -355,6 +355,19 @@ int Program<T>::most_values() const {
 }
 
 template <class T>
+size_t Program<T>::memory() const {
+    size_t numbers = master_.size();
+    for (const auto& stage : bias_)
+        for (const auto& bias : stage) numbers += bias.size();
+    for (const auto& packed : packed_)
+        if (const Packed<T>* made = packed.load(std::memory_order_acquire)) {
+            numbers += made->tape.data.size();
+            for (const auto& inverse : made->inverse) numbers += inverse.size();
+        }
+    return numbers * sizeof(T) + index_.size() * sizeof(uint32_t);
+}
+
+template <class T>
 void Program<T>::set_parameters(const T* parameters) {
     const PlainFloats floats;
     for (size_t i = 0; i < index_.size(); ++i) master_[i] = parameters[index_[i]];

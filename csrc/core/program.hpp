@@ -96,6 +96,7 @@ public:
     const AlignedVector<T>& master() const { return master_; }
     const std::vector<uint32_t>& index() const { return index_; }
     int64_t parameter_count() const { return parameter_count_; }
+    size_t memory() const;  // bytes of the weights and of what is packed of them so far
     int64_t weight_offset(size_t stage, size_t map) const { return weight_offset_[stage][map]; }
     int64_t bias_offset(size_t stage, size_t map) const { return bias_offset_[stage][map]; }
     int bias_count(size_t stage, size_t map) const;  // 0 for a map without
