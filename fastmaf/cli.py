@@ -75,6 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="what was built, what runs, and why the rest is absent")
     info.set_defaults(run=_info)
 
+    config = commands.add_parser("config", help="where the library for C, C++ and Fortran lies, for compilers and build systems")
+    for option, (_, text) in _CONFIG.items():
+        config.add_argument(f"--{option}", action="append_const", dest="wanted", const=option, help=text)
+    config.set_defaults(run=_config)
+
     demo = commands.add_parser("demo", help="fit, score, sample and picture 60,000 galaxies, in under two minutes")
     demo.add_argument("--output", type=Path, default=Path("fastmaf-demo.png"), metavar="FILE", help="the figure (default: %(default)s)")
     demo.add_argument("--save", type=Path, metavar="FILE", help="write the fitted flow to a .safetensors file")
@@ -88,6 +93,23 @@ def _parser() -> argparse.ArgumentParser:
 
 def _info(arguments: argparse.Namespace) -> int:
     print(fastmaf.show_config())
+    return 0
+
+
+_CONFIG: dict[str, tuple[str, str]] = {
+    "cflags": ("-I{0}/include", "options of the compiler"),
+    "libs": ("-L{0}/lib -lfastmaf -Wl,-rpath,{0}/lib", "options of the linker"),
+    "cmake-dir": ("{0}/lib/cmake/fastmaf", "for -Dfastmaf_DIR="),
+    "fortran": ("{0}/include/fastmaf.f90", "source of the Fortran module"),
+}
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    home = Path(fastmaf.__file__).parent
+    if not list((home / "lib").glob("*fastmaf*")):
+        raise RuntimeError("this installation has no library for C: it runs from its sources or without the core; pip install fastmaf")
+    wanted = arguments.wanted or [*_CONFIG]
+    print(*(_CONFIG[option][0].format(home) for option in wanted), sep=" " if arguments.wanted else "\n")
     return 0
 
 

@@ -114,3 +114,15 @@ def test_the_gaussian_is_the_best_fit():
     covariance = np.cov(train, rowvar=False)
     expected = -0.5 * (3 * (1 + np.log(2 * np.pi)) + np.linalg.slogdet(covariance)[1])
     assert cli._gaussian(train, train).mean() == pytest.approx(expected, rel=1e-3)
+
+
+def test_config_says_where_the_library_lies(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fastmaf, "__file__", str(tmp_path / "__init__.py"))
+    assert cli.main(["config", "--cflags"]) == 1
+    assert "has no library for C" in capsys.readouterr().err
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libfastmaf.so.0").touch()
+    assert cli.main(["config", "--cflags", "--libs"]) == 0
+    assert capsys.readouterr().out == f"-I{tmp_path}/include -L{tmp_path}/lib -lfastmaf -Wl,-rpath,{tmp_path}/lib\n"
+    assert cli.main(["config"]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == [f"{tmp_path}/lib/cmake/fastmaf", f"{tmp_path}/include/fastmaf.f90"]
