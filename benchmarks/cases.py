@@ -76,6 +76,9 @@ GOALS: dict[str, dict[str, tuple[str, float]]] = {
         f"samples/{data}, default/1000000": {"unexplained": ("<=", 0), "std ratio": ("<=", 1.1), "lowest row": (">=", -1e4)}
         for data in ("galaxies", "casp", "planck", "student", "lognormal")
     },
+    "embedding/S/1": {"microseconds": ("<=", 3)},
+    "embedding/S/16": {"microseconds": ("<=", 10)},
+    "embedding/M/1": {"times reading": ("<=", 1.5), "times jitted jax": (">=", 10)},
     "import/-/0": {"milliseconds": ("<=", 150)},
 }
 

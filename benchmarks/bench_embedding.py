@@ -1,0 +1,115 @@
+"""The density of few rows through libfastmaf, called in a loop in C, beside Python and the peers; against reading the weights once."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .cases import Array, Model, normal
+from .checks import check_log_prob
+from .peers import LIBRARIES, Unavailable, ZukoCompiled, build
+from .report import Settings
+from .timing import Contender, Line, compare
+
+ROWS = (1, 16, 1000)
+
+
+class Compiled:
+    """libfastmaf with the loops of ``embedding.c`` around it, and a model and an evaluator of one thread."""
+
+    def __init__(self, flow: Any, folder: Path) -> None:
+        import fastmaf
+
+        home = Path(os.environ.get("FASTMAF_LIBRARY_PREFIX", Path(fastmaf.__file__).parent))
+        compiler = shutil.which(os.environ.get("CC", "cc"))
+        if compiler is None or not (home / "include" / "fastmaf.h").exists():
+            raise Unavailable(
+                "no C compiler" if compiler is None else "fastmaf runs from its sources: install it, or set FASTMAF_LIBRARY_PREFIX"
+            )
+        library, source = folder / "embedding.so", Path(__file__).with_name("embedding.c")
+        options = [
+            "-O3",
+            "-march=native",
+            "-ffast-math",
+            "-shared",
+            "-fPIC",
+            f"-I{home}/include",
+            f"-L{home}/lib",
+            f"-Wl,-rpath,{home}/lib",
+        ]
+        subprocess.run([compiler, *options, str(source), "-o", str(library), "-lfastmaf"], check=True)
+        self.loops, self.features = ctypes.CDLL(str(library)), flow.features
+        model, self.evaluator, text = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.create_string_buffer(300)
+        flow.save(folder / "flow.safetensors")
+        path = str(folder / "flow.safetensors").encode()
+        if self.loops.fastmaf_model_open(path, ctypes.byref(model), text, 300) or self.loops.fastmaf_evaluator_create(
+            model, 1, ctypes.byref(self.evaluator), text, 300
+        ):
+            raise Unavailable(text.value.decode())
+        self.loops.repeat_reading.restype = ctypes.c_float
+
+    def log_prob(self, x: Array, times: int) -> Callable[[], Array]:
+        """So many calls over the rows."""
+        out = np.empty(len(x), np.float32)
+
+        def call() -> Array:
+            size = ctypes.c_int64
+            pointers = ctypes.c_void_p(x.ctypes.data), ctypes.c_void_p(out.ctypes.data)
+            status = self.loops.repeat_log_prob(self.evaluator, size(times), size(len(x)), size(self.features), *pointers)
+            if status:
+                raise RuntimeError(f"status {status}")
+            return out
+
+        return call
+
+    def read(self, count: int, times: int) -> Callable[[], float]:
+        """So many times reading so many numbers."""
+        numbers = np.ones(count + 128, np.float32)
+        return lambda: self.loops.repeat_reading(ctypes.c_int64(times), ctypes.c_int64(count), ctypes.c_void_p(numbers.ctypes.data))
+
+
+def run(settings: Settings) -> Iterator[Line]:
+    """One line per model and number of rows."""
+    kinds = tuple(kind for kind in LIBRARIES if kind is not ZukoCompiled)
+    for model in settings.models:
+        if model.name in ("S", "M"):
+            yield from _lines(model, kinds, settings)
+
+
+def _lines(model: Model, kinds: Any, settings: Settings) -> Iterator[Line]:
+    libraries, skipped = build(model, kinds)
+    ours = libraries[0]
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            compiled = Compiled(ours.flow, Path(folder))  # type: ignore[attr-defined]
+        except (Unavailable, OSError, subprocess.CalledProcessError) as problem:
+            line = Line("embedding", model.name, 0)
+            line.skipped["fastmaf"] = str(problem)
+            yield line
+            return
+        for rows in ROWS:
+            x = normal(rows, model.features)
+            steps = max(1, 10**6 // (rows * ours.unmasked // 20))
+            numbers = -(-ours.unmasked // 64) * 64
+            contenders = [
+                Contender("fastmaf", compiled.log_prob(x, steps), check_log_prob(ours, x), steps=steps),
+                Contender("reading the weights", compiled.read(numbers, steps), lambda total: 0.0, steps=steps),
+                *(Contender(f"{lib.name}, from Python", lib.log_prob(x), check_log_prob(lib, x)) for lib in libraries),
+            ]
+            line = Line("embedding", model.name, rows, skipped=dict(skipped))
+            compare(line, contenders, settings.rounds, 1)
+            if "seconds" in line.contenders.get("fastmaf", {}):
+                line.values["microseconds"] = 1e6 * line.contenders["fastmaf"]["seconds"]["median"]
+                line.values["times reading"] = 1 / line.contenders["reading the weights"]["ratio"]["median"]
+                jax = [entry["ratio"]["median"] for name, entry in line.contenders.items() if name.startswith("flowjax")]
+                if jax:
+                    line.values["times jitted jax"] = min(jax)
+            yield line
