@@ -24,6 +24,7 @@ __all__ = [
     "contexts",
     "count",
     "cotangents",
+    "finite",
     "float_dtype",
     "names",
     "output",
@@ -213,7 +214,7 @@ def _context(context: Any, context_features: int, device: str = "cpu") -> Array 
 
 
 def contexts(context: Any, context_features: int, device: str = "cpu") -> tuple[Array | None, int]:
-    """Contexts to sample under, None, (C,) or (c, C), and how many they are.
+    """Contexts to sample under, None, (C,) or (c, C), and how many they are; finite, unless they lie on a GPU.
 
     Examples
     --------
@@ -223,11 +224,30 @@ def contexts(context: Any, context_features: int, device: str = "cpu") -> tuple[
     array = _context(context, context_features, device)
     if array is not None and array.ndim == 3:
         raise ValueError(f"context has shape {array.shape}; it must be ({context_features},) or (c, {context_features})")
+    if type(array) is np.ndarray:
+        finite("context", array)
     return array, 1 if array is None or array.ndim == 1 else int(array.shape[0])
 
 
-def count(name: str, value: Any, lowest: int = 0, limit: int = 2**63) -> int:
-    """An integer in [lowest, limit).
+def finite(name: str, array: Array, names: Sequence[str] | None = None) -> None:
+    """Refuse NaN and infinity; names of the columns for the message.
+
+    Examples
+    --------
+    >>> finite("context", np.array([[1.0, np.nan], [0.0, 2.0]]))
+    Traceback (most recent call last):
+    ValueError: context is not finite in column 1 of 1 of 2 rows; leave these out, or fill them
+    """
+    good = np.isfinite(array)
+    if not good.all():
+        wrong = ~np.atleast_2d(good)
+        where = _words.columns(np.flatnonzero(wrong.any(axis=0)), names)
+        rows = f" of {np.count_nonzero(wrong.any(axis=1))} of {len(wrong)} rows; leave these out, or fill them" if array.ndim > 1 else ""
+        raise ValueError(f"{name} is not finite in {where}{rows}")
+
+
+def count(name: str, value: Any, lowest: int = 0, limit: int = 2**63, must: str = "an integer") -> int:
+    """An integer in [lowest, limit); no truth value.
 
     Examples
     --------
@@ -235,9 +255,11 @@ def count(name: str, value: Any, lowest: int = 0, limit: int = 2**63) -> int:
     3
     """
     try:
+        if isinstance(value, bool):
+            raise TypeError
         number = operator.index(value)
     except TypeError:
-        raise ValueError(f"{name} is {_words.shown(value)}; it must be an integer") from None
+        raise ValueError(f"{name} is {_words.shown(value)}; it must be {must}") from None
     if not lowest <= number < limit:
         bound = f"at least {lowest}" if number < lowest else f"below {limit}"
         raise ValueError(f"{name} is {_words.shown(number)}; it must be {bound}")
@@ -286,11 +308,7 @@ def seed_or_fresh(seed: Seed) -> int:
         return int(np.random.Generator(seed).integers(2**64, dtype=np.uint64))
     if isinstance(seed, np.random.SeedSequence):
         return int(seed.generate_state(1, np.uint64)[0])
-    if isinstance(seed, (bool, np.bool_)):
-        raise ValueError("seed is a bool; it must be an integer, a numpy.random.Generator or a SeedSequence")
-    if isinstance(seed, np.random.RandomState):
-        raise ValueError("seed is a RandomState; it must be an integer, a numpy.random.Generator or a SeedSequence")
-    return count("seed", seed, limit=2**64)
+    return count("seed", seed, limit=2**64, must="an integer, a numpy.random.Generator or a SeedSequence")
 
 
 def sample_dtype(dtype: DTypeLike | None, out: Any, own: np.dtype[Any]) -> np.dtype[Any]:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastmaf import _arrays, _backends, _device, _reference, _tables, _words
 from fastmaf._arrays import Seed
@@ -264,7 +264,16 @@ def _reading(dense: Dense, weight: Array, width: int) -> Dense:
     return replace(dense, context="added", context_weight=old)
 
 
-def sample_given(flow: Flow, x: ArrayLike, n: int, context: ArrayLike | None, seed: Seed, offset: int, context_offset: int) -> Array:
+def sample_given(
+    flow: Flow,
+    x: ArrayLike,
+    n: int,
+    context: ArrayLike | None,
+    seed: Seed,
+    offset: int,
+    context_offset: int,
+    dtype: DTypeLike | None,
+) -> Array:
     """Rows that begin with given values; see `Flow.sample_given`."""
     like = x
     x = _arrays.real("x", x, names=_given_names(flow, x))
@@ -283,16 +292,17 @@ def sample_given(flow: Flow, x: ArrayLike, n: int, context: ArrayLike | None, se
         c = len(x)
     seed, offset, context_offset = _arrays.seed_and_offsets(seed, offset, context_offset, n, c)
     _possible(flow, x, given, _names(flow, given))
-    values = np.broadcast_to(x, (c, k)).astype(flow.dtype)
+    dtype = flow.record.sample_dtype(dtype)
+    values = np.broadcast_to(x, (c, k)).astype(dtype)
     contexts = None if context is None else np.broadcast_to(context, (c, flow.context_features))
     place = (seed, offset, context_offset)
-    samples = np.empty((c, n, flow.features), flow.dtype)
+    samples = np.empty((c, n, flow.features), dtype)
     if others.size and samples.size:
         conditional = rest(flow, k)
         if conditional is not None:
-            samples[:, :, others] = _sampled(*conditional, n, contexts, values, place)
+            samples[:, :, others] = _sampled(*conditional, n, contexts, values, place, dtype)
         else:
-            samples = _through_noise(flow, n, contexts, values, given, others, place)
+            samples = _through_noise(flow, n, contexts, values, given, others, place, dtype)
     samples[:, :, given] = values[:, None]
     return _device.native(samples if grouped else samples[0], like)
 
@@ -305,7 +315,8 @@ def _given_names(flow: Flow, x: Any) -> Sequence[str] | None:
 
 
 def _possible(flow: Flow, x: Array, columns: Array, names: Sequence[str] | None) -> None:
-    """Discrete variables have the values that are given."""
+    """The values that are given are finite, and discrete variables have them."""
+    _arrays.finite("x", x, names)
     if not isinstance(flow.base, Terminal) or flow.base.conditional == "mixture":
         return
     counts = np.array(flow.base.categories or (2,) * flow.features)[columns]
@@ -317,7 +328,13 @@ def _possible(flow: Flow, x: Array, columns: Array, names: Sequence[str] | None)
 
 
 def _sampled(
-    conditional: Flow, read: Callable[[Array], Array], n: int, contexts: Array | None, values: Array, place: tuple[int, int, int]
+    conditional: Flow,
+    read: Callable[[Array], Array],
+    n: int,
+    contexts: Array | None,
+    values: Array,
+    place: tuple[int, int, int],
+    dtype: np.dtype[Any],
 ) -> Array:
     """Samples (c, n, D) under contexts to which is added what the network reads of given values."""
     parts = [part for part in (contexts, read(values)) if part is not None]
@@ -325,13 +342,20 @@ def _sampled(
     backend = _backends.choose()
     if backend.unsupported(conditional.record) is not None:  # a context in an unusual place
         backend = _reference.backend
-    samples = np.empty((len(values), n, conditional.features), conditional.dtype)
+    samples = np.empty((len(values), n, conditional.features), dtype)
     backend.sample(conditional.record, len(values), n, wide if wide.shape[1] else None, *place, samples, None)
     return samples
 
 
 def _through_noise(
-    flow: Flow, n: int, contexts: Array | None, values: Array, given: Array, others: Array, place: tuple[int, int, int]
+    flow: Flow,
+    n: int,
+    contexts: Array | None,
+    values: Array,
+    given: Array,
+    others: Array,
+    place: tuple[int, int, int],
+    dtype: np.dtype[Any],
 ) -> Array:
     """The prefix turned into noise, the rest of the noise drawn, and both turned into rows."""
     c, k = values.shape
@@ -344,11 +368,11 @@ def _through_noise(
         base = rest(Flow([], flow.base, **_options(flow)), k)
         if base is None:
             raise ValueError("base: its context enters its first map by other means than being added, which sample_given cannot follow")
-        noise[:, :, others] = _sampled(*base, n, contexts, own if k else values, place)
+        noise[:, :, others] = _sampled(*base, n, contexts, own if k else values, place, flow.dtype)
     else:
         normal = Flow([], features=others.size, dtype=flow.dtype)
-        noise[:, :, others] = _sampled(normal, lambda values: values, n, None, values[:, :0], place)
-    return free.from_noise(noise, None if contexts is None else contexts[:, None])
+        noise[:, :, others] = _sampled(normal, lambda values: values, n, None, values[:, :0], place, flow.dtype)
+    return free.from_noise(noise, None if contexts is None else contexts[:, None], dtype)
 
 
 def _options(flow: Flow) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fastmaf import _words
 
-__all__ = ["column", "is_column", "is_table", "labels", "matrix", "names_of"]
+__all__ = ["column", "has_other_labels", "is_column", "is_table", "labels", "matrix", "names_of"]
 
 Array = NDArray[Any]
 
@@ -37,6 +37,11 @@ def names_of(value: Any) -> tuple[str, ...] | None:
         return None
     found = labels(value)
     return tuple(found) if all(isinstance(label, str) for label in found) and len(set(found)) == len(found) else None
+
+
+def has_other_labels(value: Any) -> bool:
+    """Whether this is a data frame with labels that cannot serve as names and do not just count its columns."""
+    return is_table(value) and names_of(value) is None and (found := labels(value)) != list(range(len(found)))
 
 
 def matrix(name: str, table: Any, names: Sequence[str] | None = None) -> Array:
@@ -84,7 +89,9 @@ def _places(name: str, found: Sequence[Any], names: Sequence[str]) -> list[int]:
     place = {label: j for j, label in reversed(list(enumerate(found)))}
     missing = [_words.shown(label) for label in names if label not in place]
     if missing:
-        raise ValueError(f"{name} lacks {_words.named(missing)}, by which the flow names its variables; rename them, or hand over an array")
+        text = all(isinstance(label, str) for label in found)
+        remedy = "rename them, or hand over an array" if text else f"its labels are not text: rename them, or pass {name}.to_numpy()"
+        raise ValueError(f"{name} lacks {_words.named(missing)}, by which the flow names its variables; {remedy}")
     twice = [_words.shown(label) for label in names if found.count(label) > 1]
     if twice:
         raise ValueError(f"{name} has several of {_words.named(twice)}; rename them")

@@ -108,7 +108,7 @@ def named(labels: Sequence[str]) -> str:
 
 
 def number(name: str, value: Any) -> float:
-    """A real number; any, infinite ones too.
+    """A real number; any, infinite ones too, but neither text nor a truth value.
 
     Examples
     --------
@@ -116,6 +116,8 @@ def number(name: str, value: Any) -> float:
     2.0
     """
     try:
+        if isinstance(value, (str, bytes, bool, np.bool_)):  # which float() takes
+            raise TypeError
         return float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         raise ValueError(f"{name} is {shown(value)}; it must be a number") from None

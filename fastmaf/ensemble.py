@@ -6,14 +6,14 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastmaf import _arrays, _device, _tables, _words, masks
 from fastmaf import layers as _layers
-from fastmaf.flow import Flow
+from fastmaf.flow import Flow, _check_continuous
 from fastmaf.layers import Autoregressive, Conditioner, Dense, Terminal
 from fastmaf.maf import masked, rebuilt
 
@@ -176,6 +176,11 @@ class Ensemble:
     def _with(self, conditioner: Conditioner | None = None, **changes: Any) -> Ensemble:
         return Ensemble(self._flow._with(**changes), conditioner or self.conditioner, self.ranks, self.degrees)
 
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_") or not hasattr(Flow, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        raise AttributeError(f"an ensemble has no {name}, since each member has an order and noise of its own: ensemble.member(k).{name}")
+
     # Evaluation
 
     def log_prob(self, x: ArrayLike, context: ArrayLike | None = None, out: Array | None = None) -> Array:
@@ -210,6 +215,50 @@ class Ensemble:
                 np.logaddexp(total, member.log_prob(x, context), out=total)
         result[...] = total - math.log(len(members))
         return out if out is not None else _device.native(result, given)
+
+    def log_prob_and_grad(self, x: ArrayLike, context: ArrayLike | None = None) -> tuple[Array, Array, Array | None]:
+        """Log of the mean density of the members, and its gradients in x and in the context.
+
+        Parameters
+        ----------
+        x, context : arrays
+            As in `Flow.log_prob`.
+
+        Returns
+        -------
+        value : (n,) or (c, n) array
+        dx : array of the shape of x
+        dcontext : array of the shape of the context, or None
+            As in `Flow.log_prob_and_grad`.
+
+        Raises
+        ------
+        ValueError
+            If a shape or dtype does not fit; if the variables are discrete.
+
+        Examples
+        --------
+        >>> import fastmaf, numpy as np
+        >>> value, dx, _ = fastmaf.MADE(features=3, masks=4).log_prob_and_grad(np.zeros((5, 3)))
+        >>> value.shape, dx.shape
+        ((5,), (5, 3))
+        """
+        _check_continuous(self._flow.record, "gradient in x")
+        given, beside = x, context
+        x, context = _arrays.real("x", x, names=self.names), None if context is None else _arrays.real("context", context)
+        members = self._shared.members()
+        values = [member.log_prob(x, context).astype(np.float64) for member in members]
+        gradients = np.zeros(x.shape), np.zeros(() if context is None else context.shape)
+        with np.errstate(all="ignore"):
+            total = np.logaddexp.reduce(values)
+            for member, value in zip(members, values, strict=True):
+                share = np.where(total == -np.inf, 0.0, np.exp(value - total))  # of the member in the density of the row
+                for gradient, part in zip(gradients, member._backward(*member._ready(), x, context, share, None)[1:], strict=True):
+                    if part is not None:
+                        gradient[...] += part
+        value = (total - math.log(len(members))).astype(self.dtype)
+        dx, dcontext = (gradient.astype(self.dtype) for gradient in gradients)
+        return _device.native(value, given), _device.native(dx, given), None if context is None else _device.native(dcontext, beside)
 
     def sample(
         self,

@@ -255,8 +255,8 @@ class Flow:
         Returns
         -------
         (n, D) or (c, n, D) array
-            Standard normal where the flow fits the data; NaN in rows that lie on or outside a bound. Of rows at infinity or so far out
-            that the dtype cannot follow, infinite or NaN.
+            Standard normal where the flow fits the data. NaN throughout in rows on or outside a bound, with NaN or infinity in them or in
+            their context, and so far out that the dtype cannot follow (in arrays on a GPU it may be some infinite columns of theirs).
 
         Raises
         ------
@@ -278,6 +278,7 @@ class Flow:
         result = _empty((*shape, record.features), record.dtype, x)
         if result.size:
             backend.to_noise(record, x, context, result)
+            _all_or_none(result)
         return result if type(given) is np.ndarray else _device.native(result, given)
 
     def from_noise(self, u: ArrayLike, context: ArrayLike | None = None, dtype: DTypeLike | None = None) -> Array:
@@ -295,7 +296,8 @@ class Flow:
         Returns
         -------
         (n, D) or (c, n, D) array
-            Strictly inside the bounds, if there are any.
+            Strictly inside the bounds, if there are any. NaN throughout in rows of which some column would not be finite (in arrays on a
+            GPU it may be these columns alone).
 
         Raises
         ------
@@ -315,6 +317,7 @@ class Flow:
         result = _empty((*shape, record.features), record.sample_dtype(dtype), u)
         if result.size:
             backend.from_noise(record, u, context, result)
+            _all_or_none(result)
         return result if type(given) is np.ndarray else _device.native(result, given)
 
     def sample(
@@ -337,6 +340,7 @@ class Flow:
         n : int
             Rows to draw under each context.
         context : (C,) or (c, C) array, optional
+            Finite.
         seed : int, numpy.random.Generator or SeedSequence, optional
             An int is below 2**64. None draws afresh in every call, and so does a generator.
         offset, context_offset : int
@@ -350,12 +354,13 @@ class Flow:
         Returns
         -------
         (n, D) array, or (c, n, D) under contexts (c, C)
-            The contexts come first (in zuko and sbi the samples do).
+            The contexts come first (in zuko and sbi the samples do). NaN under a context at or outside a bound, or so far out that the
+            dtype of the flow cannot follow.
 
         Raises
         ------
         ValueError
-            If a shape, dtype, seed or offset does not fit.
+            If a shape, dtype, seed or offset does not fit, or the context is not finite (one on a GPU gives NaN).
 
         Examples
         --------
@@ -501,18 +506,19 @@ class Flow:
         seed: Seed = None,
         offset: int = 0,
         context_offset: int = 0,
+        dtype: DTypeLike | None = None,
     ) -> Array:
         """Draw rows whose first k variables of `order` have given values.
 
         Parameters
         ----------
         x : (k,) or (c, k) array
-            Values of the columns of ``prefix(k)``, in their order; k may be 0 or D.
+            Finite values of the columns of ``prefix(k)``, in their order; k may be 0 or D.
         n : int
             Rows to draw for each row of `x`.
         context : (C,) or (c, C) array, optional
             One for all rows of `x`, or one for each.
-        seed, offset, context_offset
+        seed, offset, context_offset, dtype
             As in `sample`, splits included; `context_offset` counts the rows of `x`, or of the context.
 
         Returns
@@ -523,7 +529,8 @@ class Flow:
         Raises
         ------
         ValueError
-            If a shape, dtype, seed or offset does not fit, the flow has no order, or a discrete variable cannot have its value.
+            If a shape, dtype, seed or offset does not fit, a value or the context is not finite, the flow has no order, or a discrete
+            variable cannot have its value.
 
         Examples
         --------
@@ -534,7 +541,7 @@ class Flow:
         """
         from fastmaf import _partial
 
-        return _partial.sample_given(self, x, n, context, seed, offset, context_offset)
+        return _partial.sample_given(self, x, n, context, seed, offset, context_offset, dtype)
 
     def conditional_probs(self, x: ArrayLike, context: ArrayLike | None = None) -> Array:
         """Probabilities of the values of each discrete variable, given those before it in the order.
@@ -567,7 +574,7 @@ class Flow:
         record, backend = self._ready()
         base = record.base
         if not isinstance(base, Terminal) or not record.discrete:
-            raise ValueError(f"conditional_probs is for bernoulli and categorical flows; this one is {self!r}")
+            raise ValueError("conditional_probs is for bernoulli and categorical flows; the variables of this one are continuous")
         given = x
         x, context, shape = _arrays.rows("x", x, context, record.features, record.context_features, self.device, record.names)
         result = _empty((*shape, record.features, *([max(base.categories)] if base.categories else [])), record.dtype, x)
@@ -881,7 +888,8 @@ class Flow:
             `patience`, `max_seconds` and, unless the schedule is ``"cosine"``, `max_epochs`; a callable x or schedule is taken on trust.
         callback : callable, optional
             Called after each epoch with a mapping of epoch, train, validation (None without validation rows), lr, seconds, best_epoch and
-            flow: the flow as it is in this epoch, made when it is looked at. A true result stops.
+            flow: the flow as it is in this epoch, made when it is looked at. A true result stops. It must leave the flow that is trained
+            as it is.
         on_interrupt : {"raise", "return"}
             What follows Ctrl-C, once the best weights are kept and the checkpoint is written.
         progress : bool, optional
@@ -898,12 +906,14 @@ class Flow:
             If shapes do not fit; if data are not finite, not strictly inside their bounds, or constant in a column of `x`; if discrete
             data are no integers in range; if weights are negative or all zero; if an argument is out of range; if a batch norm would see
             batches of one row; if the checkpoint exists and is not to be resumed, or is that of another fit.
+        RuntimeError
+            If the flow is changed meanwhile, by the callback for instance.
 
         Warns
         -----
         fastmaf.FitWarning
             If the loss was not finite or no epoch was better than the start; if the dtype cannot resolve a column; if data lie far from
-            where the flow was standardised; if a flow of one variable can only be a Gaussian.
+            where the flow was standardised; if the weights leave few rows that count; if a flow of one variable can only be a Gaussian.
 
         Notes
         -----
@@ -1036,6 +1046,12 @@ def _revived(data: bytes, device: str, precision: str) -> Flow:
 def _empty(shape: tuple[int, ...], dtype: np.dtype[Any], like: Any) -> Any:
     """Room for results, where the arrays that came in lie."""
     return like.empty(shape, dtype) if type(like) is _device.DeviceArray else np.empty(shape, dtype)
+
+
+def _all_or_none(result: Any) -> None:
+    """Make rows NaN that are not finite: into which columns of a row infinity spreads is a matter of the backend."""
+    if type(result) is np.ndarray and not (finite := np.isfinite(result)).all():
+        result[~finite.all(axis=-1)] = np.nan
 
 
 def _check_continuous(record: FlowRecord, what: str) -> None:

@@ -84,11 +84,16 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
     ['x']
     """
     target = os.path.realpath(path)
-    with _temporary(target) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-        os.replace(file.name, target)
+    try:
+        with _temporary(target) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, target)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error  # the path that the caller knows
     _sweep(target)
 
 

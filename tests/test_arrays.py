@@ -166,7 +166,24 @@ def test_contexts_of_samples():
         _arrays.contexts(np.zeros((4, 1, 2)), 2)
 
 
-@pytest.mark.parametrize("value", [1.0, "1", None, np.float64(3), [1]])
+@pytest.mark.parametrize(
+    ("context", "message"),
+    [
+        ([1.0, np.nan], "context is not finite in column 1"),
+        ([[np.inf, 0.0], [1.0, 2.0], [-np.inf, np.nan]], "context is not finite in columns 0, 1 of 2 of 3 rows"),
+    ],
+)
+def test_samples_need_a_finite_context(backend, context, message):
+    flow = make.flow(2, context_features=2)
+    ensemble = fastmaf.MADE(2, context_features=2, hidden_features=(3,), masks=2)
+    for call in (flow.sample, flow.sample_and_log_prob, ensemble.sample, ensemble.sample_and_log_prob):
+        with pytest.raises(ValueError, match=message):
+            call(3, context, seed=1)
+    with pytest.raises(ValueError, match=message):
+        flow.sample_given([], 3, context, seed=1)
+
+
+@pytest.mark.parametrize("value", [1.0, "1", None, np.float64(3), [1], True, np.True_])
 def test_counts_are_integers(value):
     with pytest.raises(ValueError, match=r"n is .*; it must be an integer"):
         _arrays.count("n", value)
@@ -201,14 +218,14 @@ def test_seeds_have_64_bits():
 @pytest.mark.parametrize(
     ("seed", "message"),
     [
-        (True, "seed is a bool; it must be an integer, a numpy.random.Generator or a SeedSequence"),
-        (np.False_, "seed is a bool"),
-        (1.0, "seed is 1.0; it must be an integer"),
+        (True, "seed is True; it must be an integer, a numpy.random.Generator or a SeedSequence"),
+        (np.False_, "seed is False; it must be an integer"),
+        (1.0, "seed is 1.0; it must be an integer, a numpy.random.Generator or a SeedSequence"),
         (np.float32(2), "seed is 2.0"),
         ("3", "seed is '3'"),
         ([1, 2], "seed is [1, 2]"),
         (np.arange(100), "seed is an array of shape (100,)"),
-        (np.random.RandomState(0), "seed is a RandomState; it must be an integer, a numpy.random.Generator or a SeedSequence"),
+        (np.random.RandomState(0), "seed is of type RandomState; it must be an integer, a numpy.random.Generator or a SeedSequence"),
         (np.int8(-1), "seed is -1; it must be at least 0"),
         (10**400, "seed is an integer of 1329 bits; it must be below 18446744073709551616"),
     ],

@@ -104,6 +104,48 @@ def test_density_is_the_mean_of_those_of_the_members(name):
         np.testing.assert_allclose(grouped[1], ensemble.log_prob(x, context[1]), rtol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["gaussian", "gaussian with context", "mixture with context"])
+def test_gradients_are_those_of_the_mean_density(name):
+    ensemble = model(name)
+    x, context = rows(ensemble, 6)
+    context = None if context is None else context[:2, None]
+    value, dx, dcontext = ensemble.log_prob_and_grad(x, context)
+    np.testing.assert_array_equal(value, ensemble.log_prob(x, context))
+    assert dx.shape == x.shape and (dcontext is None if context is None else dcontext.shape == context.shape)
+
+    def slope(step_x, step_context):
+        up, down = (ensemble.log_prob(x + s * step_x, context if context is None else context + s * step_context) for s in (1e-6, -1e-6))
+        return ((up - down) / 2e-6).reshape(-1, 6)
+
+    for j in range(5):
+        np.testing.assert_allclose(slope(np.eye(5)[j], 0.0).sum(axis=0), dx[:, j], rtol=1e-5, atol=1e-6)
+    for j in range(0 if context is None else context.shape[-1]):
+        np.testing.assert_allclose(slope(0.0, np.eye(context.shape[-1])[j]).sum(axis=1), dcontext[:, 0, j], rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_of_impossible_and_missing_rows():
+    ensemble, x = model("gaussian with context"), np.full((4, 5), 2.5)
+    x[:, 1] = [0.5, 0.5, 1.0, 0.5]
+    x[[1, 3], 4] = [np.nan, np.inf]
+    with np.errstate(all="raise"):
+        value, dx, _ = ensemble.log_prob_and_grad(x, np.zeros((4, 2)))
+    assert np.isfinite(value[0]) and np.isnan(value[1]) and np.isneginf(value[2:]).all()
+    assert dx[0].any() and np.isfinite(dx[0]).all() and np.isnan(dx[1]).all() and not dx[2:].any()
+    with pytest.raises(ValueError, match="a flow with a bernoulli base has no gradient in x"):
+        model("bernoulli").log_prob_and_grad(np.zeros((1, 5)))
+
+
+@pytest.mark.parametrize("name", ["order", "prefix", "sample_given", "conditional_probs", "to_noise", "vjp", "to"])
+def test_what_only_members_have(name):
+    ensemble = model("bernoulli")
+    message = f"an ensemble has no {name}, since each member has an order and noise of its own: ensemble.member(k).{name}"
+    with pytest.raises(AttributeError, match=re.escape(message)):
+        getattr(ensemble, name)
+    assert not hasattr(ensemble, name) and hasattr(ensemble.member(0), name)
+    with pytest.raises(AttributeError, match="'Ensemble' object has no attribute 'nothing'"):
+        _ = ensemble.nothing
+
+
 def test_impossible_and_missing_rows():
     with np.errstate(all="raise"):
         discrete, bounded = model("bernoulli"), model("gaussian with context")

@@ -250,6 +250,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
+def test_what_cannot_be_written_is_named_as_it_was_given(tmp_path):
+    flow = fastmaf.Flow([], features=1)
+    for path, error in ((tmp_path / "none" / "flow", FileNotFoundError), (tmp_path, OSError)):
+        with pytest.raises(error) as caught:
+            flow.save(path)
+        assert str(path) in str(caught.value) and ".tmp" not in str(caught.value)
+
+
 def test_a_link_is_followed(tmp_path):
     (tmp_path / "real").write_bytes(b"old")
     (tmp_path / "link").symlink_to(tmp_path / "real")

@@ -88,6 +88,7 @@ CALLS = {
     "save": (flow().save, {}),
     "member": (made(masks=2).member, {}),
     "ensemble log_prob": (made(masks=2).log_prob, {"x": X, "context": CONTEXT}),
+    "ensemble log_prob_and_grad": (made(masks=2).log_prob_and_grad, {"x": X, "context": CONTEXT}),
     "ensemble sample": (made(masks=2).sample, {"n": 2, "context": CONTEXT, "seed": 1}),
     "ensemble with_parameters": (made(masks=2).with_parameters, {}),
     "fit": (flow().fit, {"x": np.eye(3)[np.arange(12) % 3], "context": np.eye(2)[np.arange(12) % 2], "max_epochs": 1, "progress": False}),

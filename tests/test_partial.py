@@ -15,7 +15,7 @@ from tolerances import P_VALUE
 
 import fastmaf
 from fastmaf import _backends, _partial
-from fastmaf.layers import ACTIVATIONS, Autoregressive, BatchNorm, Block, Conditioner, Linear, Permutation, Terminal
+from fastmaf.layers import ACTIVATIONS, Affine, Autoregressive, BatchNorm, Block, Conditioner, Linear, Permutation, Terminal
 
 ORDER = [2, 0, 4, 1, 3]
 BOUNDS = [None, (0, 1), (-2, None), None, (None, 3)]
@@ -422,6 +422,21 @@ def test_float32_keeps_what_is_given():
     assert samples.dtype == np.float32 and (samples[:, [0, 2]] == np.float32([0.1, 0.7])).all()
 
 
+@pytest.mark.parametrize("transforms", [1, 2])
+def test_samples_in_double_from_a_float32_flow(backend, transforms):
+    """Columns with an offset that float32 cannot hold: given values and samples keep their digits."""
+    flow = fastmaf.MAF(3, transforms=transforms, hidden_features=(8,), order="sequential", seed=1)
+    offset, scale = np.array([1.2e9, 0.0, 1.2e9]), 1e3
+    far = fastmaf.Flow([Affine(offset, [scale] * 3), *flow.layers[1:]])
+    near = fastmaf.Flow([Affine([0.0] * 3, [scale] * 3), *flow.layers[1:]])
+    x = np.array([[1e-3, -2e-3], [2e-3, 1e-3]])
+    samples = far.sample_given(x + offset[:2], 4, seed=2, dtype="float64")
+    assert samples.dtype == np.float64 and (samples[:, :, :2] == (x + offset[:2])[:, None]).all()
+    np.testing.assert_allclose((samples - offset)[:, :, 2], near.sample_given(x, 4, seed=2)[:, :, 2], atol=1e-6)
+    with pytest.raises(ValueError, match="dtype is 'int8'"):
+        far.sample_given(x, dtype="int8")
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -451,10 +466,23 @@ def test_wrong_values_are_named():
         flow.sample_given([[0.0, 1.0], [1.0, 3.0]])
     with pytest.raises(ValueError, match=re.escape("x has 0.5 in column 0; that variable has the values 0..1")):
         made("bernoulli").sample_given([0.5])
-    with pytest.raises(ValueError, match="conditional_probs is for bernoulli and categorical flows; this one is Flow"):
+    with pytest.raises(
+        ValueError, match="conditional_probs is for bernoulli and categorical flows; the variables of this one are continuous"
+    ):
         made("mixture").conditional_probs(np.zeros((1, 5)))
     with pytest.raises(ValueError, match=re.escape("x has shape (1, 4); the flow has 5 features")):
         flow.conditional_probs(np.zeros((1, 4)))
+
+
+def test_values_that_are_not_finite_are_refused_by_name():
+    flow = made("gaussian", names=["a", "b", "c", "d", "e"])
+    for value in (np.nan, np.inf, -np.inf):
+        with pytest.raises(ValueError, match=r"^x is not finite in column 'c'$"):
+            flow.sample_given([0.0, value])
+        with pytest.raises(ValueError, match="x is not finite in column 'c' of 1 of 2 rows"):
+            flow.sample_given([[0.0, value], [0.0, 1.0]])
+    with pytest.raises(ValueError, match="x is not finite in column 0"):
+        made("bernoulli").sample_given([np.nan])
 
 
 def test_a_base_that_cannot_be_split_is_named():

@@ -93,6 +93,23 @@ def test_nan_in_noise_stays_in_its_row(backend, dtype):
     assert np.array_equal(np.isnan(x).any(axis=1), np.arange(make.ROWS) % 9 == 0)
 
 
+INF = float("inf")
+ODD = [[INF, 0, 0], [0, -INF, 0], [0, 0, INF], [0, 0, np.nan], [np.nan, 0, 0], [1e300, 0, 0], [0, 0, -1e300], [0, 1e30, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("options", [{"transforms": 1}, {"transforms": 2}, {"transforms": 1, "activation": "tanh"}])
+def test_rows_are_finite_or_nan_throughout(backend, dtype, options):
+    """Whatever the backend, which spread infinity in ways of their own."""
+    flow = fastmaf.MAF(3, hidden_features=(8,), dtype=dtype, seed=0, **options)
+    flow = flow.with_parameters(1.5 * flow.parameters())
+    for call in (flow.to_noise, flow.from_noise):
+        with np.errstate(all="ignore"):
+            result = call(np.array(ODD))
+        nan = np.isnan(result).all(axis=1)
+        assert np.isfinite(result[~nan]).all()
+        assert nan[:5].all() and not nan[-1] and nan[5:7].all() == (dtype == "float32")
+
+
 # Samples
 
 

@@ -8,6 +8,7 @@ import pytest
 
 import fastmaf
 from fastmaf import _tables, plot
+from fastmaf.train import FitWarning
 
 NAMES = ["z", "m", "r"]
 
@@ -210,6 +211,41 @@ def test_all_columns_that_fit_refuses_are_named():
 def test_a_flow_without_names_takes_columns_from_left_to_right(kind):
     columns, flow = data(), fastmaf.MAF(3, transforms=1, hidden_features=(4,))
     np.testing.assert_array_equal(flow.log_prob(frame(kind, columns)), flow.log_prob(np.column_stack(list(columns.values()))))
+
+
+LABELS = {"integers": [2, 0, 1], "several levels": [("z", 1), ("m", 1), ("r", 2)]}
+
+
+class Labelled(Frame):
+    """A data frame with labels that need not be text, as pandas has it."""
+
+
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+def test_labels_that_are_no_names(labels):
+    columns = list(data(200).values())
+    table = Labelled(dict(zip(labels, columns, strict=True)))
+    with pytest.raises(ValueError, match=r"x lacks columns 'z', 'm', 'r', .* its labels are not text: rename them, or pass x.to_numpy\(\)"):
+        named().log_prob(table)
+    options = {"max_epochs": 1, "progress": False, "seed": 1}
+    for flow in (fastmaf.MAF(3, transforms=1, hidden_features=(4,)), fastmaf.MADE(3, masks=2, hidden_features=(4,))):
+        with pytest.warns(FitWarning, match="x has column labels that cannot be names") as notes:
+            flow.fit(table, **options)
+        assert flow.names is None and all(len(str(note.message)) <= 200 and note.filename == __file__ for note in notes)
+    fastmaf.MAF(3, transforms=1, hidden_features=(4,)).fit(Labelled(dict(enumerate(columns))), **options)  # counted, not labelled
+    with pytest.raises(ValueError, match="its labels are not text"):
+        named().fit(Labelled(dict(enumerate(columns))), **options)
+
+
+def test_labels_of_pandas():
+    pandas = pytest.importorskip("pandas")
+    x = np.random.default_rng(0).normal(size=(200, 3))
+    flow = fastmaf.MAF(3, transforms=1, hidden_features=(4,))
+    for columns in (pandas.MultiIndex.from_tuples(LABELS["several levels"]), LABELS["integers"]):
+        with pytest.warns(FitWarning, match="x has column labels that cannot be names"):
+            flow.fit(pandas.DataFrame(x, columns=columns), max_epochs=1, progress=False)
+    flow.fit(pandas.DataFrame(x), max_epochs=1, progress=False)
+    with pytest.raises(ValueError, match="its labels are not text"):
+        named().log_prob(pandas.DataFrame(x))
 
 
 def test_contexts_are_taken_from_left_to_right(kind):

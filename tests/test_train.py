@@ -10,6 +10,7 @@ import re
 import threading
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import make
 import numpy as np
@@ -176,7 +177,7 @@ def test_standardisation():
     x = np.column_stack([rng.uniform(2, 5, 4000), 1e6 + rng.normal(size=4000), rng.exponential(size=4000)])
     weights = rng.integers(0, 3, 4000).astype(float)
     flow = linear(3, bounds=[(2, 5), None, (0, None)])
-    with pytest.warns(FitWarning, match=r'float32 cannot resolve column 1 of x, .* or use flow.sample\(..., dtype="float64"\)'):
+    with pytest.warns(FitWarning, match="float32 cannot resolve column 1 of x, far from 0 for the spread: subtract an offset"):
         flow.fit(x, weights=weights, validation=0, max_epochs=1)
     y = np.column_stack([np.log((x[:, 0] - 2) / (5 - x[:, 0])), x[:, 1], np.log(x[:, 2])])
     mean = np.average(y, axis=0, weights=weights)
@@ -336,6 +337,9 @@ def put(x, row, column, value):
         (lambda x: x, {"validation": (np.zeros((5, 2)), None, np.zeros(5))}, "validation weights are all zero: no row is left"),
         (lambda x: x, {"validation": ()}, "validation is a tuple of length 0; it must be a fraction below 1"),
         (lambda x: x, {"checkpoint": 3}, "checkpoint is 3; it must be a path"),
+        (lambda x: x, {"checkpoint": "/no/such/folder/c"}, "checkpoint: the folder '/no/such/folder' does not exist"),
+        (lambda x: x, {"checkpoint": Path(__file__).parent}, "checkpoint '.*tests' is a folder; name a file in it"),
+        (lambda x: x, {"checkpoint_every": True}, "checkpoint_every is True; it must be an integer"),
         (lambda x: x, {"checkpoint_every": 0}, "checkpoint_every is 0"),
         (lambda x: x, {"checkpoint_every": math.nan}, "checkpoint_every is nan"),
         (lambda x: x, {"on_interrupt": "stop"}, "on_interrupt is 'stop'"),
@@ -347,7 +351,12 @@ def put(x, row, column, value):
         (lambda x: x, {"optimizer": "sgd"}, "optimizer is 'sgd'"),
         (lambda x: x, {"schedule": "steps"}, "schedule is 'steps'"),
         (lambda x: x, {"schedule": lambda epochs: -epochs}, r"schedule\(0.125\) makes the learning rate -"),
+        (lambda x: x, {"schedule": lambda epochs: "slow"}, r"schedule\(0.0\) is 'slow'; it must be a number"),
+        (lambda x: x, {"schedule": lambda epochs: np.ones(3)}, r"schedule\(0.0\) is an array of shape \(3,\)"),
         (lambda x: x, {"lr": 0}, "lr is 0"),
+        (lambda x: x, {"lr": True}, "lr is True; it must be a positive number"),
+        (lambda x: x, {"lr": "1e-3"}, "lr is '1e-3'; it must be a positive number"),
+        (lambda x: x, {"max_epochs": True}, "max_epochs is True; it must be an integer"),
         (lambda x: x, {"lr": math.nan}, "lr is nan"),
         (lambda x: x, {"l2": -1}, "l2 is -1"),
         (lambda x: x, {"weight_decay": math.inf}, "weight_decay is inf"),
@@ -404,6 +413,34 @@ def test_patience_and_callback_and_time(x):
     assert (history.stopped, len(history.train)) == ("max_seconds", 0)
     history = linear().fit(x, lr=1.0, patience=4, max_epochs=10_000)
     assert history.stopped == "patience" and len(history.train) == history.best_epoch + 4
+
+
+def test_a_callback_must_return_a_truth_value(x):
+    flow, reference = linear(), linear()
+    with pytest.raises(ValueError, match=r"callback returned an array of shape \(3,\) and dtype float64; it must return True to stop"):
+        flow.fit(x, max_epochs=5, callback=at(2, lambda: np.ones(3)))
+    reference.fit(x, max_epochs=2)
+    assert same(flow, reference)
+
+
+@pytest.mark.parametrize("where", ["callback", "x"])
+@pytest.mark.parametrize("change", [{"layers": []}, {"base": None}, {"names": ("u", "v")}])
+def test_a_flow_that_is_changed_in_a_fit_is_said(x, where, change):
+    flow, reference = linear(), linear()
+
+    def draw(epoch):
+        if epoch == 2:
+            for name, value in change.items():
+                setattr(flow, name, value if name != "base" else flow.base)
+        return x
+
+    with pytest.raises(RuntimeError, match="the flow was changed while it was fitted, by the callback or elsewhere") as error:
+        if where == "x":
+            flow.fit(draw, max_epochs=5)
+        else:
+            flow.fit(x, max_epochs=5, callback=lambda record: draw(record["epoch"]) is None)
+    reference.fit(x, max_epochs=2)
+    assert same(flow, reference) and len(str(error.value)) <= 200
 
 
 def test_interruption_keeps_the_best(x, tmp_path):
@@ -1161,10 +1198,15 @@ Z = RNG.normal(size=(2000, 2))
 @pytest.mark.parametrize(
     ("rows", "dtype", "message"),
     [
-        (Z * [1e-3, 1] + [1.2e9, 0], "float32", "float32 cannot resolve column 't' of x, .* or use flow.sample(..., dtype=\"float64\")"),
+        (
+            Z * [1e-3, 1] + [1.2e9, 0],
+            "float32",
+            "float32 cannot resolve column 't' of x, .* or give rows as float64 and draw with dtype=\"float64\"",
+        ),
         (Z * [1e-2, 1] + [2460000.5, 0], "float32", "float32 cannot resolve column 't' of x"),
-        (Z * [1e46, 1], "float32", "column 't' of x has values at the ends of float32"),
-        (Z * [1e-46, 1], "float32", "column 't' of x has values at the ends of float32"),
+        (Z * [1e46, 1], "float32", "x has values in column 't' at the ends of float32, .* or make the flow with dtype=\"float64\""),
+        (Z * [1e-46, 1e300], "float32", "x has values in columns 't', 'u' at the ends of float32"),
+        (Z * [1e307, 1], "float64", "x has values in column 't' at the ends of float64, .*: use other units$"),
         (Z * [1e-12, 1] + [100.0, 0], "float64", "float64 cannot resolve column 't' of x"),
         (np.c_[(0.3 + Z[:, 1]) - Z[:, 1], Z[:, 0]], "float32", "x varies in column 't' by no more than rounding errors"),
         (np.where(np.arange(2000)[:, None] % 200 == 0, [1e20, 0], Z), "float32", "some values of x in column 't' are so far away"),
@@ -1227,6 +1269,22 @@ def test_values_far_away_and_rounding_errors_are_said_of_contexts_too(dtype):
     assert flow.context_layers[0].scale[1] == 1, "else 0.31 would be 1e14 deviations away"
     for offset, scale in ((1.2e9, 1e-3), (0, 1e46), (0, 1e-46)):  # the Affine of the context is applied in double
         assert warned(linear(context_features=1, dtype=dtype), Z, context=offset + scale * Z[:, :1]) == []
+
+
+@pytest.mark.parametrize("largest", [1e5, 1e300, 1e308])
+def test_weights_that_leave_few_rows_are_said(largest):
+    weights = np.full(2000, 5e-324 if largest == 1e308 else 1.0)
+    weights[7] = largest
+    said = "weights are so unequal that 2000 rows count like 1: cap the largest weights, or leave weights out"
+    first, *others = warned(linear(), Z, weights=weights, validation=0)
+    assert re.sub(r"like 1\.\d*", "like 1", first) == said and all("weights that are less unequal" in note for note in others)
+    first, *_ = warned(linear(), Z, validation=(Z, None, weights))
+    assert re.sub(r"like 1\.\d*", "like 1", first) == f"validation {said.replace('leave weights', 'leave validation weights')}"
+
+
+def test_nothing_is_said_of_weights_that_leave_enough_rows():
+    for weights in (Z[:, 0] ** 2, np.exp(Z[:, 0]), (np.arange(2000) < 20) + 0.0, 1e300 * (Z[:, 0] > 0)):
+        assert warned(linear(), Z, weights=weights, validation=0) == []
 
 
 def test_one_variable_is_one_gaussian():

@@ -34,6 +34,9 @@ BLOCK = 1 << 18
 MANY = 8192
 """Rows among which a value that many of them share is looked for."""
 
+FEW = 30
+"""Rows that are few for a fit, if there are ten times as many that count for little."""
+
 SOME = 512
 """Rows that show whether values fall together."""
 
@@ -96,8 +99,9 @@ def _weights(name: str, value: ArrayLike) -> NDArray[np.float64]:
         raise ValueError(f"{name} has {weights[row]} in row {row}; weights must be finite and not negative")
     if weights.size and not weights.any():
         raise ValueError(f"{name} are all zero: no row is left; leave {name} out, or give some rows a positive one")
-    # In other units, so that sums are finite; the powers of two leave all bits.
-    return np.asarray(np.ldexp(weights, -np.frexp(weights.max(initial=1.0))[1]))
+    # In other units, so that sums are finite; the powers of two leave all bits, and no row is lost.
+    scaled: NDArray[np.float64] = np.ldexp(weights, -np.frexp(weights.max(initial=1.0))[1])
+    return np.maximum(scaled, np.minimum(weights, np.nextafter(0.0, 1.0)))
 
 
 def split(
@@ -142,6 +146,17 @@ def validation_of(value: Any) -> float | tuple[ArrayLike | None, ...]:
             raise ValueError(f"validation is {_words.shown(value)}; {must}")
         return float(value)
     return (value,)
+
+
+def uneven(name: str, weights: NDArray[np.float64] | None) -> str:
+    """What to say of weights so unequal that few rows count, by Kish's effective number of them; nothing of others."""
+    if weights is None:
+        return ""
+    shares = weights / weights.max()
+    rows, effective = np.count_nonzero(weights), shares.sum() ** 2 / (shares**2).sum()
+    if effective >= min(FEW, rows / 10):
+        return ""
+    return f"{name} are so unequal that {rows} rows count like {effective:.3g}: cap the largest weights, or leave {name} out"
 
 
 # Values
@@ -274,6 +289,7 @@ def standardised(record: FlowRecord, train: Rows, wanted: bool | str) -> tuple[F
     weights = np.zeros(len(train.x))
     weights[train.rows] = 1.0 if train.weights is None else train.weights[train.rows]
     fresh = wanted == "again" or (bool(wanted) and not was_fitted(record))
+    few = uneven("weights", train.weights)
     layers, context_layers, notes = record.layers, record.context_layers, []
     if (counts := _counts(record)) is not None:
         _check("x", train.x, layers, counts, record.names)
@@ -286,7 +302,7 @@ def standardised(record: FlowRecord, train: Rows, wanted: bool | str) -> tuple[F
             seldom, constant = constant, np.flatnonzero(moments.deviation == 0)
         if constant.size:
             value = f": {moments.low[constant[0]]} in every row to train on" if constant.size == 1 else " in the rows to train on"
-            raise ValueError(f"x is constant in {_words.columns(constant, record.names)}{value}; leave out what does not vary")
+            raise ValueError(f"x is constant in {_words.columns(constant, record.names)}{value}; {few or 'leave out what does not vary'}")
         if seldom.size:
             where = _words.columns(seldom, record.names)
             notes.append(
@@ -306,6 +322,8 @@ def standardised(record: FlowRecord, train: Rows, wanted: bool | str) -> tuple[F
         context_layers = _placed("context", context_layers, moments, fresh, wanted == "again", None)
         if wanted and context_layers is record.context_layers:
             notes += _far_out("context", context_layers, moments, None)
+    if few:  # what the moments of so few rows seem to show is no matter of the columns
+        notes = [few]
     if layers is record.layers and context_layers is record.context_layers:
         return record, notes
     return record.replaced(layers=layers, context_layers=context_layers), notes
@@ -348,13 +366,12 @@ def _notes(record: FlowRecord, train: Rows, layers: Layers, moments: Moments) ->
     outside = ~noise & ~bounded & ((largest > float(limits.max) / 100) | (spread < float(limits.tiny) * 100))
     if (coarse & ~outside).any():
         where = _words.columns(np.flatnonzero(coarse & ~outside), names)
-        remedy = 'flow.sample(..., dtype="float64")' if record.dtype == np.float32 else "a smaller offset"
-        notes.append(
-            f"{record.dtype} cannot resolve {where} of x, whose values are far from 0 for their spread: subtract an offset, or use {remedy}"
-        )
+        remedy = ', or give rows as float64 and draw with dtype="float64"' if record.dtype == np.float32 else ""
+        notes.append(f"{record.dtype} cannot resolve {where} of x, far from 0 for the spread: subtract an offset{remedy}")
     if outside.any():
         where = _words.columns(np.flatnonzero(outside), names)
-        notes.append(f"{where} of x has values at the ends of {record.dtype}, where samples overflow or vanish: give it in other units")
+        remedy = ', or make the flow with dtype="float64"' if record.dtype == np.float32 else ""
+        notes.append(f"x has values in {where} at the ends of {record.dtype}, where samples overflow or vanish: use other units{remedy}")
     if record.features == 1 and not isinstance(record.base, Terminal):
         each = " for each context" if record.context_features else ""
         notes.append(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastmaf import _arrays, _words, io
+from fastmaf import _arrays, _tables, _words, io
 from fastmaf.layers import Affine, Autoregressive, BatchNorm, Terminal, _one_of
 from fastmaf.record import FlowRecord
 from fastmaf.train import data
@@ -174,6 +174,12 @@ def fit(
     held_out = data.validation_of(validation)
     if not isinstance(checkpoint, (str, os.PathLike, type(None))):
         raise ValueError(f"checkpoint is {_words.shown(checkpoint)}; it must be a path")
+    if checkpoint is not None:
+        target = os.path.realpath(checkpoint)
+        if not os.path.isdir(os.path.dirname(target)):
+            raise ValueError(f"checkpoint: the folder {_words.shown(os.path.dirname(target))} does not exist")
+        if os.path.isdir(target):
+            raise ValueError(f"checkpoint {_words.shown(target)} is a folder; name a file in it")
     resume = _words.flag("resume", resume)
     progress = None if progress is None else _words.flag("progress", progress)
     if callback is not None and not callable(callback):
@@ -212,6 +218,12 @@ def fit(
     first_x = x(0) if callable(x) else x
     train, held = data.split(record, first_x, context, weights, held_out, settings["seed"], callable(x))
     start, notes = data.standardised(record, train, settings["standardize"])
+    if record.names is None and _tables.has_other_labels(x):
+        notes.append(
+            "x has column labels that cannot be names (text, all different), so that columns go by place: rename them, or x.to_numpy()"
+        )
+    if held is not None and settings["validation"] == "given" and (few := data.uneven("validation weights", held.weights)):
+        notes.append(few)
     for note in notes:
         warnings.warn(note, FitWarning, stacklevel=3)
     if _of_batch(record.layers) and settings["batch_size"] < 2:
@@ -277,6 +289,7 @@ class _Run:
         self.flow, self.start, self.backend, self.engine = flow, start, backend, engine
         self.train, self.held, self.settings, self.members, self.first = train, held, settings, members, first
         self.store, self.every = store, every
+        self.uneven = bool(data.uneven("weights", train.weights))
         self.unsaved: dict[str, Any] = {}  # the state at the end of the last epoch, until it is written
         self.written, self.written_at = 0, time.perf_counter()
         self.history = History()
@@ -299,7 +312,7 @@ class _Run:
         steps, mean_weight, used = -(-train.rows.size // batch_size), mass / train.rows.size, train.rows.size
         if _of_batch(self.start.layers) and used > batch_size:
             steps, used = used // batch_size, used // batch_size * batch_size
-        began = time.perf_counter() - (history.seconds[-1] if history.seconds else 0.0)
+        began, before = time.perf_counter() - (history.seconds[-1] if history.seconds else 0.0), self.flow._record
         if not history.train:
             self.renew(train.x, self.first)
             self.best_statistics = self.statistics
@@ -333,7 +346,13 @@ class _Run:
                 last_of = {name: (getattr(history, name) or [None])[-1] for name in SERIES}
                 bar.set_postfix_str(", ".join(f"{name} {last_of[name]:.4f}" for name in SERIES[:2] if getattr(history, name)) + " nats")
                 bar.update()
-                if callback is not None and callback(self.told({"epoch": epoch, "best_epoch": history.best_epoch, **last_of})):
+                stops = callback is not None and _true(callback(self.told({"epoch": epoch, "best_epoch": history.best_epoch, **last_of})))
+                if self.flow._record is not before:
+                    raise RuntimeError(
+                        "the flow was changed while it was fitted, by the callback or elsewhere, and has the weights of the fit again: "
+                        "change it afterwards"
+                    )
+                if stops:
                     return "callback"
         return "max_epochs"
 
@@ -416,7 +435,8 @@ class _Run:
 
     def complaints(self) -> list[str]:
         """What is worth a warning at the end."""
-        history, remedy = self.history, f"try a lower lr than {self.settings['lr']:g}, or clip_norm"
+        history = self.history
+        remedy = "give weights that are less unequal" if self.uneven else f"try a lower lr than {self.settings['lr']:g}, or clip_norm"
         kept = "the best weights so far are kept" if history.best_epoch else "the weights are those of the start"
         if history.stopped.startswith("loss not finite"):
             return [f"{history.stopped}: {kept}; {remedy}"]
@@ -488,12 +508,20 @@ class _Run:
 def _real(name: str, value: Any, zero: bool = False) -> float:
     """A finite number, positive or, if `zero`, not negative."""
     try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
+        number = _words.number(name, value)
+    except ValueError:
         number = math.nan
     if not (math.isfinite(number) and (number > 0 or (zero and number == 0))):
         raise ValueError(f"{name} is {_words.shown(value)}; it must be a {'number that is not negative' if zero else 'positive number'}")
     return number
+
+
+def _true(value: Any) -> bool:
+    """Whether what a callback returned is true."""
+    try:
+        return bool(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"callback returned {_words.shown(value)}; it must return True to stop, or None") from None
 
 
 def _standardize(value: Any) -> bool | str:
@@ -597,9 +625,10 @@ def _schedule(schedule: str | Callable[[float], float], max_epochs: int) -> Call
 
 def _rates(lr: float, factor: Callable[[float], float], epoch: int, steps: int) -> NDArray[np.float64]:
     """The learning rate of each step of an epoch."""
-    rates = np.array([lr * float(factor(epoch - 1 + step / steps)) for step in range(steps)])
+    done = [epoch - 1 + step / steps for step in range(steps)]
+    rates = np.array([lr * _words.number(f"schedule({epochs})", factor(epochs)) for epochs in done])
     wrong = ~(np.isfinite(rates) & (rates >= 0))
     if wrong.any():
         step = int(wrong.argmax())
-        raise ValueError(f"schedule({epoch - 1 + step / steps}) makes the learning rate {rates[step]}; it must be finite and not negative")
+        raise ValueError(f"schedule({done[step]}) makes the learning rate {rates[step]}; it must be finite and not negative")
     return rates
