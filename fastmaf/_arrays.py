@@ -385,6 +385,9 @@ def names(value: Any, features: int) -> tuple[str, ...] | None:
     listed = tuple(value) if np.iterable(value) and not isinstance(value, (str, bytes, Mapping)) else ()
     if not listed or not all(isinstance(name, str) for name in listed):
         raise ValueError(f"names is {_words.shown(value)}; it must be a sequence of strings")
+    for name in listed:
+        if name.encode("utf-8", "replace").decode() != name:
+            raise ValueError(f"names holds {_words.shown(name)}, half of a surrogate pair, which is no text")
     if len(listed) != features or len(set(listed)) != features:
         raise ValueError(f"names lists {len(set(listed))} different names; the flow has {features} features")
     return tuple(map(str, listed))

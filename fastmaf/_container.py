@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from fastmaf import _words
 
-__all__ = ["CODES", "read", "write"]
+__all__ = ["CODES", "parse", "read", "write"]
 
 Array = NDArray[Any]
 
@@ -27,6 +28,9 @@ OTHERS = frozenset(["BOOL", "U8", "I8", "I16", "U16", "F16", "BF16", "I32", "U32
 """Other dtypes of the format."""
 
 METADATA = "__metadata__"
+DIGEST = "fastmaf_crc32"
+"""The metadata key of the digest: a CRC-32 in 8 hexadecimal digits. Readers of other packages, and older ones of this, pass over it."""
+
 LONGEST_HEADER = 100_000_000
 """Bytes; the limit of the format."""
 
@@ -35,7 +39,7 @@ class _OtherDtypeError(ValueError):
     """The file is whole, and holds what fastmaf does not write."""
 
 
-def write(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
+def write(tensors: Mapping[str, Array], metadata: Mapping[str, str], digest: bool = False) -> bytes:
     """The bytes of a file.
 
     Parameters
@@ -43,6 +47,8 @@ def write(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
     tensors : mapping of str to array
         Of the dtypes of `CODES`; the larger dtypes come first, each sorted by name, so that equal contents give equal bytes.
     metadata : mapping of str to str
+    digest : bool
+        Whether the metadata gets a digest of the tensors, which `read` checks.
 
     Returns
     -------
@@ -59,20 +65,30 @@ def write(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
     ({'a': array([1., 2.])}, {'by': 'me'})
     """
     codes = {dtype: code for code, dtype in CODES.items()}
-    header: dict[str, Any] = {METADATA: dict(sorted(metadata.items()))}
-    pieces, end = [], 0
+    entries: dict[str, Any] = {}
+    pieces: dict[str, Array] = {}
+    end = 0
     for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)):
         array = tensors[name]
         dtype = array.dtype.newbyteorder("<")
         if dtype not in codes:
             raise ValueError(f"tensor {_words.shown(name)} has dtype {array.dtype}; it must be one of {', '.join(CODES)}")
-        piece = np.ascontiguousarray(array, dtype).tobytes()
-        header[name] = {"dtype": codes[dtype], "shape": [*array.shape], "data_offsets": [end, end + len(piece)]}
-        pieces.append(piece)
-        end += len(piece)
-    text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
+        pieces[name] = np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8)
+        entries[name] = {"dtype": codes[dtype], "shape": [*array.shape], "data_offsets": [end, end + array.nbytes]}
+        end += array.nbytes
+    if digest:
+        metadata = {**metadata, DIGEST: _digest(pieces)}
+    text = json.dumps({METADATA: dict(sorted(metadata.items())), **entries}, separators=(",", ":"), allow_nan=False).encode()
     text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *pieces])
+    return b"".join([len(text).to_bytes(8, "little"), text, *(piece.data for piece in pieces.values())])
+
+
+def _digest(pieces: Mapping[str, Array]) -> str:
+    """The CRC-32 of the bytes of all tensors, in the order of their names."""
+    crc = 0
+    for name in sorted(pieces):
+        crc = zlib.crc32(pieces[name].data, crc)
+    return f"{crc:08x}"
 
 
 def read(data: bytes) -> tuple[dict[str, Array], dict[str, str]]:
@@ -81,7 +97,7 @@ def read(data: bytes) -> tuple[dict[str, Array], dict[str, str]]:
     Raises
     ------
     ValueError
-        If the bytes are damaged or no such file, or a tensor has a dtype that is not in `CODES`.
+        If the bytes are damaged or no such file, or a tensor has a dtype that is not in `CODES`. A digest is checked where there is one.
     """
     try:
         header, begin = _header(data)
@@ -104,6 +120,10 @@ def read(data: bytes) -> tuple[dict[str, Array], dict[str, str]]:
         raise
     except (ValueError, RecursionError, OverflowError) as error:
         raise ValueError(f"it is damaged or no safetensors file ({error})") from None
+    if DIGEST in metadata:
+        digest = _digest({name: array.reshape(-1).view(np.uint8) for name, array in tensors.items()})
+        if metadata.pop(DIGEST) != digest:
+            raise ValueError(f"its tensors are damaged: their CRC-32 is {digest}, and its metadata names another")
     return tensors, metadata
 
 
@@ -113,22 +133,58 @@ def _header(data: bytes) -> tuple[dict[str, Any], int]:
     if len(data) < 8 or length > len(data) - 8 or length > LONGEST_HEADER:
         raise ValueError("its header is cut off")
 
-    def refuse(constant: str) -> Any:
-        raise ValueError(f"its header holds {constant}")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            raise ValueError("its header names something twice")
-        return result
-
     try:
-        header = json.loads(data[8 : 8 + length].decode(), parse_constant=refuse, object_pairs_hook=unique)
+        header = parse(data[8 : 8 + length].decode(), "its header")
     except UnicodeDecodeError:
         raise ValueError("its header is not text") from None
     if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")
     return header, 8 + length
+
+
+def parse(text: str, what: str) -> Any:
+    """What a JSON text holds; `what` begins the messages.
+
+    Raises
+    ------
+    ValueError
+        If it is no JSON, or holds a name twice in an object, a number beyond float64, or half of a surrogate pair.
+
+    Examples
+    --------
+    >>> parse('{"a": [1, 2.5]}', "it")
+    {'a': [1, 2.5]}
+    """
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{what} holds {constant}")
+
+    def real(digits: str) -> float:
+        number = float(digits)
+        return number if math.isfinite(number) else refuse("a number that is too large")
+
+    def integer(digits: str) -> int:
+        return int(digits) if len(digits) < 300 or math.isfinite(real(digits)) else 0
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError(f"{what} names something twice")
+        return result
+
+    value = json.loads(text, parse_constant=refuse, parse_float=real, parse_int=integer, object_pairs_hook=unique)
+    if "\\ud" in text.lower() and not _is_unicode(value):
+        raise ValueError(f"{what} holds half of a surrogate pair")
+    return value
+
+
+def _is_unicode(value: Any) -> bool:
+    """Whether UTF-8 can hold all text in what was JSON."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _entry(name: str, entry: Any, size: int) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:
@@ -147,6 +203,6 @@ def _entry(name: str, entry: Any, size: int) -> tuple[np.dtype[Any], tuple[int, 
             raise ValueError("a tensor has a shape or range that is not made of counts")
     if len(shape) > 32 or len(offsets) != 2 or not offsets[0] <= offsets[1] <= size:
         raise ValueError("a tensor lies outside the file")
-    if math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0]:
+    if math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0] or math.prod(n or 1 for n in shape) * dtype.itemsize >= 2**63:
         raise ValueError("a tensor has a shape that does not fill its range")
     return dtype, tuple(shape), offsets[0], offsets[1]

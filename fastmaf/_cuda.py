@@ -10,7 +10,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from fastmaf import _core
-from fastmaf._cpu import _pack, unsupported
+from fastmaf._cpu import pack, unsupported
 from fastmaf._device import DeviceArray, finished, index_of
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class _Cuda:
         return flow.derived(self._key, self._pack)
 
     def _pack(self, flow: FlowRecord) -> _core.DeviceFlow:
-        return _core.DeviceFlow(flow.derived("cpu", _pack), self._device, self._precision)
+        return _core.DeviceFlow(pack(flow), self._device, self._precision)
 
     def log_prob(self, flow: FlowRecord, x: Any, context: Any, out: Any) -> None:
         self._packed(flow).log_prob(_at(x), _at(context), *_where(out, x, context))

@@ -30,7 +30,7 @@ from fastmaf import layers as _layers
 from fastmaf.ensemble import Ensemble
 from fastmaf.flow import Flow
 from fastmaf.maf import masked
-from fastmaf.record import plain
+from fastmaf.record import FlowRecord, plain
 
 __all__ = ["FORMAT", "checkpoint_bytes", "expect", "load", "read_checkpoint", "reading_checkpoint", "save", "write"]
 
@@ -197,12 +197,12 @@ def _reading(name: Any, what: str) -> Iterator[None]:
         raise ValueError(f"{name} cannot be read as {what}: {error}") from None
 
 
-def to_bytes(flow: Flow | Ensemble) -> bytes:
-    """The bytes of the file of a flow or an ensemble."""
-    return _container.write(*_encoded(flow))
+def to_bytes(flow: Flow | FlowRecord | Ensemble, digest: bool = True) -> bytes:
+    """The bytes of the file of a flow or an ensemble, with or without the digest of its tensors."""
+    return _container.write(*_encoded(flow), digest)
 
 
-def _encoded(flow: Flow | Ensemble) -> tuple[dict[str, Array], dict[str, str]]:
+def _encoded(flow: Flow | FlowRecord | Ensemble) -> tuple[dict[str, Array], dict[str, str]]:
     """The tensors of a flow or an ensemble, and the metadata."""
     tensors: dict[str, Array] = {}
     record = {
@@ -222,7 +222,7 @@ def _encoded(flow: Flow | Ensemble) -> tuple[dict[str, Array], dict[str, str]]:
     return tensors, {"fastmaf": json.dumps(record, allow_nan=False)}
 
 
-def _networks(flow: Flow | Ensemble) -> Iterator[tuple[str, Any]]:
+def _networks(flow: Flow | FlowRecord | Ensemble) -> Iterator[tuple[str, Any]]:
     """The networks of a flow, and their places."""
     for path, record in (*((f"layers.{k}", layer) for k, layer in enumerate(flow.layers)), ("base", flow.base)):
         if isinstance(record, (_layers.Autoregressive, _layers.Terminal)):
@@ -249,9 +249,9 @@ def _from_bytes(data: bytes) -> Flow | Ensemble:
         tensors = {name: array for name, array in tensors.items() if not name.startswith(PREFIX)}
     if "fastmaf" not in metadata:
         raise ValueError("it is a safetensors file without the metadata of fastmaf")
-    record = _object("the metadata", _parse(metadata["fastmaf"]))
+    record = _object("the metadata", _container.parse(metadata["fastmaf"], "its metadata"))
     version = record.get("format")
-    if not isinstance(version, int) or version < 1:
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ValueError(f"its format is {_words.shown(version)}")
     if version > FORMAT:
         raise ValueError(f"it has format {version}; this version of fastmaf reads formats up to {FORMAT}: update fastmaf")
@@ -274,9 +274,22 @@ def _from_bytes(data: bytes) -> Flow | Ensemble:
         if decoder.unmasked is None:
             raise ValueError("it has members, but no network")
         result = Ensemble(flow, decoder.unmasked, *(decoder.tensor(members[name], f"ensemble.{name}", None) for name in _MEMBERS))
+        _check_members(result)
     if tensors:
         raise ValueError(f"no layer has the tensor {_words.shown(min(tensors))}")
     return result
+
+
+def _check_members(ensemble: Ensemble) -> None:
+    """All members are such as the first one is, which was made already."""
+    if ensemble.ranks.min() < 1:
+        raise ValueError("ensemble: ranks must be positive")
+    pieces = np.split(ensemble.degrees, np.cumsum([dense.bias.size for dense in ensemble.conditioner.hidden]), axis=1)
+    number = 0
+    for block in ensemble.conditioner.blocks:
+        before, number = number, number + len(block.maps)
+        if block.residual and (pieces[number] < pieces[before]).any():
+            raise ValueError("ensemble: the degrees of a member add units to others of higher degree")
 
 
 # Checkpoints
@@ -299,7 +312,7 @@ def checkpoint_bytes(best: Flow | Ensemble, state: Mapping[str, Any], arrays: Ma
     """
     tensors, metadata = _encoded(best)
     tensors |= {PREFIX + name: array for name, array in arrays.items()}
-    return _container.write(tensors, metadata | {CHECKPOINT: json.dumps(state, allow_nan=False)})
+    return _container.write(tensors, metadata | {CHECKPOINT: json.dumps(state, allow_nan=False)}, digest=True)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Array]]:
@@ -318,7 +331,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[
         tensors, metadata = _container.read(data)
         if CHECKPOINT not in metadata:
             raise ValueError(f"it has no metadata {CHECKPOINT!r}")
-        state = _object("its state", _parse(metadata[CHECKPOINT]))
+        state = _object("its state", _container.parse(metadata[CHECKPOINT], "its metadata"))
     return state, {name[len(PREFIX) :]: array for name, array in tensors.items() if name.startswith(PREFIX)}
 
 
@@ -367,7 +380,7 @@ class _Decoder:
         if kind == "Mapping[str, float]":
             return {key: self.decode("float", value, f"{path}.{key}") for key, value in _object(path, node).items()}
         if kind in _SCALARS:
-            if not _is(node, *_SCALARS[kind]) or (kind == "float" and not math.isfinite(node)):
+            if not _is(node, *_SCALARS[kind]) or (kind == "float" and not math.isfinite(node)) or (kind == "int" and abs(node) >= 2**63):
                 raise ValueError(f"{path} is {_words.shown(node)}; it must be a{' finite' * (kind == 'float')} {kind}")
             return node
         return self.record(kind, node, path)
@@ -396,7 +409,8 @@ class _Decoder:
         try:
             if self.ensemble and "conditioner" in values:
                 self.unmasked = values["conditioner"]
-                values["conditioner"] = masked(self.unmasked, values["ranks"], values.get("categories", ()))
+                categories = values["categories"] if values.get("conditional") == "categorical" else ()
+                values["conditioner"] = masked(self.unmasked, values["ranks"], categories)
             return cls(**values)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
@@ -420,10 +434,3 @@ def _keys(path: str, node: dict[str, Any], expected: Any) -> None:
     if set(node) != set(expected):
         wrong = sorted(set(node) ^ set(expected))[0]
         raise ValueError(f"{path} {'lacks' if wrong in expected else 'has an unknown field'} {_words.shown(wrong)}")
-
-
-def _parse(text: str) -> Any:
-    def refuse(constant: str) -> Any:
-        raise ValueError(f"its metadata holds {constant}")
-
-    return json.loads(text, parse_constant=refuse)

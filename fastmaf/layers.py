@@ -277,7 +277,7 @@ class BatchNorm(_Record):
         arrays = {name: _frozen(name, getattr(self, name), 1) for name in ("log_gamma", "beta", "mean", "var")}
         for name, array in arrays.items():
             _expect(name, array, arrays["log_gamma"].shape)
-        wrong = ~(arrays["var"] + float(self.eps) > 0)
+        wrong = ~(arrays["var"].astype(np.float64) + float(self.eps) > 0)
         if wrong.any():
             j = int(np.argmax(wrong))
             raise ValueError(f"var[{j}] is {arrays['var'][j]} and eps {self.eps}; their sum must be positive")
@@ -645,6 +645,8 @@ class Terminal(_Record):
             raise ValueError(f"categories {_words.shown(categories)} must give at least 2 values for each of {ranks.size} variables")
         if self.components < 1:
             raise ValueError(f"components is {self.components}")
+        if self.conditional != "categorical":
+            categories = ()
         self._set(ranks=ranks, categories=categories, constants=Law(self.law, constants=self.constants).constants)
         _check_made(ranks, self.conditioner, self.rows)
 

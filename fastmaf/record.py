@@ -236,19 +236,34 @@ def _training(training: Any) -> dict[str, Any]:
     return cast("dict[str, Any]", plain(dict(training or {})))
 
 
-def plain(value: Any) -> Any:
-    """The value in types that JSON knows; numbers that are not finite become None."""
-    if value is None or isinstance(value, (bool, int, str)):
+DEEPEST = 63
+"""Lists and mappings within each other in `training`; files hold no more."""
+
+
+def plain(value: Any, room: int = DEEPEST) -> Any:
+    """The value in types that JSON knows; numbers that are not finite, or beyond float64, become None."""
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, str):
+        return _unicode(value)
+    if isinstance(value, int):
+        return value if abs(value) < 2**1023 else None
     if isinstance(value, (float, np.floating)):
         return float(value) if np.isfinite(value) else None
     if isinstance(value, (np.bool_, np.integer)):
         return value.item()
+    if isinstance(value, (Mapping, list, tuple, np.ndarray)) and not room:
+        raise ValueError(f"training holds lists or mappings more than {DEEPEST} deep")
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {_unicode(str(key)): plain(item, room - 1) for key, item in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)):
-        return [plain(item) for item in value]
+        return [plain(item, room - 1) for item in value]
     raise ValueError(f"training holds a value of type {type(value).__name__}; it must hold numbers, text, lists and mappings")
+
+
+def _unicode(text: str) -> str:
+    """The text without halves of surrogate pairs (names of files may hold them), which UTF-8 cannot hold."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def trainable(record: Any) -> Iterator[Array]:

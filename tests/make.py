@@ -195,7 +195,7 @@ def reference():
 def case(name, dtype):
     """A flow of `CASES`, what to call it with, and what the reference gives in float64 for the same weights and numbers."""
     given, backend = _case(name, dtype), _backends.choose()
-    if backend.name == "numba" and (missing := backend.unsupported(given.flow)):
+    if backend.name == "numba" and (missing := backend.unsupported(given.flow.record)):
         pytest.skip(f"the numba backend has no kernel for {missing}")
     return given
 

@@ -40,7 +40,7 @@ def flow(features, kinds=("batch", "batch"), context_features=0, base=None, line
 def trainer(made, **options):
     """An engine of the backend in use."""
     active = _backends.choose()
-    if missing := active.unsupported(made):
+    if missing := active.unsupported(made.record):
         pytest.skip(f"the {active.name} backend has no kernel for {missing}")
     return active.trainer(made.record, **options)
 

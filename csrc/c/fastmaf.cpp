@@ -104,9 +104,7 @@ std::shared_ptr<const Inner> inner_of(const void* bytes, size_t count) {
     auto pack = [&](auto zero) {
         using T = decltype(zero);
         auto program = std::make_shared<Program<T>>(record::lower(record));
-        const std::vector<T> parameters = record::parameters<T>(record);
-        if (int64_t(parameters.size()) != program->parameter_count()) throw std::logic_error("the record and its program differ in their parameters");
-        program->set_parameters(parameters.data());
+        program->set_parameters(record::parameters(record));
         inner->layers = int64_t(program->stages());
         inner->program = std::move(program);
     };

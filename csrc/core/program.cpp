@@ -375,6 +375,28 @@ void Program<T>::set_parameters(const T* parameters) {
 }
 
 template <class T>
+void Program<T>::set_parameters(const std::vector<Piece>& parameters) {
+    const PlainFloats floats;
+    std::vector<int64_t> end;
+    for (const Piece& piece : parameters) end.push_back((end.empty() ? 0 : end.back()) + piece.count);
+    if ((end.empty() ? 0 : end.back()) != parameter_count_)
+        throw std::logic_error("the flow has " + std::to_string(parameter_count_) + " parameters; others are given");
+    int64_t begin = 0, stop = 0;  // of the piece at hand: neighbours in the master mostly share it
+    const char* data = nullptr;
+    for (size_t i = 0; i < index_.size(); ++i) {
+        const int64_t place = index_[i];
+        if (place < begin || place >= stop) {
+            const size_t piece = size_t(std::upper_bound(end.begin(), end.end(), place) - end.begin());
+            stop = end[piece];
+            begin = stop - parameters[piece].count;
+            data = parameters[piece].data;
+        }
+        std::memcpy(&master_[i], data + (place - begin) * int64_t(sizeof(T)), sizeof(T));
+    }
+    repack();
+}
+
+template <class T>
 void Program<T>::spread(const T* like_master, T* parameters) const {
     std::fill(parameters, parameters + parameter_count_, T(0));
     for (size_t i = 0; i < index_.size(); ++i) parameters[index_[i]] = like_master[i];

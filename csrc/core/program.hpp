@@ -101,6 +101,7 @@ public:
     int64_t bias_offset(size_t stage, size_t map) const { return bias_offset_[stage][map]; }
     int bias_count(size_t stage, size_t map) const;  // 0 for a map without
     void set_parameters(const T* parameters);
+    void set_parameters(const std::vector<Piece>& parameters);  // one after the other; throws std::logic_error if they are not as many
     void get_parameters(T* parameters) const { spread(master_.data(), parameters); }
     void spread(const T* like_master, T* parameters) const;  // to the user's order, zeros between
 

@@ -24,6 +24,10 @@ int count_below(const std::vector<int64_t>& sorted, int64_t bound) {
     return int(std::lower_bound(sorted.begin(), sorted.end(), bound) - sorted.begin());
 }
 
+int count_up_to(const std::vector<int64_t>& sorted, int64_t bound) {
+    return int(std::upper_bound(sorted.begin(), sorted.end(), bound) - sorted.begin());
+}
+
 }  // namespace
 
 int Staircase::first_reader(int input) const {
@@ -71,7 +75,7 @@ Sorted sort_stage(const StageSpec& stage, int context) {
     inputs.insert(inputs.end(), ranks.begin(), ranks.end());
     auto add_map = [&](const std::vector<int64_t>& reads, const std::vector<int64_t>& degrees) {
         sorted.maps.push_back(staircase(int(reads.size())));
-        for (int64_t degree : degrees) add_row(sorted.maps.back(), count_below(reads, degree + 1));
+        for (int64_t degree : degrees) add_row(sorted.maps.back(), count_up_to(reads, degree));
     };
     for (size_t m = 0; m + 1 < stage.maps.size(); ++m) {
         sorted.units.push_back(sorted_by(stage.maps[m].degrees));

@@ -50,6 +50,12 @@ struct StageSpec {
     bool direct() const { return skip || late_context(); }
 };
 
+// Numbers somewhere in memory, at any alignment.
+struct Piece {
+    const char* data;
+    int64_t count;
+};
+
 struct FlowSpec {
     int features = 0;
     int context = 0;

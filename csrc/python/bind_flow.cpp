@@ -1,89 +1,52 @@
 #include <pybind11/stl.h>
 
+#include "../record/lower.hpp"
 #include "flow.hpp"
 
 namespace fastmaf {
 
 namespace {
 
-template <class E>
-E index_in(const std::string& name, std::initializer_list<const char*> names) {
-    int i = 0;
-    for (const char* each : names) {
-        if (name == each) return E(i);
-        ++i;
-    }
-    throw std::invalid_argument("the compiled core does not know '" + name + "'");
+// A flow as a file holds it, and the bytes of the file, into which it points.
+struct File {
+    py::bytes bytes;
+    record::Record record;
+};
+
+std::unique_ptr<File> read(const py::bytes& bytes) {
+    const auto data = bytes.cast<std::string_view>();
+    Unlocked unlocked;
+    auto parsed = record::read(data);
+    return std::unique_ptr<File>(new File{py::reinterpret_borrow<py::bytes>(bytes), std::move(parsed)});
 }
 
-Columns read_columns(const py::dict& d) {
-    Columns columns;
-    for (const auto& kind : d["kinds"].cast<std::vector<std::string>>())
-        columns.kind.push_back(index_in<Bijection>(kind, {"identity", "logit", "log_above", "log_below"}));
-    columns.lower = d["lower"].cast<std::vector<double>>();
-    columns.upper = d["upper"].cast<std::vector<double>>();
-    columns.loc = d["loc"].cast<std::vector<double>>();
-    columns.scale = d["scale"].cast<std::vector<double>>();
-    return columns;
+template <class T>
+std::shared_ptr<Program<T>> program_of(const record::Record& record, size_t member) {
+    auto program = std::make_shared<Program<T>>(record::lower(record, member));
+    program->set_parameters(record::parameters(record));
+    return program;
 }
 
-StageSpec read_stage(const py::dict& d) {
-    StageSpec stage;
-    stage.output = index_in<Output>(d["output"].cast<std::string>(), {"transform", "mixture", "bernoulli", "categorical", "linear", "norm"});
-    stage.variable = d["variable"].cast<std::vector<int>>();
-    if (d.contains("scale")) {
-        stage.loc = d["loc"].cast<std::vector<double>>();
-        stage.scale = d["scale"].cast<std::vector<double>>();
+PackedFlow pack(const File& file, size_t member) {
+    const std::string missing = record::unsupported(file.record);
+    if (!missing.empty()) {
+        PyErr_SetString(PyExc_NotImplementedError, ("the compiled core has no kernel for " + missing).c_str());
+        throw py::error_already_set();
     }
-    if (d.contains("var")) {
-        stage.trainable = true;
-        stage.of_batch = d["of_batch"].cast<bool>();
-        stage.mean = d["mean"].cast<std::vector<double>>();
-        stage.var = d["var"].cast<std::vector<double>>();
-        stage.eps = d["eps"].cast<double>();
-    }
-    if (!is_network(stage.output)) return stage;
-    stage.ranks = d["ranks"].cast<std::vector<int64_t>>();
-    stage.rows = d["rows"].cast<std::vector<int>>();
-    stage.skip = d["skip"].cast<bool>();
-    stage.components = d["components"].cast<int>();
-    stage.activation = index_in<Activation>(d["activation"].cast<std::string>(), {"relu", "tanh", "elu", "gelu", "silu"});
-    stage.law = index_in<Law>(d["law"].cast<std::string>(), {"exp", "exp_soft"});
-    stage.form = index_in<Form>(d["form"].cast<std::string>(), {"standardize", "affine"});
-    stage.clip = d["clip"].cast<double>();
-    stage.input_clip = d["input_clip"].cast<double>();
-    for (const auto& item : d["maps"].cast<py::list>()) {
-        const auto map = item.cast<py::dict>();
-        stage.maps.push_back({map["rows"].cast<int>(), map["inputs"].cast<int>(), map["degrees"].cast<std::vector<int64_t>>(),
-                              map["context"].cast<bool>(), map["activated"].cast<bool>(), map["adds"].cast<int>()});
-    }
-    return stage;
+    Unlocked unlocked;
+    if (file.record.is_double) return {program_of<double>(file.record, member)};
+    return {program_of<float>(file.record, member)};
 }
 
-PackedFlow pack(const py::dict& description, const py::array& parameters) {
-    FlowSpec spec;
-    spec.features = description["features"].cast<int>();
-    spec.context = description["context_features"].cast<int>();
-    spec.columns = read_columns(description["columns"].cast<py::dict>());
-    spec.context_columns = read_columns(description["context_columns"].cast<py::dict>());
-    spec.noise_variable = description["noise_variable"].cast<std::vector<int>>();
-    for (const auto& stage : description["stages"].cast<py::list>()) spec.stages.push_back(read_stage(stage.cast<py::dict>()));
-    PackedFlow flow;
-    auto make = [&](auto zero) {
-        using T = decltype(zero);
-        const T* values = input<T>(parameters, parameters.size());
-        auto program = std::make_shared<Program<T>>(spec);
-        if (parameters.size() != program->parameter_count())
-            throw std::invalid_argument("the flow has " + std::to_string(program->parameter_count()) + " parameters; " +
-                                        std::to_string(parameters.size()) + " are given");
-        program->set_parameters(values);
-        flow.program = std::move(program);
-    };
-    if (py::isinstance<py::array_t<float>>(parameters))
-        make(0.0f);
-    else
-        make(0.0);
-    return flow;
+// Another one with the same weights, to be trained apart.
+PackedFlow copy(const PackedFlow& flow) {
+    Unlocked unlocked;
+    return flow.visit([](const auto& program) -> PackedFlow {
+        auto result = std::make_shared<std::decay_t<decltype(program)>>(program.spec());
+        result->master() = program.master();
+        result->repack();
+        return {std::move(result)};
+    });
 }
 
 // A method evaluate(program, batch, out) whose output has width(program) numbers per row.
@@ -104,8 +67,24 @@ auto by_rows(Width width, F evaluate) {
 
 void bind_flow(py::module_& module) {
     const Poll poll = check_signals;
+    py::class_<File>(module, "File")
+        .def(py::init(&read), py::arg("bytes"))
+        .def_property_readonly("features", [](const File& file) { return file.record.features; })
+        .def_property_readonly("context_features", [](const File& file) { return file.record.context_features; })
+        .def_property_readonly("dtype", [](const File& file) { return file.record.is_double ? "float64" : "float32"; })
+        .def_property_readonly("names", [](const File& file) { return file.record.names; })
+        .def_property_readonly("layers",
+                               [](const File& file) {
+                                   std::vector<std::string> names;
+                                   for (const record::Layer& layer : file.record.layers) names.push_back(record::name_of(layer));
+                                   return names;
+                               })
+        .def_property_readonly("members", [](const File& file) { return file.record.members.size(); })
+        .def_property_readonly("unsupported", [](const File& file) { return record::unsupported(file.record); });
+    py::implicitly_convertible<py::bytes, File>();
     py::class_<PackedFlow>(module, "Flow")
-        .def(py::init(&pack), py::arg("description"), py::arg("parameters"))
+        .def(py::init(&pack), py::arg("file"), py::arg("member") = 0)
+        .def("copy", &copy)
         .def("log_prob", by_rows(one_number, [poll](const auto& program, const Batch& x, auto* out) { log_prob(program, x, out, poll); }))
         .def("conditional_probs",
              by_rows(all_probabilities, [poll](const auto& program, const Batch& x, auto* out) { conditional_probs(program, x, out, poll); }))
