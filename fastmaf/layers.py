@@ -206,8 +206,8 @@ class Elementwise(_Record):
             where = f"bounds[{j if names is None else _words.shown(names[j])}]"
             try:
                 low, high = (None, None) if bound is None else bound
-                low = -math.inf if low is None else float(low)
-                high = math.inf if high is None else float(high)
+                low = -math.inf if low is None else _words.number(where, low)
+                high = math.inf if high is None else _words.number(where, high)
             except (TypeError, ValueError, OverflowError):
                 raise ValueError(f"{where} is {_words.shown(bound)}; it must be None or a pair (lower, upper)") from None
             kind = ("identity", "log_above", "log_below", "logit")[(low > -math.inf) + 2 * (high < math.inf)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
 
 import make
 import numpy as np
@@ -100,3 +101,15 @@ def test_weights_are_those_of_the_seed_in_both_dtypes(conditional):
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         fastmaf.MADE(**{"features": 3, **arguments})
+
+
+def test_logits_beyond_which_nothing_can_be_added(compiled):
+    flow = fastmaf.MADE(2, "mixture", components=3, hidden_features=(4,), seed=0)
+    net = flow.base.conditioner
+    bias = np.array(net.final.bias)
+    bias[0] = 1e30
+    flow = fastmaf.Flow(flow.layers, replace(flow.base, conditioner=replace(net, final=replace(net.final, bias=bias))))
+    x = np.random.default_rng(0).normal(size=(9, 2))
+    with make.reference():
+        expected = flow.astype("float64").log_prob(x)
+    assert np.allclose(flow.log_prob(x), expected, rtol=1e-4, atol=1e-4)

@@ -50,10 +50,10 @@ struct Conditional {
     FASTMAF_MEMBER Vec<T> row(int r) const { return at(rows + r * lanes_of<T>()); }
     FASTMAF_MEMBER Vec<T> mean(int c) const { return row(stage.components + c); }
     FASTMAF_MEMBER Vec<T> scale(int c) const { return log_scale<T>(stage, row(2 * stage.components + c)); }
-    // log of w_c N(x; m_c, e^a_c), up to the logarithm of sum e^l.
-    FASTMAF_MEMBER Vec<T> term(Vec<T> x, int c) const {
+    // log of w_c N(x; m_c, e^a_c), up to the logarithm of sum e^(l - highest): the logits may be so large that nothing can be added to them.
+    FASTMAF_MEMBER Vec<T> term(Vec<T> x, int c, Vec<T> highest) const {
         const Vec<T> a = scale(c), z = (x - mean(c)) * scale_of<T>(-a);
-        return row(c) - a - T(0.5) * z * z;
+        return (row(c) - highest) - a - T(0.5) * z * z;
     }
 };
 
@@ -63,7 +63,9 @@ FASTMAF_FN Vec<T> conditional_log_prob(const Conditional<T>& p, Vec<T> x) {
     switch (p.stage.output) {
         case Output::mixture: {
             const int n = p.stage.components;
-            return log_sum_exp<T>(n, [&](int c) { return p.term(x, c); }) - log_sum_exp<T>(n, [&](int c) { return p.row(c); });
+            const Vec<T> highest = highest_of<T>(n, [&](int c) { return p.row(c); });
+            return log_sum_exp<T>(n, [&](int c) { return p.term(x, c, highest); }) -
+                   log_sum_exp<T>(n, [&](int c) { return p.row(c) - highest; });
         }
         case Output::bernoulli: {
             const Vec<T> value = -softplus<T>(x == 1 ? -p.row(0) : p.row(0));
@@ -151,12 +153,13 @@ FASTMAF_FN Vec<T> conditional_gradient(const Conditional<T>& p, Vec<T> x, Vec<T>
         return Vec<T>{};
     }
     const int n = p.stage.components;
-    const Shares<T> prior(n, [&](int c) { return p.row(c); }), posterior(n, [&](int c) { return p.term(x, c); });
+    const Vec<T> highest = highest_of<T>(n, [&](int c) { return p.row(c); });
+    const Shares<T> prior(n, [&](int c) { return p.row(c); }), posterior(n, [&](int c) { return p.term(x, c, highest); });
     Vec<T> dx{};
     for (int c = 0; c < n; ++c) {
         const Vec<T> a = p.scale(c), inverse = scale_of<T>(-a), z = (x - p.mean(c)) * inverse;
         // A component far away has no share; its slopes may not be finite.
-        const Vec<T> share = g * posterior(p.term(x, c));
+        const Vec<T> share = g * posterior(p.term(x, c, highest));
         const Vec<T> pull = share == 0 ? share : share * z * inverse;
         at(delta + c * lanes) = g == 0 ? g : share - g * prior(p.row(c));
         at(delta + (n + c) * lanes) = pull;
