@@ -8,11 +8,11 @@ import random
 import struct
 import zlib
 
+import make
 import numpy as np
 import pytest
 
 import fastmaf
-import make
 from fastmaf import _container, _reference, io
 from fastmaf.ensemble import Ensemble
 
