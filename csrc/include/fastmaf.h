@@ -102,7 +102,8 @@ FASTMAF_API fastmaf_status fastmaf_log_prob_and_grad(fastmaf_evaluator *evaluato
                                                      const fastmaf_array *context, const fastmaf_output *log_prob, const fastmaf_output *d_x,
                                                      const fastmaf_output *d_context);
 
-/* Samples: `rows` for each of `groups` contexts, of which `context` has a row each (its row_stride is not read). Sample j of context i is a
+/* Samples: `rows` for each of `groups` contexts, of which `context` has a row each, group_stride apart:
+ * fastmaf_rows(data, dtype, 1, context_features); its row_stride is not read. Sample j of context i is a
  * function of seed, offset + j and context_offset + i alone, so parts of one long stream may be drawn anywhere, in any order.
  * samples [features]; log_prob [1], may be NULL. */
 FASTMAF_API fastmaf_status fastmaf_sample(fastmaf_evaluator *evaluator, int64_t groups, int64_t rows, const fastmaf_array *context, uint64_t seed,
@@ -119,7 +120,7 @@ FASTMAF_API fastmaf_status fastmaf_from_noise(fastmaf_evaluator *evaluator, int6
 FASTMAF_API fastmaf_status fastmaf_conditional_probs(fastmaf_evaluator *evaluator, int64_t groups, int64_t rows, const fastmaf_array *x,
                                                      const fastmaf_array *context, const fastmaf_output *probabilities);
 
-/* Rows of `columns` numbers one after the other. */
+/* Groups of `rows` rows of `columns` numbers, one after the other. */
 static inline fastmaf_array fastmaf_rows(const void *data, fastmaf_dtype dtype, int64_t rows, int64_t columns) {
     fastmaf_array array;
     array.data = data;

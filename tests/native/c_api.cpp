@@ -94,6 +94,8 @@ struct Calls {
         const fastmaf_array of_contexts = shared ? fastmaf_shared_row(contexts.data(), FASTMAF_FLOAT64)
                                                  : fastmaf_rows(contexts.data(), FASTMAF_FLOAT64, rows, context);
         const fastmaf_array* const c = context ? &of_contexts : nullptr;
+        const fastmaf_array of_groups = fastmaf_rows(contexts.data(), FASTMAF_FLOAT64, 1, context);
+        const fastmaf_array* const g = context ? &of_groups : nullptr;
         const fastmaf_array of_x = fastmaf_rows(x.data(), FASTMAF_FLOAT64, rows, features);
         const fastmaf_output to_x = fastmaf_into(x.data(), FASTMAF_FLOAT64, features), to_density = fastmaf_into(density.data(), FASTMAF_FLOAT32, 1);
         const fastmaf_output strided{single.data(), FASTMAF_FLOAT32, 1, rows};  // column-major
@@ -107,8 +109,8 @@ struct Calls {
             if (!failures++) std::fprintf(stderr, "status %d: %s\n", status, fastmaf_message(evaluator));
         };
         // One sample for each context, or all for the shared one.
-        done(fastmaf_sample(evaluator, shared ? 1 : rows, shared ? rows : 1, c, seed, 3, 0, &to_x, &to_density));
-        done(fastmaf_sample(evaluator, shared ? 1 : rows, shared ? rows : 1, c, seed, 3, 0, &strided, nullptr));
+        done(fastmaf_sample(evaluator, shared ? 1 : rows, shared ? rows : 1, g, seed, 3, 0, &to_x, &to_density));
+        done(fastmaf_sample(evaluator, shared ? 1 : rows, shared ? rows : 1, g, seed, 3, 0, &strided, nullptr));
         done(fastmaf_log_prob(evaluator, 1, rows, &of_x, c, &to_density));
         if (discrete) return done(fastmaf_conditional_probs(evaluator, 1, rows, &of_x, c, &to_p));
         done(fastmaf_log_prob_and_grad(evaluator, 1, rows, &of_x, c, &to_density, &to_dx, context ? &to_dc : nullptr));

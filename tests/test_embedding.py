@@ -1,0 +1,186 @@
+"""libfastmaf from C, C++ and Fortran, built outside the source tree against an installed one: the same bits as Python; the examples."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastmaf
+
+HERE = Path(__file__).resolve().parent
+EXAMPLES, DOCS = HERE.parent / "examples", HERE.parent / "docs" / "embedding.md"
+EXPECTED = "FASTMAF_EXPECT" in os.environ
+STRICT = ["-Wall", "-Wextra", "-pedantic", "-Werror", "-O1"]
+COMPILERS = {"c": ["cc", "-std=c99"], "cpp": ["c++", "-std=c++17"], "f90": ["gfortran", "-std=f2008"]}
+
+
+def absent(what):
+    """Skip, unless this machine is expected to have everything."""
+    if EXPECTED:
+        pytest.fail(what)
+    pytest.skip(what)
+
+
+@pytest.fixture(scope="session")
+def home():
+    """The installed tree: that of the package, or another one, ``FASTMAF_LIBRARY_PREFIX``."""
+    path = Path(os.environ.get("FASTMAF_LIBRARY_PREFIX", Path(fastmaf.__file__).parent))
+    if not list(path.glob("lib/libfastmaf*")):
+        absent("fastmaf runs from its sources, without libfastmaf: install it, or set FASTMAF_LIBRARY_PREFIX")
+    return path
+
+
+def tool(name):
+    path = shutil.which(name)
+    return path or absent(f"{name} is not installed")
+
+
+@pytest.fixture(scope="session")
+def environment(home, tmp_path_factory):
+    """Of the examples: a `fastmaf` that tells of this tree, and threads as MPI wants them."""
+    folder = tmp_path_factory.mktemp("bin")
+    script = folder / "fastmaf"
+    code = f"import fastmaf; fastmaf.__file__ = {str(home / '__init__.py')!r}; from fastmaf.cli import main; raise SystemExit(main())"
+    script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c {shlex.quote(code)} "$@"\n')
+    script.chmod(0o755)
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return os.environ | root | {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def run(*command, **options):
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300, check=False, **options)
+    assert done.returncode == 0, f"{command[0]}: {done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+def build(home, kind, sources, target, *options):
+    compiler, *standard = COMPILERS[kind]
+    flags = [f"-I{home}/include", f"-L{home}/lib", f"-Wl,-rpath,{home}/lib"]
+    module = [home / "include" / "fastmaf.f90"] if kind == "f90" else []
+    run(tool(compiler), *standard, *STRICT, *flags, *module, *sources, "-o", target, "-lfastmaf", *options, cwd=target.parent)
+    return target
+
+
+FLOWS = {
+    "plain": lambda: fastmaf.MAF(5, transforms=3, hidden_features=(17, 9), seed=0),
+    "contexts": lambda: fastmaf.MAF(4, 3, transforms=2, hidden_features=(13,), seed=0, bounds=[None, (0, 1), (2, None), None]),
+    "double": lambda: fastmaf.MAF(3, 2, transforms=2, hidden_features=(8,), components=3, seed=0, dtype="float64"),
+}
+
+
+@pytest.mark.parametrize("kind", COMPILERS)
+@pytest.mark.parametrize("name", FLOWS)
+def test_the_numbers_are_those_of_python(home, tmp_path, kind, name):
+    flow, n = FLOWS[name](), 37
+    flow.save(tmp_path / "flow.safetensors")
+    rng = np.random.default_rng(0)
+    context = rng.normal(size=(n, flow.context_features)) if flow.context_features else None
+    x = flow.from_noise(rng.normal(size=(n, flow.features)), context, dtype="float64")
+    (tmp_path / "input").write_bytes(x.tobytes() + (b"" if context is None else context.tobytes()))
+    program = build(home, kind, [HERE / "embedding" / f"numbers.{kind}"], tmp_path / "numbers")
+    run(program, tmp_path / "flow.safetensors", tmp_path / "input", tmp_path / "output", n)
+    value, d_x, d_context = flow.log_prob_and_grad(x, context)
+    noise = flow.to_noise(x, context)
+    options = {"seed": 7, "offset": 5, "dtype": "float64"}
+    if context is None:
+        drawn = [flow.sample_and_log_prob(1, context_offset=3 + i, **options) for i in range(n)]
+        samples, density = (np.concatenate(part) for part in zip(*drawn, strict=True))
+    else:
+        samples, density = flow.sample_and_log_prob(1, context, context_offset=3, **options)
+    back = flow.from_noise(noise.astype(float), context, dtype="float64")
+    parts = [flow.log_prob(x, context), value, d_x, np.empty(0) if d_context is None else d_context, noise, back, samples, density]
+    expected = np.concatenate([np.ravel(part).astype(float) for part in parts])
+    assert np.array_equal(np.frombuffer((tmp_path / "output").read_bytes()), expected)
+
+
+def test_the_header_is_c99_and_cpp(home, tmp_path):
+    for name in ("header.c", "header.cpp"):
+        (tmp_path / name).write_text("#include <fastmaf.h>\nint main(void) { return fastmaf_abi_version() != FASTMAF_ABI_VERSION; }\n")
+        run(build(home, name[7:], [tmp_path / name], tmp_path / f"{name}.out"))
+
+
+def test_python_and_the_library_in_one_process(home):
+    code = (
+        "import ctypes, sys, fastmaf; library = ctypes.CDLL(sys.argv[1]); library.fastmaf_version.restype = ctypes.c_char_p;"
+        "assert library.fastmaf_version().decode().count(chr(46)) == 2; fastmaf.MAF(3, seed=0).sample(10, seed=0)"
+    )
+    library = next(path for path in sorted((home / "lib").glob("libfastmaf.so*")) if path.read_bytes()[:4] == b"\x7fELF")
+    run(sys.executable, "-c", code, library)
+
+
+@pytest.fixture(scope="session")
+def flow_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("flow") / "flow.safetensors"
+    fastmaf.MAF(features=4, transforms=2, hidden_features=(32,), seed=0).save(path)
+    return path
+
+
+@pytest.fixture
+def example(tmp_path, environment):
+    def copied(name):
+        return Path(shutil.copytree(EXAMPLES / name, tmp_path / name))
+
+    return copied
+
+
+def test_the_example_of_make(example, environment, flow_file):
+    tool("cc")
+    folder = example("make")
+    run(tool("make"), cwd=folder, env=environment)
+    said = run(folder / "density", flow_file, env=environment)
+    assert said == f"log_prob {fastmaf.load(flow_file).log_prob(np.zeros((1, 4)))[0]:.17g}\n"
+
+
+@pytest.mark.parametrize(("name", "program"), [("cmake", "density"), ("hmc", "hmc")])
+def test_the_examples_of_cmake(example, environment, home, flow_file, name, program):
+    folder = example(name)
+    package = home / "lib" / "cmake" / "fastmaf"
+    run(tool("cmake"), "-S", folder, "-B", folder / "build", f"-Dfastmaf_DIR={package}", env=environment)
+    run("cmake", "--build", folder / "build", env=environment)
+    said = run(folder / "build" / program, flow_file, env=environment)
+    assert re.search(r"entropy -?\d|effective sample size \d{3}", said)
+
+
+def test_the_example_of_fortran(example, environment, flow_file):
+    tool("gfortran")
+    folder = example("fortran")
+    run(tool("make"), cwd=folder, env=environment)
+    said = run(folder / "posterior", flow_file, env=environment)
+    x, log_prob = fastmaf.load(flow_file).sample_and_log_prob(100000, seed=1, dtype="float64")
+    numbers = [float(number) for number in re.findall(r"-?\d+\.\d+", said)]
+    assert np.allclose(numbers[:-1:2], x.mean(axis=0), atol=2e-6) and np.isclose(numbers[-1], log_prob.mean(), atol=2e-6)
+
+
+def test_ranks_draw_parts_of_one_stream(example, environment, flow_file):
+    for name in ("mpicxx", "mpifort", "mpirun"):
+        tool(name)
+    folder = example("mpi")
+    run(tool("make"), cwd=folder, env=environment)
+    expected = fastmaf.load(flow_file).sample(10001, seed=1, dtype="float64").tobytes()
+    for program in ("stream", "stream_fortran"):
+        for ranks in (1, 2, 4):
+            file = folder / f"{program}{ranks}"
+            run("mpirun", "--oversubscribe", "-n", ranks, folder / program, flow_file, 10001, file, env=environment)
+            assert file.read_bytes() == expected
+
+
+def snippets():
+    """The code of the page, by language."""
+    text = DOCS.read_text() if DOCS.exists() else ""
+    return re.findall(r"```(c|cpp|f90)\n(.*?)```", text, re.S)
+
+
+@pytest.mark.parametrize("number", range(len(snippets())))
+def test_the_snippets_of_the_page_compile(home, tmp_path, number):
+    kind, code = snippets()[number]
+    source = tmp_path / f"snippet.{kind}"
+    source.write_text(code)
+    build(home, kind, [source], tmp_path / "snippet", *(["-pthread"] if kind == "cpp" else []))
