@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastmaf import _core, io
+from fastmaf import _codec, _core
 from fastmaf.layers import BatchNorm
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def _packed(flow: FlowRecord) -> _core.Flow | str:
 
 
 def _read(flow: FlowRecord) -> _core.Flow | str:
-    file = _core.File(io.to_bytes(flow, digest=False))
+    file = _core.File(_codec.to_bytes(flow, digest=False))
     return file.unsupported or _core.Flow(file)
 
 

@@ -11,11 +11,13 @@ from typing import IO, TYPE_CHECKING, Any, Literal, NoReturn
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastmaf import _arrays, _device, _tables, _words, masks
+from fastmaf import _arrays, _codec, _device, _files, _tables, _words, masks, train
 from fastmaf import layers as _layers
+from fastmaf._networks import masked, rebuilt
+from fastmaf._reference import COMPONENT, HALF, LOW, philox
 from fastmaf.flow import Flow, _check_continuous
 from fastmaf.layers import Autoregressive, Conditioner, Dense, Terminal
-from fastmaf.maf import masked, rebuilt
+from fastmaf.record import FlowRecord
 
 if TYPE_CHECKING:
     import os
@@ -353,8 +355,6 @@ class Ensemble:
 
     def _choices(self, c: int, n: int, seed: int, offset: int, context_offset: int) -> Array:
         """The member (c, n) of each row: a number of the stream of components in the column behind the last variable."""
-        from fastmaf._reference import COMPONENT, HALF, LOW, philox
-
         index, row = np.uint64(offset) + np.arange(n, dtype=np.uint64), np.uint64(context_offset) + np.arange(c, dtype=np.uint64)[:, None]
         block, lane = divmod(self.features, 4)
         word = philox((index & LOW, index >> HALF, row & LOW, block | COMPONENT << 24), seed)[lane]
@@ -492,8 +492,6 @@ class Ensemble:
         >>> x = np.random.default_rng(0).normal(size=(500, 2))
         >>> history = ensemble.fit(x, max_epochs=2, seed=0, progress=False)
         """
-        from fastmaf import train
-
         shared = self._shared
 
         def draw(epoch: int, seed: int) -> list[Flow]:
@@ -561,14 +559,14 @@ class Ensemble:
         >>> len(fastmaf.load(file.getvalue()))
         4
         """
-        from fastmaf import io
+        _files.save(_codec.to_bytes(*self._parts()), path_or_file)
 
-        io.save(self, path_or_file)
+    def _parts(self) -> tuple[FlowRecord, _codec.Members]:
+        """What files hold."""
+        return self._flow.record, _codec.Members(self.conditioner, self.ranks, self.degrees)
 
     def __reduce__(self) -> Any:
-        from fastmaf import io
-
-        return io.load, (io.to_bytes(self),)
+        return _revived, (_codec.to_bytes(*self._parts()),)
 
     def __repr__(self) -> str:
         return repr(self._flow).replace("Flow(", f"Ensemble(masks={len(self)}, ", 1)
@@ -590,6 +588,13 @@ class Ensemble:
         4 members share 17 weights
         """
         return f"{self._flow.summary()}\n{len(self)} members share {self.parameters().size:,} weights"
+
+
+def _revived(data: bytes) -> Ensemble:
+    """An ensemble that comes out of a pickle."""
+    record, members = _codec.from_bytes(data)
+    assert members is not None
+    return Ensemble(Flow._of(record), *members)
 
 
 class _Shared:

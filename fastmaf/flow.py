@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastmaf import _arrays, _backends, _device, _gradients, _tables, _words, masks
+from fastmaf import _arrays, _backends, _codec, _device, _files, _gradients, _tables, _words, masks, train
 from fastmaf import layers as _layers
 from fastmaf.layers import Affine, Autoregressive, Elementwise, Normal, Terminal
 from fastmaf.record import FlowRecord, width_of
@@ -929,8 +929,6 @@ class Flow:
         >>> len(history.validation), history.stopped
         (3, 'max_epochs')
         """
-        from fastmaf import train
-
         before, names = self._record, _tables.names_of(x)
         if before.names is None and names is not None:
             self.names = names
@@ -984,14 +982,14 @@ class Flow:
         >>> fastmaf.load(file.getvalue()).features
         3
         """
-        from fastmaf import io
+        _files.save(_codec.to_bytes(*self._parts()), path_or_file)
 
-        io.save(self, path_or_file)
+    def _parts(self) -> tuple[FlowRecord, None]:
+        """What files hold."""
+        return self._record, None
 
     def __reduce__(self) -> Any:
-        from fastmaf import io
-
-        return _revived, (io.to_bytes(self), *self._placement)
+        return _revived, (_codec.to_bytes(*self._parts()), *self._placement)
 
     def __repr__(self) -> str:
         groups = [(name, len(list(group))) for name, group in itertools.groupby(map(_describe, self.layers))]
@@ -1033,9 +1031,7 @@ class Flow:
 
 def _revived(data: bytes, device: str, precision: str) -> Flow:
     """A flow that comes out of a pickle, on its device if that is here."""
-    from fastmaf import io
-
-    flow: Flow = io.load(data)
+    flow = Flow._of(_codec.from_bytes(data)[0])
     try:
         return flow.to(device, precision)
     except RuntimeError as error:

@@ -11,10 +11,11 @@ from numpy.typing import DTypeLike
 from fastmaf import _arrays, _words
 from fastmaf import masks as _masks
 from fastmaf._arrays import Seed
+from fastmaf._networks import masked
 from fastmaf.ensemble import Ensemble, random_member
 from fastmaf.flow import Flow
 from fastmaf.layers import Autoregressive, FlowLayer, Law, Terminal
-from fastmaf.maf import INPUT_CLIP, Bounds, Draft, Order, masked, soft_law
+from fastmaf.maf import INPUT_CLIP, Bounds, Draft, Order, soft_law
 
 __all__ = ["MADE"]
 

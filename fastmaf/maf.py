@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from fastmaf import _arrays, _words, masks
 from fastmaf._arrays import Seed
+from fastmaf._networks import masked
 from fastmaf.flow import Flow
 from fastmaf.layers import Affine, Autoregressive, BatchNorm, Block, Conditioner, Dense, Elementwise, FlowLayer, Law, Linear, Terminal
 from fastmaf.layers import input_clip as _input_clip
@@ -235,36 +236,6 @@ class Draft:
             names=names,
             training={"init_seed": self.seed},
         )
-
-
-def masked(net: Conditioner, ranks: Array, categories: Sequence[int] = ()) -> Conditioner:
-    """The network with zeros for the weights that its degrees forbid; `categories` of a categorical base."""
-    if ranks.ndim != 1 or not ranks.size:
-        raise ValueError(f"ranks has shape {_words.shapes(ranks.shape)}; it must have one entry per variable")
-    if sum(categories) not in (0, net.final.bias.size):
-        raise ValueError(f"the final map has {net.final.bias.size} rows; the categories need {sum(categories)}")
-    rows = categories or net.final.bias.size // ranks.size
-    reads, free = ranks, []
-    for dense in net.hidden:
-        free.append(masks.hidden_mask(dense.degrees, reads))  # type: ignore[arg-type]
-        reads = dense.degrees  # type: ignore[assignment]
-    only = iter([*free, masks.output_mask(ranks, reads, rows)])
-    skip = None if net.skip is None else _zeroed("skip", net.skip, masks.output_mask(ranks, ranks, rows))
-    net = rebuilt(net, lambda dense: replace(dense, weight=_zeroed("weight", dense.weight, next(only))))
-    return replace(net, skip=skip)
-
-
-def _zeroed(name: str, weight: Array, mask: Array) -> Array:
-    if weight.shape != mask.shape:
-        raise ValueError(f"{name} has shape {weight.shape}; expected {mask.shape}")
-    return np.where(mask, weight, 0.0)
-
-
-def rebuilt(net: Conditioner, change: Callable[[Dense], Dense]) -> Conditioner:
-    """The network with each of its maps changed, in their order."""
-    initial = None if net.initial is None else change(net.initial)
-    blocks = tuple(replace(block, maps=tuple(map(change, block.maps))) for block in net.blocks)
-    return replace(net, initial=initial, blocks=blocks, final=change(net.final))
 
 
 def _by_name(bounds: Mapping[str, Any], names: Sequence[str] | None) -> list[Any]:

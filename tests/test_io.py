@@ -19,7 +19,7 @@ import safetensors.numpy
 
 import fastmaf
 from fastmaf import _backends, _container, masks
-from fastmaf import io as files
+from fastmaf import _files as files
 from fastmaf.io import FORMAT, to_bytes, write
 from fastmaf.layers import (
     ACTIVATIONS,

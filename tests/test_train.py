@@ -868,7 +868,9 @@ def test_a_checkpoint_is_the_best_flow_so_far(x, tmp_path):
 
 def test_checkpoint_every(x, tmp_path, monkeypatch):
     written = []
-    monkeypatch.setattr("fastmaf.train.checkpoint.Store.save", lambda self, best, arrays: written.append(int(arrays["history.train"].size)))
+    monkeypatch.setattr(
+        "fastmaf.train.checkpoint.Store.save", lambda self, best, members, arrays: written.append(int(arrays["history.train"].size))
+    )
     for every, epochs in ((1, [0, 1, 2, 3, 4, 5]), (2, [0, 2, 4, 5]), (9, [0, 5]), (1e9, [0, 5]), (1e-9, [0, 1, 2, 3, 4, 5])):
         written.clear()
         linear().fit(x, max_epochs=5, checkpoint=tmp_path / "c", checkpoint_every=every)
@@ -878,7 +880,9 @@ def test_checkpoint_every(x, tmp_path, monkeypatch):
 def test_checkpoint_every_so_many_seconds(x, tmp_path, monkeypatch):
     written, clock = [], [0.0]
     monkeypatch.setattr("fastmaf.train.loop.time.perf_counter", lambda: clock[0])
-    monkeypatch.setattr("fastmaf.train.checkpoint.Store.save", lambda self, best, arrays: written.append(int(arrays["history.train"].size)))
+    monkeypatch.setattr(
+        "fastmaf.train.checkpoint.Store.save", lambda self, best, members, arrays: written.append(int(arrays["history.train"].size))
+    )
 
     def draw(epoch):
         clock[0] += 10.0 * (epoch > 0)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmaf import _words, io
+from fastmaf import _codec, _files, _words
 from fastmaf.layers import Elementwise
 from fastmaf.record import FlowRecord
 from fastmaf.train.data import BLOCK, Rows
@@ -30,9 +30,9 @@ class Store(NamedTuple):
     path: Path
     fingerprint: dict[str, Any]
 
-    def save(self, best: Any, arrays: Mapping[str, Array]) -> None:
+    def save(self, best: FlowRecord, members: _codec.Members | None, arrays: Mapping[str, Array]) -> None:
         """Write the file under a temporary name, then rename it."""
-        io.write(self.path, io.checkpoint_bytes(best, self.fingerprint, dict(arrays)))
+        _files.write(self.path, _codec.checkpoint_bytes(best, members, self.fingerprint, dict(arrays)))
 
     def load(self, resume: bool) -> dict[str, Array]:
         """Return the arrays of the file; none where there is no file. A new fit replaces none: hours of another one may be in it."""
@@ -40,7 +40,7 @@ class Store(NamedTuple):
             return {}
         name, remedy = os.path.basename(self.path), "name another file for the checkpoint, or move that one away"
         try:
-            written, arrays = io.read_checkpoint(self.path)
+            written, arrays = _codec.read_checkpoint(self.path)
         except ValueError as error:
             if resume:
                 raise
@@ -58,7 +58,7 @@ def seed_of(path: Path | None, resume: bool) -> int | None:
     """The seed of the fit that a checkpoint goes on with, if there is one."""
     if path is None or not resume or not os.path.exists(path):
         return None
-    seed = io.read_checkpoint(path)[0].get("seed")
+    seed = _codec.read_checkpoint(path)[0].get("seed")
     return seed if isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**64 else None
 
 

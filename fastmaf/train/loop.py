@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastmaf import _arrays, _tables, _words, io
+from fastmaf import _arrays, _codec, _tables, _words
 from fastmaf.layers import Affine, Autoregressive, BatchNorm, Terminal, _one_of
 from fastmaf.record import FlowRecord
 from fastmaf.train import data
@@ -235,7 +235,7 @@ def fit(
         store = Store(checkpoint, fingerprint(record, backend.name, settings, train, held, flows, redrawn))
         saved = store.load(resume)
     if saved:
-        with io.reading_checkpoint(checkpoint):
+        with _codec.reading_checkpoint(checkpoint):
             start = start.replaced(
                 layers=_restored(start.layers, "layers", saved), context_layers=_restored(start.context_layers, "context_layers", saved)
             )
@@ -247,7 +247,7 @@ def fit(
         engine.set_parameters(members.weights)
     run = _Run(flow, start, backend, engine, train, held, settings, store, every, members, not data.was_fitted(record))
     if saved:
-        with io.reading_checkpoint(checkpoint):
+        with _codec.reading_checkpoint(checkpoint):
             run.set_state(saved)
     try:
         deadline = began + (settings["max_seconds"] or math.inf)
@@ -470,30 +470,30 @@ class _Run:
         done, now = len(self.history.train), time.perf_counter()
         due = now - self.written_at >= self.every if isinstance(self.every, float) else done - self.written >= self.every
         if due or last:
-            best = self.built(self.best, self.best_statistics)
-            self.store.save(best, {name: np.array(value, order="C") for name, value in self.unsaved.items()})
+            best, members = self.built(self.best, self.best_statistics)._parts()
+            self.store.save(best, members, {name: np.array(value, order="C") for name, value in self.unsaved.items()})
             self.unsaved, self.written, self.written_at = {}, done, now
 
     def set_state(self, arrays: Mapping[str, Array]) -> None:
         """Go on from a checkpoint; its Affines are in `start` already."""
         size, dtype = self.best.size, self.start.dtype
-        epochs = len(io.expect(arrays, "history.train", None, np.float64))
+        epochs = len(_codec.expect(arrays, "history.train", None, np.float64))
         held = 0 if self.held is None else epochs
         lengths = {"train": epochs, "validation": held, "lr": epochs, "seconds": epochs}
-        series = {name: io.expect(arrays, f"history.{name}", (lengths[name],), np.float64).tolist() for name in SERIES}
-        state = {name: io.expect(arrays, f"engine.{name}", (size,), dtype) for name in ("parameters", "first_moment", "second_moment")}
-        state["step"] = io.expect(arrays, "engine.step", (), np.int64)
-        start = float(io.expect(arrays, "start", (), np.float64))
+        series = {name: _codec.expect(arrays, f"history.{name}", (lengths[name],), np.float64).tolist() for name in SERIES}
+        state = {name: _codec.expect(arrays, f"engine.{name}", (size,), dtype) for name in ("parameters", "first_moment", "second_moment")}
+        state["step"] = _codec.expect(arrays, "engine.step", (), np.int64)
+        start = float(_codec.expect(arrays, "start", (), np.float64))
         history = History(**series, start=None if self.held is None else start)
-        history.best_epoch = int(io.expect(arrays, "best_epoch", (), np.int64))
+        history.best_epoch = int(_codec.expect(arrays, "best_epoch", (), np.int64))
         if not 0 <= history.best_epoch <= epochs or state["step"] < 0:
             raise ValueError(f"best_epoch is {history.best_epoch} of {epochs}, step {state['step']}")
-        best, score = io.expect(arrays, "best", (size,), dtype), float(io.expect(arrays, "best_score", (), np.float64))
+        best, score = _codec.expect(arrays, "best", (size,), dtype), float(_codec.expect(arrays, "best_score", (), np.float64))
         found: list[Statistics] = []
         for name in ("statistics", "best_statistics"):
             found.append([])
             for k, own in enumerate(self.statistics):
-                moments = [io.expect(arrays, f"{name}.{k}.{part}", own[0].shape, None) for part in ("mean", "var")]
+                moments = [_codec.expect(arrays, f"{name}.{k}.{part}", own[0].shape, None) for part in ("mean", "var")]
                 found[-1].append((moments[0], moments[1]))
         for parameters in (best, state["parameters"]):
             self.trained(parameters, found[1])  # refuses weights where the masks have none
@@ -569,7 +569,7 @@ def _restored(layers: Layers, prefix: str, saved: Mapping[str, Array]) -> Layers
     """The layers with the Affines of a checkpoint."""
 
     def restored(name: str, layer: Affine) -> Affine:
-        return Affine(*(io.expect(saved, f"{prefix}.{name}.{part}", layer.loc.shape, np.float64) for part in ("loc", "scale")))
+        return Affine(*(_codec.expect(saved, f"{prefix}.{name}.{part}", layer.loc.shape, np.float64) for part in ("loc", "scale")))
 
     return tuple(restored(str(k), layer) if isinstance(layer, Affine) else layer for k, layer in enumerate(layers))
 

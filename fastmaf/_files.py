@@ -1,0 +1,100 @@
+"""Writing files whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import IO
+
+from fastmaf import _words
+
+__all__ = ["save", "write"]
+
+
+def save(data: bytes, path_or_file: str | os.PathLike[str] | IO[bytes]) -> None:
+    """Put bytes into a path or a binary file."""
+    if isinstance(path_or_file, (str, os.PathLike)):
+        write(path_or_file, data)
+    elif callable(getattr(path_or_file, "write", None)):
+        path_or_file.write(data)
+    else:
+        raise ValueError(f"path_or_file is {_words.shown(path_or_file)}; it must be a path or a binary file")
+
+
+def write(path: str | os.PathLike[str], data: bytes) -> None:
+    """Put bytes into a file that holds either all of them or what it held before.
+
+    They go to a temporary file beside it, which is locked until it has its name: what lies there unlocked was left by a writer that was
+    killed, and is swept away.
+
+    Examples
+    --------
+    >>> import os, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write(os.path.join(folder, "x"), b"123")
+    ...     os.listdir(folder)
+    ['x']
+    """
+    target = os.path.realpath(path)
+    try:
+        with _temporary(target) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, target)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error  # the path that the caller knows
+    _sweep(target)
+
+
+@contextmanager
+def _temporary(target: str) -> Iterator[IO[bytes]]:
+    """A new file beside the target, locked while it is written; gone afterwards, unless it was given another name."""
+    while True:
+        file = open(f"{target}.{secrets.token_hex(8)}.tmp", "xb")  # noqa: SIM115
+        # Before the lock was there, somebody may have taken the file for one of a dead writer.
+        if _lock(file) and os.path.exists(file.name):
+            break
+        file.close()
+        _unlink(file.name)
+    try:
+        with file:
+            yield file
+    finally:
+        _unlink(file.name)
+
+
+def _lock(file: IO[bytes]) -> bool:
+    """Take the lock of a file, which goes with its writer; False if another has it. Where there are no locks, all have them."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return True
+    return True
+
+
+def _unlink(path: str) -> None:
+    with suppress(OSError):
+        os.unlink(path)
+
+
+def _sweep(target: str) -> None:
+    """Remove the temporary files of writers that are dead; nothing where locks cannot tell."""
+    folder, name = os.path.split(target)
+    pattern = re.compile(re.escape(name) + r"\.[0-9a-f]{16}\.tmp")
+    with suppress(OSError, ImportError):
+        import fcntl
+
+        for entry in filter(pattern.fullmatch, os.listdir(folder)):
+            with suppress(OSError), open(os.path.join(folder, entry), "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _unlink(file.name)
