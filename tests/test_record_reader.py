@@ -93,13 +93,31 @@ def without_digest(header):
     return header
 
 
+SPLINTERS = (
+    *(b"\xef\xbb\xbf", b"\0", b"\xed\xa0\x80", b"\xc3\xa9", b"[" * 70 + b"]" * 70, b"9" * 19, b"9" * 20, b"9" * 400, b" "),
+    *rb"""\\ud800 \\u0000 \ud83d\ude00 \n NaN 1e999 -0 1E5 0 [ ] {} , \"x\": null true""".split(b" "),
+)
+"""What readers of JSON disagree about."""
+
+
+def splintered(data, rng):
+    """The file with something put into the text of its header, before a token or over it."""
+    (length,) = struct.unpack("<Q", data[:8])
+    text = data[8 : 8 + length]
+    place = rng.choice([k for k, byte in enumerate(text) if byte in b'0123456789":,[{'])
+    text = text[:place] + rng.choice(SPLINTERS) + text[place + rng.randrange(2) :]
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
+
+
 def mutations(data, rng):
     """Files that are nearly this one."""
     header, tensors = split(data)
     plain = without_digest(header)
     for _ in range(ROUNDS):
-        kind = rng.randrange(6)
-        if kind == 0:
+        kind = rng.randrange(7)
+        if kind == 6:
+            yield splintered(joined(plain, tensors), rng)
+        elif kind == 0:
             yield data[: rng.randrange(len(data))]
         elif kind == 1:  # any byte
             place = rng.randrange(len(data))
