@@ -70,10 +70,10 @@ def write(tensors: Mapping[str, Array], metadata: Mapping[str, str], digest: boo
     end = 0
     for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)):
         array = tensors[name]
-        dtype = array.dtype.newbyteorder("<")
+        dtype = array.dtype if array.dtype in codes else array.dtype.newbyteorder("<")
         if dtype not in codes:
             raise ValueError(f"tensor {_words.shown(name)} has dtype {array.dtype}; it must be one of {', '.join(CODES)}")
-        pieces[name] = np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8)
+        pieces[name] = np.ascontiguousarray(array, dtype)
         entries[name] = {"dtype": codes[dtype], "shape": [*array.shape], "data_offsets": [end, end + array.nbytes]}
         end += array.nbytes
     if digest:
@@ -121,7 +121,7 @@ def read(data: bytes) -> tuple[dict[str, Array], dict[str, str]]:
     except (ValueError, RecursionError, OverflowError) as error:
         raise ValueError(f"it is damaged or no safetensors file ({error})") from None
     if DIGEST in metadata:
-        digest = _digest({name: array.reshape(-1).view(np.uint8) for name, array in tensors.items()})
+        digest = _digest(tensors)
         if metadata.pop(DIGEST) != digest:
             raise ValueError(f"its tensors are damaged: their CRC-32 is {digest}, and its metadata names another")
     return tensors, metadata
