@@ -11,10 +11,9 @@ from typing import IO, TYPE_CHECKING, Any, Literal, NoReturn
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastmaf import _arrays, _codec, _device, _files, _tables, _words, masks, train
+from fastmaf import _arrays, _codec, _device, _files, _tables, _words, masks
 from fastmaf import layers as _layers
 from fastmaf._networks import masked, rebuilt
-from fastmaf._reference import COMPONENT, HALF, LOW, philox
 from fastmaf.flow import Flow, _check_continuous
 from fastmaf.layers import Autoregressive, Conditioner, Dense, Terminal
 from fastmaf.record import FlowRecord
@@ -355,6 +354,8 @@ class Ensemble:
 
     def _choices(self, c: int, n: int, seed: int, offset: int, context_offset: int) -> Array:
         """The member (c, n) of each row: a number of the stream of components in the column behind the last variable."""
+        from fastmaf._reference import COMPONENT, HALF, LOW, philox
+
         index, row = np.uint64(offset) + np.arange(n, dtype=np.uint64), np.uint64(context_offset) + np.arange(c, dtype=np.uint64)[:, None]
         block, lane = divmod(self.features, 4)
         word = philox((index & LOW, index >> HALF, row & LOW, block | COMPONENT << 24), seed)[lane]
@@ -492,6 +493,8 @@ class Ensemble:
         >>> x = np.random.default_rng(0).normal(size=(500, 2))
         >>> history = ensemble.fit(x, max_epochs=2, seed=0, progress=False)
         """
+        from fastmaf import train
+
         shared = self._shared
 
         def draw(epoch: int, seed: int) -> list[Flow]:

@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastmaf import _arrays, _backends, _codec, _device, _files, _gradients, _tables, _words, masks, train
+from fastmaf import _arrays, _backends, _codec, _device, _files, _gradients, _tables, _words, masks
 from fastmaf import layers as _layers
 from fastmaf.layers import Affine, Autoregressive, Elementwise, Normal, Terminal
 from fastmaf.record import FlowRecord, width_of
@@ -929,6 +929,8 @@ class Flow:
         >>> len(history.validation), history.stopped
         (3, 'max_epochs')
         """
+        from fastmaf import train  # with its progress bar it takes longer to import than all else
+
         before, names = self._record, _tables.names_of(x)
         if before.names is None and names is not None:
             self.names = names

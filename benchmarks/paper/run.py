@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fastmaf.io import read_checkpoint
+from fastmaf._codec import read_checkpoint
 
 from . import baselines
 from .data import TEST, TRAIN, VALIDATION, Array, Data, load
