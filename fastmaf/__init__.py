@@ -23,6 +23,7 @@ from fastmaf import layers, masks, presets
 from fastmaf._backends import get_backend, set_backend
 from fastmaf.config import get_num_threads, num_threads, set_isa, set_num_threads, show_config, version
 from fastmaf.ensemble import Ensemble
+from fastmaf.export import export_c
 from fastmaf.flow import Flow
 from fastmaf.io import load
 from fastmaf.made import MADE
@@ -40,6 +41,7 @@ __all__ = [
     "Flow",
     "History",
     "data",
+    "export_c",
     "get_backend",
     "get_num_threads",
     "layers",

@@ -1,4 +1,4 @@
-"""The command ``fastmaf``: a demonstration on real data, and what this installation consists of."""
+"""The command ``fastmaf``: a demonstration on real data, flows as C source, and what this installation consists of."""
 
 from __future__ import annotations
 
@@ -80,6 +80,14 @@ def _parser() -> argparse.ArgumentParser:
         config.add_argument(f"--{option}", action="append_const", dest="wanted", const=option, help=text)
     config.set_defaults(run=_config)
 
+    export = commands.add_parser("export", help="write a flow as C source that needs no library")
+    export.add_argument("flow", type=Path, help="a .safetensors file")
+    export.add_argument("--c", type=Path, required=True, metavar="FILE", help="the C file; its header is written beside it")
+    export.add_argument("--gradient", action="store_true", help="with a function for the gradients of the log-density")
+    export.add_argument("--dtype", choices=("float", "double"), help="of the arithmetic and of all arrays (default: that of the flow)")
+    export.add_argument("--prefix", metavar="NAME", help="what all names begin with (default: the name of the C file)")
+    export.set_defaults(run=_export)
+
     demo = commands.add_parser("demo", help="fit, score, sample and picture 60,000 galaxies, in under two minutes")
     demo.add_argument("--output", type=Path, default=Path("fastmaf-demo.png"), metavar="FILE", help="the figure (default: %(default)s)")
     demo.add_argument("--save", type=Path, metavar="FILE", help="write the fitted flow to a .safetensors file")
@@ -110,6 +118,13 @@ def _config(arguments: argparse.Namespace) -> int:
         raise RuntimeError("this installation has no library for C: it runs from its sources or without the core; pip install fastmaf")
     wanted = arguments.wanted or [*_CONFIG]
     print(*(_CONFIG[option][0].format(home) for option in wanted), sep=" " if arguments.wanted else "\n")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    dtype = {"float": "float32", "double": "float64", None: None}[arguments.dtype]
+    flow = fastmaf.load(arguments.flow)
+    fastmaf.export_c(flow, arguments.c, gradient=arguments.gradient, dtype=dtype, prefix=arguments.prefix)
     return 0
 
 

@@ -30,6 +30,9 @@ FLOAT32_LOG_PROB = {
 PRECISIONS = {"highest": 1, "high": 2, "medium": 2000}
 """How many times the errors of float32 a precision of matrix products on a GPU may have."""
 
+EXPORT_ULPS = 4
+"""How far exported C may be from the reference in float64: units in the last place of the largest number of a row, or of 1."""
+
 P_VALUE = 1e-3
 """A test of samples with a fixed seed fails below this."""
 
