@@ -52,11 +52,11 @@ int posix_memalign(void** p, size_t alignment, size_t size) {
 
 namespace {
 
-int passed = 0, failed = 0;
+std::atomic<int> passed{0}, failed{0};
 
 void check(bool ok, const char* what, int line) {
     ++(ok ? passed : failed);
-    if (!ok && failed <= 40) std::fprintf(stderr, "line %d: %s\n", line, what);
+    if (!ok && failed.load() <= 40) std::fprintf(stderr, "line %d: %s\n", line, what);
 }
 #define CHECK(condition) check(condition, #condition, __LINE__)
 
@@ -279,6 +279,6 @@ int main(int argc, char** argv) {
         fastmaf_model_free(model);
         errors(argv[i]);
     }
-    std::printf("%d passed, %d failed\n", passed, failed);
+    std::printf("%d passed, %d failed\n", passed.load(), failed.load());
     return failed > 0;
 }
