@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shlex
@@ -10,10 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import make
 import numpy as np
 import pytest
 
 import fastmaf
+from fastmaf import _backends
 
 HERE = Path(__file__).resolve().parent
 EXAMPLES, DOCS = HERE.parent / "examples", HERE.parent / "docs" / "embedding.md"
@@ -55,16 +58,16 @@ def environment(home, tmp_path_factory):
     return os.environ | root | {"PATH": f"{folder}:{os.environ['PATH']}"}
 
 
-def run(*command, **options):
+def run(*command, status=0, **options):
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300, check=False, **options)
-    assert done.returncode == 0, f"{command[0]}: {done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    return done.stdout
+    assert done.returncode == status, f"{command[0]}: {done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout if status == 0 else done.stdout + done.stderr
 
 
 def build(home, kind, sources, target, *options):
     compiler, *standard = COMPILERS[kind]
     flags = [f"-I{home}/include", f"-L{home}/lib", f"-Wl,-rpath,{home}/lib"]
-    module = [home / "include" / "fastmaf.f90"] if kind == "f90" else []
+    module = [home / "include" / "fastmaf.f90"] if compiler == "gfortran" else []
     run(tool(compiler), *standard, *STRICT, *flags, *module, *sources, "-o", target, "-lfastmaf", *options, cwd=target.parent)
     return target
 
@@ -76,7 +79,7 @@ FLOWS = {
 }
 
 
-@pytest.mark.parametrize("kind", COMPILERS)
+@pytest.mark.parametrize("kind", ["c", "cpp", "f90"])
 @pytest.mark.parametrize("name", FLOWS)
 def test_the_numbers_are_those_of_python(home, tmp_path, kind, name):
     flow, n = FLOWS[name](), 37
@@ -184,3 +187,190 @@ def test_the_snippets_of_the_page_compile(home, tmp_path, number):
     source = tmp_path / f"snippet.{kind}"
     source.write_text(code)
     build(home, kind, [source], tmp_path / "snippet", *(["-pthread"] if kind == "cpp" else []))
+
+
+# Every call in every language, in both dtypes of flows and of arrays
+
+ROWS, DRAWS, GROUPS = 23, 5, 3
+EVERY = {
+    "plain": lambda dtype: make.flow(6, (9, 7), dtype=dtype, affine=True, bounds=True),
+    "one variable": lambda dtype: make.flow(1, (5,), dtype=dtype),
+    "conditional": lambda dtype: make.flow(5, (9, 8), context_features=2, dtype=dtype, affine=True, input_clip=0.7),
+    "mixture": lambda dtype: fastmaf.MAF(4, 2, transforms=2, components=3, hidden_features=(9,), dtype=dtype, seed=1),
+    "bernoulli": lambda dtype: fastmaf.MADE(7, conditional="bernoulli", hidden_features=(9,), dtype=dtype, seed=1),
+    "categorical": lambda dtype: fastmaf.MADE(4, "categorical", categories=[2, 3, 4, 2], hidden_features=(9,), dtype=dtype, seed=1),
+}
+LANGUAGES = {"C99": "c", "C++17": "cpp", "C++20": "cpp", "C++17 of clang": "cpp", "Fortran": "F90"}
+COMPILERS |= {
+    "C99": ["cc", "-std=c99"],
+    "C++17": ["c++", "-std=c++17", "-Wconversion"],
+    "C++20": ["c++", "-std=c++20", "-Wconversion"],
+    "C++17 of clang": ["clang++", "-std=c++17", "-Wconversion"],
+    "Fortran": ["gfortran", "-std=f2008", "-cpp", "-fcheck=all", "-Wno-compare-reals"],
+}
+
+
+@pytest.fixture(scope="session")
+def programs(home, tmp_path_factory):
+    """Compiles a program of `embedding` once: f(name, language, options) -> path."""
+
+    @functools.cache
+    def compiled(name, language, *options):
+        source = HERE / "embedding" / f"{name}.{LANGUAGES[language]}"
+        target = tmp_path_factory.mktemp("program") / name
+        return build(home, language, [source], target, *options)
+
+    return compiled
+
+
+@pytest.fixture
+def cpu():
+    """Numbers are those of the compiled core, whatever was in use before."""
+    previous = _backends.active
+    fastmaf.set_backend("cpu")
+    yield
+    _backends.active = previous
+
+
+def inputs(flow, kind):
+    rng = np.random.default_rng(8)
+    if flow.record.discrete:
+        return (rng.random((ROWS, flow.features)) < 0.5).astype(kind), None
+    context = make.contexts(flow, ROWS)
+    x = flow.from_noise(rng.normal(size=(ROWS, flow.features)), context).astype(kind)
+    return x, None if context is None else context.astype(kind)
+
+
+def answers(flow, x, context, kind):
+    """What Python says to the calls of the consumers."""
+    one = None if context is None else context[0]
+    results = {"log_prob": flow.log_prob(x, context), "log_prob_shared": flow.log_prob(x, one)}
+    if flow.record.discrete:
+        results["probabilities"] = flow.conditional_probs(x, context)
+    else:
+        results["value"], results["d_x"], d_context = flow.log_prob_and_grad(x, context)
+        results["d_context"] = np.empty(0) if d_context is None else d_context
+        d_context = flow.log_prob_and_grad(x, one)[2]
+        results["d_context_shared"] = np.empty(0) if d_context is None else d_context
+        results["noise"] = flow.to_noise(x, context)
+        results["from_noise"] = flow.from_noise(x, context, dtype=kind)
+    results["samples"], results["density"] = flow.sample_and_log_prob(DRAWS, one, 2**64 - 1, 7, 2, dtype=kind)
+    if context is not None:
+        results["samples_of_groups"] = flow.sample(DRAWS, context[:GROUPS], 1, dtype=kind)
+        results["log_prob_of_groups"] = flow.log_prob(x, context[:GROUPS, None])
+    return results
+
+
+@pytest.mark.usefixtures("cpu")
+@pytest.mark.parametrize("kind", ["float32", "float64"])
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_call_has_the_bits_of_python(programs, language, name, kind, dtype, tmp_path):
+    flow = EVERY[name](dtype)
+    flow.save(tmp_path / "flow.safetensors")
+    x, context = inputs(flow, kind)
+    x.tofile(tmp_path / "x")
+    if context is not None:
+        context.tofile(tmp_path / "context")
+    program = programs("evaluate", language, *([f"-DKIND=real{kind[-2:]}"] if language == "Fortran" else []))
+    environment = os.environ | {"FASTMAF_ISA": fastmaf.config.get_isa()}
+    run(program, tmp_path / "flow.safetensors", tmp_path, {"float32": "f", "float64": "d"}[kind], ROWS, env=environment)
+    for result, array in answers(flow, x, context, kind).items():
+        found = np.fromfile(tmp_path / result, kind)
+        if result == "d_context_shared":  # a sum in double, which Python rounds to the dtype of the flow
+            found = found.astype(min(dtype, kind))
+        np.testing.assert_array_equal(found, array.astype(found.dtype).ravel(), err_msg=result)
+        assert np.isfinite(found).all() and (found.size < 2 or np.ptp(found) > 0), result
+
+
+# Errors
+
+
+@pytest.fixture(scope="module")
+def three_flows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flows")
+    made = [make.flow(6, (200, 200)), make.flow(6, (5,), context_features=2), fastmaf.MADE(6, conditional="bernoulli", seed=1)]
+    paths = [folder / f"{i}.safetensors" for i in range(3)]
+    for flow, path in zip(made, paths, strict=True):
+        flow.save(path)
+    return paths
+
+
+def said(output, *expected):
+    """Each line is a status and a text; `expected` has the status and words of the text."""
+    lines = output.splitlines()
+    assert len(lines) == len(expected), output
+    for line, (status, words) in zip(lines, expected, strict=True):
+        assert line.startswith(f"{status} ") and words in line and len(line) < 260, (line, status, words)
+
+
+def test_every_status_that_c_can_get(programs, three_flows):
+    output = run(programs("errors", "C99", "-D_POSIX_C_SOURCE=200809L"), three_flows[0])
+    said(
+        output,
+        (0, ""),
+        (0, ""),
+        (0, ""),
+        (1, "x is a null pointer"),
+        (1, "rows is negative"),
+        (1, "evaluator is a null pointer"),
+        (2, "/nowhere/to/be.found"),
+        (2, "/nowher"),
+        (3, ""),
+        (4, "continuous"),
+        (5, ""),
+    )
+
+
+def test_exceptions(programs, three_flows):
+    said(
+        run(programs("errors", "C++17"), *three_flows),
+        (2, "/nowhere/to/be.found"),
+        (3, ""),
+        (1, "threads"),
+        (1, "x has shape (31,); rows of 6 numbers"),
+        (1, "x has shape (5, 1); the flow has 6 features"),
+        (1, "log_prob has shape (4,)"),
+        (1, "the flow takes none"),
+        (1, "context"),
+        (1, "context has shape (4,)"),
+        (1, "context"),
+        (1, "contexts (c, 2) are needed"),
+        (1, "n is negative"),
+        (1, "rows of 6 numbers are needed for each context"),
+        (1, "one behind the other"),
+        (4, "continuous"),
+        (4, "discrete"),
+        (4, "discrete"),
+        (1, "offset"),
+    )
+
+
+def test_stat_and_errmsg(programs, three_flows):
+    output = run(programs("errors", "Fortran"), *three_flows, status=1)
+    output, _, stop = output.partition("fastmaf: ")
+    assert stop.startswith("x(features, samples): the flow has 6 features, not 7") and "ERROR STOP" in stop
+    said(
+        output,
+        (2, "/nowhere/to/be.found"),
+        (1, "the model is not open"),
+        (3, ""),
+        (0, ""),
+        (1, "threads"),
+        (1, "not created"),
+        (0, ""),
+        (1, "x(features, samples): the flow has 6 features, not 7"),
+        (1, "log_prob does not fit"),
+        (1, "the flow has none"),
+        (1, "needs a context"),
+        (1, "context has 3 samples, x has 4"),
+        (1, "the flow has 2 context features, not 6"),
+        (1, "d_x does not fit"),
+        (1, "number of contexts"),
+        (1, "the flow has 6 features"),
+        (1, "offset is negative"),
+        (1, "context_offset is negative"),
+        (4, "continuous"),
+        (4, "discrete"),
+        (0, ""),
+    )

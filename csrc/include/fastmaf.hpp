@@ -21,6 +21,7 @@
 #ifndef FASTMAF_HPP
 #define FASTMAF_HPP
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -60,7 +61,7 @@ struct View {
     static_assert(std::is_same_v<std::remove_const_t<T>, float> || std::is_same_v<std::remove_const_t<T>, double>, "float or double");
     T* data = nullptr;
     int rank = 0;
-    std::array<std::int64_t, 3> extent{}, stride{};
+    std::int64_t extent[3] = {}, stride[3] = {};
 };
 
 namespace detail {
@@ -144,10 +145,8 @@ View<T> view(T* data, std::initializer_list<std::int64_t> extents, std::initiali
     if (extents.size() != strides.size() || extents.size() < 1 || extents.size() > 3)
         throw Error(FASTMAF_INVALID_ARGUMENT, "a view has one to three axes, and as many strides");
     View<T> result{data, static_cast<int>(extents.size()), {}, {}};
-    for (std::size_t axis = 0; axis < extents.size(); ++axis) {
-        result.extent[axis] = extents.begin()[axis];
-        result.stride[axis] = strides.begin()[axis];
-    }
+    std::copy(extents.begin(), extents.end(), result.extent);
+    std::copy(strides.begin(), strides.end(), result.stride);
     return result;
 }
 
@@ -201,12 +200,9 @@ auto view(A& array) {
 /// The view lives as long as the array does.
 template <class A>
 auto for_each_of(A& contexts) {
-    auto result = view(contexts);
+    const auto result = view(contexts);
     if (result.rank != 2) throw Error(FASTMAF_INVALID_ARGUMENT, "for_each_of takes contexts (c, C), a matrix");
-    result.rank = 3;
-    result.extent = {result.extent[0], 1, result.extent[1]};
-    result.stride = {result.stride[0], 0, result.stride[1]};
-    return result;
+    return std::remove_const_t<decltype(result)>{result.data, 3, {result.extent[0], 1, result.extent[1]}, {result.stride[0], 0, result.stride[1]}};
 }
 
 namespace detail {
@@ -221,7 +217,7 @@ struct Any {
     void* target = nullptr;  // the same, where it may be written
     fastmaf_dtype dtype = FASTMAF_FLOAT64;
     int rank = 0;
-    std::array<std::int64_t, 3> extent{}, stride{};
+    std::int64_t extent[3] = {}, stride[3] = {};
 
     std::int64_t product(int begin, int end) const {
         std::int64_t result = 1;
@@ -261,8 +257,10 @@ Any erased(A& array) {
         if constexpr (!std::is_const_v<T>) any.target = from.data;
         any.dtype = std::is_same_v<std::remove_const_t<T>, float> ? FASTMAF_FLOAT32 : FASTMAF_FLOAT64;
         any.rank = from.rank;
-        any.extent = from.extent;
-        any.stride = from.stride;
+        for (int axis = 0; axis < from.rank; ++axis) {
+            any.extent[axis] = from.extent[axis];
+            any.stride[axis] = from.stride[axis];
+        }
         return any;
     }
 }
