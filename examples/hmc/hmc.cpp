@@ -1,131 +1,182 @@
-// Hamiltonian Monte Carlo (Neal 2011) on the density of a flow and its gradient: many chains side by side, which share every call.
+// hmc FLOW: Hamiltonian Monte Carlo on the density of a flow and its gradient, checked against samples of the flow itself.
 //
-//     hmc FLOW [steps] [chains]
-//
-// Chains begin at samples of the flow and move in units of its standard deviations. The moments of the chains are compared with those of
-// samples; standard errors of chains come from the spread between them.
+// Chains move together, one call for the gradients of all. Steps are standardised: x moves by the Cholesky factor of the covariance of samples
+// of the flow, so one step size does for all variables. The exit status is 1 where a mean or a variance of the chains is more than five
+// standard errors from that of the flow's own samples, or where the chains have moved too little to tell.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
-#include <exception>
-#include <random>
-#include <vector>
-
 #include <fastmaf.hpp>
+#include <random>
+#include <string>
+#include <vector>
 
 namespace {
 
-using Reals = std::vector<double>;
+using Vector = std::vector<double>;
 
-struct Chains {
-    std::size_t count, features;
-    Reals scale, x, log_prob, gradient;
+constexpr std::size_t kChains = 64, kWarmup = 300, kDraws = 1500, kSamples = 100000;
+constexpr double kStep = 0.15, kLength = 1.5;  // in standard deviations; every trajectory has a step of its own around kStep
+constexpr double kLeast = 1000;                // effective samples of each variable
+
+double kinetic(const double* p, std::size_t features) {
+    double sum = 0;
+    for (std::size_t j = 0; j < features; ++j) sum += 0.5 * p[j] * p[j];
+    return sum;
+}
+
+// Lower triangle of the Cholesky factor of the covariance of rows.
+Vector cholesky(const Vector& rows, std::size_t D) {
+    Vector mean(D), factor(D * D);
+    const std::size_t n = rows.size() / D;
+    for (std::size_t i = 0; i < rows.size(); ++i) mean[i % D] += rows[i] / static_cast<double>(n);
+    for (std::size_t i = 0; i < n; ++i)
+        for (std::size_t j = 0; j < D; ++j)
+            for (std::size_t k = 0; k <= j; ++k)
+                factor[j * D + k] += (rows[i * D + j] - mean[j]) * (rows[i * D + k] - mean[k]) / static_cast<double>(n);
+    for (std::size_t j = 0; j < D; ++j)
+        for (std::size_t k = 0; k <= j; ++k) {
+            double sum = factor[j * D + k];
+            for (std::size_t l = 0; l < k; ++l) sum -= factor[j * D + l] * factor[k * D + l];
+            factor[j * D + k] = j == k ? std::sqrt(sum) : sum / factor[k * D + k];
+        }
+    return factor;
+}
+
+// x += step * L p, and p += step * L^T g, for all chains.
+void drift(Vector& x, const Vector& p, const Vector& L, std::size_t D, double step) {
+    for (std::size_t c = 0; c < x.size(); c += D)
+        for (std::size_t j = 0; j < D; ++j)
+            for (std::size_t k = 0; k <= j; ++k) x[c + j] += step * L[j * D + k] * p[c + k];
+}
+void kick(Vector& p, const Vector& g, const Vector& L, std::size_t D, double step) {
+    for (std::size_t c = 0; c < p.size(); c += D)
+        for (std::size_t j = 0; j < D; ++j)
+            for (std::size_t k = 0; k <= j; ++k) p[c + k] += step * L[j * D + k] * g[c + j];
+}
+
+// Effective sample size of chains (draws, chains), by Geyer's initial positive sequence, chains pooled.
+double effective(const Vector& values, std::size_t draws, std::size_t chains, double mean, double variance) {
+    double time = -1;
+    for (std::size_t lag = 0; lag + 1 < draws; lag += 2) {
+        double pair = 0;
+        for (std::size_t both = lag; both < lag + 2; ++both) {
+            double sum = 0;
+            for (std::size_t t = 0; t + both < draws; ++t)
+                for (std::size_t c = 0; c < chains; ++c) sum += (values[t * chains + c] - mean) * (values[(t + both) * chains + c] - mean);
+            pair += sum / (static_cast<double>((draws - both) * chains) * variance);
+        }
+        if (pair < 0) break;
+        time += 2 * pair;
+    }
+    return static_cast<double>(draws * chains) / std::max(time, 1e-3);
+}
+
+struct Moments {
+    double mean, variance, mean_error, variance_error;
 };
 
-// One trajectory of all chains; returns how many were accepted.
-template <class Generator>
-std::size_t move(fastmaf::Evaluator& flow, Chains& chains, double step, int leaps, Generator& random) {
+// Moments of a column, with standard errors for `count` independent values among them.
+template <class Count>
+Moments moments(const Vector& values, Count count) {
+    double mean = 0, second = 0, fourth = 0;
+    for (const double v : values) mean += v / static_cast<double>(values.size());
+    for (const double v : values) {
+        const double square = (v - mean) * (v - mean);
+        second += square / static_cast<double>(values.size());
+        fourth += square * square / static_cast<double>(values.size());
+    }
+    Vector squares(values.size());
+    std::transform(values.begin(), values.end(), squares.begin(), [&](double v) { return (v - mean) * (v - mean); });
+    return {mean, second, std::sqrt(second / count(values, mean, second)),
+            std::sqrt((fourth - second * second) / count(squares, second, fourth - second * second))};
+}
+
+Vector column(const Vector& rows, std::size_t features, std::size_t j) {
+    Vector result(rows.size() / features);
+    for (std::size_t i = 0; i < result.size(); ++i) result[i] = rows[i * features + j];
+    return result;
+}
+
+int run(const char* path) {
+    const fastmaf::Model model(path);
+    if (model.context_features() > 0) throw fastmaf::Error(FASTMAF_INVALID_ARGUMENT, "a flow without context is needed");
+    fastmaf::Evaluator flow(model);
+    const auto features = static_cast<std::size_t>(model.features());
+
+    const Vector samples = flow.sample(kSamples, 1);
+    const Vector factor = cholesky(samples, features);
+    std::mt19937_64 random(1);
     std::normal_distribution<double> normal;
     std::uniform_real_distribution<double> uniform;
-    Reals x = chains.x, momentum(x.size()), log_prob = chains.log_prob, gradient = chains.gradient, before(chains.count), after(chains.count);
-    for (double& p : momentum) p = normal(random);
-    auto energy = [&](const Reals& density, Reals& out) {
-        for (std::size_t c = 0; c < chains.count; ++c) {
-            out[c] = -density[c];
-            for (std::size_t d = 0; d < chains.features; ++d) out[c] += 0.5 * momentum[c * chains.features + d] * momentum[c * chains.features + d];
+    Vector x(samples.begin(), samples.begin() + static_cast<std::ptrdiff_t>(kChains * features));
+    Vector log_p(kChains), gradient(x.size()), next, next_log_p(kChains), next_gradient(x.size()), p(x.size()), before(kChains), draws;
+    for (double& v : p) v = normal(random);
+    drift(x, p, factor, features, 0.1);  // no exact draws to begin with
+    flow.log_prob_and_grad(x, fastmaf::none, log_p, gradient);
+    std::size_t accepted = 0, gradients = 0;
+    const auto start = std::chrono::steady_clock::now();
+    for (std::size_t t = 0; t < kWarmup + kDraws; ++t) {
+        const double step = kStep * (0.7 + 0.6 * uniform(random));
+        const int steps = std::max(1, static_cast<int>(kLength / step));
+        for (double& v : p) v = normal(random);
+        for (std::size_t c = 0; c < kChains; ++c) before[c] = log_p[c] - kinetic(&p[c * features], features);
+        next = x;
+        next_gradient = gradient;
+        for (int s = 0; s < steps; ++s) {
+            kick(p, next_gradient, factor, features, 0.5 * step);
+            drift(next, p, factor, features, step);
+            flow.log_prob_and_grad(next, fastmaf::none, next_log_p, next_gradient);
+            gradients += kChains;
+            kick(p, next_gradient, factor, features, 0.5 * step);
         }
-    };
-    auto kick = [&](double size) {
-        for (std::size_t i = 0; i < x.size(); ++i) momentum[i] += size * step * chains.scale[i % chains.features] * gradient[i];
-    };
-    energy(log_prob, before);
-    kick(0.5);
-    for (int leap = 0; leap < leaps; ++leap) {
-        for (std::size_t i = 0; i < x.size(); ++i) x[i] += step * chains.scale[i % chains.features] * momentum[i];
-        flow.log_prob_and_grad(x, fastmaf::none, log_prob, gradient);
-        kick(leap + 1 < leaps ? 1 : 0.5);
+        for (std::size_t c = 0; c < kChains; ++c) {
+            const double change = next_log_p[c] - kinetic(&p[c * features], features) - before[c];
+            if (!(std::log(uniform(random)) < change)) continue;
+            accepted += t >= kWarmup;
+            log_p[c] = next_log_p[c];
+            for (std::size_t j = c * features; j < (c + 1) * features; ++j) {
+                x[j] = next[j];
+                gradient[j] = next_gradient[j];
+            }
+        }
+        if (t >= kWarmup) draws.insert(draws.end(), x.begin(), x.end());
     }
-    energy(log_prob, after);
-    std::size_t accepted = 0;
-    for (std::size_t c = 0; c < chains.count; ++c) {
-        if (!(std::log(uniform(random)) < before[c] - after[c])) continue;
-        ++accepted;
-        const auto first = std::ptrdiff_t(c * chains.features), last = first + std::ptrdiff_t(chains.features);
-        std::copy(x.begin() + first, x.begin() + last, chains.x.begin() + first);
-        std::copy(gradient.begin() + first, gradient.begin() + last, chains.gradient.begin() + first);
-        chains.log_prob[c] = log_prob[c];
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+
+    std::printf("%zu chains, %zu draws each, accepted %.2f, %.3g gradients/s\n", kChains, kDraws, static_cast<double>(accepted) / (kChains * kDraws),
+                static_cast<double>(gradients) / seconds);
+    const std::vector<std::string> names = model.names();
+    const auto all = [](const Vector& values, double, double) { return static_cast<double>(values.size()); };
+    const auto independent = [](const Vector& values, double mean, double variance) { return effective(values, kDraws, kChains, mean, variance); };
+    bool agree = true;
+    for (std::size_t j = 0; j < features; ++j) {
+        const Vector chain = column(draws, features, j);
+        const Moments own = moments(chain, independent), exact = moments(column(samples, features, j), all);
+        const double off = (own.mean - exact.mean) / std::hypot(own.mean_error, exact.mean_error);
+        const double off_variance = (own.variance - exact.variance) / std::hypot(own.variance_error, exact.variance_error);
+        const double count = independent(chain, own.mean, own.variance);
+        agree = agree && count > kLeast && std::abs(off) < 5 && std::abs(off_variance) < 5;
+        std::printf("%-10s effective sample size %.0f, mean %.4f (flow %.4f, %+.1f errors), variance %.4f (flow %.4f, %+.1f errors)\n",
+                    names.empty() ? std::to_string(j).c_str() : names[j].c_str(), count, own.mean, exact.mean, off, own.variance, exact.variance,
+                    off_variance);
     }
-    return accepted;
+    std::printf(agree ? "moments agree\n" : "moments DISAGREE\n");
+    return agree ? 0 : 1;
 }
 
 }  // namespace
 
-int main(int argc, char** argv) try {
-    if (argc < 2) return std::puts("usage: hmc FLOW [steps] [chains]"), 2;
-    const int steps = argc > 2 ? std::atoi(argv[2]) : 1000;
-    const auto count = std::size_t(argc > 3 ? std::atoi(argv[3]) : 64);
-    constexpr int leaps = 10, warmup = 200;
-    const fastmaf::Model model(argv[1]);
-    if (model.context_features() > 0) return std::puts("a flow without context is needed"), 2;
-    fastmaf::Evaluator flow(model);
-    const auto features = std::size_t(model.features());
-
-    // Where the flow lies: means and standard deviations of its own samples.
-    constexpr std::size_t draws = 100000;
-    const Reals samples = flow.sample(std::int64_t(draws), 1);
-    Reals mean(features), deviation(features);
-    for (std::size_t i = 0; i < samples.size(); ++i) mean[i % features] += samples[i] / draws;
-    for (std::size_t i = 0; i < samples.size(); ++i) deviation[i % features] += (samples[i] - mean[i % features]) * (samples[i] - mean[i % features]) / draws;
-    for (double& d : deviation) d = std::sqrt(d);
-
-    Chains chains{count, features, deviation, Reals(samples.begin(), samples.begin() + std::ptrdiff_t(count * features)), Reals(count), {}};
-    chains.gradient.resize(count * features);
-    flow.log_prob_and_grad(chains.x, fastmaf::none, chains.log_prob, chains.gradient);
-    std::mt19937_64 random(1);
-    double step = 0.1;
-    for (int i = 0; i < warmup; ++i) step *= double(move(flow, chains, step, leaps, random)) / double(count) > 0.8 ? 1.05 : 0.95;
-
-    // Of each chain and variable: sums of z and z^2, z in standard deviations; and the products of neighbours, for the effective size.
-    Reals first(count * features), second(count * features), last(count * features), lagged(count * features);
-    std::size_t accepted = 0;
-    const auto begin = std::chrono::steady_clock::now();
-    for (int i = 0; i < steps; ++i) {
-        accepted += move(flow, chains, step, leaps, random);
-        for (std::size_t k = 0; k < count * features; ++k) {
-            const double z = (chains.x[k] - mean[k % features]) / deviation[k % features];
-            first[k] += z;
-            second[k] += z * z;
-            if (i) lagged[k] += z * last[k];
-            last[k] = z;
-        }
+int main(int argc, char** argv) {
+    if (argc != 2) {
+        std::fprintf(stderr, "usage: hmc flow.safetensors\n");
+        return 2;
     }
-    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-    std::printf("%zu chains of %d steps, step size %.3f, accepted %.2f, %.0f gradients per second\n", count, steps, step,
-                double(accepted) / double(count) / steps, double(count) * steps * leaps / seconds);
-    bool right = true;
-    for (std::size_t d = 0; d < features; ++d) {
-        double moment[2] = {}, error[2] = {}, variance = 0, correlation = 0;
-        for (int m = 0; m < 2; ++m) {
-            const Reals& sums = m ? second : first;
-            for (std::size_t c = 0; c < count; ++c) moment[m] += sums[c * features + d] / steps / double(count);
-            for (std::size_t c = 0; c < count; ++c) error[m] += std::pow(sums[c * features + d] / steps - moment[m], 2);
-            error[m] = std::sqrt(error[m] / double(count) / double(count - 1) + (m ? 2.0 : 1.0) / draws);
-        }
-        for (std::size_t c = 0; c < count; ++c) {
-            variance += second[c * features + d] / steps / double(count);
-            correlation += lagged[c * features + d] / (steps - 1) / double(count);
-        }
-        const double rho = std::clamp(correlation / variance, 0.0, 0.999), size = double(count) * steps * (1 - rho) / (1 + rho);
-        const bool agrees = std::fabs(moment[0]) < 5 * error[0] && std::fabs(moment[1] - 1) < 5 * error[1];
-        right = right && agrees;
-        const char* name = fastmaf_model_name(model.handle(), std::int64_t(d));
-        std::printf("%-12s mean %+.4f +- %.4f, mean square %.4f +- %.4f of the samples', effective sample size %.0f%s\n", name ? name : "", moment[0],
-                    error[0], moment[1], error[1], size, agrees ? "" : "  <- differs");
+    try {
+        return run(argv[1]);
+    } catch (const fastmaf::Error& error) {
+        std::fprintf(stderr, "hmc: %s\n", error.what());
+        return 2;
     }
-    return right ? 0 : 1;
-} catch (const std::exception& error) {
-    std::fprintf(stderr, "%s\n", error.what());
-    return 1;
 }

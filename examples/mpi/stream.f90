@@ -26,6 +26,7 @@ program stream
     allocate (samples(model%features(), last - first))
     call flow%sample(samples, seed=1_int64, offset=first)
     call mpi_file_open(mpi_comm_world, trim(file), mpi_mode_create + mpi_mode_wronly, mpi_info_null, handle, error)
+    call mpi_file_set_size(handle, total * model%features() * 8, error)  ! nothing is left of a longer one
     place = first * model%features() * 8
     call mpi_file_write_at_all(handle, place, samples, size(samples), mpi_double_precision, mpi_status_ignore, error)
     call mpi_file_close(handle, error)
