@@ -8,12 +8,11 @@ from typing import IO, Any
 import numpy as np
 
 from fastmaf import _codec, _words
-from fastmaf._codec import FORMAT, Members
-from fastmaf._files import write
+from fastmaf._codec import Members
 from fastmaf.ensemble import Ensemble
 from fastmaf.flow import Flow
 
-__all__ = ["FORMAT", "load", "to_bytes", "write"]
+__all__ = ["load"]
 
 
 def load(source: str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes]) -> Any:
@@ -78,8 +77,3 @@ def _check_members(ensemble: Ensemble) -> None:
         before, number = number, number + len(block.maps)
         if block.residual and (pieces[number] < pieces[before]).any():
             raise ValueError("ensemble: the degrees of a member add units to others of higher degree")
-
-
-def to_bytes(flow: Flow | Ensemble) -> bytes:
-    """The bytes that `save` writes."""
-    return _codec.to_bytes(*flow._parts())

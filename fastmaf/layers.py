@@ -516,7 +516,7 @@ class Conditioner(_Record):
         values: dict[str, Any] = {"blocks": blocks, "final_activation": bool(self.final_activation)}
         if self.skip is not None:
             values["skip"] = _frozen("skip", self.skip, 2)
-        values["input_clip"] = input_clip(self.input_clip)
+        values["input_clip"] = checked_input_clip(self.input_clip)
         self._set(**values)
 
     @property
@@ -525,8 +525,8 @@ class Conditioner(_Record):
         return (() if self.initial is None else (self.initial,)) + tuple(m for block in self.blocks for m in block.maps)
 
 
-def input_clip(value: Any) -> float | None:
-    """A checked `input_clip`."""
+def checked_input_clip(value: Any) -> float | None:
+    """A positive number, or None."""
     if value is None:
         return None
     number = _words.number("input_clip", value)

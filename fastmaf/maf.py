@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from fastmaf import _arrays, _words, masks
+from fastmaf import layers as _layers
 from fastmaf._arrays import Seed
 from fastmaf._networks import masked
 from fastmaf.flow import Flow
 from fastmaf.layers import Affine, Autoregressive, BatchNorm, Block, Conditioner, Dense, Elementwise, FlowLayer, Law, Linear, Terminal
-from fastmaf.layers import input_clip as _input_clip
 
 __all__ = ["MAF"]
 
@@ -167,7 +167,7 @@ class Draft:
                 f"hidden_features is {_words.shown(tuple(self.widths))}; a residual network needs at least one block, and all of one width"
             )
         self.activation, self.direct = activation, _words.flag("direct", direct)
-        self.input_clip = _input_clip(input_clip)
+        self.input_clip = _layers.checked_input_clip(input_clip)
         self.seed = _arrays.seed_or_fresh(seed)
         self.rng = np.random.default_rng(self.seed)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import itertools
 from types import SimpleNamespace
 
@@ -101,6 +102,13 @@ def flow(
 def random_affine(rng, width):
     """Scales around 1 of either sign."""
     return Affine(0.5 * rng.normal(size=width), rng.choice([-1, 1], size=width) * rng.uniform(0.7, 1.4, size=width))
+
+
+def file_bytes(flow):
+    """What `save` writes of a flow or an ensemble."""
+    file = io.BytesIO()
+    flow.save(file)
+    return file.getvalue()
 
 
 def contexts(flow, *shape, seed=0):

@@ -72,38 +72,6 @@ def build(home, kind, sources, target, *options):
     return target
 
 
-FLOWS = {
-    "plain": lambda: fastmaf.MAF(5, transforms=3, hidden_features=(17, 9), seed=0),
-    "contexts": lambda: fastmaf.MAF(4, 3, transforms=2, hidden_features=(13,), seed=0, bounds=[None, (0, 1), (2, None), None]),
-    "double": lambda: fastmaf.MAF(3, 2, transforms=2, hidden_features=(8,), components=3, seed=0, dtype="float64"),
-}
-
-
-@pytest.mark.parametrize("kind", ["c", "cpp", "f90"])
-@pytest.mark.parametrize("name", FLOWS)
-def test_the_numbers_are_those_of_python(home, tmp_path, kind, name):
-    flow, n = FLOWS[name](), 37
-    flow.save(tmp_path / "flow.safetensors")
-    rng = np.random.default_rng(0)
-    context = rng.normal(size=(n, flow.context_features)) if flow.context_features else None
-    x = flow.from_noise(rng.normal(size=(n, flow.features)), context, dtype="float64")
-    (tmp_path / "input").write_bytes(x.tobytes() + (b"" if context is None else context.tobytes()))
-    program = build(home, kind, [HERE / "embedding" / f"numbers.{kind}"], tmp_path / "numbers")
-    run(program, tmp_path / "flow.safetensors", tmp_path / "input", tmp_path / "output", n)
-    value, d_x, d_context = flow.log_prob_and_grad(x, context)
-    noise = flow.to_noise(x, context)
-    options = {"seed": 7, "offset": 5, "dtype": "float64"}
-    if context is None:
-        drawn = [flow.sample_and_log_prob(1, context_offset=3 + i, **options) for i in range(n)]
-        samples, density = (np.concatenate(part) for part in zip(*drawn, strict=True))
-    else:
-        samples, density = flow.sample_and_log_prob(1, context, context_offset=3, **options)
-    back = flow.from_noise(noise.astype(float), context, dtype="float64")
-    parts = [flow.log_prob(x, context), value, d_x, np.empty(0) if d_context is None else d_context, noise, back, samples, density]
-    expected = np.concatenate([np.ravel(part).astype(float) for part in parts])
-    assert np.array_equal(np.frombuffer((tmp_path / "output").read_bytes()), expected)
-
-
 def test_the_header_is_c99_and_cpp(home, tmp_path):
     for name in ("header.c", "header.cpp"):
         (tmp_path / name).write_text("#include <fastmaf.h>\nint main(void) { return fastmaf_abi_version() != FASTMAF_ABI_VERSION; }\n")

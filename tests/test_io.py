@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import make
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -20,7 +21,8 @@ import safetensors.numpy
 import fastmaf
 from fastmaf import _backends, _container, masks
 from fastmaf import _files as files
-from fastmaf.io import FORMAT, to_bytes, write
+from fastmaf._codec import FORMAT
+from fastmaf._files import write
 from fastmaf.layers import (
     ACTIVATIONS,
     LAWS,
@@ -162,7 +164,7 @@ def flow(request):
 
 
 def test_bytes_path_and_file_there_and_back(flow, tmp_path):
-    data = to_bytes(flow)
+    data = make.file_bytes(flow)
     path = tmp_path / "flow.safetensors"
     flow.save(path)
     assert path.read_bytes() == data
@@ -235,7 +237,7 @@ def test_training_summaries_become_plain():
     }
     flow = fastmaf.Flow([], features=1, training=training)
     assert flow.training == {"loss": 1.5, "best": 3, "nan": None, "list": [1, None], "array": [1.0, 2.0], "ok": True}
-    assert fastmaf.load(to_bytes(flow)).training == flow.training
+    assert fastmaf.load(make.file_bytes(flow)).training == flow.training
     with pytest.raises(ValueError, match="training holds a value of type set"):
         fastmaf.Flow([], features=1, training={"a": {1}})
 
@@ -300,7 +302,7 @@ def edited(data, edit):
     return join(header, body)
 
 
-DATA = to_bytes(fastmaf.MAF(features=3, context_features=2, transforms=1, hidden_features=(4,), names=["a", "b", "c"], seed=0))
+DATA = make.file_bytes(fastmaf.MAF(features=3, context_features=2, transforms=1, hidden_features=(4,), names=["a", "b", "c"], seed=0))
 
 
 def set_in(*path, value):
@@ -567,7 +569,9 @@ def test_what_is_no_source_is_refused(source):
 
 
 def test_equal_flows_are_equal_bytes():
-    assert to_bytes(FLOWS["maf"]()) == to_bytes(FLOWS["maf"]()) == to_bytes(fastmaf.load(to_bytes(FLOWS["maf"]())))
+    assert (
+        make.file_bytes(FLOWS["maf"]()) == make.file_bytes(FLOWS["maf"]()) == make.file_bytes(fastmaf.load(make.file_bytes(FLOWS["maf"]())))
+    )
 
 
 # Writers that were killed
@@ -575,9 +579,9 @@ def test_equal_flows_are_equal_bytes():
 
 DYING = """
 import os, signal, sys
-from fastmaf import io
+from fastmaf import _files
 os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-io.write(sys.argv[1], b"half")
+_files.write(sys.argv[1], b"half")
 """
 
 
@@ -637,7 +641,7 @@ def test_daemon_threads_may_load_while_the_interpreter_exits(tmp_path):
 
 
 def test_a_flipped_byte_in_the_weights_is_noticed():
-    data = bytearray(to_bytes(fastmaf.MAF(features=3, seed=0)))
+    data = bytearray(make.file_bytes(fastmaf.MAF(features=3, seed=0)))
     data[-100] ^= 1
     with pytest.raises(ValueError, match="its tensors are damaged: their CRC-32 is"):
         fastmaf.load(bytes(data))

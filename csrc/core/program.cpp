@@ -225,7 +225,9 @@ Program<T>::Program(FlowSpec spec) : spec_(std::move(spec)) {
             const size_t features = size_t(spec_.features);
             (range.low.resize(features), ...);
             (range.high.resize(features), ...);
-            for (size_t v = 0; v < features; ++v) (inner_range(spec_.columns, v, range.low[v], range.high[v]), ...);
+            const Columns& columns = spec_.columns;
+            for (size_t v = 0; v < features; ++v)
+                (inner_range(columns.kind[v], columns.lower[v], columns.upper[v], range.low[v], range.high[v]), ...);
         },
         ranges_);
     master_.resize(index_.size());

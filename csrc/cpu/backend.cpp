@@ -11,7 +11,6 @@
 
 #include <unistd.h>
 
-#include "../core/columns.hpp"
 #include "call.hpp"
 #include "cut.hpp"
 #include "rows.hpp"

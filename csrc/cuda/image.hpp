@@ -6,7 +6,6 @@
 #include <cstring>
 #include <vector>
 
-#include "../core/columns.hpp"
 #include "../core/program.hpp"
 #include "launch.hpp"
 
@@ -57,24 +56,18 @@ FlowView<T> lay_out(Image& image, const Program<T>& program, Direction direction
     flow.constant = program.constant();
 
     std::vector<ColumnView> columns = views_of(program.spec().columns);
-    std::vector<T> low, high;
-    std::vector<Other<T>> other_low, other_high;
     for (size_t v = 0; v < columns.size(); ++v) {
         columns[v].values = program.values(int(v));
         flow.bounded = flow.bounded || columns[v].values || columns[v].kind != Bijection::identity;
-        low.emplace_back();
-        high.emplace_back();
-        inner_range(program.spec().columns, v, low.back(), high.back());
-        other_low.emplace_back();
-        other_high.emplace_back();
-        inner_range(program.spec().columns, v, other_low.back(), other_high.back());
     }
     flow.columns = image.put(columns);
     flow.context_columns = image.put(views_of(program.spec().context_columns));
-    flow.low = image.put(low);
-    flow.high = image.put(high);
-    flow.other_low = image.put(other_low);
-    flow.other_high = image.put(other_high);
+    const Range<T>& own = program.template range<T>();
+    const Range<Other<T>>& other = program.template range<Other<T>>();
+    flow.low = image.put(own.low);
+    flow.high = image.put(own.high);
+    flow.other_low = image.put(other.low);
+    flow.other_high = image.put(other.high);
     flow.first = image.put(program.first());
     flow.noise = image.put(program.noise());
 

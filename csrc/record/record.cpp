@@ -7,6 +7,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "../core/columns.hpp"
 #include "json.hpp"
 
 namespace fastmaf::record {
@@ -511,19 +512,10 @@ std::vector<Layer> Reader::layers(Path path, Node node) {
 // A number of this dtype lies strictly between the bounds of every column.
 template <class T>
 void check_range(const std::string& path, const Elementwise& layer) {
-    constexpr T inf = std::numeric_limits<T>::infinity(), greatest = std::numeric_limits<T>::max();
+    constexpr T inf = std::numeric_limits<T>::infinity();
     for (size_t j = 0; j < layer.kinds.size(); ++j) {
-        const Bijection kind = layer.kinds[j];
-        const T most = kind == Bijection::identity ? inf : greatest;
-        T low = -most, high = most;
-        if (kind == Bijection::logit || kind == Bijection::log_above) {
-            low = T(layer.lower[j]);
-            if (!(double(low) > layer.lower[j])) low = std::nextafter(low, inf);
-        }
-        if (kind == Bijection::logit || kind == Bijection::log_below) {
-            high = T(layer.upper[j]);
-            if (!(double(high) < layer.upper[j])) high = std::nextafter(high, -inf);
-        }
+        T low, high;
+        inner_range(layer.kinds[j], layer.lower[j], layer.upper[j], low, high);
         if (!(low <= high) || low == inf || high == -inf)
             refuse(path, ": column ", j, " has bounds between which ", sizeof(T) == 4 ? "float32" : "float64", " has no number");
     }
