@@ -92,12 +92,6 @@ MUTATIONS = {
         "part.sum(axis=self.axes, keepdims=True)",
         "test_vjp.py test_flow.py",
     ),
-    "the core runs what it has no kernel for": Mutation(
-        "_cpu.py",
-        "return packed if isinstance(packed, str) else None",
-        "return None",
-        "test_record.py -k cannot_run",
-    ),
     "a backend is asked once and for all": Mutation(
         "flow.py", "if not record.is_approved(backend):", "if record._approved is None:", "test_record.py -k asked_again"
     ),
