@@ -259,7 +259,8 @@ int main(int argc, char** argv) {
     const int calls = std::getenv("FASTMAF_CALLS") ? std::atoi(std::getenv("FASTMAF_CALLS")) : 2000;
     CHECK(fastmaf_abi_version() == FASTMAF_ABI_VERSION);
 #ifdef COUNTS_ALLOCATIONS
-    CHECK((std::string(100, 'x').size() == 100 && allocations > 0));
+    ::operator delete(::operator new(100));  // called by name: a new-expression may be left out by the compiler
+    CHECK(allocations > 0);
 #endif
     CHECK(std::strlen(fastmaf_version()) > 0);
     for (int i = 1; i < argc; ++i) {
