@@ -28,7 +28,9 @@ OTHERS = frozenset(["BOOL", "U8", "I8", "I16", "U16", "F16", "BF16", "I32", "U32
 """Other dtypes of the format."""
 
 METADATA = "__metadata__"
-DIGEST = "fastmaf_crc32"
+OURS = "fastmaf"
+"""How the keys of our metadata begin; other packages may add theirs."""
+DIGEST = "fastmaf_digest"
 """The metadata key of the digest: a CRC-32 in 8 hexadecimal digits. Readers of other packages, and older ones of this, pass over it."""
 
 LONGEST_HEADER = 100_000_000
@@ -48,7 +50,7 @@ def write(tensors: Mapping[str, Array], metadata: Mapping[str, str], digest: boo
         Of the dtypes of `CODES`; the larger dtypes come first, each sorted by name, so that equal contents give equal bytes.
     metadata : mapping of str to str
     digest : bool
-        Whether the metadata gets a digest of the tensors, which `read` checks.
+        Whether the metadata gets a digest, which `read` checks: of our metadata and of the tensors.
 
     Returns
     -------
@@ -77,17 +79,20 @@ def write(tensors: Mapping[str, Array], metadata: Mapping[str, str], digest: boo
         entries[name] = {"dtype": codes[dtype], "shape": [*array.shape], "data_offsets": [end, end + array.nbytes]}
         end += array.nbytes
     if digest:
-        metadata = {**metadata, DIGEST: _digest(pieces)}
+        metadata = {**metadata, DIGEST: _digest(pieces, metadata)}
     text = json.dumps({METADATA: dict(sorted(metadata.items())), **entries}, separators=(",", ":"), allow_nan=False).encode()
     text += b" " * (-len(text) % 8)
     return b"".join([len(text).to_bytes(8, "little"), text, *(piece.data for piece in pieces.values())])
 
 
-def _digest(pieces: Mapping[str, Array]) -> str:
-    """The CRC-32 of the bytes of all tensors, in the order of their names."""
+def _digest(pieces: Mapping[str, Array], metadata: Mapping[str, str]) -> str:
+    """The CRC-32 of our metadata and of all tensors, in the order of their names: each name and text ends in a zero byte."""
     crc = 0
+    for key in sorted(metadata):
+        if key.startswith(OURS) and key != DIGEST:
+            crc = zlib.crc32(f"{key}\0{metadata[key]}\0".encode(), crc)
     for name in sorted(pieces):
-        crc = zlib.crc32(pieces[name].data, crc)
+        crc = zlib.crc32(pieces[name].data, zlib.crc32(f"{name}\0".encode(), crc))
     return f"{crc:08x}"
 
 
@@ -121,9 +126,9 @@ def read(data: bytes) -> tuple[dict[str, Array], dict[str, str]]:
     except (ValueError, RecursionError, OverflowError) as error:
         raise ValueError(f"it is damaged or no safetensors file ({error})") from None
     if DIGEST in metadata:
-        digest = _digest(tensors)
+        digest = _digest(tensors, metadata)
         if metadata.pop(DIGEST) != digest:
-            raise ValueError(f"its tensors are damaged: their CRC-32 is {digest}, and its metadata names another")
+            raise ValueError(f"it is damaged: the CRC-32 of its contents is {digest}, and it names another")
     return tensors, metadata
 
 

@@ -299,6 +299,7 @@ def edited(data, edit):
     record = json.loads(header["__metadata__"]["fastmaf"])
     replacement = edit(record, header)
     header["__metadata__"]["fastmaf"] = replacement if isinstance(replacement, str) else json.dumps(record)
+    header["__metadata__"].pop("fastmaf_digest", None)
     return join(header, body)
 
 
@@ -425,7 +426,7 @@ def test_a_damaged_record_is_refused_with_its_fault(case):
 def test_tensors_that_do_not_fit_are_refused(name, array, message):
     tensors = safetensors.numpy.load(DATA)
     metadata = split(DATA)[0]["__metadata__"]
-    del metadata["fastmaf_crc32"]
+    del metadata["fastmaf_digest"]
     tensors[name] = array
     with pytest.raises(ValueError, match=re.escape(message)):
         fastmaf.load(safetensors.numpy.save(tensors, metadata))
@@ -640,8 +641,11 @@ def test_daemon_threads_may_load_while_the_interpreter_exits(tmp_path):
         assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_a_flipped_byte_in_the_weights_is_noticed():
+@pytest.mark.parametrize("mark, after", [(b"input_clip", len(b'input_clip\\": ')), (b"}}", 1000)])
+def test_a_flipped_bit_in_the_record_or_the_weights_is_noticed(mark, after):
     data = bytearray(make.file_bytes(fastmaf.MAF(features=3, seed=0)))
-    data[-100] ^= 1
-    with pytest.raises(ValueError, match="its tensors are damaged: their CRC-32 is"):
+    place = data.index(mark) + after
+    assert after == 1000 or data[place : place + 1].isdigit()
+    data[place] ^= 1
+    with pytest.raises(ValueError, match="it is damaged: the CRC-32 of its contents is"):
         fastmaf.load(bytes(data))

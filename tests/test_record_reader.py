@@ -89,7 +89,7 @@ def edit(node, rng):
 
 def without_digest(header):
     header = copy.deepcopy(header)
-    header["__metadata__"].pop("fastmaf_crc32", None)
+    header["__metadata__"].pop(_container.DIGEST, None)
     return header
 
 
@@ -174,10 +174,23 @@ def test_the_digest_is_that_of_zlib():
     data = make.file_bytes(FLOWS["maf"]())
     header, _ = split(data)
     tensors, _ = _container.read(data)
-    crc = 0
+    metadata = header["__metadata__"]
+    crc = zlib.crc32(b"fastmaf\0" + metadata["fastmaf"].encode() + b"\0")
     for name in sorted(tensors):
-        crc = zlib.crc32(tensors[name].tobytes(), crc)
-    assert header["__metadata__"]["fastmaf_crc32"] == f"{crc:08x}"
+        crc = zlib.crc32(name.encode() + b"\0" + tensors[name].tobytes(), crc)
+    assert metadata["fastmaf_digest"] == f"{crc:08x}"
+
+
+def test_the_digest_is_of_the_record_too_and_of_no_ones_else():
+    header, tensors = split(make.file_bytes(FLOWS["maf"]()))
+    metadata = header["__metadata__"]
+    edited = {**header, "__metadata__": {**metadata, "fastmaf": metadata["fastmaf"].replace('"training": {', '"training": {"a": 1')}}
+    assert edited != header
+    noted = {**header, "__metadata__": {**metadata, "by": "me"}}
+    for reader in (_core.File, fastmaf.load):
+        with pytest.raises(ValueError, match="it is damaged: the CRC-32 of its contents"):
+            reader(joined(edited, tensors))
+        reader(joined(noted, tensors))
 
 
 def test_a_file_of_claims_costs_no_memory():

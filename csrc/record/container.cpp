@@ -91,12 +91,19 @@ void check_ranges(std::vector<Range>& ranges, int64_t size) {
 void check_digest(const Container& container) {
     const auto digest = container.metadata.find(kDigest);
     if (digest == container.metadata.end()) return;
+    // Of our metadata and of the tensors, in the order of their names; each name and text ends in a zero byte.
+    const std::string_view end("\0", 1);
     uint32_t crc = 0;
-    for (const auto& [name, tensor] : container.tensors)
+    for (const auto& [key, text] : container.metadata)
+        if (key.rfind(kOurs, 0) == 0 && key != kDigest)
+            for (std::string_view piece : {std::string_view(key), end, std::string_view(text), end}) crc = crc32(piece, crc);
+    for (const auto& [name, tensor] : container.tensors) {
+        crc = crc32(end, crc32(name, crc));
         crc = crc32({tensor.data, size_t(tensor.size) * (tensor.numbers == Numbers::f32 ? 4 : 8)}, crc);
+    }
     char digits[9];
     std::snprintf(digits, sizeof digits, "%08x", crc);
-    if (digest->second != digits) throw Error("its tensors are damaged: their CRC-32 is " + std::string(digits) + ", not " + in_quotes(digest->second));
+    if (digest->second != digits) throw Error("it is damaged: the CRC-32 of its contents is " + std::string(digits) + ", and it names another");
 }
 
 // kCrc[k][b]: what byte b does when k more bytes follow it.

@@ -28,13 +28,14 @@ struct Container {
     std::map<std::string, std::string> metadata;
 };
 
-// Checks everything, the digest of the tensors too if the metadata has one; the bytes must outlive the tensors.
+// Checks everything, the digest too if the metadata has one; the bytes must outlive the tensors.
 Container read_container(std::string_view data);
 
 // The CRC-32 of zlib, of PNG and of Ethernet, continued from `crc`.
 uint32_t crc32(std::string_view data, uint32_t crc = 0);
 
-// The metadata key of the CRC-32, in 8 hexadecimal digits, of the bytes of all tensors in the order of their names.
-constexpr const char* kDigest = "fastmaf_crc32";
+// How the keys of our metadata begin, and that of the CRC-32, in 8 hexadecimal digits, of this metadata and of all tensors.
+constexpr const char* kOurs = "fastmaf";
+constexpr const char* kDigest = "fastmaf_digest";
 
 }  // namespace fastmaf::record
