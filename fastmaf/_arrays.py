@@ -76,7 +76,8 @@ def real(name: str, value: Any, device: str = "cpu", names: Sequence[str] | None
     if value.dtype in NATIVE:
         return cast("Array", value)
     if value.dtype.kind not in "fiub":
-        raise ValueError(f"{name} has dtype {_words.cut(str(value.dtype))}; it must hold real numbers")
+        remedy = f": {name}.astype(float), if they are" if value.dtype.kind == "O" else ""
+        raise ValueError(f"{name} has dtype {_words.cut(str(value.dtype))}; it must hold real numbers{remedy}")
     return cast("Array", value.astype(np.float64 if value.dtype.kind == "f" else value.dtype.newbyteorder("=")))
 
 
@@ -388,8 +389,11 @@ def names(value: Any, features: int) -> tuple[str, ...] | None:
     for name in listed:
         if name.encode("utf-8", "replace").decode() != name:
             raise ValueError(f"names holds {_words.shown(name)}, half of a surrogate pair, which is no text")
-    if len(listed) != features or len(set(listed)) != features:
-        raise ValueError(f"names lists {len(set(listed))} different names; the flow has {features} features")
+    if len(listed) != features:
+        raise ValueError(f"names has {len(listed)} entries; the flow has {features} feature{'s' * (features != 1)}")
+    twice = [name for k, name in enumerate(listed) if name in listed[:k]] if len(set(listed)) < features else []
+    if twice:
+        raise ValueError(f"names has {_words.shown(twice[0])} twice; they must differ")
     return tuple(map(str, listed))
 
 

@@ -59,7 +59,7 @@ _REMEDIES = {
     "cpu": "install fastmaf from source with a C++17 compiler: pip install .",
     "numba": "pip install 'fastmaf[numba]'",
     "reference": "reinstall fastmaf",
-    "cuda": "an NVIDIA GPU with its driver, and nvcc when fastmaf is installed: pip install . -Ccmake.define.FASTMAF_CUDA=ON",
+    "cuda": "on a machine with an NVIDIA GPU and nvcc, pip install . -Ccmake.define.FASTMAF_CUDA=ON",
 }
 
 names = tuple(_MODULES)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fastmaf import _container, _words
+from fastmaf import _container, _files, _words
 from fastmaf import layers as _layers
 from fastmaf._networks import masked
 from fastmaf.record import FlowRecord, plain
@@ -183,8 +183,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[
     OSError
         If the file cannot be read.
     """
-    with open(path, "rb") as file:
-        data = file.read()
+    data = _files.read("checkpoint", path)
     with reading_checkpoint(path):
         tensors, metadata = _container.read(data)
         if CHECKPOINT not in metadata:

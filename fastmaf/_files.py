@@ -11,20 +11,40 @@ from typing import IO
 
 from fastmaf import _words
 
-__all__ = ["save", "write"]
+__all__ = ["read", "save", "write"]
+
+
+def read(name: str, path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a file; `name` is what the caller knows the path as."""
+    with _opening(name, path), open(path, "rb") as file:
+        return file.read()
+
+
+@contextmanager
+def _opening(name: str, path: str | os.PathLike[str]) -> Iterator[None]:
+    """Where the path is opened: errors name what the caller gave, in a line."""
+    text = os.fsdecode(path)
+    if not text or "\0" in text:
+        raise ValueError(f"{name} is {_words.shown(text)}; it must be a path")
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise type(error)(error.errno, error.strerror, _words.cut(text, 200)) from None  # the path that the caller knows
 
 
 def save(data: bytes, path_or_file: str | os.PathLike[str] | IO[bytes]) -> None:
     """Put bytes into a path or a binary file."""
     if isinstance(path_or_file, (str, os.PathLike)):
-        write(path_or_file, data)
+        write(path_or_file, data, "path_or_file")
     elif callable(getattr(path_or_file, "write", None)):
         path_or_file.write(data)
     else:
         raise ValueError(f"path_or_file is {_words.shown(path_or_file)}; it must be a path or a binary file")
 
 
-def write(path: str | os.PathLike[str], data: bytes) -> None:
+def write(path: str | os.PathLike[str], data: bytes, name: str = "path") -> None:
     """Put bytes into a file that holds either all of them or what it held before.
 
     They go to a temporary file beside it, which is locked until it has its name: what lies there unlocked was left by a writer that was
@@ -38,17 +58,13 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
     ...     os.listdir(folder)
     ['x']
     """
-    target = os.path.realpath(path)
-    try:
+    with _opening(name, path):
+        target = os.path.realpath(path)
         with _temporary(target) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
             os.replace(file.name, target)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from error  # the path that the caller knows
     _sweep(target)
 
 

@@ -25,6 +25,9 @@ __all__ = ["Flow"]
 
 Array = NDArray[Any]
 
+FAR = 100
+"""Standard deviations of the contexts of a fit beyond which a context is none of them."""
+
 _PRECISIONS = ("highest", "high", "medium")
 
 
@@ -75,6 +78,8 @@ class Flow:
     >>> np.allclose(flow.log_prob(np.array([[1.0]])), np.log(2) - 0.5 * np.log(2 * np.pi))
     True
     """
+
+    __slots__ = ("__weakref__", "_placed", "_placement", "_record")
 
     def __init__(
         self,
@@ -357,6 +362,11 @@ class Flow:
             The contexts come first (in zuko and sbi the samples do). NaN under a context at or outside a bound, or so far out that the
             dtype of the flow cannot follow.
 
+        Warns
+        -----
+        RuntimeWarning
+            If a context is more than 100 standard deviations away from those that the flow was fitted to.
+
         Raises
         ------
         ValueError
@@ -426,6 +436,8 @@ class Flow:
         n = _arrays.count("n", n)
         given = context
         context, c = _arrays.contexts(context, record.context_features, self.device)
+        if type(context) is np.ndarray:
+            _warn_of_far_contexts(record, context)
         seed, offset, context_offset = _arrays.seed_and_offsets(seed, offset, context_offset, n, c)
         groups = (c,) if context is not None and context.ndim == 2 else ()
         shape = (*groups, n, record.features)
@@ -1050,6 +1062,19 @@ def _all_or_none(result: Any) -> None:
     """Make rows NaN that are not finite: into which columns of a row infinity spreads is a matter of the backend."""
     if type(result) is np.ndarray and not (finite := np.isfinite(result)).all():
         result[~finite.all(axis=-1)] = np.nan
+
+
+def _warn_of_far_contexts(record: FlowRecord, context: Array) -> None:
+    """Say of contexts that are nowhere near those of the fit, if an Affine remembers these."""
+    if len(record.context_layers) != 1 or not isinstance(affine := record.context_layers[0], Affine) or not record.fitted:
+        return
+    with np.errstate(all="ignore"):
+        wrong = ~(np.abs((np.asarray(context, np.float64) - affine.loc) * affine.scale) <= FAR).reshape(-1, affine.loc.size).all(axis=0)
+    if wrong.any():
+        _words.warn(
+            f"context is more than {FAR} standard deviations away from those of the fit in {_words.columns(np.flatnonzero(wrong))}; "
+            "what the flow says there is not learned: check its units"
+        )
 
 
 def _check_continuous(record: FlowRecord, what: str) -> None:

@@ -7,7 +7,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from fastmaf import _codec, _words
+from fastmaf import _codec, _files, _words
 from fastmaf._codec import Members
 from fastmaf.ensemble import Ensemble
 from fastmaf.flow import Flow
@@ -43,9 +43,7 @@ def load(source: str | os.PathLike[str] | bytes | bytearray | memoryview | IO[by
     Flow(features=3, dtype=float32): Affine -> 5 x Autoregressive((100, 100), relu, exp_soft) -> Normal
     """
     if isinstance(source, (str, os.PathLike)):
-        name = os.fspath(source)
-        with open(source, "rb") as file:
-            data = file.read()
+        name, data = _words.cut(os.fsdecode(source), 200), _files.read("source", source)
     elif isinstance(source, (bytes, bytearray, memoryview)):
         name, data = "the data", bytes(source)
     elif callable(getattr(source, "read", None)):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -117,8 +119,8 @@ def MAF(
     if not isinstance(batch_norm, (bool, np.bool_)) and not (isinstance(batch_norm, str) and batch_norm == "act"):
         raise ValueError(f"batch_norm is {_words.shown(batch_norm)}; it must be False, True or 'act'")
     components = _arrays.count("components", components, lowest=1)
-    draft = Draft(features, context_features, hidden_features, activation, residual, direct, seed, input_clip)
     transforms, linear = _arrays.count("transforms", transforms, lowest=1), _words.flag("linear", linear)
+    draft = Draft(features, context_features, hidden_features, activation, residual, direct, seed, input_clip, transforms)
     layers = draft.front(order, bounds, names)
     law = soft_law(clip, transforms)
     ranks = masks.layer_ranks(order, draft.features, transforms, draft.seed, components > 1)
@@ -140,7 +142,11 @@ def MAF(
 def soft_law(clip: float | None, transforms: int) -> Law:
     """The law of each of so many transforms; without `clip`, with the default bound."""
     law = Law()
-    return replace(law, constants={"clip": min(law.constants["clip"], TOTAL / transforms) if clip is None else clip})
+    if clip is None:
+        return replace(law, constants={"clip": min(law.constants["clip"], TOTAL / transforms)})
+    if not 0 < _words.number("clip", clip) < math.inf:
+        raise ValueError(f"clip is {_words.shown(clip)}; it must be positive and finite, or None for the default")
+    return replace(law, constants={"clip": clip})
 
 
 class Draft:
@@ -156,6 +162,7 @@ class Draft:
         direct: bool,
         seed: Seed,
         input_clip: float | None,
+        networks: int = 1,
     ) -> None:
         self.features = _arrays.count("features", features, lowest=1)
         self.context_features = _arrays.count("context_features", context_features)
@@ -167,9 +174,22 @@ class Draft:
                 f"hidden_features is {_words.shown(tuple(self.widths))}; a residual network needs at least one block, and all of one width"
             )
         self.activation, self.direct = activation, _words.flag("direct", direct)
+        self._check_size(networks)
         self.input_clip = _layers.checked_input_clip(input_clip)
         self.seed = _arrays.seed_or_fresh(seed)
         self.rng = np.random.default_rng(self.seed)
+
+    def _check_size(self, networks: int) -> None:
+        """Refuse what memory cannot hold before anything is drawn."""
+        widths = [self.features + self.context_features, *self.widths, Law.parameters * self.features]
+        within = 2 * sum(width**2 for width in self.widths) if self.residual else 0
+        straight = Law.parameters * self.features**2 if self.direct or not self.widths else 0
+        size = networks * (within + straight + sum(a * b for a, b in itertools.pairwise(widths) if self.widths))
+        if size > _most_parameters():
+            raise ValueError(
+                f"{self.features} features, hidden_features {_words.shown(tuple(self.widths))} and {networks} networks make about "
+                f"{size:.1g} weights, more than memory holds; build a smaller flow"
+            )
 
     def front(self, order: Order, bounds: Bounds | None, names: Sequence[str] | None) -> list[FlowLayer]:
         """The layers in front of the networks."""
@@ -236,6 +256,15 @@ class Draft:
             names=names,
             training={"init_seed": self.seed},
         )
+
+
+def _most_parameters() -> int:
+    """Weights in float64 that fit into memory four times over, as in a fit, and that 31 bits count."""
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        memory = 2**63
+    return int(min(memory // 32, 2**31))
 
 
 def _by_name(bounds: Mapping[str, Any], names: Sequence[str] | None) -> list[Any]:

@@ -126,6 +126,11 @@ class FlowRecord:
         return FlowRecord(**({name: getattr(self, name) for name in names} | changes))
 
     @property
+    def fitted(self) -> bool:
+        """Whether a fit has left its trace on the flow; notes of others do not count."""
+        return {"epochs", "best_epoch", "settings"} <= set(self.training)
+
+    @property
     def discrete(self) -> str:
         """The conditional of the base if its variables are discrete, else nothing."""
         return self.base.conditional if isinstance(self.base, Terminal) and self.base.conditional != "mixture" else ""
@@ -181,7 +186,10 @@ class FlowRecord:
         size = sum(array.size for array in self.parameter_arrays())
         if vector.shape != (size,):
             raise ValueError(f"parameters has shape {vector.shape}; the flow has {size} parameters")
-        vector = vector.astype(self.dtype)
+        with np.errstate(over="ignore"):
+            vector = vector.astype(self.dtype)
+        if not (good := np.isfinite(vector)).all():
+            raise ValueError(f"parameters are not finite in {np.count_nonzero(~good)} places, the first at {int(good.argmin())}")
         position = 0
 
         def take(array: Array | None) -> Array | None:

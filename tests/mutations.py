@@ -77,7 +77,7 @@ MUTATIONS = {
         "test_train.py -k not_a_number_at_the_start",
     ),
     "a second fit standardises an identity": Mutation(
-        "train/data.py", "(bool(wanted) and not was_fitted(record))", "bool(wanted)", "test_train.py -k second_fit_leaves"
+        "train/data.py", "(bool(wanted) and not record.fitted)", "bool(wanted)", "test_train.py -k second_fit_leaves"
     ),
     "a note keeps a flow from being standardised": Mutation(
         "train/data.py",

@@ -301,8 +301,9 @@ def test_a_fit_that_goes_astray_leaves_numbers(reference, x, validation):
 def test_statistics_are_saved_and_older_files_lack_them():
     made = flow(2, ("data", "batch"))
     assert io.load(make.file_bytes(made)).layers == made.layers
-    old = make.file_bytes(made).replace(b', \\"statistics\\": \\"data\\"', b"").replace(b', \\"statistics\\": \\"batch\\"', b"")
-    size = int.from_bytes(make.file_bytes(made)[:8], "little") - (len(make.file_bytes(made)) - len(old))
+    written = make.file_bytes(made).replace(b"fastmaf_digest", b"fastmaf_before")
+    old = written.replace(b', \\"statistics\\": \\"data\\"', b"").replace(b', \\"statistics\\": \\"batch\\"', b"")
+    size = int.from_bytes(written[:8], "little") - (len(written) - len(old))
     loaded = io.load(size.to_bytes(8, "little") + old[8:])
     assert [layer.statistics for layer in loaded.layers if isinstance(layer, BatchNorm)] == ["batch", "batch"]
 

@@ -186,3 +186,65 @@ def test_files_that_are_none():
     with pytest.raises(ValueError, match="path_or_file is 3; it must be a path or a binary file"):
         fastmaf.MAF(2).save(3)
     fastmaf.MAF(2).save(io.BytesIO())
+
+
+def test_paths_that_are_none_and_paths_that_are_long(tmp_path):
+    flow = fastmaf.MAF(2, transforms=1)
+    for path in ("", "a\0b"):
+        with pytest.raises(ValueError, match="source is .*; it must be a path"):
+            fastmaf.load(path)
+        with pytest.raises(ValueError, match="path_or_file is .*; it must be a path"):
+            flow.save(path)
+    for call in (fastmaf.load, flow.save):
+        with pytest.raises(OSError, match="name too long") as error:
+            call(str(tmp_path / ("a" * 2000)))
+        assert len(str(error.value)) < 260
+    with pytest.raises(FileNotFoundError, match=r"'.*/none'"):
+        fastmaf.load(tmp_path / "none")
+    with pytest.raises(ValueError, match="checkpoint is ''; it must be a path"):
+        flow.fit(np.random.default_rng(0).normal(size=(50, 2)), checkpoint="", max_epochs=1)
+
+
+@pytest.mark.parametrize("build", [fastmaf.MAF, fastmaf.MADE])
+@pytest.mark.parametrize(
+    "size", [{"features": 10**9}, {"features": 3, "hidden_features": (10**6, 10**6)}, {"features": 10**6, "direct": True}]
+)
+def test_a_flow_that_no_memory_holds_is_refused_before_it_is_drawn(build, size):
+    with pytest.raises(ValueError, match=r"features, hidden_features \(.*\) and . networks? make about .* weights, more than memory holds"):
+        build(**size)
+
+
+@pytest.mark.parametrize("clip", [-1, 0, np.inf, np.nan, "2"])
+def test_clip_is_named(clip):
+    with pytest.raises(ValueError, match="^clip is"):
+        fastmaf.MAF(2, clip=clip)
+
+
+def test_objects_are_refused_with_a_remedy():
+    with pytest.raises(ValueError, match=r"x has dtype object; it must hold real numbers: x.astype\(float\), if they are"):
+        fastmaf.MAF(2).log_prob(np.zeros((3, 2), object))
+
+
+def test_parameters_are_finite():
+    flow = fastmaf.MAF(2, transforms=1)
+    parameters = flow.parameters().astype(float)
+    for wrong in (np.nan, np.inf, 1e300):  # the last one is infinite in float32
+        parameters[[4, 7]] = wrong
+        with pytest.raises(ValueError, match="parameters are not finite in 2 places, the first at 4"):
+            flow.with_parameters(parameters)
+
+
+def test_a_flow_takes_no_attributes_that_mean_nothing():
+    with pytest.raises(AttributeError):
+        fastmaf.MAF(2).standardise = True
+
+
+def test_contexts_far_from_those_of_the_fit_are_said():
+    rng = np.random.default_rng(0)
+    flow = fastmaf.MAF(2, context_features=2, transforms=1, hidden_features=(4,), seed=0)
+    flow.sample(2, context=[1e9, 0.0], seed=0)  # nothing is known yet
+    flow.fit(rng.normal(size=(200, 2)), rng.normal(size=(200, 2)), max_epochs=1, seed=0)
+    flow.sample(2, context=[50.0, -50.0], seed=0)
+    for context in ([0.0, 1e9], [[0.0, 0.0], [0.0, -1e300]]):
+        with pytest.warns(RuntimeWarning, match="context is more than 100 standard deviations away from those of the fit in column 1; "):
+            flow.sample(2, context=context, seed=0)

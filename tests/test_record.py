@@ -64,7 +64,7 @@ def test_other_context_layers_count(backend):
         ("base", Normal(4), "base has width 4; the flow has 5 features"),
         ("base", "normal", "base is of type str; it must be Normal or Terminal"),
         ("context_layers", [Affine([0.0], [1.0])], r"context_layers\[0\] has width 1; the flow has 0 context features"),
-        ("names", ["a", "b"], "names lists 2 different names; the flow has 5 features"),
+        ("names", ["a", "b"], "names has 2 entries; the flow has 5 features"),
         ("names", [1, 2, 3, 4, 5], "it must be a sequence of strings"),
         ("training", {"flow": object()}, "training holds a value of type object"),
     ],

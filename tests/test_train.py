@@ -1242,7 +1242,7 @@ def test_a_second_fit_on_data_elsewhere(factor, shift):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_nothing_is_said_of_ordinary_data(dtype):
-    for rows in (Z, Z * [1e6, 1e-6] + [1e8, 0], np.exp(2 * Z), (Z > 0) + 0.0 * Z, np.round(Z), Z.astype("f4"), Z * [10, 1] + [58000, 0]):
+    for rows in (Z, Z * [1e6, 1e-6] + [1e8, 0], np.exp(2 * Z), np.round(Z, 1), np.round(1e4 * Z), Z.astype("f4"), Z * [10, 1] + [58000, 0]):
         assert warned(linear(dtype=dtype), rows, validation=0) == []
 
 
@@ -1388,3 +1388,56 @@ def test_values_that_networks_read_clipped_are_a_warning():
     fastmaf.MAF(2, transforms=1, hidden_features=(4,), input_clip=None, seed=0).fit(
         x, max_epochs=1, standardize=False, seed=0, lr=1e-5, progress=False
     )
+
+
+def degenerate(kind, rng):
+    x = rng.normal(size=(600, 3))
+    if kind == "equal":
+        x[:, 2] = 5 * x[:, 0] - 3
+    elif kind == "sum":
+        x[:, 1] = x[:, 0] - 2 * x[:, 2]
+    elif kind == "copies":
+        x = x[rng.integers(7, size=600)]
+    elif kind == "whole":
+        x[:, 1] = rng.integers(3, size=600)
+    elif kind == "rounded":
+        x = np.round(x, 2)
+    elif kind == "counts":
+        x[:, 1] = np.floor(1e5 * x[:, 1])
+    elif kind == "near":
+        x[:, 2] = x[:, 0] + 1e-4 * rng.normal(size=600)
+    return x
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    "kind, said",
+    [
+        ("equal", "columns of x follow from each other, .* leave out one of columns 0, 2$"),
+        ("sum", "columns of x follow from each other, .* leave out one of columns 0, 1, 2$"),
+        ("copies", "x has [1-7] different rows among 540, whose density has no bound: drop the copies"),
+        ("whole", "x has few different whole numbers in column 1, whose density has no bound: add uniform noise"),
+        *((kind, None) for kind in ("plain", "rounded", "counts", "near")),
+    ],
+)
+def test_rows_in_less_than_all_dimensions_are_said(kind, said, dtype):
+    x = degenerate(kind, np.random.default_rng(3)).astype(dtype)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        linear(3, seed=0).fit(x, max_epochs=1, seed=0)
+    notes = [str(note.message) for note in seen]
+    assert (not notes) if said is None else len(notes) == 1 and re.search(said, notes[0]), notes
+
+
+def test_what_single_precision_has_rounded_away_is_said(x):
+    flow = linear(1 + 1, context_features=1, seed=0)
+    times = np.float32(1.2e9) + np.float32(256) * np.random.default_rng(0).integers(2, size=(len(x), 1)).astype(np.float32)
+    with pytest.warns(FitWarning, match="float32 cannot resolve column 0 of context, far from 0 for the spread: give it as float64"):
+        flow.fit(x, times, max_epochs=1, seed=0)
+    late = x.astype(np.float32)
+    late[:, 1] = 1.2e9
+    with pytest.raises(ValueError, match="x is constant in column 1: .* unless float32 has rounded it away: then give rows as float64"):
+        linear().fit(late, max_epochs=1)
+    late[:, 1] += 1000 * np.random.default_rng(0).normal(size=len(x)).astype(np.float32)
+    with pytest.warns(FitWarning, match="float32 cannot resolve column 1 of x, .* or give rows as float64"):
+        linear(dtype="float64").fit(late, max_epochs=1, seed=0)

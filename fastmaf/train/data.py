@@ -40,6 +40,12 @@ FEW = 30
 SOME = 512
 """Rows that show whether values fall together."""
 
+MOST = 256
+"""Columns of which it is found out whether some follow from others."""
+
+LARGE = 1e6
+"""Values that float32 holds with steps that are felt."""
+
 
 class FitWarning(UserWarning):
     """Something about a fit or its data that one would want to know."""
@@ -288,7 +294,7 @@ def standardised(record: FlowRecord, train: Rows, wanted: bool | str) -> tuple[F
     """
     weights = np.zeros(len(train.x))
     weights[train.rows] = 1.0 if train.weights is None else train.weights[train.rows]
-    fresh = wanted == "again" or (bool(wanted) and not was_fitted(record))
+    fresh = wanted == "again" or (bool(wanted) and not record.fitted)
     few = uneven("weights", train.weights)
     layers, context_layers, notes = record.layers, record.context_layers, []
     if (counts := _counts(record)) is not None:
@@ -302,14 +308,17 @@ def standardised(record: FlowRecord, train: Rows, wanted: bool | str) -> tuple[F
             seldom, constant = constant, np.flatnonzero(moments.deviation == 0)
         if constant.size:
             value = f": {moments.low[constant[0]]} in every row to train on" if constant.size == 1 else " in the rows to train on"
-            raise ValueError(f"x is constant in {_words.columns(constant, record.names)}{value}; {few or 'leave out what does not vary'}")
+            remedy = "leave out what does not vary"
+            if train.x.dtype.itemsize < 8 and (np.abs(moments.low[constant]) > LARGE).any():
+                remedy += f", unless {train.x.dtype} has rounded it away: then give rows as float64"
+            raise ValueError(f"x is constant in {_words.columns(constant, record.names)}{value}; {few or remedy}")
         if seldom.size:
             where = _words.columns(seldom, record.names)
             notes.append(
                 f"x varies in {where} only in rows to validate on, so that nothing can be learned of it: give more rows, or leave it out"
             )
         layers = _placed("x", layers, moments, fresh, wanted == "again", record.names)
-        notes += _notes(record, train, layers, moments)
+        notes += _notes(record, train, layers, moments) or _degenerate(record, train, moments)
         if wanted and layers is record.layers:
             notes += _far_out("x", layers, moments, record.names)
         elif not wanted:
@@ -317,6 +326,15 @@ def standardised(record: FlowRecord, train: Rows, wanted: bool | str) -> tuple[F
     if train.context is not None:
         moments = Moments.of("context", train.context, weights, context_layers)
         noise = _noise(train.context, moments)
+        largest = np.maximum(np.abs(moments.low), np.abs(moments.high))
+        if train.context.dtype in (np.float16, np.float32):
+            coarse = np.flatnonzero((largest > LARGE) & (moments.deviation < 100 * _spacing(largest, train.context.dtype)))
+            noise[coarse] &= moments.deviation[coarse] == 0
+            if coarse.size:
+                notes.append(
+                    f"{train.context.dtype} cannot resolve {_words.columns(coarse)} of context, far from 0 for the spread: give it as "
+                    "float64, or subtract an offset"
+                )
         notes += _spoilt("context", train.context, train, context_layers, moments, noise, record.dtype, None)
         moments.deviation = np.where(noise, 1.0, moments.deviation)  # what does not vary tells nothing, and harms nothing
         context_layers = _placed("context", context_layers, moments, fresh, wanted == "again", None)
@@ -327,11 +345,6 @@ def standardised(record: FlowRecord, train: Rows, wanted: bool | str) -> tuple[F
     if layers is record.layers and context_layers is record.context_layers:
         return record, notes
     return record.replaced(layers=layers, context_layers=context_layers), notes
-
-
-def was_fitted(record: FlowRecord) -> bool:
-    """Whether a fit has left its trace on the flow; notes of others do not count."""
-    return {"epochs", "best_epoch", "settings"} <= set(record.training)
 
 
 def _placed(name: str, layers: Layers, moments: Moments, fresh: bool, again: bool, names: Sequence[str] | None) -> Layers:
@@ -361,13 +374,15 @@ def _notes(record: FlowRecord, train: Rows, layers: Layers, moments: Moments) ->
     largest, spread = np.maximum(np.abs(moments.low), np.abs(moments.high)), np.where(bounded, np.inf, moments.deviation)
     noise = _noise(train.x, moments) & ~bounded
     notes = _spoilt("x", train.x, train, layers, moments, noise, record.dtype, names)
-    coarse = ~noise & (spread < 100 * _spacing(largest, record.dtype))
+    single = train.x.dtype.itemsize < record.dtype.itemsize and train.x.dtype.kind == "f"
+    given = train.x.dtype if single else record.dtype
+    coarse = ~noise & (spread < 100 * _spacing(largest, given))
     limits = np.finfo(record.dtype)
     outside = ~noise & ~bounded & ((largest > float(limits.max) / 100) | (spread < float(limits.tiny) * 100))
     if (coarse & ~outside).any():
         where = _words.columns(np.flatnonzero(coarse & ~outside), names)
-        remedy = ', or give rows as float64 and draw with dtype="float64"' if record.dtype == np.float32 else ""
-        notes.append(f"{record.dtype} cannot resolve {where} of x, far from 0 for the spread: subtract an offset{remedy}")
+        remedy = ', or give rows as float64 and draw with dtype="float64"' if given != np.float64 else ""
+        notes.append(f"{given} cannot resolve {where} of x, far from 0 for the spread: subtract an offset{remedy}")
     if outside.any():
         where = _words.columns(np.flatnonzero(outside), names)
         remedy = ', or make the flow with dtype="float64"' if record.dtype == np.float32 else ""
@@ -378,6 +393,40 @@ def _notes(record: FlowRecord, train: Rows, layers: Layers, moments: Moments) ->
             f'a flow of one variable with a normal base is one Gaussian{each}; MADE(1, conditional="mixture") can have other shapes'
         )
     return notes
+
+
+def _degenerate(record: FlowRecord, train: Rows, moments: Moments) -> list[str]:
+    """About rows in less than all dimensions, where a density has no bound."""
+    rows = train.x[train.rows[:: -(-train.rows.size // MANY)]].astype(np.float64)
+    if len(rows) < 10 * FEW:  # too few to tell
+        return []
+    integers = np.flatnonzero((rows == np.floor(rows)).all(axis=0))
+    whole = [int(j) for j in integers if 10 * np.unique(rows[:, j]).size <= len(rows)]
+    if whole:
+        return [
+            f"x has few different whole numbers in {_words.columns(whole, record.names)}, whose density has no bound: add uniform noise, "
+            'or let MADE(conditional="categorical") have them'
+        ]
+    different = len(np.unique(rows, axis=0))
+    if 10 * different <= len(rows):
+        return [f"x has {different} different rows among {len(rows)}, whose density has no bound: drop the copies, or add noise"]
+    if not 1 < record.features <= MOST or len(rows) <= 2 * record.features:
+        return []
+    values = _unbounded(rows, record.layers)
+    with np.errstate(all="ignore"):
+        values /= np.abs(values).max(axis=0)
+        values -= values.mean(axis=0)
+        values /= np.sqrt(np.einsum("ij,ij->j", values, values))
+    if not np.isfinite(values).all():
+        return []
+    small, directions = np.linalg.eigh(values.T @ values)
+    bound = {np.dtype(np.float16): 1e-6}.get(train.x.dtype, 1e-12)
+    follows = np.flatnonzero((np.abs(directions[:, small < bound]) > 0.05).any(axis=1))
+    if not follows.size:
+        return []
+    return [
+        f"columns of x follow from each other, and their density has no bound: leave out one of {_words.columns(follows, record.names)}"
+    ]
 
 
 def _spacing(values: Array, dtype: Any) -> Array:

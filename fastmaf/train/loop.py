@@ -172,7 +172,7 @@ def fit(
     """
     began = time.perf_counter()
     held_out = data.validation_of(validation)
-    if not isinstance(checkpoint, (str, os.PathLike, type(None))):
+    if not isinstance(checkpoint, (str, os.PathLike, type(None))) or (checkpoint is not None and not os.fspath(checkpoint)):
         raise ValueError(f"checkpoint is {_words.shown(checkpoint)}; it must be a path")
     if checkpoint is not None:
         target = os.path.realpath(checkpoint)
@@ -245,7 +245,7 @@ def fit(
     engine = backend.trainer(start, **options)
     if members is not None:
         engine.set_parameters(members.weights)
-    run = _Run(flow, start, backend, engine, train, held, settings, store, every, members, not data.was_fitted(record))
+    run = _Run(flow, start, backend, engine, train, held, settings, store, every, members, not record.fitted)
     if saved:
         with _codec.reading_checkpoint(checkpoint):
             run.set_state(saved)
