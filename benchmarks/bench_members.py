@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 import fastmaf
-from fastmaf import _backends, _reference
+from fastmaf import backends
+from fastmaf.backends import reference
 from fastmaf.layers import Block, Conditioner, Dense, Terminal
 from fastmaf.record import trainable
 
@@ -115,7 +116,7 @@ def _check_sample(model: Any, result: Array) -> float:
 
 def _check_change(change: Array, model: Any, x: Array, batch: int) -> float:
     """Relative distance of the change of all parameters by the steps of x."""
-    exact = _change(_engine(_reference.backend, model.astype("float64")), x.astype(np.float64), batch)
+    exact = _change(_engine(reference.backend, model.astype("float64")), x.astype(np.float64), batch)
     error = float(np.linalg.norm(change - exact) / np.linalg.norm(exact))
     if not error < 0.05:
         raise WrongResult(f"{len(x) // batch} steps differ from those in float64 by {error:.3g} of their length")
@@ -145,7 +146,7 @@ def _change(engine: Any, x: Array, batch: int) -> Array:
 
 
 def _training(model: Any, x: Array, batch: int) -> Contender:
-    backend, first = _backends.choose(), x[: CHECKED["steps"] * batch]
+    backend, first = backends.choose(), x[: CHECKED["steps"] * batch]
     engine = _engine(backend, model)
 
     def check(_: Any) -> float:
@@ -230,7 +231,7 @@ def _bernoulli(settings: Settings) -> Iterator[Line]:
         def __init__(self) -> None:
             super().__init__()
             self.weights = torch.nn.ParameterList([a.clone() for a in arrays])
-            self.masks = [torch.from_numpy(np.array(m, np.float32)) for m in _reference.free(flow.base)]
+            self.masks = [torch.from_numpy(np.array(m, np.float32)) for m in reference.free(flow.base)]
 
         def forward(self, x: Any) -> Any:
             w0, b0, w1, b1 = self.weights

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmaf._reference import free
+from fastmaf.backends.reference import free
 from fastmaf.record import trainable
 
 Array = NDArray[Any]

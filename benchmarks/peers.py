@@ -67,11 +67,12 @@ class Fastmaf(Library):
 
     def __init__(self, model: Model) -> None:
         import fastmaf
-        from fastmaf import _backends, _reference
+        from fastmaf import backends
+        from fastmaf.backends import reference
 
         self.flow = fastmaf.MAF(model.features, transforms=model.transforms, hidden_features=model.hidden, seed=0)
         self.flow64 = self.flow.astype("float64")
-        self.backend, self.reference = _backends.choose(), _reference.backend
+        self.backend, self.reference = backends.choose(), reference.backend
         self.unmasked = unmasked_weights(self.flow)
 
     def log_prob(self, x: Array) -> Call:

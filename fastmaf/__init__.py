@@ -11,16 +11,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastmaf import _backends
+from fastmaf import backends
 
-if (_folder := _backends.in_source_tree_without_core()) is not None and not _backends.pure():
+if (_folder := backends.in_source_tree_without_core()) is not None and not backends.pure():
     raise ImportError(
         f"the source tree of fastmaf, {_folder}, has no compiled core: pip install . and run Python in another folder, "
-        f"or pip install -e . ({_backends.PURE}=1 goes without, many times slower)"
+        f"or pip install -e . ({backends.PURE}=1 goes without, many times slower)"
     )
 
 from fastmaf import layers, masks, presets
-from fastmaf._backends import get_backend, set_backend
+from fastmaf.backends import get_backend, set_backend
 from fastmaf.config import get_num_threads, num_threads, set_isa, set_num_threads, show_config, version
 from fastmaf.ensemble import Ensemble
 from fastmaf.export import export_c

@@ -247,6 +247,19 @@ def finite(name: str, array: Array, names: Sequence[str] | None = None) -> None:
         raise ValueError(f"{name} is not finite in {where}{rows}")
 
 
+def all_or_none(result: Array) -> Array:
+    """Make rows NaN that are not finite, in place: into which columns of a row infinity spreads is a matter of the backend.
+
+    Examples
+    --------
+    >>> all_or_none(np.array([[1.0, np.inf], [0.0, 2.0]])).tolist()
+    [[nan, nan], [0.0, 2.0]]
+    """
+    if type(result) is np.ndarray and not (finite := np.isfinite(result)).all():
+        result[~finite.all(axis=-1)] = np.nan
+    return result
+
+
 def count(name: str, value: Any, lowest: int = 0, limit: int = 2**63, must: str = "an integer") -> int:
     """An integer in [lowest, limit); no truth value.
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from fastmaf._backends import Backend
-    from fastmaf.record import FlowRecord
+from fastmaf.backends import Backend
+from fastmaf.record import FlowRecord
 
 __all__ = ["backward"]
 

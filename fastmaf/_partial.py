@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastmaf import _arrays, _backends, _device, _reference, _tables, _words
+from fastmaf import _arrays, _device, _tables, _words, backends
 from fastmaf._arrays import Seed
-from fastmaf.flow import Flow
 from fastmaf.layers import (
     Affine,
     Autoregressive,
@@ -30,6 +29,7 @@ from fastmaf.layers import (
     Permutation,
     Terminal,
 )
+from fastmaf.record import FlowRecord
 
 __all__ = ["order", "prefix", "rest", "sample_given"]
 
@@ -40,7 +40,7 @@ class NoOrderError(ValueError, AttributeError):
     """A flow has no order of its columns, and so no attribute `order`."""
 
 
-def order(flow: Flow) -> tuple[int, ...]:
+def order(flow: FlowRecord) -> tuple[int, ...]:
     """The columns in the order in which they are generated; see `Flow.order`."""
     records = [(f"layers[{k}]", layer) for k, layer in enumerate(flow.layers)] + [("base", flow.base)]
     networks = [(name, record) for name, record in records if isinstance(record, (Autoregressive, Terminal))]
@@ -59,22 +59,22 @@ def order(flow: Flow) -> tuple[int, ...]:
     return tuple(columns.tolist())
 
 
-def _split(flow: Flow, k: int) -> tuple[Array, Array]:
+def _split(flow: FlowRecord, k: int) -> tuple[Array, Array]:
     """The first k columns of the order, and the others, each from left to right."""
     columns = order(flow)
     return np.sort(np.array(columns[:k], np.int64)), np.sort(np.array(columns[k:], np.int64))
 
 
-def prefix(flow: Flow, k: int) -> Flow:
+def prefix(flow: FlowRecord, k: int) -> FlowRecord:
     """The marginal of the first k variables; see `Flow.prefix`."""
     k = _arrays.count("k", k, 1, flow.features + 1)
     keep, _ = _split(flow, k)
     layers = [_restricted(layer, keep) if isinstance(layer, Autoregressive) else _sliced(layer, keep) for layer in flow.layers]
     base = _restricted(flow.base, keep) if isinstance(flow.base, Terminal) else Normal(k)
-    return flow._with(layers=layers, base=base, features=k, names=_names(flow, keep))
+    return flow.replaced(layers=layers, base=base, features=k, names=_names(flow, keep))
 
 
-def _names(flow: Flow, columns: Array) -> tuple[str, ...] | None:
+def _names(flow: FlowRecord, columns: Array) -> tuple[str, ...] | None:
     return None if flow.names is None else tuple(flow.names[j] for j in columns)
 
 
@@ -157,7 +157,7 @@ def _selected(dense: Dense, rows: Array, columns: Array) -> Dense:
 # The rest, given the prefix
 
 
-def rest(flow: Flow, k: int) -> tuple[Flow, Callable[[Array], Array]] | None:
+def rest(flow: FlowRecord, k: int) -> tuple[FlowRecord, Callable[[Array], Array]] | None:
     """The other variables given the first k, and what the network reads of these.
 
     For a flow with one network, which reads the data; None for others, and where the context of the network enters its first map
@@ -165,7 +165,7 @@ def rest(flow: Flow, k: int) -> tuple[Flow, Callable[[Array], Array]] | None:
 
     Returns
     -------
-    flow : Flow
+    flow : FlowRecord
         Its context is [context, what the network reads of the first k from left to right].
     read : function
         From values of the first k, (n, k), to that.
@@ -186,10 +186,10 @@ def rest(flow: Flow, k: int) -> tuple[Flow, Callable[[Array], Array]] | None:
 
     def read(values: Array) -> Array:
         if front and given.size:
-            values = Flow(front, features=given.size, dtype=flow.dtype).to_noise(values)
+            values = _to_noise(FlowRecord(front, features=given.size, dtype=flow.dtype), values, None)
         return values if clip is None else np.clip(values, -clip, clip)
 
-    conditional = flow._with(
+    conditional = flow.replaced(
         layers=[record if k == place else _sliced(layer, others) for k, layer in enumerate(flow.layers)],
         base=record if isinstance(flow.base, Terminal) else Normal(others.size),
         features=others.size,
@@ -265,7 +265,7 @@ def _reading(dense: Dense, weight: Array, width: int) -> Dense:
 
 
 def sample_given(
-    flow: Flow,
+    flow: FlowRecord,
     x: ArrayLike,
     n: int,
     context: ArrayLike | None,
@@ -292,7 +292,7 @@ def sample_given(
         c = len(x)
     seed, offset, context_offset = _arrays.seed_and_offsets(seed, offset, context_offset, n, c)
     _possible(flow, x, given, _names(flow, given))
-    dtype = flow.record.sample_dtype(dtype)
+    dtype = flow.sample_dtype(dtype)
     values = np.broadcast_to(x, (c, k)).astype(dtype)
     contexts = None if context is None else np.broadcast_to(context, (c, flow.context_features))
     place = (seed, offset, context_offset)
@@ -307,14 +307,14 @@ def sample_given(
     return _device.native(samples if grouped else samples[0], like)
 
 
-def _given_names(flow: Flow, x: Any) -> Sequence[str] | None:
+def _given_names(flow: FlowRecord, x: Any) -> Sequence[str] | None:
     """The names of the first variables of the order, as many as a data frame has columns."""
     if not _tables.is_table(x) or flow.names is None:
         return None
     return _names(flow, _split(flow, min(len(_tables.labels(x)), flow.features))[0])
 
 
-def _possible(flow: Flow, x: Array, columns: Array, names: Sequence[str] | None) -> None:
+def _possible(flow: FlowRecord, x: Array, columns: Array, names: Sequence[str] | None) -> None:
     """The values that are given are finite, and discrete variables have them."""
     _arrays.finite("x", x, names)
     if not isinstance(flow.base, Terminal) or flow.base.conditional == "mixture":
@@ -328,7 +328,7 @@ def _possible(flow: Flow, x: Array, columns: Array, names: Sequence[str] | None)
 
 
 def _sampled(
-    conditional: Flow,
+    conditional: FlowRecord,
     read: Callable[[Array], Array],
     n: int,
     contexts: Array | None,
@@ -339,16 +339,16 @@ def _sampled(
     """Samples (c, n, D) under contexts to which is added what the network reads of given values."""
     parts = [part for part in (contexts, read(values)) if part is not None]
     wide = np.concatenate(parts, axis=1, dtype=np.result_type(np.float64, *parts))
-    backend = _backends.choose()
-    if backend.unsupported(conditional.record) is not None:  # a context in an unusual place
-        backend = _reference.backend
+    backend = backends.choose()
+    if backend.unsupported(conditional) is not None:  # a context in an unusual place
+        backend = backends.require("reference")
     samples = np.empty((len(values), n, conditional.features), dtype)
-    backend.sample(conditional.record, len(values), n, wide if wide.shape[1] else None, *place, samples, None)
+    backend.sample(conditional, len(values), n, wide if wide.shape[1] else None, *place, samples, None)
     return samples
 
 
 def _through_noise(
-    flow: Flow,
+    flow: FlowRecord,
     n: int,
     contexts: Array | None,
     values: Array,
@@ -359,22 +359,38 @@ def _through_noise(
 ) -> Array:
     """The prefix turned into noise, the rest of the noise drawn, and both turned into rows."""
     c, k = values.shape
-    free = Flow(flow.layers, None, **_options(flow))
+    free = FlowRecord(flow.layers, None, **_options(flow))
     noise = np.empty((c, n, flow.features), flow.dtype)
     if k:
-        own = prefix(free, k).to_noise(values, contexts)
+        own = _to_noise(prefix(free, k), values, contexts)
         noise[:, :, given] = own[:, None]
     if isinstance(flow.base, Terminal):
-        base = rest(Flow([], flow.base, **_options(flow)), k)
+        base = rest(FlowRecord([], flow.base, **_options(flow)), k)
         if base is None:
             raise ValueError("base: its context enters its first map by other means than being added, which sample_given cannot follow")
         noise[:, :, others] = _sampled(*base, n, contexts, own if k else values, place, flow.dtype)
     else:
-        normal = Flow([], features=others.size, dtype=flow.dtype)
+        normal = FlowRecord([], features=others.size, dtype=flow.dtype)
         noise[:, :, others] = _sampled(normal, lambda values: values, n, None, values[:, :0], place, flow.dtype)
-    return free.from_noise(noise, None if contexts is None else contexts[:, None], dtype)
+    result = np.empty(noise.shape, dtype)
+    _backend(free).from_noise(free, noise, None if contexts is None else contexts[:, None], result)
+    return _arrays.all_or_none(result)
 
 
-def _options(flow: Flow) -> dict[str, Any]:
+def _to_noise(flow: FlowRecord, x: Array, context: Array | None) -> Array:
+    """The noise of rows (n, D), row by row under contexts (n, C) or None."""
+    result = np.empty(x.shape, flow.dtype)
+    _backend(flow).to_noise(flow, x, context, result)
+    return _arrays.all_or_none(result)
+
+
+def _backend(flow: FlowRecord) -> backends.Backend:
+    """The backend in use, which has kernels for all layers of the flow."""
+    backend = backends.choose()
+    flow.approve(backend)
+    return backend
+
+
+def _options(flow: FlowRecord) -> dict[str, Any]:
     """What the parts of a flow share."""
     return {name: getattr(flow, name) for name in ("features", "context_features", "context_layers", "dtype")}

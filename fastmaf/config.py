@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fastmaf import _arrays, _backends, _words
+from fastmaf import _arrays, _words, backends
 
 __all__ = ["Report", "available_isas", "get_isa", "get_num_threads", "num_threads", "set_isa", "set_num_threads", "show_config", "version"]
 
@@ -39,7 +39,7 @@ def _core() -> Any:
     RuntimeError
         If it is absent.
     """
-    missing = _backends.reason("cpu")
+    missing = backends.reason("cpu")
     if missing is not None:
         raise RuntimeError(f"the cpu backend is absent: {missing}")
     return importlib.import_module("fastmaf._core")
@@ -221,12 +221,12 @@ def show_config() -> Report:
     values = {
         "fastmaf": version(),
         "python": f"{platform.python_version()}, NumPy {np.__version__}, {platform.system()} {platform.machine()}",
-        "backend": _backends.get_backend(),
+        "backend": backends.get_backend(),
     }
-    for name in _backends.names:
-        missing = _backends.reason(name)
+    for name in backends.names:
+        missing = backends.reason(name)
         values[name] = "available" if missing is None else f"absent: {missing}"
-    if _backends.reason("cpu") is None:
+    if backends.reason("cpu") is None:
         state = _core().device_state()
         if state["built"]:
             values["cuda kernels"] = f"for {state['architectures']}; {state['versions']}"

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, NoReturn
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastmaf import _arrays, _codec, _device, _files, _tables, _words, masks
+from fastmaf import _arrays, _codec, _device, _files, _random, _tables, _words, masks
 from fastmaf import layers as _layers
 from fastmaf._networks import masked, rebuilt
 from fastmaf.flow import Flow, _check_continuous
@@ -354,12 +354,8 @@ class Ensemble:
 
     def _choices(self, c: int, n: int, seed: int, offset: int, context_offset: int) -> Array:
         """The member (c, n) of each row: a number of the stream of components in the column behind the last variable."""
-        from fastmaf._reference import COMPONENT, HALF, LOW, philox
-
         index, row = np.uint64(offset) + np.arange(n, dtype=np.uint64), np.uint64(context_offset) + np.arange(c, dtype=np.uint64)[:, None]
-        block, lane = divmod(self.features, 4)
-        word = philox((index & LOW, index >> HALF, row & LOW, block | COMPONENT << 24), seed)[lane]
-        return np.asarray((word * np.uint64(len(self))) >> HALF)
+        return _random.choices(seed, index, row, self.features, len(self))
 
     # Parameters
 
@@ -493,7 +489,7 @@ class Ensemble:
         >>> x = np.random.default_rng(0).normal(size=(500, 2))
         >>> history = ensemble.fit(x, max_epochs=2, seed=0, progress=False)
         """
-        from fastmaf import train
+        from fastmaf import train  # as in `Flow.fit`
 
         shared = self._shared
 

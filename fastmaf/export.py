@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fastmaf import _words
+from fastmaf import _random, _words
 from fastmaf import layers as _layers
 from fastmaf._files import write
 from fastmaf.flow import Flow
@@ -444,7 +444,7 @@ class _Source:
             **{f"{name}(x)": _horner(c, single) for name, c in _POLYNOMIALS[record.dtype.itemsize].items()},
             **{
                 f"QUANTILE_{name}(x)": f"({_horner(top, single)} / {_horner(bottom, single)})"
-                for name, (top, bottom) in zip(("CENTRE", "MIDDLE", "TAIL"), _quantile(record.dtype.itemsize), strict=True)
+                for name, (top, bottom) in zip(("CENTRE", "MIDDLE", "TAIL"), _random.QUANTILE[record.dtype.itemsize], strict=True)
             },
         }
         macros = "\n".join(f"#define {name} {value}" for name, value in constants.items())
@@ -567,12 +567,6 @@ def _wires(net: Conditioner) -> list[tuple[bool, int]]:
         activated.append(net.final_activation)
         adds.append(-1)
     return list(zip([*activated, False], adds, strict=True))
-
-
-def _quantile(itemsize: int) -> Any:
-    from fastmaf._reference import QUANTILE
-
-    return QUANTILE[itemsize]
 
 
 def _horner(coefficients: tuple[float, ...], single: bool) -> str:

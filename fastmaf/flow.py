@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastmaf import _arrays, _backends, _codec, _device, _files, _gradients, _tables, _words, masks
+from fastmaf import _arrays, _codec, _device, _files, _gradients, _partial, _tables, _words, backends, masks
 from fastmaf import layers as _layers
 from fastmaf.layers import Affine, Autoregressive, Elementwise, Normal, Terminal
 from fastmaf.record import FlowRecord, width_of
@@ -104,14 +104,14 @@ class Flow:
             training=training,
         )
         self._placement: tuple[str, str] = ("cpu", "high")
-        self._placed: _backends.Backend | None = None
+        self._placed: backends.Backend | None = None
 
     @classmethod
     def _of(cls, record: FlowRecord, placement: tuple[str, str] = ("cpu", "high")) -> Flow:
         """The flow of a record, on a device and in a precision that are there."""
         flow = cls.__new__(cls)
         flow._record, flow._placement = record, placement
-        flow._placed = None if placement[0] == "cpu" else _backends.placed(*placement)
+        flow._placed = None if placement[0] == "cpu" else backends.placed(*placement)
         return flow
 
     # The record
@@ -191,14 +191,18 @@ class Flow:
     def training(self, training: Mapping[str, Any]) -> None:
         self._record = self._record.replaced(training=training)
 
+    def _holding(self, record: FlowRecord) -> Flow:
+        """The flow of another record, in the same place."""
+        return Flow._of(record, self._placement)
+
     def _with(self, **changes: Any) -> Flow:
-        return Flow._of(self._record.replaced(**changes), self._placement)
+        return self._holding(self._record.replaced(**changes))
 
     # Evaluation
 
-    def _ready(self) -> tuple[FlowRecord, _backends.Backend]:
+    def _ready(self) -> tuple[FlowRecord, backends.Backend]:
         """The record as it is now, which a call keeps to its end, and the backend that runs it."""
-        record, backend = self._record, self._placed or _backends.active or _backends.choose()
+        record, backend = self._record, self._placed or backends.active or backends.choose()
         if not record.is_approved(backend):
             record.approve(backend)
         return record, backend
@@ -283,7 +287,7 @@ class Flow:
         result = _empty((*shape, record.features), record.dtype, x)
         if result.size:
             backend.to_noise(record, x, context, result)
-            _all_or_none(result)
+            _arrays.all_or_none(result)
         return result if type(given) is np.ndarray else _device.native(result, given)
 
     def from_noise(self, u: ArrayLike, context: ArrayLike | None = None, dtype: DTypeLike | None = None) -> Array:
@@ -322,7 +326,7 @@ class Flow:
         result = _empty((*shape, record.features), record.sample_dtype(dtype), u)
         if result.size:
             backend.from_noise(record, u, context, result)
-            _all_or_none(result)
+            _arrays.all_or_none(result)
         return result if type(given) is np.ndarray else _device.native(result, given)
 
     def sample(
@@ -475,9 +479,7 @@ class Flow:
         >>> fastmaf.MAF(features=3, order=[2, 0, 1]).order
         (2, 0, 1)
         """
-        from fastmaf import _partial
-
-        return _partial.order(self)
+        return _partial.order(self._record)
 
     def prefix(self, k: int) -> Flow:
         """The marginal of the first k variables of `order`, exactly.
@@ -506,9 +508,7 @@ class Flow:
         >>> flow.prefix(2).names
         ('a', 'd')
         """
-        from fastmaf import _partial
-
-        return _partial.prefix(self, k)
+        return self._holding(_partial.prefix(self._record, k))
 
     def sample_given(
         self,
@@ -551,9 +551,7 @@ class Flow:
         >>> flow.sample_given([0.5, -1.0], n=3, seed=1)[:, :2].tolist()
         [[0.5, -1.0], [0.5, -1.0], [0.5, -1.0]]
         """
-        from fastmaf import _partial
-
-        return _partial.sample_given(self, x, n, context, seed, offset, context_offset, dtype)
+        return _partial.sample_given(self._record, x, n, context, seed, offset, context_offset, dtype)
 
     def conditional_probs(self, x: ArrayLike, context: ArrayLike | None = None) -> Array:
         """Probabilities of the values of each discrete variable, given those before it in the order.
@@ -682,7 +680,7 @@ class Flow:
     def _backward(
         self,
         record: FlowRecord,
-        backend: _backends.Backend,
+        backend: backends.Backend,
         x: ArrayLike,
         context: ArrayLike | None,
         cotangent: ArrayLike | None,
@@ -744,7 +742,7 @@ class Flow:
         >>> flow.with_parameters(0.5 * flow.parameters()).features
         3
         """
-        return Flow._of(self._record.with_parameters(parameters), self._placement)
+        return self._holding(self._record.with_parameters(parameters))
 
     def astype(self, dtype: DTypeLike) -> Flow:
         """The same flow in another precision.
@@ -1056,12 +1054,6 @@ def _revived(data: bytes, device: str, precision: str) -> Flow:
 def _empty(shape: tuple[int, ...], dtype: np.dtype[Any], like: Any) -> Any:
     """Room for results, where the arrays that came in lie."""
     return like.empty(shape, dtype) if type(like) is _device.DeviceArray else np.empty(shape, dtype)
-
-
-def _all_or_none(result: Any) -> None:
-    """Make rows NaN that are not finite: into which columns of a row infinity spreads is a matter of the backend."""
-    if type(result) is np.ndarray and not (finite := np.isfinite(result)).all():
-        result[~finite.all(axis=-1)] = np.nan
 
 
 def _warn_of_far_contexts(record: FlowRecord, context: Array) -> None:

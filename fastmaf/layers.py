@@ -2,7 +2,7 @@
 
 A flow is ``context_layers`` (elementwise, applied to the context), ``layers`` read from data to noise, and a ``base``.  The classes here
 hold read-only arrays and compute nothing: they are what is saved, what importers produce and what packing consumes.  What each
-of them means is defined, operation by operation, in ``fastmaf._reference``.
+of them means is defined, operation by operation, in ``fastmaf.backends.reference``.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -18,13 +18,19 @@ from fastmaf import _arrays, _words
 from fastmaf import layers as _layers
 from fastmaf.layers import Affine, Autoregressive, BatchNorm, Conditioner, Dense, Elementwise, Linear, Normal, Permutation, Terminal
 
-if TYPE_CHECKING:
-    from fastmaf._backends import Backend
-
-__all__ = ["FlowRecord", "plain", "trainable", "width_of"]
+__all__ = ["FlowRecord", "Runner", "plain", "trainable", "width_of"]
 
 Array = NDArray[Any]
 Made = TypeVar("Made")
+
+
+class Runner(Protocol):
+    """What a backend is to a record."""
+
+    name: str
+
+    def unsupported(self, flow: FlowRecord) -> str | None:
+        """The layer or feature of the flow that has no kernel here, or None."""
 
 
 class FlowRecord:
@@ -144,11 +150,11 @@ class FlowRecord:
 
     # What backends make of it
 
-    def is_approved(self, backend: Backend) -> bool:
+    def is_approved(self, backend: Runner) -> bool:
         """Whether this backend was the last to say that it can run all layers."""
         return self._approved is backend
 
-    def approve(self, backend: Backend) -> None:
+    def approve(self, backend: Runner) -> None:
         """Note that a backend can run all layers.
 
         Raises
@@ -167,7 +173,7 @@ class FlowRecord:
         return self._derived.setdefault(key, make(self)) if found is None else found
 
     _derived: dict[str, Any]
-    _approved: Backend | None
+    _approved: Runner | None
 
     # Parameters
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 import fastmaf
-from fastmaf import _backends, config
+from fastmaf import backends, config
 
 BACKENDS = ("reference", "numba", "cpu-baseline", "cpu-avx2", "cpu-avx512", "cuda")
 EXPECTED = frozenset(filter(None, os.environ.get("FASTMAF_EXPECT", "").split(",")))
@@ -21,7 +21,7 @@ EXPECTED = frozenset(filter(None, os.environ.get("FASTMAF_EXPECT", "").split(","
 def absence(case: str) -> str | None:
     """Why a backend, or an instruction set of one, cannot be tested here."""
     name, _, isa = case.partition("-")
-    reason = _backends.reason(name)
+    reason = backends.reason(name)
     if reason is None and isa and isa not in config.available_isas():
         reason = f"this CPU or this build lacks {isa}"
     return reason
@@ -40,14 +40,14 @@ def use(case: str) -> Iterator[str]:
     if reason is not None:
         (pytest.fail if case in EXPECTED else pytest.skip)(f"{case}: {reason}")
     name, _, isa = case.partition("-")
-    previous, previous_isa = _backends.active, config.get_isa() if isa else ""
+    previous, previous_isa = backends.active, config.get_isa() if isa else ""
     fastmaf.set_backend(name)
     if isa:
         fastmaf.set_isa(isa)
     yield case
     if isa:
         fastmaf.set_isa(previous_isa)
-    _backends.active = previous
+    backends.active = previous
 
 
 @pytest.hookimpl(wrapper=True)

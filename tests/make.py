@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import fastmaf
-from fastmaf import _backends, _reference, masks
+from fastmaf import backends, masks
+from fastmaf.backends import reference as definition
 from fastmaf.layers import ACTIVATIONS, Affine, Autoregressive, Block, Conditioner, Dense, Elementwise, Law, Permutation
 
 SHAPES = (
@@ -188,21 +189,21 @@ CASES = {
 @contextlib.contextmanager
 def using(backend):
     """Another backend is in use; None for the default."""
-    previous, _backends.active = _backends.active, backend
+    previous, backends.active = backends.active, backend
     try:
         yield
     finally:
-        _backends.active = previous
+        backends.active = previous
 
 
 def reference():
     """The reference is in use."""
-    return using(_reference.backend)
+    return using(definition.backend)
 
 
 def case(name, dtype):
     """A flow of `CASES`, what to call it with, and what the reference gives in float64 for the same weights and numbers."""
-    given, backend = _case(name, dtype), _backends.choose()
+    given, backend = _case(name, dtype), backends.choose()
     if backend.name == "numba" and (missing := backend.unsupported(given.flow.record)):
         pytest.skip(f"the numba backend has no kernel for {missing}")
     return given

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fastmaf
-from fastmaf import _backends
+from fastmaf import backends
 
 
 class Partial:
@@ -25,12 +25,12 @@ class Partial:
 
 @pytest.fixture(autouse=True)
 def restored(monkeypatch):
-    monkeypatch.setattr(_backends, "active", _backends.active)
-    monkeypatch.setattr(_backends, "_loaded", dict(_backends._loaded))
+    monkeypatch.setattr(backends, "active", backends.active)
+    monkeypatch.setattr(backends, "_loaded", dict(backends._loaded))
 
 
 def test_the_reference_is_always_there():
-    assert _backends.reason("reference") is None
+    assert backends.reason("reference") is None
     fastmaf.set_backend("reference")
     assert fastmaf.get_backend() == "reference"
 
@@ -38,21 +38,21 @@ def test_the_reference_is_always_there():
 def test_the_default_is_the_first_that_is_there():
     for absent in ((), ("cpu",), ("cpu", "numba")):
         for name in absent:
-            _backends._loaded[name] = "not today"
+            backends._loaded[name] = "not today"
         fastmaf.set_backend(None)
-        assert fastmaf.get_backend() == next(name for name in _backends.names if _backends.reason(name) is None)
+        assert fastmaf.get_backend() == next(name for name in backends.names if backends.reason(name) is None)
     assert fastmaf.get_backend() == "reference"
 
 
 def test_an_absent_backend_says_why_and_what_would_bring_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "fastmaf._numba", None)
-    _backends._loaded.pop("numba", None)
-    with pytest.raises(RuntimeError, match=r"the numba backend is absent: .*_numba.*pip install 'fastmaf\[numba\]'"):
+    monkeypatch.setitem(sys.modules, "fastmaf.backends.numba", None)
+    backends._loaded.pop("numba", None)
+    with pytest.raises(RuntimeError, match=r"the numba backend is absent: .*backends.numba.*pip install 'fastmaf\[numba\]'"):
         fastmaf.set_backend("numba")
 
 
 def test_cuda_is_there_or_absent_for_a_reason():
-    if _backends.reason("cuda") is None:
+    if backends.reason("cuda") is None:
         fastmaf.set_backend("cuda")
         assert fastmaf.get_backend() == "cuda"
     else:
@@ -67,7 +67,7 @@ def test_unknown_backends_are_refused(name):
 
 
 def test_a_layer_without_kernel_is_named():
-    _backends.active = Partial()
+    backends.active = Partial()
     assert fastmaf.MAF(features=3).log_prob(np.zeros((2, 3))).tolist() == [7, 7]
     for call in (lambda f: f.log_prob(np.zeros((0, 2))), lambda f: f.sample(3), lambda f: f.vjp(np.zeros((1, 2)), None, [1])):
         with pytest.raises(NotImplementedError, match="the partial backend has no kernel for BatchNorm"):
@@ -76,7 +76,7 @@ def test_a_layer_without_kernel_is_named():
 
 def test_changed_layers_are_judged_again(monkeypatch):
     flow = fastmaf.MAF(features=3)
-    _backends.active = Partial()
+    backends.active = Partial()
     flow.log_prob(np.zeros((2, 3)))
     monkeypatch.setattr(Partial, "unsupported", lambda self, flow: "Linear")
     flow.layers = flow.layers[:-1]

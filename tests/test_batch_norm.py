@@ -10,7 +10,7 @@ import pytest
 from tolerances import assert_close
 
 import fastmaf
-from fastmaf import _backends, io
+from fastmaf import backends, io
 from fastmaf.layers import Autoregressive, BatchNorm, Linear, Terminal
 
 
@@ -39,7 +39,7 @@ def flow(features, kinds=("batch", "batch"), context_features=0, base=None, line
 
 def trainer(made, **options):
     """An engine of the backend in use."""
-    active = _backends.choose()
+    active = backends.choose()
     if missing := active.unsupported(made.record):
         pytest.skip(f"the {active.name} backend has no kernel for {missing}")
     return active.trainer(made.record, **options)

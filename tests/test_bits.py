@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import fastmaf
-from fastmaf import _backends, config
+from fastmaf import backends, config
 
 SIZES = (1, 2, 3, 15, 16, 17, 47, 48, 49, 191, 192, 193)
 NAMES = ["7 (17, 5) 1", "front", "blocks", "larger than a cache", "fixed layers in front"]
@@ -66,10 +66,10 @@ def test_threads(core, dtype, name, n):
 @pytest.fixture
 def both(monkeypatch):
     """Sets one instruction set or the other; the baseline has no fused multiply-add, so it has bits of its own."""
-    if _backends.reason("cpu") is not None or not {"avx2", "avx512"} <= set(config.available_isas()):
+    if backends.reason("cpu") is not None or not {"avx2", "avx512"} <= set(config.available_isas()):
         pytest.skip("needs avx2 and avx512")
     previous = config.get_isa()
-    monkeypatch.setattr(_backends, "active", None)
+    monkeypatch.setattr(backends, "active", None)
     fastmaf.set_backend("cpu")
     yield fastmaf.set_isa
     fastmaf.set_isa(previous)

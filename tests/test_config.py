@@ -10,14 +10,14 @@ from importlib import metadata
 import pytest
 
 import fastmaf
-from fastmaf import _backends, config
+from fastmaf import backends, config
 
-core = pytest.mark.skipif(_backends.reason("cpu") is not None, reason=str(_backends.reason("cpu")))
+core = pytest.mark.skipif(backends.reason("cpu") is not None, reason=str(backends.reason("cpu")))
 
 
 def test_the_report_names_every_backend(capsys):
     report = fastmaf.show_config()
-    assert {"fastmaf", "python", "backend", *_backends.names} <= set(report.values)
+    assert {"fastmaf", "python", "backend", *backends.names} <= set(report.values)
     assert report.values["backend"] == fastmaf.get_backend()
     assert report.values["cuda"] == "available" or report.values["cuda"].startswith("absent: ")
     assert repr(report) == str(report) and len(str(report).splitlines()) == len(report.values)
@@ -73,7 +73,7 @@ def test_an_instruction_set_of_the_environment_that_is_not_there_is_reported_and
 
 
 def test_without_the_core_the_settings_say_why(monkeypatch):
-    monkeypatch.setitem(_backends._loaded, "cpu", "no compiler was at hand")
+    monkeypatch.setitem(backends._loaded, "cpu", "no compiler was at hand")
     for call in (fastmaf.get_num_threads, config.get_isa, config.available_isas, lambda: fastmaf.set_num_threads(2)):
         with pytest.raises(RuntimeError, match="the cpu backend is absent: no compiler was at hand"):
             call()
@@ -92,7 +92,7 @@ def test_the_version_is_that_of_the_installation(monkeypatch):
 
 
 def test_the_import_is_light():
-    heavy = ("numba", "torch", "tqdm", "safetensors", "matplotlib", "fastmaf._numba", "fastmaf._reference", "fastmaf._core")
+    heavy = ("numba", "torch", "tqdm", "safetensors", "matplotlib", "fastmaf.backends.numba", "fastmaf.backends.reference", "fastmaf._core")
     code = f"import fastmaf, sys; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 

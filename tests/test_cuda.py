@@ -20,9 +20,9 @@ import pytest
 from tolerances import PRECISIONS, assert_close
 
 import fastmaf
-from fastmaf import _backends
+from fastmaf import backends
 
-absent = _backends.reason("cuda")
+absent = backends.reason("cuda")
 needs_device = pytest.mark.skipif(absent is not None, reason=f"cuda: {absent}")
 
 
@@ -117,7 +117,7 @@ def test_unknown_devices_are_refused(device):
 
 
 def test_a_device_that_is_absent_says_why(monkeypatch):
-    monkeypatch.setitem(_backends._loaded, "cuda", "no GPU was at hand")
+    monkeypatch.setitem(backends._loaded, "cuda", "no GPU was at hand")
     for device in ("cuda", "cuda:1"):
         with pytest.raises(RuntimeError, match="the cuda backend is absent: no GPU was at hand"):
             fastmaf.MAF(features=2).to(device)

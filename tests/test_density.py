@@ -10,15 +10,15 @@ import pytest
 import tolerances
 
 import fastmaf
-from fastmaf import _backends
+from fastmaf import backends
 
 stats = pytest.importorskip("scipy.stats")
-pytestmark = pytest.mark.skipif(_backends.reason("cpu") is not None, reason="the compiled core is absent")
+pytestmark = pytest.mark.skipif(backends.reason("cpu") is not None, reason="the compiled core is absent")
 
 
 @pytest.fixture(autouse=True)
 def cpu(monkeypatch):
-    monkeypatch.setattr(_backends, "active", None)
+    monkeypatch.setattr(backends, "active", None)
     fastmaf.set_backend("cpu")
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import fastmaf
-from fastmaf import _backends
+from fastmaf import backends
 
 HERE = Path(__file__).resolve().parent
 EXAMPLES, DOCS = HERE.parent / "examples", HERE.parent / "docs" / "embedding.md"
@@ -194,10 +194,10 @@ def programs(home, tmp_path_factory):
 @pytest.fixture
 def cpu():
     """Numbers are those of the compiled core, whatever was in use before."""
-    previous = _backends.active
+    previous = backends.active
     fastmaf.set_backend("cpu")
     yield
-    _backends.active = previous
+    backends.active = previous
 
 
 def inputs(flow, kind):

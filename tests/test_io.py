@@ -19,7 +19,7 @@ import pytest
 import safetensors.numpy
 
 import fastmaf
-from fastmaf import _backends, _container, masks
+from fastmaf import _container, backends, masks
 from fastmaf import _files as files
 from fastmaf._codec import FORMAT
 from fastmaf._files import write
@@ -632,7 +632,7 @@ time.sleep(0.3)
 """
 
 
-@pytest.mark.skipif(_backends.reason("cpu") is not None, reason="the compiled core is absent")
+@pytest.mark.skipif(backends.reason("cpu") is not None, reason="the compiled core is absent")
 def test_daemon_threads_may_load_while_the_interpreter_exits(tmp_path):
     path = tmp_path / "flow"
     FLOWS["maf"]().save(path)

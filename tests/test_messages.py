@@ -102,9 +102,9 @@ CASES = [(name, parameter) for name, (call, _) in CALLS.items() for parameter in
 
 @pytest.fixture(autouse=True)
 def restored(monkeypatch):
-    from fastmaf import _backends
+    from fastmaf import backends
 
-    monkeypatch.setattr(_backends, "active", _backends.active)
+    monkeypatch.setattr(backends, "active", backends.active)
 
 
 @pytest.mark.filterwarnings("ignore")

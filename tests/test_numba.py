@@ -11,25 +11,26 @@ import pytest
 from tolerances import assert_close
 
 import fastmaf
-from fastmaf import _backends, _reference
+from fastmaf import _random, backends
+from fastmaf.backends import reference as definition
 from fastmaf.layers import ACTIVATIONS, Affine, Autoregressive, BatchNorm, Block, Elementwise, Law, Linear, Terminal
 
-numba = pytest.importorskip("fastmaf._numba", exc_type=ImportError, reason="numba is not installed")
+numba = pytest.importorskip("fastmaf.backends.numba", exc_type=ImportError, reason="numba is not installed")
 N = 70
 
 
 @pytest.fixture(autouse=True)
 def active(monkeypatch):
-    monkeypatch.setattr(_backends, "active", numba.backend)
+    monkeypatch.setattr(backends, "active", numba.backend)
 
 
 def reference(flow, operation, *arguments):
     """What the reference gives in float64 for the same weights."""
-    previous, _backends.active = _backends.active, _reference.backend
+    previous, backends.active = backends.active, definition.backend
     try:
         return getattr(flow.astype("float64"), operation)(*arguments)
     finally:
-        _backends.active = previous
+        backends.active = previous
 
 
 def check(flow, contexts=None):
@@ -76,7 +77,7 @@ def test_samples_are_those_of_the_reference(dtype):
     contexts = make.contexts(flow, 3)
     mine = flow.sample_and_log_prob(N, contexts, 2**63 + 1, 2**40, 7)
     index, row = np.divmod(np.arange(3 * N, dtype=np.uint64), np.uint64(N))[::-1]
-    noise = _reference.normals(2**63 + 1, index + np.uint64(2**40), row + np.uint64(7), 5, flow.dtype).reshape(3, N, 5)
+    noise = _random.normals(2**63 + 1, index + np.uint64(2**40), row + np.uint64(7), 5, flow.dtype).reshape(3, N, 5)
     expected = reference(flow, "from_noise", noise, contexts[:, None])
     assert_close("sample", dtype, mine[0], expected, factor=4)
     assert_close("log_prob", dtype, mine[1], flow.log_prob(mine[0], contexts[:, None]).astype(np.float64), factor=20)
@@ -86,7 +87,7 @@ def test_normals_are_those_of_the_reference(dtype):
     index = np.arange(50_000, dtype=np.uint64) + np.uint64(2**63)
     mine = np.empty((index.size, 6), dtype)
     numba._normals(np.uint64(2**64 - 5), index, index & np.uint64(0xFFFFFFFF), numba._table(np.dtype(dtype)), mine)
-    expected = _reference.normals(2**64 - 5, index, index & np.uint64(0xFFFFFFFF), 6, np.dtype(dtype))
+    expected = _random.normals(2**64 - 5, index, index & np.uint64(0xFFFFFFFF), 6, np.dtype(dtype))
     assert_close("normals", dtype, mine, expected.astype(np.float64))
 
 

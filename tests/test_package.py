@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import pathlib
 import shutil
@@ -38,6 +39,54 @@ def source(tree, tmp_path_factory):
     for name in ("CMakeLists.txt", "pyproject.toml"):
         (folder / name).touch()
     return folder
+
+
+FLOORS = """
+_core _words
+_device _files _random _tables layers masks data
+_arrays _container _networks
+record plot
+_codec
+backends
+backends.cpu backends.reference config
+backends.cuda backends.numba _gradients _partial train.data
+train.checkpoint
+train.loop
+train
+flow
+ensemble export maf
+io made presets
+__init__
+cli
+__main__
+"""
+"""The modules of the package from the ground up: each imports only what lies on floors below its own."""
+
+
+def imported(path, modules):
+    """Modules of the package that a file imports, anywhere in it; the package itself where it takes one of its names."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: a relative import"
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name.removeprefix("fastmaf.") in modules else node.module for name in inner]
+        else:
+            continue
+        for name in names:
+            if name.partition(".")[0] == "fastmaf":
+                yield name.removeprefix("fastmaf").removeprefix(".") or "__init__"
+
+
+def test_every_module_imports_only_what_lies_below():
+    floors = {module: floor for floor, line in enumerate(FLOORS.split("\n")) for module in line.split()}
+    files = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    files = {name if name == "__init__" else name.removesuffix(".__init__"): path for name, path in files.items()}
+    assert set(files) == set(floors) - {"_core"}
+    for name, path in files.items():
+        for other in imported(path, floors):
+            assert floors[other] < floors[name], f"{name} imports {other}"
 
 
 DENSITY = """

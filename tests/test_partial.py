@@ -14,7 +14,7 @@ import scipy.stats
 from tolerances import P_VALUE
 
 import fastmaf
-from fastmaf import _backends, _partial
+from fastmaf import _partial, backends
 from fastmaf.layers import ACTIVATIONS, Affine, Autoregressive, BatchNorm, Block, Conditioner, Linear, Permutation, Terminal
 
 ORDER = [2, 0, 4, 1, 3]
@@ -105,7 +105,8 @@ def test_the_density_of_a_made_is_that_of_the_prefix_times_that_of_the_rest(name
     flow = single(name)
     x, context = rows(flow)
     first, others = sorted(flow.order[:k]), sorted(flow.order[k:])
-    marginal, (conditional, read) = flow.prefix(k), _partial.rest(flow, k)
+    marginal, (conditional, read) = flow.prefix(k), _partial.rest(flow.record, k)
+    conditional = fastmaf.Flow._of(conditional)
     known = read(x[:, first])
     wide = known if context is None else np.concatenate([context, known], axis=1)
     terms = marginal.log_prob(x[:, first], context) + conditional.log_prob(x[:, others], wide)
@@ -251,7 +252,7 @@ def test_a_known_conditional():
 @pytest.mark.parametrize("options", [{"context_features": 2}, {"hidden_features": (7, 7), "residual": True}, {"conditional": "mixture"}])
 def test_direct_weights_to_the_rest_run_on_the_core(compiled, options):
     flow = made(**{"conditional": "gaussian", "direct": True, **options})
-    assert _backends.choose().unsupported(_partial.rest(flow, 2)[0].record) is None
+    assert backends.choose().unsupported(_partial.rest(flow.record, 2)[0]) is None
     context = make.contexts(flow, 3)
     given = np.random.default_rng(5).normal(size=(3, 2))
     samples = flow.sample_given(given, 131, context, seed=4)
@@ -266,7 +267,7 @@ def test_direct_weights_to_the_rest_run_on_the_core(compiled, options):
 @pytest.mark.parametrize("context", ["gated", "activated"])
 def test_a_network_that_cannot_be_split_goes_through_its_noise(context):
     flow = tied(2, context)
-    assert _partial.rest(flow, 2) is None
+    assert _partial.rest(flow.record, 2) is None
     x, c = rows(flow, 3)
     first = sorted(flow.order[:2])
     samples = flow.sample_given(x[:, first], 4000, c, seed=3)

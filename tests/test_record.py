@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import fastmaf
-from fastmaf import _backends, masks
+from fastmaf import backends, masks
 from fastmaf.layers import Affine, Block, Elementwise, Law, Normal, Terminal
 from fastmaf.record import FlowRecord
 
@@ -118,7 +118,7 @@ def test_copies_keep_everything():
 def test_a_flow_of_an_absent_device_comes_back_on_the_cpu(monkeypatch):
     flow = fastmaf.MAF(5)
     function, (data, _, _) = flow.__reduce__()
-    monkeypatch.setattr(_backends, "_loaded", {**_backends._loaded, "cuda": "nothing here"})
+    monkeypatch.setattr(backends, "_loaded", {**backends._loaded, "cuda": "nothing here"})
     with pytest.warns(RuntimeWarning, match="a flow of cuda:0 is on the cpu now: the cuda backend is absent"):
         again = function(data, "cuda:0", "highest")
     assert (again.device, again.precision) == ("cpu", "highest") and np.array_equal(again.log_prob(X), flow.log_prob(X))
@@ -150,7 +150,7 @@ class Slow:
 
 def test_a_pack_that_began_before_an_assignment_is_never_used_after_it(monkeypatch):
     slow = Slow()
-    monkeypatch.setattr(_backends, "active", slow)
+    monkeypatch.setattr(backends, "active", slow)
     flow, results = fastmaf.Flow([Affine([1.0], [1.0])]), []
     reader = threading.Thread(target=lambda: results.append(flow.log_prob(np.zeros((1, 1)))[0]))
     reader.start()
@@ -289,7 +289,7 @@ def test_an_ensemble_is_swapped_as_a_whole(eagerly_switching):
     assert isinstance(ensemble.base, Normal) and not isinstance(ensemble.base, Terminal)
 
 
-@pytest.mark.skipif(_backends.reason("cpu") is not None, reason="the compiled core is absent")
+@pytest.mark.skipif(backends.reason("cpu") is not None, reason="the compiled core is absent")
 def test_readers_do_not_mind_the_number_of_threads():
     flow = fastmaf.MAF(5, seed=1)
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import fastmaf
-from fastmaf import _container, _reference
+from fastmaf import _container
+from fastmaf.backends import reference
 from fastmaf.ensemble import Ensemble
 
 _core = pytest.importorskip("fastmaf._core")
@@ -211,4 +212,4 @@ def test_what_the_core_reads_is_what_the_reference_has():
         values = density(flow, _core.File(make.file_bytes(flow)))
         assert values is not None
         assert np.allclose(*values, rtol=1e-4, atol=1e-4)
-    assert _reference.backend.name == "reference"
+    assert reference.backend.name == "reference"

@@ -11,7 +11,8 @@ from make import SHAPES, conditioner, contexts, dense, flow, numerical_gradient,
 from tolerances import assert_close
 
 import fastmaf
-from fastmaf import _backends, _reference, masks
+from fastmaf import _random, backends, masks
+from fastmaf.backends import reference as definition
 from fastmaf.layers import ACTIVATIONS, LAWS, Affine, Autoregressive, BatchNorm, Block, Conditioner, Elementwise, Law, Linear, Terminal
 
 KINDS = [Law(kind, form) for kind in LAWS for form in ("standardize", "affine")]
@@ -19,7 +20,7 @@ KINDS = [Law(kind, form) for kind in LAWS for form in ("standardize", "affine")]
 
 @pytest.fixture(autouse=True)
 def reference(monkeypatch):
-    monkeypatch.setattr(_backends, "active", _reference.backend)
+    monkeypatch.setattr(backends, "active", definition.backend)
 
 
 def law_name(law):
@@ -85,14 +86,14 @@ def philox_of_one(counter, seed):
     [(0, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]), (2**32 - 1, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD])],
 )
 def test_philox_known_answers(word, answer):
-    assert [int(w) for w in _reference.philox([word] * 4, word << 32 | word)] == answer
+    assert [int(w) for w in _random.philox([word] * 4, word << 32 | word)] == answer
     assert philox_of_one([word] * 4, word << 32 | word) == answer
 
 
 def test_every_normal_has_its_counter():
     seed, index, row = 0xFEDCBA9876543210, [0, 5, 2**32 + 7, 2**64 - 1], [0, 3, 2**32 - 1, 1]
-    single = _reference.normals(seed, np.array(index, np.uint64), np.array(row, np.uint64), 6, np.dtype("f4"))
-    double = _reference.normals(seed, np.array(index, np.uint64), np.array(row, np.uint64), 6, np.dtype("f8"))
+    single = _random.normals(seed, np.array(index, np.uint64), np.array(row, np.uint64), 6, np.dtype("f4"))
+    double = _random.normals(seed, np.array(index, np.uint64), np.array(row, np.uint64), 6, np.dtype("f8"))
     scipy_special = pytest.importorskip("scipy.special")
     for k, j in np.ndindex(4, 6):
         counter = [index[k] % 2**32, index[k] >> 32, row[k], j // 4]
@@ -109,16 +110,16 @@ def test_quantiles(dtype, limit, lowest):
     ndtri = pytest.importorskip("scipy.special").ndtri
     joints = (0.075 + np.linspace(-1e-3, 1e-3, 101), np.exp(-(np.linspace(4.9, 5.1, 101) ** 2)))
     p = np.concatenate([np.geomspace(lowest, 0.5, 20001), np.linspace(1e-4, 0.5, 20001), *joints]).astype(dtype)
-    z = _reference.quantile(p)
+    z = _random.quantile(p)
     expected = ndtri(p.astype("f8"))
     assert z.dtype == p.dtype
     assert np.all(np.abs(z - expected) <= limit * np.maximum(1, np.abs(expected)))
-    assert _reference.quantile(np.array([0.5], dtype)) == 0
+    assert _random.quantile(np.array([0.5], dtype)) == 0
 
 
 def test_noise_is_standard_normal():
     index = np.arange(100_000, dtype=np.uint64)
-    z = _reference.normals(3, index, 0 * index, 3, np.dtype("f4")).astype("f8")
+    z = _random.normals(3, index, 0 * index, 3, np.dtype("f4")).astype("f8")
     assert np.all(np.abs(z.mean(axis=0)) < 4 / math.sqrt(len(z)))
     assert np.all(np.abs((z**2).mean(axis=0) - 1) < 4 * math.sqrt(2 / len(z)))
     assert np.all(np.abs(np.corrcoef(z.T) - np.eye(3)) < 4 / math.sqrt(len(z)))
@@ -128,7 +129,7 @@ def test_shuffle_sorts_keys():
     for seed, stream, epoch, n in ((0, 3, 1, 50), (2**64 - 1, 4, 0, 7), (1, 3, 2**32 - 1, 1), (1, 3, 1, 0)):
         words = [philox_of_one([i, 0, epoch, stream << 24], seed) for i in range(n)]
         keys = [w[1] << 32 | w[0] for w in words]
-        order = _reference.shuffle(seed, stream, epoch, n)
+        order = _random.shuffle(seed, stream, epoch, n)
         assert order.dtype == np.int64
         assert order.tolist() == sorted(range(n), key=keys.__getitem__)
 
@@ -245,8 +246,8 @@ def test_chunks_change_nothing(monkeypatch):
     made, c = everything("elu"), np.random.default_rng(0).normal(size=(3, 1, 2))
     x = np.stack([rows(made, 11, one) for one in c[:, 0]])
     once = [made.log_prob(x, c), made.to_noise(x, c), *made.vjp(x, c, x[:, :, 0]), *made.sample_and_log_prob(11, c[:, 0], seed=4)]
-    monkeypatch.setattr(_reference, "BUDGET", 500)
-    assert len(list(_reference._chunks(made, 33))) > 3
+    monkeypatch.setattr(definition, "BUDGET", 500)
+    assert len(list(definition._chunks(made, 33))) > 3
     parts = [made.log_prob(x, c), made.to_noise(x, c), *made.vjp(x, c, x[:, :, 0]), *made.sample_and_log_prob(11, c[:, 0], seed=4)]
     for a, b in zip(once, parts, strict=True):
         assert np.allclose(a, b, rtol=1e-10, atol=1e-12)
@@ -302,7 +303,7 @@ def test_samples_are_the_noise_turned_around(any_flow):
     own = None if c is None else c[0]
     x, log_prob = any_flow.sample_and_log_prob(20, own, seed=7)
     index = np.arange(20, dtype=np.uint64)
-    noise = _reference.normals(7, index, 0 * index, any_flow.features, any_flow.dtype)
+    noise = _random.normals(7, index, 0 * index, any_flow.features, any_flow.dtype)
     assert np.array_equal(x, any_flow.from_noise(noise, own))
     assert_close("log_prob", "float64", log_prob, any_flow.log_prob(x, own), factor=100)
 
@@ -640,7 +641,7 @@ def test_adam(options, weighted):
     w = w if weighted else np.ones(30)
     batches = [order[:10], order[10:20], order[20:]]
     expected, losses = adam(made, x, c, w, batches, lr, 1.3, **options)
-    engine = _reference.backend.trainer(made.record, **options)
+    engine = definition.backend.trainer(made.record, **options)
     loss, done = engine.epoch(x, c, w if weighted else None, order, 10, lr, 1.3)
     assert done == 3 and math.isclose(loss, sum(losses), rel_tol=1e-10)
     assert np.allclose(engine.parameters(), expected, rtol=1e-8, atol=1e-10)
@@ -649,7 +650,7 @@ def test_adam(options, weighted):
 
 
 def trained(made, x, epochs=3, **options):
-    engine = _reference.backend.trainer(made.record, **options)
+    engine = definition.backend.trainer(made.record, **options)
     for _ in range(epochs):
         engine.epoch(x, None, None, np.arange(len(x)), 10, np.full(-(-len(x) // 10), 0.01), 1.0)
     return engine
@@ -662,7 +663,7 @@ def test_a_state_goes_on_bit_for_bit(dtype):
     engine = trained(made, x, 2, clip_norm=1.0)
     state = {name: array.copy() for name, array in engine.state().items()}
     assert engine.parameters().dtype == made.dtype
-    other = _reference.backend.trainer(made.record, clip_norm=1.0)
+    other = definition.backend.trainer(made.record, clip_norm=1.0)
     other.load_state(state)
     for each in (engine, other):
         each.epoch(x, None, None, np.arange(35), 10, np.full(4, 0.01), 1.0)
@@ -675,21 +676,21 @@ def test_training_stops_before_a_loss_that_is_not_finite():
     made = flow(2, (4,))
     x = rows(made, 30)
     x[25] = np.nan
-    engine = _reference.backend.trainer(made.record)
+    engine = definition.backend.trainer(made.record)
     assert engine.epoch(x, None, None, np.arange(30), 10, np.full(3, 0.01), 1.0)[1] == 2
     assert np.array_equal(engine.parameters(), trained(made, x[:20], 1).parameters())
 
 
 def test_poll_raises_between_steps(monkeypatch):
     clock = itertools.count()
-    monkeypatch.setattr(_reference.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(definition.time, "monotonic", lambda: next(clock))
     made = flow(2, (4,))
     x = rows(made, 30)
 
     def poll():
         raise KeyboardInterrupt
 
-    engine = _reference.backend.trainer(made.record)
+    engine = definition.backend.trainer(made.record)
     with pytest.raises(KeyboardInterrupt):
         engine.epoch(x, None, None, np.arange(30), 10, np.full(3, 0.01), 1.0, poll)
     assert np.array_equal(engine.parameters(), trained(made, x[:10], 1).parameters())
@@ -698,13 +699,13 @@ def test_poll_raises_between_steps(monkeypatch):
 def test_training_takes_any_array_and_replaces_parameters():
     made = flow(3, (5,))
     x = np.asfortranarray(rows(made, 30)).astype("f4")[::-1]
-    engine = _reference.backend.trainer(made.record)
+    engine = definition.backend.trainer(made.record)
     before = engine.parameters()
     engine.epoch(x, None, None, np.arange(30), 7, np.full(5, 0.01), 1.0)
     assert not np.array_equal(engine.parameters(), before)
     engine.set_parameters(before)
     assert np.array_equal(engine.parameters(), before)
-    empty = _reference.backend.trainer(fastmaf.Flow([random_affine(np.random.default_rng(0), 3)], dtype="f8").record)
+    empty = definition.backend.trainer(fastmaf.Flow([random_affine(np.random.default_rng(0), 3)], dtype="f8").record)
     assert empty.epoch(x, None, None, np.arange(30), 30, np.ones(1), 1.0)[1] == 1
 
 
@@ -713,9 +714,9 @@ def test_training_finds_a_gaussian():
     covariance = np.array([[1.0, 0.8], [0.8, 2.0]])
     x = rng.multivariate_normal([1, -1], covariance, size=2000)
     made = fastmaf.MADE(2, hidden_features=(), dtype="float64")
-    engine = _reference.backend.trainer(made.record)
+    engine = definition.backend.trainer(made.record)
     for epoch in range(80):
-        loss, _ = engine.epoch(x, None, None, _reference.shuffle(0, 3, epoch, 2000), 200, np.full(10, 0.05 * 0.95**epoch), 1.0)
+        loss, _ = engine.epoch(x, None, None, _random.shuffle(0, 3, epoch, 2000), 200, np.full(10, 0.05 * 0.95**epoch), 1.0)
     entropy = 0.5 * math.log((2 * math.pi * math.e) ** 2 * np.linalg.det(np.cov(x.T)))
     assert abs(loss / 2000 - entropy) < 0.02
 
@@ -745,7 +746,7 @@ def test_each_step_takes_the_next_member(conditional):
     made, vector = members(conditional)
     rng = np.random.default_rng(0)
     x, c = rng.integers(2, size=(40, 5)).astype(float), rng.normal(size=(40, 2))
-    engine = _reference.backend.trainer(made[0].record, members=[flow.record for flow in made], betas=(0.0, 0.0), eps=1.0)
+    engine = definition.backend.trainer(made[0].record, members=[flow.record for flow in made], betas=(0.0, 0.0), eps=1.0)
     engine.set_parameters(vector)
     assert np.array_equal(engine.parameters(), vector)
     for step in range(5):
@@ -768,7 +769,7 @@ def test_members_can_be_replaced_and_states_resume():
     rates = np.full(4, 0.05)
 
     def engine(flows, state=None):
-        result = _reference.backend.trainer(made[0].record, members=[flow.record for flow in flows])
+        result = definition.backend.trainer(made[0].record, members=[flow.record for flow in flows])
         result.set_parameters(vector)
         if state is not None:
             result.load_state(state)

@@ -13,7 +13,7 @@ import tolerances
 from tolerances import assert_close
 
 import fastmaf
-from fastmaf import _backends, _reference
+from fastmaf import _random, backends
 from fastmaf.layers import Affine, Autoregressive, Conditioner, Dense, Elementwise, Law
 
 stats = pytest.importorskip("scipy.stats")
@@ -21,13 +21,13 @@ hypothesis = pytest.importorskip("hypothesis")
 st = pytest.importorskip("hypothesis.strategies")
 
 ENDS = [0.0, 1.0, -1.0, 0.1, -3.0, 1.2e9, 2460000.5, 2.0**24, 1e-40, 1e-300, 3e38, -3.4e38]
-BOUNDED = [name for name in ("reference", "numba", "cpu") if _backends.reason(name) is None]
+BOUNDED = [name for name in ("reference", "numba", "cpu") if backends.reason(name) is None]
 
 
 def noise(n, features, dtype, seed, context_row=0, offset=0):
     """By the reference."""
     index = np.arange(n, dtype=np.uint64) + np.uint64(offset)
-    return _reference.normals(seed, index, np.full(n, context_row, np.uint64), features, np.dtype(dtype))
+    return _random.normals(seed, index, np.full(n, context_row, np.uint64), features, np.dtype(dtype))
 
 
 # Noise
@@ -37,7 +37,7 @@ def noise(n, features, dtype, seed, context_row=0, offset=0):
     ("word", "answer"), [(0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"), (2**32 - 1, "408f276d 41c83b0e a20bc7c6 6d5451fd")]
 )
 def test_philox_known_answers(word, answer):
-    assert " ".join(f"{int(w):08x}" for w in _reference.philox([word] * 4, word << 32 | word)) == answer
+    assert " ".join(f"{int(w):08x}" for w in _random.philox([word] * 4, word << 32 | word)) == answer
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 63, 64, 65, 2000])
@@ -46,7 +46,7 @@ def test_words_of_the_core_are_exact(core, rows, seed, stream, epoch):
     """They are the keys by which rows are shuffled."""
     from fastmaf import _core
 
-    assert np.array_equal(_core.shuffle(seed, stream, epoch, rows), _reference.shuffle(seed, stream, epoch, rows))
+    assert np.array_equal(_core.shuffle(seed, stream, epoch, rows), _random.shuffle(seed, stream, epoch, rows))
 
 
 @pytest.mark.parametrize("features", [1, 3, 4, 5, 9])
@@ -298,7 +298,7 @@ def test_bounds_hold(dtype, data):
     noise = np.array([0, 1, -1, 5, -5, 1e2, -1e2, 1e6, -1e6, 1e30, -1e30])[:, None]
     for backend in BOUNDED:
         for kind in ("float32", "float64"):
-            with make.using(_backends.require(backend)):
+            with make.using(backends.require(backend)):
                 if not exists[kind]:
                     with pytest.raises(ValueError, match="has no number"):
                         flow.from_noise(noise, dtype=kind)

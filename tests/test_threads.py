@@ -22,15 +22,15 @@ import numpy as np
 import pytest
 
 import fastmaf
-from fastmaf import _backends, config
+from fastmaf import backends, config
 
-pytestmark = pytest.mark.skipif(_backends.reason("cpu") is not None, reason="the compiled core is absent")
+pytestmark = pytest.mark.skipif(backends.reason("cpu") is not None, reason="the compiled core is absent")
 WAIT = 30
 
 
 @pytest.fixture(autouse=True)
 def cpu(monkeypatch):
-    monkeypatch.setattr(_backends, "active", None)
+    monkeypatch.setattr(backends, "active", None)
     fastmaf.set_backend("cpu")
     before = fastmaf.get_num_threads()
     fastmaf.set_num_threads(3)
@@ -396,7 +396,7 @@ def test_number_of_threads():
             fastmaf.set_num_threads(n)
 
 
-@pytest.mark.parametrize("isa", config.available_isas() if _backends.reason("cpu") is None else [])
+@pytest.mark.parametrize("isa", config.available_isas() if backends.reason("cpu") is None else [])
 def test_instruction_set_from_the_environment(isa):
     code = "print(config.get_isa(), fastmaf.MAF(3).log_prob(np.zeros((2, 3))).shape)"
     assert output(code, FASTMAF_ISA=isa) == f"{isa} (2,)"

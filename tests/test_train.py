@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 import fastmaf
-from fastmaf import _backends, _reference, config
+from fastmaf import backends, config
+from fastmaf.backends import reference
 from fastmaf.layers import Affine
 from fastmaf.train import FitWarning, History, Members, shuffle
 from fastmaf.train import fit as fit_flow
@@ -154,9 +155,9 @@ def test_same_bits_for_every_thread_count(x, backend):
 
 
 def test_avx2_and_avx512_train_to_the_same_bits(x):
-    if _backends.reason("cpu") is not None or not {"avx2", "avx512"} <= set(config.available_isas()):
+    if backends.reason("cpu") is not None or not {"avx2", "avx512"} <= set(config.available_isas()):
         pytest.skip("needs the compiled core on a CPU with avx512")
-    flows, active, isa = [], _backends.active, config.get_isa()
+    flows, active, isa = [], backends.active, config.get_isa()
     fastmaf.set_backend("cpu")
     try:
         for name in ("avx2", "avx512"):
@@ -165,7 +166,7 @@ def test_avx2_and_avx512_train_to_the_same_bits(x):
             flows[-1].fit(x, max_epochs=3)
     finally:
         fastmaf.set_isa(isa)
-        _backends.active = active
+        backends.active = active
     assert same(*flows)
 
 
@@ -598,7 +599,7 @@ def trained(name, **options):
 def test_engines_agree_on_every_model(backend, name, count):
     """With a weight, an L2 penalty and a norm to clip at; batches of 24, the last of 16; one vector of weights or `count` masks on it."""
     rows, model = MODELS[name]
-    flow, active = model().astype("float64"), _backends.choose()
+    flow, active = model().astype("float64"), backends.choose()
     if missing := active.unsupported(flow.record):
         pytest.skip(f"the {backend} backend has no kernel for {missing}")
     if count and len(flow.layers) > 1:
@@ -609,7 +610,7 @@ def test_engines_agree_on_every_model(backend, name, count):
         options["members"] = [member.record for member in (flow, *(mirrored(flow, k) for k in range(1, count)))]
     x, w = rows[:88] - rows[:88].min(axis=0), np.random.default_rng(0).uniform(0.5, 2, 88)
     order, results = np.random.default_rng(1).permutation(88), []
-    for each in (active, _reference.backend):
+    for each in (active, reference.backend):
         engine = each.trainer(flow.record, **options)
         if count:
             engine.set_parameters(0.3 * np.random.default_rng(2).normal(size=engine.parameters().size))
@@ -624,7 +625,7 @@ def test_moments_of_a_unit_that_is_never_active_fade_to_zero(backend):
     if not backend.startswith("cpu"):
         pytest.skip("others leave them to NumPy")
     flow, rows = fastmaf.MAF(features=3, transforms=1, hidden_features=(8,)), np.random.default_rng(0).normal(size=(4000, 3))
-    engine = _backends.choose().trainer(flow.record)
+    engine = backends.choose().trainer(flow.record)
     order = np.arange(4000)
 
     def epoch(parameters):
@@ -650,7 +651,7 @@ def mirrored(flow, k):
     base = flow.base
     features, net = flow.features, base.conditioner
     ranks = (base.ranks - 1 + k) % features + 1
-    arrays = [np.where(mask, 0.1, 0.0) for mask in _reference._masks(net, ranks, base.rows) if mask is not True]
+    arrays = [np.where(mask, 0.1, 0.0) for mask in reference._masks(net, ranks, base.rows) if mask is not True]
     maps = [net.initial, net.final]
     initial, final = (replace(dense, weight=array) for dense, array in zip(maps, arrays[:2], strict=True))
     net = replace(net, initial=initial, final=final, skip=None if net.skip is None else arrays[2])
@@ -725,7 +726,7 @@ def test_members_share_their_weights(in_numpy, tmp_path, conditional, redrawn):
     assert history.validation[-1] > history.validation[0]
     if conditional == "mixture":
         assert flow.layers[0].loc.any()
-    engine = _backends.choose().trainer(flow.record, members=[flow.record.replaced(base=member.base) for member in members.flows])
+    engine = backends.choose().trainer(flow.record, members=[flow.record.replaced(base=member.base) for member in members.flows])
     engine.set_parameters(members.weights)
     held = np.sort(shuffle(0, 4, 0, 800)[:80])
     assert engine.log_prob(rows[held].astype(float), None).mean() == pytest.approx(max(history.validation), abs=1e-4)

@@ -12,7 +12,8 @@ import pytest
 from tolerances import assert_close
 
 import fastmaf
-from fastmaf import _backends, _gradients, _reference, config
+from fastmaf import _gradients, backends, config
+from fastmaf.backends import reference
 from fastmaf.layers import ACTIVATIONS, BatchNorm, Linear
 from fastmaf.record import trainable
 
@@ -315,7 +316,7 @@ def model(name, dtype):
     records = (*exact.layers, exact.base)
     arrays = [array for record in records for array in trainable(record)]
     scales = [0.6 / np.sqrt(array.shape[1]) if array.ndim == 2 else 0.3 for array in arrays]
-    free = [mask for record in records for mask in _reference.free(record)]
+    free = [mask for record in records for mask in reference.free(record)]
     vector = np.concatenate([np.where(m, s * rng.normal(size=a.shape), 0).ravel() for m, s, a in zip(free, scales, arrays, strict=True)])
     position = 0
     for record in records:  # the diagonal of a Linear stays away from zero
@@ -338,7 +339,7 @@ def model(name, dtype):
     with make.reference():
         expected = exact.vjp(*arguments)
     flow = exact.astype(dtype)
-    backend = _backends.choose()
+    backend = backends.choose()
     if missing := backend.unsupported(flow.record):
         pytest.skip(f"the {backend.name} backend has no kernel for {missing}")
     return flow, arguments, expected

@@ -18,7 +18,7 @@ from fastmaf.record import FlowRecord
 try:
     from fastmaf._core import shuffle
 except ImportError:
-    from fastmaf._reference import shuffle
+    from fastmaf._random import shuffle
 
 __all__ = ["FitWarning", "Moments", "Rows", "drawn", "shuffle", "split", "standardised"]
 

@@ -13,12 +13,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastmaf import _arrays, _codec, _tables, _words
+from fastmaf.backends import Backend
 from fastmaf.layers import Affine, Autoregressive, BatchNorm, Terminal, _one_of
 from fastmaf.record import FlowRecord
 from fastmaf.train import data
@@ -31,9 +32,6 @@ with warnings.catch_warnings():
 
 if TYPE_CHECKING:
     from fastmaf._arrays import Seed
-    from fastmaf._backends import Backend
-    from fastmaf.ensemble import Ensemble
-    from fastmaf.flow import Flow
 
 __all__ = ["Epoch", "History", "Members", "fit"]
 
@@ -93,6 +91,33 @@ class History:
         return f"History({len(self.train)} epochs, best {self.best_epoch}{': ' * bool(scores)}{', '.join(scores)}, stopped: {self.stopped})"
 
 
+class Trainee(Protocol):
+    """What is fitted: the holder of a record, which gives it another."""
+
+    _record: FlowRecord
+
+    @property
+    def device(self) -> str:
+        """Where it computes."""
+
+    def to(self, device: str) -> Trainee:
+        """The same on another device."""
+
+    def _ready(self) -> tuple[FlowRecord, Backend]:
+        """Its record, and the backend that runs it."""
+
+    def _holding(self, record: FlowRecord) -> Any:
+        """A holder of another record, in the same place."""
+
+
+class Member(Protocol):
+    """A flow among others; only its record is read."""
+
+    @property
+    def record(self) -> FlowRecord:
+        """The flow as data."""
+
+
 @dataclass
 class Members:
     """Flows that share one vector of weights and differ in their masks, for `fit`.
@@ -109,10 +134,10 @@ class Members:
         What callbacks and checkpoints are given, from the flow as it is trained and the weights; the flow alone, if None.
     """
 
-    flows: Sequence[Flow]
+    flows: Sequence[Member]
     weights: Array
-    draw: Callable[[int, int], Sequence[Flow]] | None = None
-    build: Callable[[Flow, Array], Ensemble] | None = None
+    draw: Callable[[int, int], Sequence[Member]] | None = None
+    build: Callable[[Any, Array], Any] | None = None
 
 
 class Epoch(Mapping[str, Any]):
@@ -138,7 +163,7 @@ class Epoch(Mapping[str, Any]):
 
 
 def fit(
-    flow: Flow,
+    flow: Trainee,
     x: ArrayLike | Callable[[int], ArrayLike],
     context: ArrayLike | None = None,
     weights: ArrayLike | None = None,
@@ -274,7 +299,7 @@ class _Run:
 
     def __init__(
         self,
-        flow: Flow,
+        flow: Trainee,
         start: FlowRecord,
         backend: Backend,
         engine: Any,
@@ -409,7 +434,7 @@ class _Run:
     def built(self, parameters: Array, statistics: Statistics) -> Any:
         """The flow or ensemble with weights of the fit."""
         record = self.trained(parameters, statistics).replaced(training={**self.start.training, **self.summary()})
-        flow = self.flow._of(record, self.flow._placement)
+        flow = self.flow._holding(record)
         return flow if self.members is None or self.members.build is None else self.members.build(flow, parameters)
 
     def install(self) -> None:
@@ -555,10 +580,10 @@ def _normed(record: FlowRecord, statistics: Statistics) -> FlowRecord:
     return record.replaced(layers=layers)
 
 
-def _behind(start: FlowRecord, members: Sequence[Flow]) -> list[FlowRecord]:
+def _behind(start: FlowRecord, members: Sequence[Member]) -> list[FlowRecord]:
     """The networks of the members behind the fixed layers of the record that is trained."""
     result = []
-    for member in members:
+    for member in (each.record for each in members):
         own = iter([layer for layer in member.layers if isinstance(layer, Autoregressive)])
         layers = [next(own) if isinstance(layer, Autoregressive) else layer for layer in start.layers]
         result.append(start.replaced(layers=layers, base=member.base if isinstance(member.base, Terminal) else start.base))

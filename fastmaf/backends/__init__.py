@@ -6,26 +6,19 @@ import importlib
 import importlib.util
 import os
 import pathlib
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from fastmaf import _words
-
-if TYPE_CHECKING:
-    from fastmaf.record import FlowRecord
+from fastmaf.record import FlowRecord, Runner
 
 __all__ = ["Backend", "active", "choose", "get_backend", "names", "placed", "reason", "require", "set_backend"]
 
 
-class Backend(Protocol):
+class Backend(Runner, Protocol):
     """What a backend offers; shapes and meaning are those of the methods of `fastmaf.Flow`.
 
     Arrays come validated: rows of any real dtype and strides, results in C order and in the dtype of the flow.
     """
-
-    name: str
-
-    def unsupported(self, flow: FlowRecord) -> str | None:
-        """The layer or feature of the flow that has no kernel here, or None."""
 
     def log_prob(self, flow: FlowRecord, x: Any, context: Any, out: Any) -> None:
         """Fill `out`, (n,) or (c, n)."""
@@ -54,7 +47,6 @@ class Backend(Protocol):
         """An engine of `fastmaf.train`."""
 
 
-_MODULES = {"cpu": "fastmaf._cpu", "numba": "fastmaf._numba", "reference": "fastmaf._reference", "cuda": "fastmaf._cuda"}
 _REMEDIES = {
     "cpu": "install fastmaf from source with a C++17 compiler: pip install .",
     "numba": "pip install 'fastmaf[numba]'",
@@ -62,8 +54,8 @@ _REMEDIES = {
     "cuda": "on a machine with an NVIDIA GPU and nvcc, pip install . -Ccmake.define.FASTMAF_CUDA=ON",
 }
 
-names = tuple(_MODULES)
-"""All backends; the first one of the host that is there becomes the default."""
+names = tuple(_REMEDIES)
+"""All backends, each a module of this package; the first one of the host that is there becomes the default."""
 
 active: Backend | None = None
 """The backend in use; None until the first evaluation chooses one."""
@@ -77,7 +69,7 @@ def _load(name: str) -> Backend | str:
         raise ValueError(_words.one_of("backend", name, names))
     if name not in _loaded:
         try:
-            _loaded[name] = importlib.import_module(_MODULES[name]).backend
+            _loaded[name] = importlib.import_module(f"{__name__}.{name}").backend
         except ImportError as error:
             _loaded[name] = f"{error}; to get it: {_REMEDIES[name]}"
     return _loaded[name]
@@ -118,7 +110,7 @@ def placed(device: str, precision: str) -> Backend:
         If it, or the device, is absent here.
     """
     require("cuda")
-    made: Backend = importlib.import_module(_MODULES["cuda"]).at(device, precision)
+    made: Backend = importlib.import_module(f"{__name__}.cuda").at(device, precision)
     return made
 
 
@@ -150,7 +142,7 @@ _warned = False  # or the user has chosen a backend, and knows
 
 def in_source_tree_without_core() -> str | None:
     """The folder, if this package is a source tree whose core was not compiled into it."""
-    root = pathlib.Path(__file__).resolve().parents[1]
+    root = pathlib.Path(__file__).resolve().parents[2]
     if all((root / name).is_file() for name in ("CMakeLists.txt", "pyproject.toml")) and importlib.util.find_spec("fastmaf._core") is None:
         return str(root)
     return None

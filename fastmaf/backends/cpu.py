@@ -9,13 +9,12 @@ import numpy as np
 
 from fastmaf import _codec, _core
 from fastmaf.layers import BatchNorm
+from fastmaf.record import FlowRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
-
-    from fastmaf.record import FlowRecord
 
     Array = NDArray[Any]
 

@@ -10,13 +10,12 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from fastmaf import _core
-from fastmaf._cpu import pack, unsupported
 from fastmaf._device import DeviceArray, finished, index_of
+from fastmaf.backends.cpu import pack, unsupported
+from fastmaf.record import FlowRecord
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from fastmaf.record import FlowRecord
 
     Array = NDArray[Any]
 

@@ -18,17 +18,16 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmaf import _reference
+from fastmaf import _random
+from fastmaf.backends import reference
 from fastmaf.layers import ACTIVATIONS, Affine, Autoregressive, Dense, Elementwise, Permutation, Terminal
-
-if TYPE_CHECKING:
-    from fastmaf.record import FlowRecord
+from fastmaf.record import FlowRecord
 
 __all__ = ["backend"]
 
@@ -394,7 +393,7 @@ class Packed(NamedTuple):
 def _pack(flow: FlowRecord) -> Packed:
     features = flow.features
     mades = [layer for layer in flow.layers if isinstance(layer, Autoregressive)]
-    split = _reference._front(flow)
+    split = reference._front(flow)
     source, loc, scale = np.empty((3, len(mades) + 1, features))
     identity: tuple[Array, Array, Array] = (np.arange(features), np.zeros(features), np.ones(features))
     columns = identity  # source, loc and scale of each column since the last MADE
@@ -498,7 +497,7 @@ def _steps(made: Autoregressive, height: int) -> Iterator[tuple[int, int, int, i
 def _table(dtype: np.dtype[Any]) -> Array:
     """Coefficients of AS241 in ascending powers, (centre, middle, tail) x (numerator, denominator) x 8."""
     table = np.zeros((3, 2, 8), dtype)
-    for piece, (above, below) in enumerate(_reference.QUANTILE[dtype.itemsize]):
+    for piece, (above, below) in enumerate(_random.QUANTILE[dtype.itemsize]):
         table[piece, 0, : len(above)], table[piece, 1, : len(below)] = above, below
     return table
 
@@ -559,14 +558,14 @@ class _Call:
         if self.context is None:
             return self.packed.first_bias
         result = np.empty((len(contexts), self.packed.first_bias.size), self.flow.dtype)
-        _context_bias(_reference._context(self.flow, contexts)[0], self.packed.context_weight, self.packed.first_bias, result)
+        _context_bias(reference._context(self.flow, contexts)[0], self.packed.context_weight, self.packed.first_bias, result)
         return result
 
     def enter(self, x: Array) -> tuple[Array, Array, list[Callable[[Array, Array], Array]]]:
         """Through the layers in front, in float64 and then narrowed: results, log det and the pullback of each layer."""
         log_det, pulls = np.zeros(len(x)), []
         for layer in self.packed.front:
-            x, here, pull = _reference.FORWARD[type(layer)](layer, x)
+            x, here, pull = reference.FORWARD[type(layer)](layer, x)
             log_det += here
             pulls.append(pull)
         return np.ascontiguousarray(x, self.flow.dtype), log_det, pulls
@@ -575,16 +574,16 @@ class _Call:
         """Back through the layers in front, to strictly inside the bounds: rows of some dtype and the log det of `enter`."""
         x, log_det = z.astype(np.float64), np.zeros(len(z))
         for layer in reversed(self.packed.front):
-            x, here = _reference.INVERSE[type(layer)](layer, x)
+            x, here = reference.INVERSE[type(layer)](layer, x)
             log_det += here
         x = x.astype(dtype)
         for layer in self.packed.front[:1]:
-            x = _reference._inside(layer, x) if isinstance(layer, Elementwise) else x
+            x = reference._inside(layer, x) if isinstance(layer, Elementwise) else x
         return x, log_det
 
 
 class _Numba:
-    """What `fastmaf._backends.Backend` asks for."""
+    """What `fastmaf.backends.Backend` asks for."""
 
     name = "numba"
 
@@ -670,7 +669,7 @@ class _Numba:
             rows, log_det = call.leave(z, x.dtype)
             flat_x[start:stop] = rows
             if flat_value is not None:
-                flat_value[start:stop] = _reference._density((total + log_det).astype(call.flow.dtype), rows)
+                flat_value[start:stop] = reference._density((total + log_det).astype(call.flow.dtype), rows)
 
         call.tiles(work)
 
@@ -695,13 +694,13 @@ class _Numba:
                 gradient = dz.astype(np.float64)
                 for pull in reversed(pulls):
                     gradient = pull(gradient, factor)
-                dx.reshape(-1, flow.features)[start:stop] = _reference._settled(
+                dx.reshape(-1, flow.features)[start:stop] = reference._settled(
                     np.where(zero, 0, gradient).astype(flow.dtype), density, factor
                 )
             if dcontext is not None:
-                pull_context = _reference._context(flow, contexts[which])[1]
+                pull_context = reference._context(flow, contexts[which])[1]
                 gradient = pull_context((dfirst @ call.packed.context_weight.T).astype(np.float64), factor)
-                dcontext.reshape(-1, flow.context_features)[start:stop] = _reference._settled(
+                dcontext.reshape(-1, flow.context_features)[start:stop] = reference._settled(
                     np.where(zero, 0, gradient).astype(flow.dtype), density, factor
                 )
 
@@ -709,7 +708,7 @@ class _Numba:
 
     def trainer(self, flow: FlowRecord, **options: Any) -> Any:
         """The engine of the reference: this backend has no gradient in weights."""
-        return _reference.backend.trainer(flow, **options)
+        return reference.backend.trainer(flow, **options)
 
 
 def _unsupported(layer: Any, front: bool) -> str | None:
@@ -742,7 +741,7 @@ def _value(flow: FlowRecord, total: Array, log_det: Array, rows: Array, contexts
     value: Array = np.where(np.isneginf(log_det), -np.inf, total + log_det).astype(flow.dtype)
     lost = np.flatnonzero(~np.isfinite(value))
     if lost.size:
-        value[lost] = _reference._density(value[lost], rows[lost], _reference._context(flow, contexts[lost])[0])
+        value[lost] = reference._density(value[lost], rows[lost], reference._context(flow, contexts[lost])[0])
     return value
 
 
