@@ -56,7 +56,7 @@ def test_cuda_is_there_or_absent_for_a_reason():
         fastmaf.set_backend("cuda")
         assert fastmaf.get_backend() == "cuda"
     else:
-        with pytest.raises(RuntimeError, match="the cuda backend is absent: .*; to get it: an NVIDIA GPU"):
+        with pytest.raises(RuntimeError, match="the cuda backend is absent: .*; to get it: on a machine with an NVIDIA GPU"):
             fastmaf.set_backend("cuda")
 
 
