@@ -253,7 +253,7 @@ class Ensemble:
         with np.errstate(all="ignore"):
             total = np.logaddexp.reduce(values)
             for member, value in zip(members, values, strict=True):
-                share = np.where(total == -np.inf, 0.0, np.exp(value - total))  # of the member in the density of the row
+                share = np.where(total == -np.inf, 0.0, _exp(value - total))  # of the member in the density of the row
                 for gradient, part in zip(gradients, member._backward(*member._ready(), x, context, share, None)[1:], strict=True):
                     if part is not None:
                         gradient[...] += part
@@ -594,6 +594,11 @@ def _revived(data: bytes) -> Ensemble:
     record, members = _codec.from_bytes(data)
     assert members is not None
     return Ensemble(Flow._of(record), *members)
+
+
+def _exp(x: Array) -> Array:
+    """That of the C library, number by number: that of NumPy differs in the last bit from one instruction set to another."""
+    return np.array(list(map(math.exp, x.ravel().tolist()))).reshape(x.shape)
 
 
 class _Shared:

@@ -160,12 +160,22 @@ def test_the_snippets_of_the_page_compile(home, tmp_path, number):
 # Every call in every language, in both dtypes of flows and of arrays
 
 ROWS, DRAWS, GROUPS = 23, 5, 3
+
+
+def ensemble(dtype, *arguments, **options):
+    made = fastmaf.MADE(*arguments, masks=6, dtype=dtype, seed=1, **options)
+    return made.with_parameters(np.random.default_rng(2).normal(scale=0.3, size=made.parameters().shape))
+
+
 EVERY = {
     "plain": lambda dtype: make.flow(6, (9, 7), dtype=dtype, affine=True, bounds=True),
     "one variable": lambda dtype: make.flow(1, (5,), dtype=dtype),
     "conditional": lambda dtype: make.flow(5, (9, 8), context_features=2, dtype=dtype, affine=True, input_clip=0.7),
     "mixture": lambda dtype: fastmaf.MAF(4, 2, transforms=2, components=3, hidden_features=(9,), dtype=dtype, seed=1),
     "bernoulli": lambda dtype: fastmaf.MADE(7, conditional="bernoulli", hidden_features=(9,), dtype=dtype, seed=1),
+    "ensemble": lambda dtype: ensemble(dtype, 5, hidden_features=(9, 7), bounds=[None, (-9, 9), None, (None, 9), None]),
+    "conditional ensemble": lambda dtype: ensemble(dtype, 4, "mixture", components=3, context_features=20, hidden_features=(9,)),
+    "discrete ensemble": lambda dtype: ensemble(dtype, 4, "categorical", categories=[2, 3, 4, 2], hidden_features=(9,)),
     "categorical": lambda dtype: fastmaf.MADE(4, "categorical", categories=[2, 3, 4, 2], hidden_features=(9,), dtype=dtype, seed=1),
 }
 LANGUAGES = {"C99": "c", "C++17": "cpp", "C++20": "cpp", "C++17 of clang": "cpp", "Fortran": "F90"}
@@ -200,12 +210,20 @@ def cpu():
     backends.active = previous
 
 
+def discrete(flow):
+    return bool(first(flow).record.discrete)
+
+
+def first(flow):
+    return flow.member(0) if isinstance(flow, fastmaf.Ensemble) else flow
+
+
 def inputs(flow, kind):
     rng = np.random.default_rng(8)
-    if flow.record.discrete:
+    if discrete(flow):
         return (rng.random((ROWS, flow.features)) < 0.5).astype(kind), None
     context = make.contexts(flow, ROWS)
-    x = flow.from_noise(rng.normal(size=(ROWS, flow.features)), context).astype(kind)
+    x = first(flow).from_noise(rng.normal(size=(ROWS, flow.features)), context).astype(kind)
     return x, None if context is None else context.astype(kind)
 
 
@@ -213,15 +231,17 @@ def answers(flow, x, context, kind):
     """What Python says to the calls of the consumers."""
     one = None if context is None else context[0]
     results = {"log_prob": flow.log_prob(x, context), "log_prob_shared": flow.log_prob(x, one)}
-    if flow.record.discrete:
-        results["probabilities"] = flow.conditional_probs(x, context)
+    if discrete(flow):
+        if flow is first(flow):
+            results["probabilities"] = flow.conditional_probs(x, context)
     else:
         results["value"], results["d_x"], d_context = flow.log_prob_and_grad(x, context)
         results["d_context"] = np.empty(0) if d_context is None else d_context
         d_context = flow.log_prob_and_grad(x, one)[2]
         results["d_context_shared"] = np.empty(0) if d_context is None else d_context
-        results["noise"] = flow.to_noise(x, context)
-        results["from_noise"] = flow.from_noise(x, context, dtype=kind)
+        if flow is first(flow):
+            results["noise"] = flow.to_noise(x, context)
+            results["from_noise"] = flow.from_noise(x, context, dtype=kind)
     results["samples"], results["density"] = flow.sample_and_log_prob(DRAWS, one, 2**64 - 1, 7, 2, dtype=kind)
     if context is not None:
         results["samples_of_groups"] = flow.sample(DRAWS, context[:GROUPS], 1, dtype=kind)

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <limits>
@@ -10,12 +11,16 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <type_traits>
 #include <variant>
 #include <vector>
 
+#include "../core/floats.hpp"
 #include "../cpu/backend.hpp"
 #include "../cpu/isa.hpp"
+#include "../cpu/rows.hpp"
+#include "../cpu/tile.hpp"
 #include "../record/lower.hpp"
 #include "../record/record.hpp"
 
@@ -32,26 +37,54 @@ struct Failure : std::runtime_error {
 
 [[noreturn]] void refuse(const std::string& text) { throw Failure(FASTMAF_INVALID_ARGUMENT, text); }
 
+template <class T>
+using Programs = std::vector<std::shared_ptr<Program<T>>>;  // one, or those of the members of an ensemble
+
 struct Inner {
-    std::variant<std::shared_ptr<Program<float>>, std::shared_ptr<Program<double>>> program;
+    std::variant<Programs<float>, Programs<double>> programs;
+    bool ensemble = false;
     std::vector<std::string> names;
     int64_t layers = 0;
 
+    // Of the first member.
     template <class F>
     auto visit(F f) const {
-        return std::visit([&](const auto& program) { return f(*program); }, program);
+        return std::visit([&](const auto& programs) { return f(*programs[0]); }, programs);
     }
 };
 
 template <class T>
-struct State {
+struct Member {
     std::shared_ptr<Program<T>> program;
     Workspace<T> workspace;
+};
+
+template <class T>
+struct State {
+    std::vector<Member<T>> members;
+    bool ensemble = false, drew = false;
     AlignedVector<T> results[3];  // of a piece: what has another dtype or other strides than its output
     AlignedVector<float> single;
-    AlignedVector<double> twice, sums;
+    AlignedVector<double> twice, sums, total;
     AlignedVector<T> ones;
+
+    // Of an ensemble, for a piece.
+    AlignedVector<T> densities, share, part_x, part_context;  // densities [members][rows]
+    AlignedVector<double> mixed, whole_x, whole_context, contexts;
+    std::vector<uint32_t> chosen;
+    std::vector<uint64_t> index, group;
+    std::vector<int64_t> place;
+    std::tuple<AlignedVector<float>, AlignedVector<double>> drawn;
+
+    Program<T>& program() const { return *members[0].program; }
 };
+
+// Room for `count` numbers, which grows and never shrinks.
+template <class V>
+auto* room(V& buffer, int64_t count) {
+    if (int64_t(buffer.size()) < count) buffer.resize(size_t(count));
+    return buffer.data();
+}
 
 // Runs `body` and turns what it throws into a status and a text for `report`.
 template <class F, class R>
@@ -96,18 +129,20 @@ fastmaf_status with_buffer(char* message, size_t size, F body) noexcept {
 
 std::shared_ptr<const Inner> inner_of(const void* bytes, size_t count) {
     const record::Record record = record::read({static_cast<const char*>(bytes), count});
-    if (!record.members.empty())
-        throw Failure(FASTMAF_UNSUPPORTED, "the file holds an ensemble of masks, for which this library has no code: save its members one by one");
     if (const std::string missing = record::unsupported(record); !missing.empty())
         throw Failure(FASTMAF_UNSUPPORTED, "the flow has " + missing + ", for which this library has no code");
     auto inner = std::make_shared<Inner>();
     auto pack = [&](auto zero) {
         using T = decltype(zero);
-        auto program = std::make_shared<Program<T>>(record::lower(record));
-        program->set_parameters(record::parameters(record));
-        inner->layers = int64_t(program->stages());
-        inner->program = std::move(program);
+        Programs<T> programs;
+        for (size_t k = 0; k < std::max<size_t>(1, record.members.size()); ++k) {
+            programs.push_back(std::make_shared<Program<T>>(record::lower(record, k)));
+            programs.back()->set_parameters(record::parameters(record));
+        }
+        inner->layers = int64_t(programs[0]->stages());
+        inner->programs = std::move(programs);
     };
+    inner->ensemble = !record.members.empty();
     if (record.is_double)
         pack(0.0);
     else
@@ -163,8 +198,7 @@ public:
     T* at(int64_t begin, int64_t rows) {
         if (!output_) return nullptr;
         if (direct()) return static_cast<T*>(output_->data) + begin * width_;
-        if (int64_t(buffer_.size()) < rows * width_) buffer_.resize(size_t(rows * width_));
-        return buffer_.data();
+        return room(buffer_, rows * width_);
     }
     void done(int64_t begin, int64_t rows) {
         if (!direct()) scatter(buffer_.data(), begin, rows, width_, *output_);
@@ -232,16 +266,141 @@ void refuse_discrete(const Program<T>& program, const char* what) {
     if (program.discrete()) throw Failure(FASTMAF_UNSUPPORTED, std::string("the variables are discrete: they have no ") + what);
 }
 
+template <class T>
+void refuse_ensemble(const State<T>& state, const char* what) {
+    if (state.ensemble)
+        throw Failure(FASTMAF_UNSUPPORTED, std::string("an ensemble has no ") + what + ", since each member has an order of its own: save a member, ensemble.member(k)");
+}
+
+// Of an ensemble: the density is the mean of those of its members, and each row is drawn from a member drawn for it. Everything is summed
+// over the members one after the other in double, as fastmaf/ensemble.py does it.
+
+double log_add_exp(double x, double y) {
+    if (x == y) return x + 0.693147180559945309417232121458176568;
+    const double distance = x - y;
+    if (distance > 0) return x + std::log1p(std::exp(-distance));
+    if (distance <= 0) return y + std::log1p(std::exp(distance));
+    return distance;  // NaN
+}
+
+// The densities of all members, the sum of them, and their mean.
+template <class T>
+void mix(State<T>& state, const Batch& batch, T* out) {
+    const PlainFloats floats;
+    const int64_t rows = batch.rows(), members = int64_t(state.members.size());
+    T* const densities = room(state.densities, members * rows);
+    double* const mixed = room(state.mixed, rows);
+    std::fill(mixed, mixed + rows, -std::numeric_limits<double>::infinity());
+    for (int64_t k = 0; k < members; ++k) {
+        Member<T>& member = state.members[size_t(k)];
+        T* const own = densities + k * rows;
+        log_prob<T>(*member.program, batch, own, kNoPoll, &member.workspace);
+        for (int64_t r = 0; r < rows; ++r) mixed[r] = log_add_exp(mixed[r], double(own[r]));
+    }
+    const double count = std::log(double(members));
+    for (int64_t r = 0; r < rows; ++r) out[r] = T(mixed[r] - count);
+}
+
+template <class T>
+void density(State<T>& state, const Batch& batch, T* out) {
+    if (state.ensemble) return mix(state, batch, out);
+    log_prob<T>(state.program(), batch, out, kNoPoll, &state.members[0].workspace);
+}
+
+// f(member, groups x rows of gradients in the context) for each member, whose d_x go into the sum.
+template <class T, class F>
+void mixed_gradient(State<T>& state, const Batch& batch, T* value, T* d_x, bool of_context, F f) {
+    const PlainFloats floats;
+    const int64_t rows = batch.rows(), size = rows * state.program().features();
+    mix(state, batch, value);
+    T* const share = room(state.share, rows);  // of the member in the density of the row
+    T* const part = d_x ? room(state.part_x, size) : nullptr;
+    T* const part_context = of_context ? room(state.part_context, rows * state.program().context()) : nullptr;
+    double* const whole = d_x ? room(state.whole_x, size) : nullptr;
+    if (d_x) std::fill(whole, whole + size, 0.0);
+    for (size_t k = 0; k < state.members.size(); ++k) {
+        Member<T>& member = state.members[k];
+        const T* const own = state.densities.data() + int64_t(k) * rows;
+        for (int64_t r = 0; r < rows; ++r) {
+            const double sum = state.mixed[size_t(r)];
+            share[r] = sum == -std::numeric_limits<double>::infinity() ? T(0) : T(std::exp(double(own[r]) - sum));
+        }
+        vjp<T>(*member.program, batch, share, nullptr, part, part_context, nullptr, kNoPoll, &member.workspace);
+        for (int64_t i = 0; d_x && i < size; ++i) whole[i] += double(part[i]);
+        if (of_context) f(k, part_context);
+    }
+    for (int64_t i = 0; d_x && i < size; ++i) d_x[i] = T(whole[i]);
+}
+
+constexpr uint32_t kComponents = 2u << 24;  // the stream of choices among components
+
+// Which member each row comes from: a number of that stream, in the column behind the last variable.
+template <class T>
+void choose(State<T>& state, const Draw& draw) {
+    const auto& words = state.members[0].workspace.kernels->words;
+    const uint32_t features = uint32_t(state.program().features());
+    uint32_t* chosen = room(state.chosen, draw.contexts * draw.rows);
+    uint32_t word[4][64];
+    for (int64_t g = 0; g < draw.contexts; ++g)
+        for (int64_t r = 0; r < draw.rows; r += 64) {
+            const int count = int(std::min<int64_t>(64, draw.rows - r));
+            words(draw.seed, draw.offset + uint64_t(r), count, draw.context_offset + uint32_t(g), features / 4 | kComponents, word);
+            for (int i = 0; i < count; ++i) *chosen++ = uint32_t(uint64_t(word[features % 4][i]) * state.members.size() >> 32);
+        }
+}
+
+template <class T, class Out>
+void draw_member(State<T>& state, size_t k, const Draw& draw, int64_t rows, Out* out) {
+    Draw own;
+    own.seed = draw.seed;
+    own.rows = rows;
+    own.index = state.index.data();
+    own.group = state.group.data();
+    if (const int64_t width = state.program().context())
+        own.context = {reinterpret_cast<const char*>(state.contexts.data()), DType::f64, 0, width * int64_t(sizeof(double)), sizeof(double)};
+    sample<T>(*state.members[k].program, own, out, static_cast<T*>(nullptr), kNoPoll, &state.members[k].workspace);
+}
+
+template <class T, class Out>
+void mixed_sample(State<T>& state, const Draw& draw, Out* out) {
+    const int64_t total = draw.contexts * draw.rows, features = state.program().features(), width = state.program().context();
+    choose(state, draw);
+    uint64_t* const index = room(state.index, total);
+    uint64_t* const group = room(state.group, total);
+    int64_t* const place = room(state.place, total);
+    double* const contexts = room(state.contexts, total * width);
+    Out* const drawn = room(std::get<AlignedVector<Out>>(state.drawn), total * features);
+    auto take = [&](int64_t row, int64_t i) {  // row number i of a member
+        const int64_t g = row / draw.rows;
+        index[i] = draw.offset + uint64_t(row % draw.rows);
+        group[i] = draw.context_offset + uint64_t(g);
+        place[i] = row;
+        for (int64_t c = 0; c < width; ++c) contexts[i * width + c] = read(moved(draw.context, g, 0).data + c * draw.context.column, draw.context.dtype);
+    };
+    for (size_t k = 0; !state.drew && k < state.members.size(); ++k) {  // what a member needs is there before a row happens to be drawn from it
+        take(0, 0);
+        draw_member(state, k, draw, 1, drawn);
+    }
+    state.drew = true;
+    for (size_t k = 0; k < state.members.size(); ++k) {
+        int64_t count = 0;
+        for (int64_t row = 0; row < total; ++row)
+            if (state.chosen[size_t(row)] == k) take(row, count++);
+        if (count) draw_member(state, k, draw, count, drawn);
+        for (int64_t i = 0; i < count; ++i) std::copy_n(drawn + i * features, features, out + place[i] * features);
+    }
+}
+
 // A method whose only output has `width` numbers in a row.
 template <class T, class F>
 void evaluate(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array* x, const fastmaf_array* context, const fastmaf_output* output,
               const char* name, int64_t width, F call) {
-    const Batch batch = batch_of(*state.program, groups, rows, "x", x, context);
+    const Batch batch = batch_of(state.program(), groups, rows, "x", x, context);
     check_output(name, output, batch.rows());
     Target<T> target(output, width, state.results[0]);
-    each_piece(groups, rows, target.direct() ? kAll : kPiece, [&](int64_t g, int64_t gs, int64_t r, int64_t rs) {
+    each_piece(groups, rows, target.direct() && !state.ensemble ? kAll : kPiece, [&](int64_t g, int64_t gs, int64_t r, int64_t rs) {
         const int64_t begin = g * rows + r, count = gs * rs;
-        call(*state.program, piece_of(batch, g, gs, r, rs), target.at(begin, count), kNoPoll, &state.workspace);
+        call(piece_of(batch, g, gs, r, rs), target.at(begin, count));
         target.done(begin, count);
     });
 }
@@ -249,7 +408,7 @@ void evaluate(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array
 template <class T>
 void gradient(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array* x, const fastmaf_array* context, const fastmaf_output* value,
               const fastmaf_output* d_x, const fastmaf_output* d_context) {
-    const Program<T>& program = *state.program;
+    const Program<T>& program = state.program();
     const Batch batch = batch_of(program, groups, rows, "x", x, context);
     const int64_t total = batch.rows(), width = program.context();
     check_output("log_prob", value, total);
@@ -265,36 +424,65 @@ void gradient(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array
     Target<T> values(value, 1, state.results[0]), of_x(d_x, program.features(), state.results[1]);
     Target<T> of_context(summed ? nullptr : d_context, width, state.results[2]);
     if (state.ones.size() < size_t(std::min(total, kPiece))) state.ones.assign(size_t(std::min(total, kPiece)), T(1));
+    const int64_t members = int64_t(state.members.size());
+    double* sums = nullptr;  // [groups of a piece][members][width], each rounded like the gradients of its member before they are added
+    T* by_row = nullptr;
     if (summed && d_context) {
-        if (state.results[2].size() < size_t(kPiece * width)) state.results[2].resize(size_t(kPiece * width));
-        state.sums.assign(size_t(width), 0.0);
-        if (rows == 0)
-            for (int64_t g = 0; g < groups; ++g) scatter(state.sums.data(), g, 1, width, *d_context);
+        sums = room(state.sums, members * width * (rows ? std::clamp<int64_t>(kPiece / rows, 1, std::max<int64_t>(1, groups)) : 1));
+        by_row = state.ensemble ? nullptr : room(state.results[2], kPiece * width);
+        room(state.total, width);
+    }
+    auto add_up = [&](double* group, bool last, int64_t number) {
+        if (!last) return;
+        for (int64_t c = 0; c < width; ++c) {
+            double& total = state.total[size_t(c)] = state.ensemble ? 0 : group[c];
+            for (int64_t k = 0; state.ensemble && k < members; ++k) total += double(T(group[k * width + c]));
+        }
+        scatter(state.total.data(), number, 1, width, *d_context);
+    };
+    if (sums && rows == 0) {
+        std::fill(sums, sums + members * width, 0.0);
+        for (int64_t g = 0; g < groups; ++g) add_up(sums, true, g);
     }
     each_piece(groups, rows, kPiece, [&](int64_t g, int64_t gs, int64_t r, int64_t rs) {
         const int64_t begin = g * rows + r, count = gs * rs;
-        T* const own = d_context && summed ? state.results[2].data() : of_context.at(begin, count);
-        vjp<T>(program, piece_of(batch, g, gs, r, rs), state.ones.data(), values.at(begin, count), of_x.at(begin, count), own, nullptr, kNoPoll,
-               &state.workspace);
+        const Batch piece = piece_of(batch, g, gs, r, rs);
+        T* const own = sums ? by_row : of_context.at(begin, count);
+        if (sums && r == 0) std::fill(sums, sums + gs * members * width, 0.0);
+        auto sum_up = [&](size_t k, const T* parts) {
+            for (int64_t group = 0; group < gs; ++group) {
+                double* const to = sums + (group * members + int64_t(k)) * width;
+                for (int64_t i = group * rs; i < (group + 1) * rs; ++i)
+                    for (int64_t c = 0; c < width; ++c) to[c] += double(parts[i * width + c]);
+            }
+        };
+        if (state.ensemble) {
+            double* const whole = own ? room(state.whole_context, count * width) : nullptr;
+            if (own) std::fill(whole, whole + count * width, 0.0);
+            mixed_gradient(state, piece, values.at(begin, count), of_x.at(begin, count), d_context, [&](size_t k, const T* parts) {
+                if (sums) return sum_up(k, parts);
+                for (int64_t i = 0; i < count * width; ++i) whole[i] += double(parts[i]);
+            });
+            for (int64_t i = 0; own && i < count * width; ++i) own[i] = T(whole[i]);
+        } else {
+            vjp<T>(program, piece, state.ones.data(), values.at(begin, count), of_x.at(begin, count), own, nullptr, kNoPoll, &state.members[0].workspace);
+            if (sums) sum_up(0, own);
+        }
         values.done(begin, count);
         of_x.done(begin, count);
-        if (!d_context) return;
-        if (!summed) return of_context.done(begin, count);
-        for (int64_t group = 0; group < gs; ++group) {
-            if (r == 0) std::fill(state.sums.begin(), state.sums.end(), 0.0);
-            for (int64_t i = group * rs; i < (group + 1) * rs; ++i)
-                for (int64_t c = 0; c < width; ++c) state.sums[size_t(c)] += double(own[i * width + c]);
-            if (r + rs == rows) scatter(state.sums.data(), g + group, 1, width, *d_context);
-        }
+        if (sums)
+            for (int64_t group = 0; group < gs; ++group) add_up(sums + group * members * width, r + rs == rows, g + group);
+        else if (d_context)
+            of_context.done(begin, count);
     });
 }
 
 template <class T, class Out>
 void draw_into(State<T>& state, int64_t groups, int64_t rows, const Draw& whole, const fastmaf_output& samples, const fastmaf_output* log_prob,
                AlignedVector<Out>& buffer) {
-    Target<Out> x(&samples, state.program->features(), buffer);
-    Target<T> density(log_prob, 1, state.results[0]);
-    each_piece(groups, rows, x.direct() && density.direct() ? kAll : kPiece, [&](int64_t g, int64_t gs, int64_t r, int64_t rs) {
+    Target<Out> x(&samples, state.program().features(), buffer);
+    Target<T> value(log_prob, 1, state.results[0]);
+    each_piece(groups, rows, x.direct() && value.direct() && !state.ensemble ? kAll : kPiece, [&](int64_t g, int64_t gs, int64_t r, int64_t rs) {
         const int64_t begin = g * rows + r, count = gs * rs;
         Draw draw = whole;
         draw.contexts = gs;
@@ -302,9 +490,23 @@ void draw_into(State<T>& state, int64_t groups, int64_t rows, const Draw& whole,
         draw.offset += uint64_t(r);
         draw.context_offset += uint32_t(g);
         draw.context = moved(whole.context, g, 0);
-        sample<T>(*state.program, draw, x.at(begin, count), density.at(begin, count), kNoPoll, &state.workspace);
+        Out* const own = x.at(begin, count);
+        T* const own_value = value.at(begin, count);
+        if (state.ensemble) {
+            mixed_sample(state, draw, own);
+            constexpr int64_t size = sizeof(Out);
+            const int64_t width = state.program().features() * size;
+            Batch drawn;
+            drawn.outer = gs;
+            drawn.inner = rs;
+            drawn.x = {reinterpret_cast<const char*>(own), size == 4 ? DType::f32 : DType::f64, rs * width, width, size};
+            drawn.context = draw.context;
+            if (own_value) mix(state, drawn, own_value);
+        } else {
+            sample<T>(state.program(), draw, own, own_value, kNoPoll, &state.members[0].workspace);
+        }
         x.done(begin, count);
-        density.done(begin, count);
+        value.done(begin, count);
     });
 }
 
@@ -321,7 +523,7 @@ void draw(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array* co
     whole.seed = seed;
     whole.offset = offset;
     whole.context_offset = context_offset;
-    if (state.program->context()) {
+    if (state.program().context()) {
         whole.context = rows_of("context", context, groups, 1);
         whole.context.inner = 0;
     } else if (context) {
@@ -335,15 +537,16 @@ void draw(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array* co
 
 template <class T>
 void back(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array* noise, const fastmaf_array* context, const fastmaf_output* x) {
-    refuse_discrete(*state.program, "noise");
-    const Batch batch = batch_of(*state.program, groups, rows, "noise", noise, context);
+    refuse_discrete(state.program(), "noise");
+    refuse_ensemble(state, "noise");
+    const Batch batch = batch_of(state.program(), groups, rows, "noise", noise, context);
     check_output("x", x, batch.rows());
     auto into = [&](auto& buffer) {
         using Out = typename std::decay_t<decltype(buffer)>::value_type;
-        Target<Out> target(x, state.program->features(), buffer);
+        Target<Out> target(x, state.program().features(), buffer);
         each_piece(groups, rows, target.direct() ? kAll : kPiece, [&](int64_t g, int64_t gs, int64_t r, int64_t rs) {
             const int64_t begin = g * rows + r, count = gs * rs;
-            from_noise<T>(*state.program, piece_of(batch, g, gs, r, rs), target.at(begin, count), kNoPoll, &state.workspace);
+            from_noise<T>(state.program(), piece_of(batch, g, gs, r, rs), target.at(begin, count), kNoPoll, &state.members[0].workspace);
             target.done(begin, count);
         });
     };
@@ -424,19 +627,30 @@ int64_t fastmaf_model_context_features(const fastmaf_model* model) {
     return model ? model->inner->visit([](const auto& program) { return int64_t(program.context()); }) : -1;
 }
 int64_t fastmaf_model_layers(const fastmaf_model* model) { return model ? model->inner->layers : -1; }
+int64_t fastmaf_model_members(const fastmaf_model* model) {
+    if (!model) return -1;
+    return model->inner->ensemble ? std::visit([](const auto& programs) { return int64_t(programs.size()); }, model->inner->programs) : 0;
+}
 int64_t fastmaf_model_parameters(const fastmaf_model* model) {
     return model ? model->inner->visit([](const auto& program) { return program.parameter_count(); }) : -1;
 }
 int64_t fastmaf_model_most_values(const fastmaf_model* model) {
     return model ? model->inner->visit([](const auto& program) { return program.discrete() ? int64_t(program.most_values()) : 0; }) : -1;
 }
-fastmaf_dtype fastmaf_model_dtype(const fastmaf_model* model) { return model && model->inner->program.index() == 0 ? FASTMAF_FLOAT32 : FASTMAF_FLOAT64; }
+fastmaf_dtype fastmaf_model_dtype(const fastmaf_model* model) { return model && model->inner->programs.index() == 0 ? FASTMAF_FLOAT32 : FASTMAF_FLOAT64; }
 const char* fastmaf_model_name(const fastmaf_model* model, int64_t feature) {
     if (!model || feature < 0 || feature >= int64_t(model->inner->names.size())) return nullptr;
     return model->inner->names[size_t(feature)].c_str();
 }
 size_t fastmaf_model_memory(const fastmaf_model* model) {
-    return model ? model->inner->visit([](const auto& program) { return program.memory(); }) : 0;
+    size_t bytes = 0;
+    if (model)
+        std::visit(
+            [&](const auto& programs) {
+                for (const auto& program : programs) bytes += program->memory();
+            },
+            model->inner->programs);
+    return bytes;
 }
 
 fastmaf_status fastmaf_evaluator_create(const fastmaf_model* model, int32_t threads, fastmaf_evaluator** evaluator, char* message, size_t size) {
@@ -447,14 +661,19 @@ fastmaf_status fastmaf_evaluator_create(const fastmaf_model* model, int32_t thre
         if (threads < 1) refuse("threads must be at least 1");
         auto made = std::make_unique<fastmaf_evaluator>();
         std::visit(
-            [&](const auto& program) {
-                using T = typename std::decay_t<decltype(*program)>::Value;
+            [&](const auto& programs) {
+                using T = typename std::decay_t<decltype(*programs[0])>::Value;
                 auto& state = made->state.template emplace<State<T>>();
-                state.program = program;
-                state.workspace.kernels = &kernels<T>();
-                state.workspace.threads = threads;
+                state.ensemble = model->inner->ensemble;
+                state.members.resize(programs.size());
+                for (size_t k = 0; k < programs.size(); ++k) {
+                    Member<T>& member = state.members[k];
+                    member.program = programs[k];
+                    member.workspace.kernels = &kernels<T>();
+                    member.workspace.threads = threads;
+                }
             },
-            model->inner->program);
+            model->inner->programs);
         *evaluator = made.release();
     });
 }
@@ -466,8 +685,7 @@ const char* fastmaf_message(const fastmaf_evaluator* evaluator) { return evaluat
 fastmaf_status fastmaf_log_prob(fastmaf_evaluator* evaluator, int64_t groups, int64_t rows, const fastmaf_array* x, const fastmaf_array* context,
                                 const fastmaf_output* log_prob) {
     return run(evaluator, [&](auto& state) {
-        using T = typename std::decay_t<decltype(*state.program)>::Value;
-        evaluate(state, groups, rows, x, context, log_prob, "log_prob", 1, fastmaf::log_prob<T>);
+        evaluate(state, groups, rows, x, context, log_prob, "log_prob", 1, [&](const Batch& batch, auto* out) { density(state, batch, out); });
     });
 }
 
@@ -485,9 +703,11 @@ fastmaf_status fastmaf_sample(fastmaf_evaluator* evaluator, int64_t groups, int6
 fastmaf_status fastmaf_to_noise(fastmaf_evaluator* evaluator, int64_t groups, int64_t rows, const fastmaf_array* x, const fastmaf_array* context,
                                 const fastmaf_output* noise) {
     return run(evaluator, [&](auto& state) {
-        using T = typename std::decay_t<decltype(*state.program)>::Value;
-        refuse_discrete(*state.program, "noise");
-        evaluate(state, groups, rows, x, context, noise, "noise", state.program->features(), fastmaf::to_noise<T>);
+        refuse_discrete(state.program(), "noise");
+        refuse_ensemble(state, "noise");
+        evaluate(state, groups, rows, x, context, noise, "noise", state.program().features(), [&](const Batch& batch, auto* out) {
+            fastmaf::to_noise(state.program(), batch, out, kNoPoll, &state.members[0].workspace);
+        });
     });
 }
 
@@ -499,10 +719,12 @@ fastmaf_status fastmaf_from_noise(fastmaf_evaluator* evaluator, int64_t groups, 
 fastmaf_status fastmaf_conditional_probs(fastmaf_evaluator* evaluator, int64_t groups, int64_t rows, const fastmaf_array* x,
                                          const fastmaf_array* context, const fastmaf_output* probabilities) {
     return run(evaluator, [&](auto& state) {
-        using T = typename std::decay_t<decltype(*state.program)>::Value;
-        if (!state.program->discrete()) throw Failure(FASTMAF_UNSUPPORTED, "the variables are continuous: their values have no probabilities");
-        evaluate(state, groups, rows, x, context, probabilities, "probabilities", state.program->features() * int64_t(state.program->most_values()),
-                 fastmaf::conditional_probs<T>);
+        if (!state.program().discrete()) throw Failure(FASTMAF_UNSUPPORTED, "the variables are continuous: their values have no probabilities");
+        refuse_ensemble(state, "probabilities");
+        evaluate(state, groups, rows, x, context, probabilities, "probabilities", state.program().features() * int64_t(state.program().most_values()),
+                 [&](const Batch& batch, auto* out) {
+                     fastmaf::conditional_probs(state.program(), batch, out, kNoPoll, &state.members[0].workspace);
+                 });
     });
 }
 

@@ -74,6 +74,7 @@ module fastmaf
         procedure :: features => model_features                  ! all of these are -1 before open
         procedure :: context_features => model_context_features  ! 0 for a flow without
         procedure :: layers => model_layers
+        procedure :: members => model_members                    ! of an ensemble, which has densities, gradients, samples; 0 for a flow
         procedure :: parameters => model_parameters
         procedure :: most_values => model_most_values            ! of a discrete variable: 1 for 0/1; 0 where continuous
         procedure :: double_precision => model_double_precision  ! whether it computes in real64
@@ -186,6 +187,11 @@ module fastmaf
             integer(c_int64_t) :: number
         end function
         function c_model_parameters(model) bind(c, name='fastmaf_model_parameters') result(number)
+            import :: c_int64_t, c_ptr
+            type(c_ptr), value :: model
+            integer(c_int64_t) :: number
+        end function
+        function c_model_members(model) bind(c, name='fastmaf_model_members') result(number)
             import :: c_int64_t, c_ptr
             type(c_ptr), value :: model
             integer(c_int64_t) :: number
@@ -391,6 +397,12 @@ contains
         class(flow_model), intent(in) :: self
         integer :: number
         number = int(c_model_parameters(handle_of(self)))
+    end function
+
+    function model_members(self) result(number)
+        class(flow_model), intent(in) :: self
+        integer :: number
+        number = int(c_model_members(handle_of(self)))
     end function
 
     function model_most_values(self) result(number)

@@ -78,7 +78,8 @@ FASTMAF_API void fastmaf_model_free(fastmaf_model *model);
 FASTMAF_API int64_t fastmaf_model_features(const fastmaf_model *model);
 FASTMAF_API int64_t fastmaf_model_context_features(const fastmaf_model *model);
 FASTMAF_API int64_t fastmaf_model_layers(const fastmaf_model *model);        /* networks, linear maps and norms between data and noise, base included */
-FASTMAF_API int64_t fastmaf_model_parameters(const fastmaf_model *model);
+FASTMAF_API int64_t fastmaf_model_members(const fastmaf_model *model);       /* of an ensemble of masks; 0 for a flow. Ensembles have densities, gradients and samples */
+FASTMAF_API int64_t fastmaf_model_parameters(const fastmaf_model *model);    /* members share theirs */
 FASTMAF_API int64_t fastmaf_model_most_values(const fastmaf_model *model);   /* of a discrete variable: 1 for 0/1; 0 where variables are continuous */
 FASTMAF_API fastmaf_dtype fastmaf_model_dtype(const fastmaf_model *model);   /* that the model computes in */
 FASTMAF_API const char *fastmaf_model_name(const fastmaf_model *model, int64_t feature); /* of a column, or NULL; lives as long as the model */

@@ -429,6 +429,10 @@ public:
     std::int64_t layers() const noexcept { return fastmaf_model_layers(handle()); }
     std::int64_t parameters() const noexcept { return fastmaf_model_parameters(handle()); }
 
+    /// Members of an ensemble of masks, which has densities, gradients and samples.
+    /// 0 for a flow.
+    std::int64_t members() const noexcept { return fastmaf_model_members(handle()); }
+
     /// Most values of a discrete variable: 1 for 0/1.
     /// 0 where variables are continuous.
     std::int64_t most_values() const noexcept { return fastmaf_model_most_values(handle()); }

@@ -10,7 +10,8 @@ program evaluate
     character(1000) :: argument, folder
     real(KIND), allocatable :: x(:, :), wide(:, :), context(:, :), value(:), other(:), d_x(:, :), d_context(:, :), samples(:, :)
     real(KIND), allocatable :: shared(:), d_shared(:), of_groups(:, :, :), probabilities(:, :, :), crossed(:, :), one_each(:, :)
-    integer :: rows, d, c, most, i
+    integer :: rows, d, c, most, members, i, status
+    character(200) :: text
 
     call get_command_argument(4, argument)
     read (argument, *) rows
@@ -23,6 +24,7 @@ program evaluate
     d = model%features()
     c = model%context_features()
     most = model%most_values()
+    members = model%members()
     allocate (x(d, rows), context(c, rows), value(rows), other(rows), d_x(d, rows), d_context(c, rows), samples(d, draws))
     allocate (of_groups(d, draws, groups), probabilities(most, d, rows), crossed(rows, groups), one_each(d, groups), d_shared(c))
     call load('x', x)
@@ -42,7 +44,17 @@ program evaluate
     call save1('log_prob', value)
     call save1('log_prob_shared', other)
 
-    if (most > 0) then
+    if (members > 0) then
+        if (c > 0) then
+            call flow%to_noise(x, d_x, context, stat=status, errmsg=text)
+        else
+            call flow%to_noise(x, d_x, stat=status, errmsg=text)
+        end if
+        call require(status == 4, text)
+    end if
+    if (most > 0 .and. members > 0) then
+        call flow%sample(samples, -1_int64, 7_int64, 2, value(:draws))
+    else if (most > 0) then
         if (most == 1) then
             call flow%conditional_probs(x, d_x)
             probabilities(1, :, :) = d_x
@@ -58,10 +70,12 @@ program evaluate
         call save1('value', value)
         call flow%log_prob_and_grad(x, value, d_x, shared, d_shared)
         call save1('d_context_shared', d_shared)
-        call flow%to_noise(x, d_x, context)
-        call save2('noise', d_x)
-        call flow%from_noise(x, d_x, context)
-        call save2('from_noise', d_x)
+        if (members == 0) then
+            call flow%to_noise(x, d_x, context)
+            call save2('noise', d_x)
+            call flow%from_noise(x, d_x, context)
+            call save2('from_noise', d_x)
+        end if
         call flow%sample(samples, shared, -1_int64, 7_int64, 2, value(:draws))
         call flow%sample(of_groups, context(:, :groups), 1_int64)
         call save1('samples_of_groups', reshape(of_groups, [size(of_groups)]))
@@ -84,10 +98,12 @@ program evaluate
         call save1('value', value)
         call save2('d_context', d_context)
         call save1('d_context_shared', d_shared)
-        call flow%to_noise(x, d_x)
-        call save2('noise', d_x)
-        call flow%from_noise(x, d_x)
-        call save2('from_noise', d_x)
+        if (members == 0) then
+            call flow%to_noise(x, d_x)
+            call save2('noise', d_x)
+            call flow%from_noise(x, d_x)
+            call save2('from_noise', d_x)
+        end if
         call flow%sample(samples(:, draws:1:-1), -1_int64, 7_int64, 2, value(draws:1:-1))
         samples = samples(:, draws:1:-1)
         value(:draws) = value(draws:1:-1)

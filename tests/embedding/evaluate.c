@@ -52,7 +52,7 @@ int main(int argc, char **argv) {
     fastmaf_array x, each, shared;
     const fastmaf_array *contexts = NULL, *one = NULL;
     fastmaf_output out, d_x, d_context;
-    int64_t rows, D, C, most;
+    int64_t rows, D, C, most, members;
     void *data, *context = NULL, *a, *b, *c;
     if (argc != 5) fail("evaluate FLOW FOLDER f|d ROWS");
     folder = argv[2];
@@ -64,6 +64,7 @@ int main(int argc, char **argv) {
     D = fastmaf_model_features(model);
     C = fastmaf_model_context_features(model);
     most = fastmaf_model_most_values(model);
+    members = fastmaf_model_members(model);
     data = load("x", rows * D);
     x = fastmaf_rows(data, dtype, rows, D);
     if (C) {
@@ -83,11 +84,12 @@ int main(int argc, char **argv) {
     TRY(fastmaf_log_prob(flow, 1, rows, &x, one, &out));
     save("log_prob_shared", a, rows);
 
-    if (most) {
+    if (most && !members) {
         out = fastmaf_into(a = zeros(rows * D * most), dtype, D * most);
         TRY(fastmaf_conditional_probs(flow, 1, rows, &x, contexts, &out));
         save("probabilities", a, rows * D * most);
-    } else {
+    }
+    if (!most) {
         out = fastmaf_into(a = zeros(rows), dtype, 1);
         d_x = fastmaf_into(b = zeros(rows * D), dtype, D);
         d_context = fastmaf_into(c = zeros(rows * C), dtype, C);
@@ -100,7 +102,8 @@ int main(int argc, char **argv) {
         TRY(fastmaf_log_prob_and_grad(flow, 1, rows, &x, one, &out, NULL, C ? &d_context : NULL));
         free(a);
         save("d_context_shared", c, C);
-
+    }
+    if (!most && !members) {
         out = fastmaf_into(a = zeros(rows * D), dtype, D);
         TRY(fastmaf_to_noise(flow, 1, rows, &x, contexts, &out));
         save("noise", a, rows * D);

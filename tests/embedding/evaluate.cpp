@@ -72,13 +72,14 @@ void run(const fastmaf::Model& model, const std::string& folder, std::int64_t ro
     const auto everything = [&](const auto& contexts, const auto& one) {
         save(in("log_prob"), flow.log_prob(x, contexts));
         save(in("log_prob_shared"), flow.log_prob(turned, one));
-        if (most) {
+        if (most && !model.members()) {
             const std::vector<T> flat = flow.conditional_probs(x, contexts);
             std::vector<T> shaped(flat.size());
             flow.conditional_probs(turned, contexts, fastmaf::view(shaped.data(), rows, D, most));
             require(shaped == flat, "conditional_probs");
             save(in("probabilities"), flat);
-        } else {
+        }
+        if (!most) {
             const auto gradients = flow.log_prob_and_grad(x, contexts);
             save(in("value"), gradients.log_prob);
             save(in("d_x"), gradients.d_x);
@@ -91,6 +92,9 @@ void run(const fastmaf::Model& model, const std::string& folder, std::int64_t ro
                 flow.log_prob_and_grad(turned, one, value, d_x);
             require(C || d_x.by_rows() == gradients.d_x, "gradients into a matrix");
             save(in("d_context_shared"), d_context);
+        }
+        if (!most && !model.members()) {
+            Matrix<T> d_x(rows, D);
             flow.to_noise(turned, contexts, d_x);
             require(d_x.by_rows() == flow.to_noise(x, contexts), "to_noise into a matrix");
             save(in("noise"), d_x.by_rows());
