@@ -1,5 +1,6 @@
 // libfastmaf as a simulation uses it: what calls allocate, threads over one model, the caller's floating-point state, every error.
-// Arguments: files of flows.
+// Arguments: files of flows. FASTMAF_CALLS: how many calls must allocate nothing. FASTMAF_MEMCHECK=1: valgrind runs this; it takes the place of
+// the allocator and knows of no flushing to zero.
 #include <fastmaf.h>
 
 #include <algorithm>
@@ -29,6 +30,7 @@
 #endif
 
 std::atomic<long> allocations{0};
+const bool memcheck = std::getenv("FASTMAF_MEMCHECK") != nullptr;
 
 #if defined(__GLIBC__) && !defined(SANITIZED)
 #define COUNTS_ALLOCATIONS
@@ -192,7 +194,7 @@ void the_callers_floats_stay(const fastmaf_model* model) {
     const unsigned before = _mm_getcsr();
     _mm_setcsr(before | 0x8040);  // flush to zero, denormals are zero
     flushed.run(3, true);
-    CHECK(_mm_getcsr() == (before | 0x8040));
+    CHECK(memcheck || _mm_getcsr() == (before | 0x8040));
     _mm_setcsr(before);
     CHECK(plain.x == flushed.x && plain.density == flushed.density);
 #else
@@ -294,7 +296,7 @@ int main(int argc, char** argv) {
     CHECK(fastmaf_abi_version() == FASTMAF_ABI_VERSION);
 #ifdef COUNTS_ALLOCATIONS
     ::operator delete(::operator new(100));  // called by name: a new-expression may be left out by the compiler
-    CHECK(allocations > 0);
+    CHECK(memcheck || allocations > 0);
 #endif
     CHECK(std::strlen(fastmaf_version()) > 0);
     for (int i = 1; i < argc; ++i) {
