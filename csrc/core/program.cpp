@@ -70,6 +70,7 @@ struct Writer {
 std::vector<std::pair<int, int>> wires_of(const StageSpec& stage) {
     std::vector<std::pair<int, int>> wires;
     if (stage.output == Output::linear) return {{kVariables, 0}, {0, 1}};
+    wires.reserve(stage.maps.size() + 1);
     for (int m = 0; m < int(stage.maps.size()); ++m) wires.push_back({m ? m - 1 : kTile, m});
     if (stage.direct()) wires.push_back({stage.late_context() ? kTile : kVariables, int(stage.maps.size()) - 1});
     return wires;
@@ -380,6 +381,7 @@ template <class T>
 void Program<T>::set_parameters(const std::vector<Piece>& parameters) {
     const PlainFloats floats;
     std::vector<int64_t> end;
+    end.reserve(parameters.size());
     for (const Piece& piece : parameters) end.push_back((end.empty() ? 0 : end.back()) + piece.count);
     if ((end.empty() ? 0 : end.back()) != parameter_count_)
         throw std::logic_error("the flow has " + std::to_string(parameter_count_) + " parameters; others are given");

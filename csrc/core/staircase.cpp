@@ -16,6 +16,7 @@ std::vector<int> sorted_by(const std::vector<int64_t>& key) {
 
 std::vector<int64_t> permuted(const std::vector<int64_t>& key, const std::vector<int>& order) {
     std::vector<int64_t> result;
+    result.reserve(order.size());
     for (int i : order) result.push_back(key[size_t(i)]);
     return result;
 }

@@ -13,7 +13,7 @@ struct Cut {
     int64_t rows, tiles;
     Cut(int64_t total, int width, int64_t most, int threads) {
         int64_t count = (total + most - 1) / most;
-        if (count < 8 * threads) count = round_up(count, threads);
+        if (count < int64_t(8) * threads) count = round_up(count, threads);
         rows = std::max<int64_t>(width, std::min(most, round_up((total + count - 1) / std::max<int64_t>(1, count), width)));
         tiles = (total + rows - 1) / rows;
     }

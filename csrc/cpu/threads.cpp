@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <condition_variable>
 #include <cstdlib>
 #include <exception>
@@ -44,7 +45,7 @@ int available_cores() {
     std::string quota;
     double period = 0;
     if (quota_file >> quota >> period && quota != "max" && period > 0)
-        cores = std::min(cores, std::max(1, int(std::strtod(quota.c_str(), nullptr) / period + 0.5)));
+        cores = std::min(cores, int(std::clamp(std::round(std::strtod(quota.c_str(), nullptr) / period), 1.0, 1e6)));
     return cores;
 }
 

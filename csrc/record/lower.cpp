@@ -12,7 +12,7 @@ namespace fastmaf::record {
 
 namespace {
 
-constexpr int64_t kWidest = int64_t(1) << 30;  // rows of a map, so that sums of a few widths are ints
+constexpr int64_t kWidest = int64_t(1) << 24;  // rows of a map, and columns: places among the lanes of a tile, 48 for each of them, are ints
 constexpr int64_t kUnread = int64_t(1) << 20;  // features that no tensor bears witness to: nothing else bounds what they would cost
 
 // How the maps of a network are wired.
@@ -185,14 +185,14 @@ bool reads_context(const Record& record) {
 
 std::string unsupported(const Record& record) {
     if (const auto* base = std::get_if<Terminal>(&record.base)) {
-        const std::string missing = missing_in(base->network, base->law.kind, false, record.context_features);
+        std::string missing = missing_in(base->network, base->law.kind, false, record.context_features);
         if (!missing.empty()) return missing;
     }
     for (size_t k = front_of(record.layers); k < record.layers.size(); ++k) {
         const Layer& layer = record.layers[k];
         if (std::holds_alternative<Elementwise>(layer)) return "a Elementwise layer behind other layers";
         if (const auto* made = std::get_if<Autoregressive>(&layer)) {
-            const std::string missing = missing_in(made->network, made->law.kind, made->reads_noise, record.context_features);
+            std::string missing = missing_in(made->network, made->law.kind, made->reads_noise, record.context_features);
             if (!missing.empty()) return missing;
         }
     }

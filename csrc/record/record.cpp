@@ -591,6 +591,7 @@ std::vector<Masks> Reader::members(Node node, const Record& record) {
             first += int64_t(own->size());
         }
         std::vector<const std::vector<int64_t>*> views;
+        views.reserve(pieces.size());
         for (const auto& piece : pieces) views.push_back(&piece);
         check_degrees(path, *network, views);
         result.push_back(std::move(member));
