@@ -34,6 +34,7 @@ const bool memcheck = std::getenv("FASTMAF_MEMCHECK") != nullptr;
 
 #if defined(__GLIBC__) && !defined(SANITIZED)
 #define COUNTS_ALLOCATIONS
+#pragma GCC visibility push(default)  // hidden ones replace nothing in shared libraries
 extern "C" {
 void* __libc_malloc(size_t);
 void* __libc_calloc(size_t, size_t);
@@ -50,6 +51,7 @@ int posix_memalign(void** p, size_t alignment, size_t size) {
     return *p ? 0 : 12;
 }
 }
+#pragma GCC visibility pop
 #endif
 
 namespace {
