@@ -39,6 +39,9 @@ Array = NDArray[Any]
 Shape = tuple[int, ...]
 Seed = int | np.integer[Any] | np.random.Generator | np.random.BitGenerator | np.random.SeedSequence | None
 
+FAR = 100
+"""Standard deviations of the contexts of a fit beyond which a context is none of them."""
+
 NATIVE = frozenset(map(np.dtype, "?bhilqBHILQefd"))
 """What backends read: booleans, integers and floats of at most 64 bits in the byte order of this machine."""
 
@@ -214,8 +217,10 @@ def _context(context: Any, context_features: int, device: str = "cpu") -> Array 
     return array
 
 
-def contexts(context: Any, context_features: int, device: str = "cpu") -> tuple[Array | None, int]:
+def contexts(context: Any, context_features: int, device: str = "cpu", usual: tuple[Array, ...] = ()) -> tuple[Array | None, int]:
     """Contexts to sample under, None, (C,) or (c, C), and how many they are; finite, unless they lie on a GPU.
+
+    `usual` may be two finite arrays (C,), the ends between which contexts are expected; a warning names the columns of others.
 
     Examples
     --------
@@ -225,8 +230,14 @@ def contexts(context: Any, context_features: int, device: str = "cpu") -> tuple[
     array = _context(context, context_features, device)
     if array is not None and array.ndim == 3:
         raise ValueError(f"context has shape {array.shape}; it must be ({context_features},) or (c, {context_features})")
-    if type(array) is np.ndarray:
+    if type(array) is np.ndarray and not (usual and ((array >= usual[0]) & (array <= usual[1])).all()):
         finite("context", array)
+        if usual:
+            wrong = ((array < usual[0]) | (array > usual[1])).reshape(-1, context_features).any(axis=0)
+            _words.warn(
+                f"context is far away from those of the fit in {_words.columns(np.flatnonzero(wrong))}, {FAR} standard deviations and "
+                "more: what the flow says there is not learned; check its units"
+            )
     return array, 1 if array is None or array.ndim == 1 else int(array.shape[0])
 
 

@@ -284,7 +284,7 @@ def sample_given(
     n = _arrays.count("n", n)
     k = int(x.shape[-1])
     given, others = _split(flow, k)
-    context, c = _arrays.contexts(context, flow.context_features)
+    context, c = _arrays.contexts(context, flow.context_features, usual=flow.usual_contexts)
     grouped = x.ndim == 2 or (context is not None and context.ndim == 2)
     if x.ndim == 2:
         if context is not None and context.ndim == 2 and len(context) != len(x):

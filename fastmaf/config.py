@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 from collections.abc import Iterator
@@ -39,10 +38,8 @@ def _core() -> Any:
     RuntimeError
         If it is absent.
     """
-    missing = backends.reason("cpu")
-    if missing is not None:
-        raise RuntimeError(f"the cpu backend is absent: {missing}")
-    return importlib.import_module("fastmaf._core")
+    backends.require("cpu")
+    return backends.core()
 
 
 def set_num_threads(n: int) -> None:

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, NoReturn
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastmaf import _arrays, _codec, _device, _files, _random, _tables, _words, masks
+from fastmaf import _arrays, _codec, _device, _files, _random, _tables, _words, backends, masks
 from fastmaf import layers as _layers
 from fastmaf._networks import masked, rebuilt
 from fastmaf.flow import Flow, _check_continuous
@@ -295,7 +295,7 @@ class Ensemble:
         """
         n = _arrays.count("n", n)
         given = context
-        context, c = _arrays.contexts(context, self.context_features)
+        context, c = _arrays.contexts(context, self.context_features, usual=self._flow.record.usual_contexts)
         seed, offset, context_offset = _arrays.seed_and_offsets(seed, offset, context_offset, n, c)
         shape = (c, n) if context is not None and context.ndim == 2 else (n,)
         chosen = self._choices(c, n, seed, offset, context_offset).reshape(-1)
@@ -597,8 +597,9 @@ def _revived(data: bytes) -> Ensemble:
 
 
 def _exp(x: Array) -> Array:
-    """That of the C library, number by number: that of NumPy differs in the last bit from one instruction set to another."""
-    return np.array(list(map(math.exp, x.ravel().tolist()))).reshape(x.shape)
+    """By the compiled core if there is one: NumPy's differs in the last bit from one instruction set to another, and from libfastmaf's."""
+    core = backends.core()
+    return np.exp(x) if core is None else np.asarray(core.exp(x))
 
 
 class _Shared:

@@ -25,9 +25,6 @@ __all__ = ["Flow"]
 
 Array = NDArray[Any]
 
-FAR = 100
-"""Standard deviations of the contexts of a fit beyond which a context is none of them."""
-
 _PRECISIONS = ("highest", "high", "medium")
 
 
@@ -406,7 +403,9 @@ class Flow:
         samples : (n, D) or (c, n, D) array
             Those of `sample`.
         log_prob : (n,) or (c, n) array
-            In the dtype of the flow; NaN for a sample with a NaN alone, as in `log_prob`.
+            In the dtype of the flow; NaN for a sample with a NaN alone, as in `log_prob`. It is that of the row before it is rounded: where
+            the dtype hardly resolves a column, close to a bound or far from 0, `log_prob` of the row as it is returned may differ by
+            nats. ``dtype="float64"`` brings both together.
 
         Raises
         ------
@@ -439,9 +438,7 @@ class Flow:
         record, backend = self._ready()
         n = _arrays.count("n", n)
         given = context
-        context, c = _arrays.contexts(context, record.context_features, self.device)
-        if type(context) is np.ndarray:
-            _warn_of_far_contexts(record, context)
+        context, c = _arrays.contexts(context, record.context_features, self.device, record.usual_contexts)
         seed, offset, context_offset = _arrays.seed_and_offsets(seed, offset, context_offset, n, c)
         groups = (c,) if context is not None and context.ndim == 2 else ()
         shape = (*groups, n, record.features)
@@ -1054,19 +1051,6 @@ def _revived(data: bytes, device: str, precision: str) -> Flow:
 def _empty(shape: tuple[int, ...], dtype: np.dtype[Any], like: Any) -> Any:
     """Room for results, where the arrays that came in lie."""
     return like.empty(shape, dtype) if type(like) is _device.DeviceArray else np.empty(shape, dtype)
-
-
-def _warn_of_far_contexts(record: FlowRecord, context: Array) -> None:
-    """Say of contexts that are nowhere near those of the fit, if an Affine remembers these."""
-    if len(record.context_layers) != 1 or not isinstance(affine := record.context_layers[0], Affine) or not record.fitted:
-        return
-    with np.errstate(all="ignore"):
-        wrong = ~(np.abs((np.asarray(context, np.float64) - affine.loc) * affine.scale) <= FAR).reshape(-1, affine.loc.size).all(axis=0)
-    if wrong.any():
-        _words.warn(
-            f"context is more than {FAR} standard deviations away from those of the fit in {_words.columns(np.flatnonzero(wrong))}; "
-            "what the flow says there is not learned: check its units"
-        )
 
 
 def _check_continuous(record: FlowRecord, what: str) -> None:

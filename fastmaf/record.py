@@ -137,6 +137,11 @@ class FlowRecord:
         return {"epochs", "best_epoch", "settings"} <= set(self.training)
 
     @property
+    def usual_contexts(self) -> tuple[Array, ...]:
+        """The ends between which contexts are like those of the fit, (C,) each; nothing if no lone Affine remembers these."""
+        return self.derived("usual_contexts", _usual_contexts)
+
+    @property
     def discrete(self) -> str:
         """The conditional of the base if its variables are discrete, else nothing."""
         return self.base.conditional if isinstance(self.base, Terminal) and self.base.conditional != "mixture" else ""
@@ -206,6 +211,15 @@ class FlowRecord:
             return vector[position - array.size : position].reshape(array.shape)
 
         return self.replaced(layers=[_refill(layer, take) for layer in self.layers], base=_refill(self.base, take))
+
+
+def _usual_contexts(record: FlowRecord) -> tuple[Array, ...]:
+    if not record.fitted or len(record.context_layers) != 1 or not isinstance(affine := record.context_layers[0], Affine):
+        return ()
+    most = np.finfo(np.float64).max
+    with np.errstate(over="ignore"):
+        reach = _arrays.FAR / np.abs(affine.scale)
+        return np.clip(affine.loc - reach, -most, most), np.clip(affine.loc + reach, -most, most)
 
 
 def width_of(name: str, layer: Any) -> int:

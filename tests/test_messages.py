@@ -245,6 +245,8 @@ def test_contexts_far_from_those_of_the_fit_are_said():
     flow.sample(2, context=[1e9, 0.0], seed=0)  # nothing is known yet
     flow.fit(rng.normal(size=(200, 2)), rng.normal(size=(200, 2)), max_epochs=1, seed=0)
     flow.sample(2, context=[50.0, -50.0], seed=0)
+    with pytest.raises(ValueError, match="context is not finite in column 0"):
+        flow.sample(2, context=[-np.inf, 1e9])
     for context in ([0.0, 1e9], [[0.0, 0.0], [0.0, -1e300]]):
-        with pytest.warns(RuntimeWarning, match="context is more than 100 standard deviations away from those of the fit in column 1; "):
+        with pytest.warns(RuntimeWarning, match="context is far away from those of the fit in column 1, 100 standard deviations and more"):
             flow.sample(2, context=context, seed=0)

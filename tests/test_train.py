@@ -1432,9 +1432,12 @@ def test_rows_in_less_than_all_dimensions_are_said(kind, said, dtype):
 
 def test_what_single_precision_has_rounded_away_is_said(x):
     flow = linear(1 + 1, context_features=1, seed=0)
-    times = np.float32(1.2e9) + np.float32(256) * np.random.default_rng(0).integers(2, size=(len(x), 1)).astype(np.float32)
+    times = np.float32(1.2e9) + np.float32(1000) * np.random.default_rng(0).normal(size=(len(x), 1)).astype(np.float32)
     with pytest.warns(FitWarning, match="float32 cannot resolve column 0 of context, far from 0 for the spread: give it as float64"):
         flow.fit(x, times, max_epochs=1, seed=0)
+    bounded = fastmaf.MAF(2, transforms=1, hidden_features=(), bounds=[None, (1.7e9, None)], seed=0)
+    with pytest.warns(FitWarning, match="float32 cannot resolve column 1 of x, .* or give rows as float64 and draw with"):
+        bounded.fit(np.c_[x[:, 0], 1.7e9 + np.exp(x[:, 0])], max_epochs=1, seed=0)
     late = x.astype(np.float32)
     late[:, 1] = 1.2e9
     with pytest.raises(ValueError, match="x is constant in column 1: .* unless float32 has rounded it away: then give rows as float64"):

@@ -1,5 +1,7 @@
 #include <pybind11/stl.h>
 
+#include <cmath>
+
 #include "../cpu/isa.hpp"
 #include "../cpu/scratch.hpp"
 #include "../cpu/threads.hpp"
@@ -40,6 +42,7 @@ void bind_config(py::module_& module) {
 #endif
         return info;
     });
+    module.def("exp", py::vectorize([](double x) { return std::exp(x); }));  // that of libfastmaf, which NumPy's is not
     module.def(
         "shuffle",
         [](uint64_t seed, uint32_t stream, uint32_t epoch, int64_t rows) {

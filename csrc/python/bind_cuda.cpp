@@ -24,7 +24,7 @@ device::Precision precision_named(const std::string& name) {
     return name == "medium" ? device::Precision::medium : name == "high" ? device::Precision::high : device::Precision::highest;
 }
 
-// An array of the device: (address, dtype, shape, strides in bytes), as fastmaf._cuda gives it.
+// An array of the device: (address, dtype, shape, strides in bytes), as fastmaf.backends.cuda gives it.
 using Description = std::tuple<uintptr_t, std::string, std::vector<int64_t>, std::vector<int64_t>>;
 
 Rows rows_at(const Description& array, int64_t& outer, int64_t& inner) {

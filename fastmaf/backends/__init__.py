@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from fastmaf import _words
 from fastmaf.record import FlowRecord, Runner
 
-__all__ = ["Backend", "active", "choose", "get_backend", "names", "placed", "reason", "require", "set_backend"]
+__all__ = ["Backend", "active", "choose", "core", "get_backend", "names", "placed", "reason", "require", "set_backend"]
 
 
 class Backend(Runner, Protocol):
@@ -99,6 +99,11 @@ def require(name: str) -> Backend:
     if isinstance(loaded, str):
         raise RuntimeError(f"the {name} backend is absent: {loaded}")
     return loaded
+
+
+def core() -> Any:
+    """The compiled core as a module; None if it is absent."""
+    return importlib.import_module("fastmaf._core") if reason("cpu") is None else None
 
 
 def placed(device: str, precision: str) -> Backend:

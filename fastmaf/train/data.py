@@ -46,6 +46,9 @@ MOST = 256
 LARGE = 1e6
 """Values that float32 holds with steps that are felt."""
 
+SINGLE = "give it as float64, or subtract an offset"
+"""The remedy for columns that single precision has rounded."""
+
 
 class FitWarning(UserWarning):
     """Something about a fit or its data that one would want to know."""
@@ -318,7 +321,7 @@ def standardised(record: FlowRecord, train: Rows, wanted: bool | str) -> tuple[F
                 f"x varies in {where} only in rows to validate on, so that nothing can be learned of it: give more rows, or leave it out"
             )
         layers = _placed("x", layers, moments, fresh, wanted == "again", record.names)
-        notes += _notes(record, train, layers, moments) or _degenerate(record, train, moments)
+        notes += _notes(record, train, layers, moments) or _degenerate(record, train)
         if wanted and layers is record.layers:
             notes += _far_out("x", layers, moments, record.names)
         elif not wanted:
@@ -326,16 +329,11 @@ def standardised(record: FlowRecord, train: Rows, wanted: bool | str) -> tuple[F
     if train.context is not None:
         moments = Moments.of("context", train.context, weights, context_layers)
         noise = _noise(train.context, moments)
-        largest = np.maximum(np.abs(moments.low), np.abs(moments.high))
-        if train.context.dtype in (np.float16, np.float32):
-            coarse = np.flatnonzero((largest > LARGE) & (moments.deviation < 100 * _spacing(largest, train.context.dtype)))
-            noise[coarse] &= moments.deviation[coarse] == 0
-            if coarse.size:
-                notes.append(
-                    f"{train.context.dtype} cannot resolve {_words.columns(coarse)} of context, far from 0 for the spread: give it as "
-                    "float64, or subtract an offset"
-                )
         notes += _spoilt("context", train.context, train, context_layers, moments, noise, record.dtype, None)
+        coarse = np.flatnonzero(~noise & _coarse(train.context, moments))
+        if coarse.size:
+            where = _words.columns(coarse)
+            notes.append(f"{train.context.dtype} cannot resolve {where} of context, far from 0 for the spread: {SINGLE}")
         moments.deviation = np.where(noise, 1.0, moments.deviation)  # what does not vary tells nothing, and harms nothing
         context_layers = _placed("context", context_layers, moments, fresh, wanted == "again", None)
         if wanted and context_layers is record.context_layers:
@@ -374,9 +372,8 @@ def _notes(record: FlowRecord, train: Rows, layers: Layers, moments: Moments) ->
     largest, spread = np.maximum(np.abs(moments.low), np.abs(moments.high)), np.where(bounded, np.inf, moments.deviation)
     noise = _noise(train.x, moments) & ~bounded
     notes = _spoilt("x", train.x, train, layers, moments, noise, record.dtype, names)
-    single = train.x.dtype.itemsize < record.dtype.itemsize and train.x.dtype.kind == "f"
-    given = train.x.dtype if single else record.dtype
-    coarse = ~noise & (spread < 100 * _spacing(largest, given))
+    given = min(record.dtype, train.x.dtype, key=lambda dtype: dtype.itemsize if dtype.kind == "f" else 8)
+    coarse = ~noise & _coarse(train.x, moments, given, bounded)
     limits = np.finfo(record.dtype)
     outside = ~noise & ~bounded & ((largest > float(limits.max) / 100) | (spread < float(limits.tiny) * 100))
     if (coarse & ~outside).any():
@@ -395,7 +392,7 @@ def _notes(record: FlowRecord, train: Rows, layers: Layers, moments: Moments) ->
     return notes
 
 
-def _degenerate(record: FlowRecord, train: Rows, moments: Moments) -> list[str]:
+def _degenerate(record: FlowRecord, train: Rows) -> list[str]:
     """About rows in less than all dimensions, where a density has no bound."""
     rows = train.x[train.rows[:: -(-train.rows.size // MANY)]].astype(np.float64)
     if len(rows) < 10 * FEW:  # too few to tell
@@ -420,8 +417,7 @@ def _degenerate(record: FlowRecord, train: Rows, moments: Moments) -> list[str]:
     if not np.isfinite(values).all():
         return []
     small, directions = np.linalg.eigh(values.T @ values)
-    bound = {np.dtype(np.float16): 1e-6}.get(train.x.dtype, 1e-12)
-    follows = np.flatnonzero((np.abs(directions[:, small < bound]) > 0.05).any(axis=1))
+    follows = np.flatnonzero((np.abs(directions[:, small < 1e-12]) > 0.05).any(axis=1))
     if not follows.size:
         return []
     return [
@@ -432,6 +428,15 @@ def _degenerate(record: FlowRecord, train: Rows, moments: Moments) -> list[str]:
 def _spacing(values: Array, dtype: Any) -> Array:
     with np.errstate(all="ignore"):
         return np.asarray(np.abs(np.spacing(values.astype(dtype))), np.float64)
+
+
+def _coarse(array: Array, moments: Moments, dtype: np.dtype[Any] | None = None, bounded: Any = False) -> Array:
+    """Columns whose spread, a quarter of the range where they are bounded, is few steps of a dtype; of their own, if None is named."""
+    if dtype is None:
+        dtype = array.dtype if array.dtype.kind == "f" else np.dtype(np.float64)
+    largest = np.maximum(np.abs(moments.low), np.abs(moments.high))
+    spread = np.where(bounded, (moments.high - moments.low) / 4, moments.deviation)
+    return np.asarray(spread < 100 * _spacing(largest, dtype))
 
 
 def _noise(array: Array, moments: Moments) -> Array:
@@ -449,7 +454,8 @@ def _spoilt(
     notes, varying = [], noise & (moments.deviation > 0)
     if varying.any():
         where = _words.columns(np.flatnonzero(varying), names)
-        notes.append(f"{name} varies in {where} by no more than rounding errors; if it is constant, leave it out")
+        remedy = "" if array.dtype.itemsize >= 8 else f"; if not, {SINGLE}"
+        notes.append(f"{name} varies in {where} by no more than rounding errors; if it is constant, leave it out{remedy}")
     lost = ~noise & _collapsed(array[train.rows[:: -(-train.rows.size // SOME)]], layers, moments, dtype)
     if lost.any():
         where = _words.columns(np.flatnonzero(lost), names)
