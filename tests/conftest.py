@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,10 @@ import fastmaf
 from fastmaf import backends, config
 
 BACKENDS = ("reference", "numba", "cpu-baseline", "cpu-avx2", "cpu-avx512", "cuda")
+# What a shell starts in the background ignores Ctrl-C, and so do its children.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 EXPECTED = frozenset(filter(None, os.environ.get("FASTMAF_EXPECT", "").split(",")))
 
 
