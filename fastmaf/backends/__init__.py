@@ -51,7 +51,7 @@ _REMEDIES = {
     "cpu": "install fastmaf from source with a C++17 compiler: pip install .",
     "numba": "pip install 'fastmaf[numba]'",
     "reference": "reinstall fastmaf",
-    "cuda": "on a machine with an NVIDIA GPU and nvcc, pip install . -Ccmake.define.FASTMAF_CUDA=ON",
+    "cuda": "on a machine with an NVIDIA GPU and nvcc, pip install . --config-settings=cmake.define.FASTMAF_CUDA=ON",
 }
 
 names = tuple(_REMEDIES)
