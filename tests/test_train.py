@@ -948,7 +948,7 @@ def mutations(data, rng):
 def test_mutated_checkpoints_are_refused_by_name(x, tmp_path):
     path = tmp_path / "c"
     made = fastmaf.MAF(2, 1, transforms=1, hidden_features=(3,), batch_norm=True)
-    options = {"context": x[:200, :1], "batch_size": 100, "checkpoint": path}
+    options = {"context": x[200:400, :1], "batch_size": 100, "checkpoint": path}
     made.fit(x[:200], max_epochs=2, **options)
     refused = 0
     for data in mutations(path.read_bytes(), np.random.default_rng(0)):
@@ -1013,7 +1013,7 @@ def test_seeds_of_numpy(x):
 
 
 def test_contexts_that_do_not_vary(x):
-    context = np.column_stack([x[:, 0], np.full(2000, 7.0), np.zeros(2000)])
+    context = np.column_stack([x[::-1, 0], np.full(2000, 7.0), np.zeros(2000)])
     flow = linear(context_features=3)
     flow.fit(x, context, max_epochs=1)
     affine = flow.context_layers[0]
@@ -1167,9 +1167,9 @@ def test_other_data_in_a_second_fit(x):
         history = flow.fit(1e6 * x, max_epochs=1)
     assert flow.layers[0] == first and history.start < -1e6
     other = linear(context_features=1)
-    other.fit(x, x[:, :1], max_epochs=1)
+    other.fit(x, x[::-1, :1], max_epochs=1)
     with pytest.warns(FitWarning, match="context is not standard in column 0"):
-        other.fit(x, 1e5 * x[:, :1], max_epochs=1)
+        other.fit(x, 1e5 * x[::-1, :1], max_epochs=1)
     history = flow.fit(1e6 * x, standardize="again", max_epochs=1)
     assert history.start == pytest.approx(math.nan, nan_ok=True) or history.start > -60
     assert flow.layers[0].loc == pytest.approx(1e6 * x.mean(axis=0), rel=0.01)
@@ -1260,20 +1260,20 @@ def test_some_values_far_away_are_said_however_many_they_are(share, others, dtyp
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_values_far_away_and_rounding_errors_are_said_of_contexts_too(dtype):
-    context = Z[:, ::-1].copy()
+    context = Z[::-1].copy()
     context[::10, 1] = 1e30
     flow = linear(context_features=2, dtype=dtype)
     assert warned(flow, Z, context=context)[0].startswith(
         f"some values of context in column 1 are so far away that the others hardly differ in {dtype}"
     )
-    context = np.c_[Z[:, 1], (0.3 + Z[:, 1]) - Z[:, 1]]
+    context = np.c_[Z[::-1, 1], (0.3 + Z[:, 1]) - Z[:, 1]]
     flow = linear(context_features=2, dtype=dtype)
     assert warned(flow, Z, context=context) == [
         "context varies in column 1 by no more than rounding errors; if it is constant, leave it out"
     ]
     assert flow.context_layers[0].scale[1] == 1, "else 0.31 would be 1e14 deviations away"
     for offset, scale in ((1.2e9, 1e-3), (0, 1e46), (0, 1e-46)):  # the Affine of the context is applied in double
-        assert warned(linear(context_features=1, dtype=dtype), Z, context=offset + scale * Z[:, :1]) == []
+        assert warned(linear(context_features=1, dtype=dtype), Z, context=offset + scale * Z[::-1, :1]) == []
 
 
 @pytest.mark.parametrize("largest", [1e5, 1e300, 1e308])
@@ -1407,6 +1407,14 @@ def degenerate(kind, rng):
         x[:, 1] = np.floor(1e5 * x[:, 1])
     elif kind == "near":
         x[:, 2] = x[:, 0] + 1e-4 * rng.normal(size=600)
+    elif kind == "few":
+        x = x[:60]
+        x[:, 2] = 1 - x[:, 0]
+    elif kind == "few whole":
+        x = x[:60]
+        x[:, 2] = x[:, 0] > 0
+    elif kind == "point":
+        x[rng.random(600) < 0.2, 1] = 0
     return x
 
 
@@ -1418,6 +1426,9 @@ def degenerate(kind, rng):
         ("sum", "columns of x follow from each other, .* leave out one of columns 0, 1, 2$"),
         ("copies", "x has [1-7] different rows among 540, whose density has no bound: drop the copies"),
         ("whole", "x has few different whole numbers in column 1, whose density has no bound: add uniform noise"),
+        ("few", "columns of x follow from each other, .* leave out one of columns 0, 2$"),
+        ("few whole", "x has few different whole numbers in column 2, whose density has no bound: add uniform noise"),
+        ("point", r"x has up to \d+ % of the rows at one value in column 1, whose density has no bound: leave those rows out"),
         *((kind, None) for kind in ("plain", "rounded", "counts", "near")),
     ],
 )
@@ -1428,6 +1439,39 @@ def test_rows_in_less_than_all_dimensions_are_said(kind, said, dtype):
         linear(3, seed=0).fit(x, max_epochs=1, seed=0)
     notes = [str(note.message) for note in seen]
     assert (not notes) if said is None else len(notes) == 1 and re.search(said, notes[0]), notes
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rows_that_sum_to_one_within_bounds_are_said(dtype):
+    x = np.random.default_rng(0).dirichlet([2, 3, 4], size=600).astype(dtype)
+    with pytest.warns(FitWarning, match="columns of x follow from each other, .* leave out one of columns 0, 1, 2$"):
+        linear(3, bounds=3 * [(0, 1)], seed=0).fit(x, max_epochs=1, seed=0)
+
+
+def test_what_x_shares_with_the_context_is_said(x):
+    context = np.c_[np.ones(len(x)), np.random.default_rng(0).normal(size=len(x)), 3 * x[:, 1] - 7]
+    flow = linear(2, context_features=3, seed=0)
+    with pytest.warns(FitWarning, match="column 1 of x can be told from the context, and the density has no bound: leave out what"):
+        flow.fit(x, context, max_epochs=1, seed=0)
+    context[:, 2] = 1 - context[:, 1]  # what follows within the context is no matter
+    linear(2, context_features=3, seed=0).fit(x, context, max_epochs=1, seed=0)
+
+
+def test_validation_rows_far_from_all_others_are_said(x):
+    held, context = x[:100].copy(), np.random.default_rng(0).normal(size=(len(x), 1))
+    held[7, 1] = -9999
+    with pytest.warns(FitWarning, match="validation x has values in column 1 more than 10 ranges away from all rows to train on"):
+        linear(seed=0).fit(x, validation=held, max_epochs=1, seed=0)
+    strange = context[:100].copy()
+    strange[3] = -9999
+    with pytest.warns(FitWarning, match="validation context has values in column 0 more than 10 ranges away"):
+        linear(2, context_features=1, seed=0).fit(x, context, validation=(x[:100], strange), max_epochs=1, seed=0)
+
+
+def test_notes_of_a_callback_stay_with_the_flow(x):
+    flow = linear(seed=0, names=["a", "b"])
+    flow.fit(x, max_epochs=2, seed=0, callback=lambda epoch: flow.training.update(seen=epoch["epoch"]))
+    assert flow.training["seen"] == 2 and flow.training["epochs"] == 2
 
 
 def test_what_single_precision_has_rounded_away_is_said(x):

@@ -37,11 +37,17 @@ MANY = 8192
 FEW = 30
 """Rows that are few for a fit, if there are ten times as many that count for little."""
 
+POINT = 0.05
+"""Share of the rows at one value that is no accident in a continuous variable."""
+
 SOME = 512
 """Rows that show whether values fall together."""
 
 MOST = 256
 """Columns of which it is found out whether some follow from others."""
+
+ASTRAY = 10
+"""Ranges of the training rows beyond which a validation row is none like them."""
 
 LARGE = 1e6
 """Values that float32 holds with steps that are felt."""
@@ -290,10 +296,11 @@ def _unbounded(values: NDArray[np.float64], layers: Layers) -> NDArray[np.float6
     return result
 
 
-def standardised(record: FlowRecord, train: Rows, wanted: bool | str) -> tuple[FlowRecord, list[str]]:
+def standardised(record: FlowRecord, train: Rows, wanted: bool | str, held: Rows | None = None) -> tuple[FlowRecord, list[str]]:
     """The record with the data's mean and deviation in the Affines in front, if that is wanted, and what to warn of; judges the data.
 
-    `wanted` is True for a flow that was never fitted, if its Affine is the identity or absent; "again" whatever was there.
+    `wanted` is True for a flow that was never fitted, if its Affine is the identity or absent; "again" whatever was there. `held` are
+    validation rows that do not come from the same arrays.
     """
     weights = np.zeros(len(train.x))
     weights[train.rows] = 1.0 if train.weights is None else train.weights[train.rows]
@@ -322,6 +329,8 @@ def standardised(record: FlowRecord, train: Rows, wanted: bool | str) -> tuple[F
             )
         layers = _placed("x", layers, moments, fresh, wanted == "again", record.names)
         notes += _notes(record, train, layers, moments) or _degenerate(record, train)
+        if held is not None:
+            notes += _astray("validation x", held.x, held, moments, record.names)
         if wanted and layers is record.layers:
             notes += _far_out("x", layers, moments, record.names)
         elif not wanted:
@@ -330,6 +339,8 @@ def standardised(record: FlowRecord, train: Rows, wanted: bool | str) -> tuple[F
         moments = Moments.of("context", train.context, weights, context_layers)
         noise = _noise(train.context, moments)
         notes += _spoilt("context", train.context, train, context_layers, moments, noise, record.dtype, None)
+        if held is not None and held.context is not None:
+            notes += _astray("validation context", held.context, held, moments, None)
         coarse = np.flatnonzero(~noise & _coarse(train.context, moments))
         if coarse.size:
             where = _words.columns(coarse)
@@ -394,35 +405,54 @@ def _notes(record: FlowRecord, train: Rows, layers: Layers, moments: Moments) ->
 
 def _degenerate(record: FlowRecord, train: Rows) -> list[str]:
     """About rows in less than all dimensions, where a density has no bound."""
-    rows = train.x[train.rows[:: -(-train.rows.size // MANY)]].astype(np.float64)
-    if len(rows) < 10 * FEW:  # too few to tell
+    chosen = train.rows[:: -(-train.rows.size // MANY)]
+    rows = train.x[chosen].astype(np.float64)
+    if len(rows) < FEW:  # too few to tell
         return []
+    different = len(np.unique(rows, axis=0))
+    if 10 * different <= len(rows):
+        return [f"x has {different} different rows among {len(rows)}, whose density has no bound: drop the copies, or add noise"]
+    counts = [np.unique(column, return_counts=True)[1] for column in rows.T]
     integers = np.flatnonzero((rows == np.floor(rows)).all(axis=0))
-    whole = [int(j) for j in integers if 10 * np.unique(rows[:, j]).size <= len(rows)]
+    whole = [int(j) for j in integers if 10 * counts[j].size <= len(rows)]
     if whole:
         return [
             f"x has few different whole numbers in {_words.columns(whole, record.names)}, whose density has no bound: add uniform noise, "
             'or let MADE(conditional="categorical") have them'
         ]
-    different = len(np.unique(rows, axis=0))
-    if 10 * different <= len(rows):
-        return [f"x has {different} different rows among {len(rows)}, whose density has no bound: drop the copies, or add noise"]
-    if not 1 < record.features <= MOST or len(rows) <= 2 * record.features:
-        return []
-    values = _unbounded(rows, record.layers)
+    shares = np.array([count.max() / len(rows) for count in counts])
+    if (points := np.flatnonzero(shares > POINT)).size:
+        most = f"{100 * shares.max():.0f} % of the rows at one value in {_words.columns(points, record.names)}"
+        return [f"x has up to {most}, whose density has no bound: leave those rows out and count them apart, or add noise"]
+    follows = np.flatnonzero(_linked(rows) | _linked(_unbounded(rows, record.layers)))
+    if follows.size:
+        where = _words.columns(follows, record.names)
+        return [f"columns of x follow from each other, and their density has no bound: leave out one of {where}"]
+    if train.context is not None:
+        context = train.context[chosen].astype(np.float64)
+        context = context[:, (context != context[0]).any(axis=0)]
+        follows = np.flatnonzero(_linked(np.hstack([rows, context]))[: record.features])
+        if follows.size:
+            where = _words.columns(follows, record.names)
+            return [f"{where} of x can be told from the context, and the density has no bound: leave out what x and context share"]
+    return []
+
+
+def _linked(values: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Columns that are sums of others, but for factors, a constant and rounding; none are found where rows are few, or columns many."""
+    rows, width = values.shape
+    none = np.zeros(width, bool)
+    if not 1 < width <= MOST or rows <= 2 * width:
+        return none
     with np.errstate(all="ignore"):
-        values /= np.abs(values).max(axis=0)
+        values = values / np.abs(values).max(axis=0)
         values -= values.mean(axis=0)
         values /= np.sqrt(np.einsum("ij,ij->j", values, values))
     if not np.isfinite(values).all():
-        return []
+        return none
     small, directions = np.linalg.eigh(values.T @ values)
-    follows = np.flatnonzero((np.abs(directions[:, small < 1e-12]) > 0.05).any(axis=1))
-    if not follows.size:
-        return []
-    return [
-        f"columns of x follow from each other, and their density has no bound: leave out one of {_words.columns(follows, record.names)}"
-    ]
+    linked: NDArray[np.bool_] = (np.abs(directions[:, small < 1e-12]) > 0.05).any(axis=1)
+    return linked
 
 
 def _spacing(values: Array, dtype: Any) -> Array:
@@ -468,6 +498,24 @@ def _spoilt(
         where = _words.columns(np.flatnonzero(marked), names)
         notes.append(f"rows of {name} share one value in {where} that is far from all others; drop them if it stands for a missing one")
     return notes
+
+
+def _astray(name: str, array: Array, held: Rows, moments: Moments, names: Sequence[str] | None) -> list[str]:
+    """About validation rows that are not where the training rows are."""
+    width, step = array.shape[1], max(1, BLOCK // array.shape[1])
+    least, most = np.full(width, math.inf), np.full(width, -math.inf)
+    for first in range(0, held.rows.size, step):
+        block = array[held.rows[first : first + step]].astype(np.float64)
+        least, most = np.minimum(least, block.min(axis=0)), np.maximum(most, block.max(axis=0))
+    with np.errstate(all="ignore"):
+        reach = ASTRAY * (moments.high - moments.low)
+        wrong = np.flatnonzero((reach > 0) & ((least < moments.low - reach) | (most > moments.high + reach)))
+    if not wrong.size:
+        return []
+    return [
+        f"{name} has values in {_words.columns(wrong, names)} more than {ASTRAY} ranges away from all rows to train on, and one such row "
+        "can decide when the fit stops: drop those that stand for missing values"
+    ]
 
 
 def _marked(rows: Array) -> Array:

@@ -242,12 +242,13 @@ def fit(
 
     first_x = x(0) if callable(x) else x
     train, held = data.split(record, first_x, context, weights, held_out, settings["seed"], callable(x))
-    start, notes = data.standardised(record, train, settings["standardize"])
+    apart = held if settings["validation"] == "given" else None
+    start, notes = data.standardised(record, train, settings["standardize"], apart)
     if record.names is None and _tables.has_other_labels(x):
         notes.append(
             "x has column labels that cannot be names (text, all different), so that columns go by place: rename them, or x.to_numpy()"
         )
-    if held is not None and settings["validation"] == "given" and (few := data.uneven("validation weights", held.weights)):
+    if apart is not None and (few := data.uneven("validation weights", apart.weights)):
         notes.append(few)
     for note in notes:
         warnings.warn(note, FitWarning, stacklevel=3)
@@ -439,8 +440,8 @@ class _Run:
 
     def install(self) -> None:
         """Give the flow its best weights."""
-        record = self.trained(self.best, self.best_statistics)
-        self.flow._record = record.replaced(training={**self.start.training, **self.summary()})
+        record, noted = self.trained(self.best, self.best_statistics), self.flow._record.training  # a callback may have added to it
+        self.flow._record = record.replaced(training={**self.start.training, **noted, **self.summary()})
         if self.members is not None:
             self.members.weights = self.best
 
