@@ -6,7 +6,7 @@ without context leaves `rows` by its first return: a call on one row takes a few
 
 from __future__ import annotations
 
-import operator
+import math
 import secrets
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -24,6 +24,7 @@ __all__ = [
     "contexts",
     "count",
     "cotangents",
+    "empty",
     "finite",
     "float_dtype",
     "names",
@@ -41,6 +42,8 @@ Seed = int | np.integer[Any] | np.random.Generator | np.random.BitGenerator | np
 
 FAR = 100
 """Standard deviations of the contexts of a fit beyond which a context is none of them."""
+
+count = _words.count
 
 NATIVE = frozenset(map(np.dtype, "?bhilqBHILQefd"))
 """What backends read: booleans, integers and floats of at most 64 bits in the byte order of this machine."""
@@ -271,26 +274,6 @@ def all_or_none(result: Array) -> Array:
     return result
 
 
-def count(name: str, value: Any, lowest: int = 0, limit: int = 2**63, must: str = "an integer") -> int:
-    """An integer in [lowest, limit); no truth value.
-
-    Examples
-    --------
-    >>> count("n", np.int32(3))
-    3
-    """
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} is {_words.shown(value)}; it must be {must}") from None
-    if not lowest <= number < limit:
-        bound = f"at least {lowest}" if number < lowest else f"below {limit}"
-        raise ValueError(f"{name} is {_words.shown(number)}; it must be {bound}")
-    return number
-
-
 def seed_and_offsets(seed: Seed, offset: Any, context_offset: Any, n: int, c: int) -> tuple[int, int, int]:
     """A seed of 64 bits, fresh if it is None, and the offsets of the samples and of the contexts.
 
@@ -358,6 +341,29 @@ def sample_dtype(dtype: DTypeLike | None, out: Any, own: np.dtype[Any]) -> np.dt
             raise ValueError(f"dtype is {float_dtype(dtype)} and out has dtype {given}; leave one of them out")
         return cast("np.dtype[Any]", given)
     return own if dtype is None else float_dtype(dtype)
+
+
+def empty(shape: Shape, dtype: np.dtype[Any]) -> Array:
+    """Room for results.
+
+    Raises
+    ------
+    MemoryError
+        If there is none.
+
+    Examples
+    --------
+    >>> empty((10**9, 10**9), np.dtype("float32"))
+    Traceback (most recent call last):
+    MemoryError: no memory for a result of shape (1000000000, 1000000000) in float32, 3.7e+09 GiB; ask for fewer rows at a time
+    """
+    try:
+        return np.empty(shape, dtype)
+    except (MemoryError, ValueError):  # the latter where no memory could have as many
+        size = math.prod(shape) * dtype.itemsize / 2**30
+        raise MemoryError(
+            f"no memory for a result of shape {_words.shapes(shape)} in {dtype}, {size:.2g} GiB; ask for fewer rows at a time"
+        ) from None
 
 
 def output(out: Any, shape: Shape, dtype: np.dtype[Any], *inputs: Array | None, device: str = "cpu") -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import secrets
@@ -39,7 +40,10 @@ def save(data: bytes, path_or_file: str | os.PathLike[str] | IO[bytes]) -> None:
     if isinstance(path_or_file, (str, os.PathLike)):
         write(path_or_file, data, "path_or_file")
     elif callable(getattr(path_or_file, "write", None)):
-        path_or_file.write(data)
+        try:
+            path_or_file.write(data)
+        except (TypeError, io.UnsupportedOperation):
+            raise ValueError('path_or_file is a file of text, or not open for writing; open it with "wb"') from None
     else:
         raise ValueError(f"path_or_file is {_words.shown(path_or_file)}; it must be a path or a binary file")
 

@@ -296,7 +296,7 @@ def sample_given(
     values = np.broadcast_to(x, (c, k)).astype(dtype)
     contexts = None if context is None else np.broadcast_to(context, (c, flow.context_features))
     place = (seed, offset, context_offset)
-    samples = np.empty((c, n, flow.features), dtype)
+    samples = _arrays.empty((c, n, flow.features), dtype)
     if others.size and samples.size:
         conditional = rest(flow, k)
         if conditional is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["astray", "columns", "cut", "flag", "named", "number", "one_of", "shapes", "shown", "warn"]
+__all__ = ["astray", "columns", "count", "cut", "flag", "named", "number", "of_type", "one_of", "shapes", "shown", "warn"]
 
 LONGEST = 60
 """Characters of the longest word for a value."""
@@ -71,6 +72,19 @@ def shown(value: Any) -> str:
     return f"of type {cut(kind.__name__, 40)}"
 
 
+def of_type(name: str, value: Any, kind: type) -> None:
+    """Refuse what is of another type.
+
+    Examples
+    --------
+    >>> of_type("base", 3, dict)
+    Traceback (most recent call last):
+    ValueError: base is 3; it must be of type dict
+    """
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} is {shown(value)}; it must be of type {kind.__name__}")
+
+
 def one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
     """What to say of a word that is none of those allowed.
 
@@ -121,6 +135,26 @@ def number(name: str, value: Any) -> float:
         return float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         raise ValueError(f"{name} is {shown(value)}; it must be a number") from None
+
+
+def count(name: str, value: Any, lowest: int = 0, limit: int = 2**63, must: str = "an integer") -> int:
+    """An integer in [lowest, limit); no truth value.
+
+    Examples
+    --------
+    >>> count("n", np.int32(3))
+    3
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} is {shown(value)}; it must be {must}") from None
+    if not lowest <= number < limit:
+        bound = f"at least {lowest}" if number < lowest else f"below {limit}"
+        raise ValueError(f"{name} is {shown(number)}; it must be {bound}")
+    return number
 
 
 def flag(name: str, value: Any) -> bool:

@@ -154,12 +154,13 @@ def get_isa() -> str:
     return str(_core().isa())
 
 
-def set_isa(name: str) -> None:
+def set_isa(name: str | None) -> None:
     """Choose the instruction set of the compiled core; ``FASTMAF_ISA`` does so for a whole process.
 
     Parameters
     ----------
-    name : {"baseline", "avx2", "avx512"}
+    name : {"baseline", "avx2", "avx512"} or None
+        None takes what a new process would: that of ``FASTMAF_ISA``, else the widest.
 
     Raises
     ------
@@ -174,6 +175,7 @@ def set_isa(name: str) -> None:
     >>> fastmaf.set_isa("avx2")  # doctest: +SKIP
     """
     available = available_isas()
+    name = os.environ.get("FASTMAF_ISA", available[0]) if name is None else name
     if not isinstance(name, str) or name not in available:
         raise ValueError(f"isa is {_words.shown(name)}; this machine and this build have {', '.join(map(repr, available))}")
     _core().set_isa(name)

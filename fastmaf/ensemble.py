@@ -209,7 +209,7 @@ class Ensemble:
         """
         given = x
         x, context, shape = _arrays.rows("x", x, context, self.features, self.context_features, names=self.names)
-        result = np.empty(shape, self.dtype) if out is None else _arrays.output(out, shape, self.dtype, x, context)
+        result = _arrays.empty(shape, self.dtype) if out is None else _arrays.output(out, shape, self.dtype, x, context)
         total, members = np.full(shape, -np.inf), self._shared.members()
         with np.errstate(invalid="ignore"):
             for member in members:
@@ -268,13 +268,14 @@ class Ensemble:
         seed: Seed = None,
         offset: int = 0,
         context_offset: int = 0,
+        out: Array | None = None,
         dtype: DTypeLike | None = None,
     ) -> Array:
         """Draw from the ensemble: each row from a member drawn for it.
 
         Parameters
         ----------
-        n, context, seed, offset, context_offset, dtype
+        n, context, seed, offset, context_offset, out, dtype
             As in `Flow.sample`, splits by offset included.
 
         Returns
@@ -298,9 +299,11 @@ class Ensemble:
         context, c = _arrays.contexts(context, self.context_features, usual=self._flow.record.usual_contexts)
         seed, offset, context_offset = _arrays.seed_and_offsets(seed, offset, context_offset, n, c)
         shape = (c, n) if context is not None and context.ndim == 2 else (n,)
+        dtype = self._flow.record.sample_dtype(dtype, out)
+        shape = (*shape, self.features)
+        samples = _arrays.empty(shape, dtype) if out is None else _arrays.output(out, shape, dtype, context)
+        rows_of_all = samples.reshape(c * n, self.features)
         chosen = self._choices(c, n, seed, offset, context_offset).reshape(-1)
-        dtype = self._flow.record.sample_dtype(dtype)
-        samples = np.empty((c * n, self.features), dtype)
         for k, member in enumerate(self._shared.members()):
             own = np.flatnonzero(chosen == k)
             if not own.size:
@@ -311,8 +314,8 @@ class Ensemble:
             counters = (index.astype(np.uint64) + np.uint64(offset), group.astype(np.uint64) + np.uint64(context_offset))
             record, backend = member._ready()
             backend.sample_rows(record, *counters, rows, seed, drawn)
-            samples[own] = drawn
-        return _device.native(samples.reshape(*shape, self.features), given)
+            rows_of_all[own] = drawn
+        return out if out is not None else _device.native(samples, given)
 
     def sample_and_log_prob(
         self,
@@ -349,7 +352,7 @@ class Ensemble:
         >>> samples.shape, log_prob.shape
         ((10, 3), (10,))
         """
-        samples = self.sample(n, context, seed, offset, context_offset, dtype)
+        samples = self.sample(n, context, seed, offset, context_offset, dtype=dtype)
         return samples, self.log_prob(samples, context)
 
     def _choices(self, c: int, n: int, seed: int, offset: int, context_offset: int) -> Array:
@@ -606,6 +609,8 @@ class _Shared:
     """What an ensemble is, checked when made and never changed: a flow but for its network, the weights, and the masks of its members."""
 
     def __init__(self, flow: Flow, conditioner: Conditioner, ranks: ArrayLike, degrees: ArrayLike) -> None:
+        _words.of_type("flow", flow, Flow)
+        _words.of_type("conditioner", conditioner, Conditioner)
         networks = [record for record in (*flow.layers, flow.base) if isinstance(record, (Autoregressive, Terminal))]
         if len(networks) != 1:
             raise ValueError(f"the flow has {len(networks)} networks; an ensemble needs exactly one")
@@ -648,13 +653,9 @@ def _weights(net: Conditioner) -> Iterator[Array]:
 
 
 def _integers(name: str, value: ArrayLike, columns: int, what: str) -> Array:
-    array = np.array(value)
-    if array.ndim != 2 or array.shape[1] != columns or (array.dtype.kind not in "iu" and array.size):
-        raise ValueError(
-            f"{name} has shape {array.shape} and dtype {array.dtype}; it must hold an integer for each {what}, {columns} a row"
-        )
-    array = array.astype(np.int64)
-    array.flags.writeable = False
+    array = _layers._frozen(name, value, 2, "i")
+    if array.shape[1] != columns:
+        raise ValueError(f"{name} has shape {_words.shapes(array.shape)}; it must hold an integer for each {what}, {columns} a row")
     return array
 
 

@@ -556,8 +556,8 @@ class Flow:
         Parameters
         ----------
         x, context : arrays
-            As in `log_prob`. A NaN or infinity in x makes the probabilities of the variables behind it NaN, and no others (on a GPU it may
-            spoil its whole row).
+            As in `log_prob`. What is no value of its variable (NaN, 0.5, a category too large) makes the probabilities of the variables
+            behind it NaN, and no others (on a GPU NaN may spoil its whole row, and other such values are not looked for).
 
         Returns
         -------
@@ -587,13 +587,11 @@ class Flow:
         result = _empty((*shape, record.features, *([max(base.categories)] if base.categories else [])), record.dtype, x)
         if not result.size:
             return result if type(given) is np.ndarray else _device.native(result, given)
-        unknown = None
-        with np.errstate(all="ignore"):
-            if type(x) is np.ndarray and x.dtype.kind == "f" and not abs(np.sum(x, dtype=np.float64)) <= np.finfo(record.dtype).max:
-                unknown = ~(np.abs(x) <= np.finfo(record.dtype).max)
-                x = np.where(unknown, 0, x)
+        unknown = _impossible(x, base) if type(x) is np.ndarray else None
+        if unknown is not None:
+            x = np.where(unknown, 0, x)
         backend.conditional_probs(record, x, context, result)
-        if unknown is not None and unknown.any():  # what comes behind an unknown value is unknown
+        if unknown is not None:  # what comes behind an unknown value is unknown
             first = np.where(unknown, base.ranks, base.ranks.max() + 1).min(axis=-1, keepdims=True)
             result[np.broadcast_to(base.ranks > first, result.shape[: len(shape) + 1])] = np.nan
         return result if type(given) is np.ndarray else _device.native(result, given)
@@ -1050,7 +1048,19 @@ def _revived(data: bytes, device: str, precision: str) -> Flow:
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype[Any], like: Any) -> Any:
     """Room for results, where the arrays that came in lie."""
-    return like.empty(shape, dtype) if type(like) is _device.DeviceArray else np.empty(shape, dtype)
+    return like.empty(shape, dtype) if type(like) is _device.DeviceArray else _arrays.empty(shape, dtype)
+
+
+def _impossible(x: Array, base: Terminal) -> Array | None:
+    """Where rows have what is no value of its variable; None if nowhere."""
+    if base.conditional == "bernoulli":
+        possible = (x == 0) | (x == 1)
+        return None if possible.all() else ~possible
+    counts = np.array(base.categories)
+    with np.errstate(invalid="ignore"):
+        if (x == np.floor(x)).all() and x.min() >= 0 and (x.reshape(-1, x.shape[-1]).max(axis=0) < counts).all():
+            return None
+        return np.asarray(~((x >= 0) & (x < counts) & (x == np.floor(x))))
 
 
 def _check_continuous(record: FlowRecord, what: str) -> None:

@@ -92,6 +92,15 @@ def _expect(name: str, array: Array, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} has shape {array.shape}; expected {shape}")
 
 
+def _sequence(name: str, value: Any, kind: type) -> tuple[Any, ...]:
+    if not np.iterable(value) or isinstance(value, (str, bytes, Mapping)):
+        raise ValueError(f"{name} is {_words.shown(value)}; it must be a sequence")
+    items = tuple(value)
+    for k, item in enumerate(items):
+        _words.of_type(f"{name}[{k}]", item, kind)
+    return items
+
+
 def _one_of(name: str, value: str, allowed: Any) -> None:
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(_words.one_of(name, value, allowed))
@@ -275,14 +284,15 @@ class BatchNorm(_Record):
 
     def __post_init__(self) -> None:
         arrays = {name: _frozen(name, getattr(self, name), 1) for name in ("log_gamma", "beta", "mean", "var")}
+        eps = _words.number("eps", self.eps)
         for name, array in arrays.items():
             _expect(name, array, arrays["log_gamma"].shape)
-        wrong = ~(arrays["var"].astype(np.float64) + float(self.eps) > 0)
+        wrong = ~(arrays["var"].astype(np.float64) + eps > 0)
         if wrong.any():
             j = int(np.argmax(wrong))
-            raise ValueError(f"var[{j}] is {arrays['var'][j]} and eps {self.eps}; their sum must be positive")
+            raise ValueError(f"var[{j}] is {arrays['var'][j]} and eps {eps}; their sum must be positive")
         _one_of("statistics", self.statistics, STATISTICS)
-        self._set(**arrays, eps=float(self.eps))
+        self._set(**arrays, eps=eps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -454,7 +464,7 @@ class Block(_Record):
 
     def __post_init__(self) -> None:
         _one_of("block", self.kind, BLOCKS)
-        maps = tuple(self.maps)
+        maps = _sequence("maps", self.maps, Dense)
         if len(maps) != 1 + self.residual:
             raise ValueError(f"a {self.kind} block has {len(maps)} maps")
         if self.residual and maps[1].weight.shape[0] != maps[0].weight.shape[1]:
@@ -502,7 +512,10 @@ class Conditioner(_Record):
 
     def __post_init__(self) -> None:
         _one_of("activation", self.activation, ACTIVATIONS)
-        blocks = tuple(self.blocks)
+        blocks = _sequence("blocks", self.blocks, Block)
+        if self.initial is not None:
+            _words.of_type("initial", self.initial, Dense)
+        _words.of_type("final", self.final, Dense)
         if self.initial is None and blocks:
             raise ValueError("a conditioner with blocks needs an initial map")
         chain = ([] if self.initial is None else [self.initial]) + [m for b in blocks for m in b.maps]
@@ -513,7 +526,7 @@ class Conditioner(_Record):
                 raise ValueError(f"hidden map {number} reads {dense.weight.shape[1]} units of {chain[number - 1].weight.shape[0]}")
         if chain and self.final.weight.shape[1] != chain[-1].weight.shape[0]:
             raise ValueError(f"the final map reads {self.final.weight.shape[1]} units of {chain[-1].weight.shape[0]}")
-        values: dict[str, Any] = {"blocks": blocks, "final_activation": bool(self.final_activation)}
+        values: dict[str, Any] = {"blocks": blocks, "final_activation": _words.flag("final_activation", self.final_activation)}
         if self.skip is not None:
             values["skip"] = _frozen("skip", self.skip, 2)
         values["input_clip"] = checked_input_clip(self.input_clip)
@@ -537,6 +550,7 @@ def checked_input_clip(value: Any) -> float | None:
 
 def _check_made(ranks: Array, conditioner: Conditioner, rows: tuple[int, ...]) -> None:
     """The widths fit, and every non-zero weight lies inside the staircase of its degrees; `rows` of the final map for each variable."""
+    _words.of_type("conditioner", conditioner, Conditioner)
     features = ranks.size
     if features == 0 or ranks.min() < 1:
         raise ValueError(f"ranks {_words.shown(ranks.tolist())} must be positive, one per variable")
@@ -592,6 +606,7 @@ class Autoregressive(_Record):
     def __post_init__(self) -> None:
         ranks = _frozen("ranks", self.ranks, 1, "i")
         _one_of("direction", self.direction, ("data", "noise"))
+        _words.of_type("law", self.law, Law)
         _check_made(ranks, self.conditioner, (self.law.parameters,) * ranks.size)
         self._set(ranks=ranks)
 
@@ -606,6 +621,9 @@ class Normal(_Record):
     """
 
     features: int
+
+    def __post_init__(self) -> None:
+        self._set(features=_words.count("features", self.features, 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -640,14 +658,14 @@ class Terminal(_Record):
     def __post_init__(self) -> None:
         ranks = _frozen("ranks", self.ranks, 1, "i")
         _one_of("conditional", self.conditional, CONDITIONALS)
-        categories = tuple(int(c) for c in self.categories)
-        if self.conditional == "categorical" and (len(categories) != ranks.size or min(categories, default=0) < 2):
-            raise ValueError(f"categories {_words.shown(categories)} must give at least 2 values for each of {ranks.size} variables")
-        if self.components < 1:
-            raise ValueError(f"components is {self.components}")
+        components = _words.count("components", self.components, 1)
+        least = 2 if self.conditional == "categorical" else -(2**63)
+        categories = tuple(_words.count("categories", count, least) for count in _sequence("categories", self.categories, object))
+        if self.conditional == "categorical" and len(categories) != ranks.size:
+            raise ValueError(f"categories has {len(categories)} entries; there are {ranks.size} ranks")
         if self.conditional != "categorical":
             categories = ()
-        self._set(ranks=ranks, categories=categories, constants=Law(self.law, constants=self.constants).constants)
+        self._set(ranks=ranks, components=components, categories=categories, constants=Law(self.law, constants=self.constants).constants)
         _check_made(ranks, self.conditioner, self.rows)
 
     @property

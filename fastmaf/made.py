@@ -131,7 +131,7 @@ def MADE(
         raise ValueError(_words.one_of("conditional", conditional, _CONDITIONALS))
     components, masks = _arrays.count("components", components, lowest=1), _arrays.count("masks", masks, lowest=1)
     discrete = conditional in ("bernoulli", "categorical")
-    draft = Draft(features, context_features, hidden_features, activation, residual, direct, seed, input_clip)
+    draft = Draft(features, context_features, hidden_features, activation, residual, direct, seed, input_clip, masks)
     categories = _categories(categories, conditional, draft.features)
     layers: list[FlowLayer] = draft.front(order, bounds, names)
     if discrete:

@@ -174,21 +174,22 @@ class Draft:
                 f"hidden_features is {_words.shown(tuple(self.widths))}; a residual network needs at least one block, and all of one width"
             )
         self.activation, self.direct = activation, _words.flag("direct", direct)
-        self._check_size(networks)
+        self.networks = networks
+        self._check_size(Law.parameters * self.features)
         self.input_clip = _layers.checked_input_clip(input_clip)
         self.seed = _arrays.seed_or_fresh(seed)
         self.rng = np.random.default_rng(self.seed)
 
-    def _check_size(self, networks: int) -> None:
+    def _check_size(self, outputs: int) -> None:
         """Refuse what memory cannot hold before anything is drawn."""
-        widths = [self.features + self.context_features, *self.widths, Law.parameters * self.features]
+        widths = [self.features + self.context_features, *self.widths, outputs]
         within = 2 * sum(width**2 for width in self.widths) if self.residual else 0
-        straight = Law.parameters * self.features**2 if self.direct or not self.widths else 0
-        size = networks * (within + straight + sum(a * b for a, b in itertools.pairwise(widths) if self.widths))
+        straight = outputs * self.features if self.direct or not self.widths else 0
+        size = self.networks * (outputs + within + straight + sum(a * b for a, b in itertools.pairwise(widths) if self.widths))
         if size > _most_parameters():
             raise ValueError(
-                f"{self.features} features, hidden_features {_words.shown(tuple(self.widths))} and {networks} networks make about "
-                f"{size:.1g} weights, more than memory holds; build a smaller flow"
+                f"{self.features} features, hidden_features {_words.shown(tuple(self.widths))} and {self.networks} networks of {outputs} "
+                f"outputs make about {size:.1g} weights, more than memory holds; build a smaller flow"
             )
 
     def front(self, order: Order, bounds: Bounds | None, names: Sequence[str] | None) -> list[FlowLayer]:
@@ -208,6 +209,8 @@ class Draft:
 
     def network(self, rows: int | Sequence[int]) -> Conditioner:
         """A network without its masks, the context added at its first map; `rows` of the final map for each variable."""
+        outputs = rows * self.features if isinstance(rows, int) else sum(rows)
+        self._check_size(outputs)
         width = [self.features, *self.widths]
         hidden = [self._dense(width[1], width[0], True)] if self.widths else []
         if self.residual:
@@ -215,13 +218,12 @@ class Draft:
                 hidden += [self._dense(width[1], width[1]), self._dense(width[1], width[1], bound=SMALL)]
         else:
             hidden += [self._dense(*pair) for pair in zip(width[2:], width[1:-1], strict=True)]
-        outputs = np.broadcast_to(rows, (self.features,)).sum()
-        final = self._dense(int(outputs), width[-1], not self.widths, final=True)
+        final = self._dense(outputs, width[-1], not self.widths, final=True)
         step = 1 + self.residual
         kind = "residual" if self.residual else "plain"
         blocks = tuple(Block(kind, tuple(hidden[first : first + step])) for first in range(1, len(hidden), step))
         bound = 1 / math.sqrt(self.features)
-        skip = 0.01 * self.rng.uniform(-bound, bound, (int(outputs), self.features)) if self.direct else None
+        skip = 0.01 * self.rng.uniform(-bound, bound, (outputs, self.features)) if self.direct else None
         last = bool(self.widths) and not self.residual
         return Conditioner(hidden[0] if hidden else None, blocks, final, self.activation, last, skip, self.input_clip)
 

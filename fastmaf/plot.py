@@ -34,9 +34,11 @@ MASS = (0.5, 0.8, 0.95, 0.99)
 
 def _figure(figure: FigureBase | None, width: float, height: float) -> FigureBase:
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure, FigureBase
     except ImportError as error:
         raise ImportError(f"fastmaf.plot needs matplotlib ({error}); to get it: pip install 'fastmaf[plot]'") from None
+    if figure is not None and not isinstance(figure, FigureBase):
+        raise ValueError(f"figure is {_words.shown(figure)}; it must be a Figure or SubFigure of matplotlib, or None")
     return Figure(figsize=(width, height), dpi=120) if figure is None else figure
 
 
@@ -282,6 +284,8 @@ def redshift(
     """
     if np.ndim(truth) != 1 or np.shape(truth) != np.shape(estimate):
         raise ValueError(f"truth has shape {np.shape(truth)}, estimate {np.shape(estimate)}; both must be (n,)")
+    if pit is not None:
+        pit = _table("pit", _arrays.real("pit", pit)[..., None], 1)
     both = _table("truth and estimate", np.column_stack([_arrays.real("truth", truth), _arrays.real("estimate", estimate)]))
     error = (both[:, 1] - both[:, 0]) / (1 + both[:, 0])
     figure = _figure(figure, 5.0, 5.2)
@@ -307,7 +311,7 @@ def redshift(
         upper.text(0.03, 0.97, note, transform=upper.transAxes, va="top", fontsize=9, color=INK, linespacing=1.5)
     if pit is not None:
         small = upper.inset_axes((0.66, 0.12, 0.31, 0.22))
-        small.hist(np.asarray(pit), np.linspace(0, 1, 21).tolist(), **FILLED)
+        small.hist(pit[:, 0], np.linspace(0, 1, 21).tolist(), **FILLED)
         small.axhline(1, color=FLOW, linewidth=0.8)
         _frame(small, left=False, bottom=True)
         small.set(xlim=(0, 1), ylim=(0, 2), xticks=[0, 1], yticks=[])

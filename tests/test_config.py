@@ -57,6 +57,8 @@ def test_instruction_sets():
     for isa in config.available_isas():
         fastmaf.set_isa(isa)
         assert config.get_isa() == isa
+    fastmaf.set_isa(None)
+    assert config.get_isa() == os.environ.get("FASTMAF_ISA", config.available_isas()[0])
     fastmaf.set_isa(before)
     with pytest.raises(ValueError, match="isa is 'avx1024'; this machine and this build have .*'baseline'"):
         fastmaf.set_isa("avx1024")

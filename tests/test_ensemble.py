@@ -351,14 +351,25 @@ def test_wrong_arguments_are_named():
         (lambda: ensemble.log_prob(np.zeros((2, 4))), "x has shape (2, 4); the flow has 5 features"),
         (lambda: ensemble.astype("int8"), "dtype is 'int8'"),
         (lambda: Ensemble(fastmaf.MAF(5), net, ensemble.ranks, ensemble.degrees), "the flow has 5 networks; an ensemble needs exactly one"),
-        (lambda: Ensemble(flow, net, ensemble.ranks[:, 1:], ensemble.degrees), "ranks has shape (4, 4) and dtype int64"),
-        (lambda: Ensemble(flow, net, ensemble.ranks * 1.0, ensemble.degrees), "ranks has shape (4, 5) and dtype float64"),
+        (
+            lambda: Ensemble(flow, net, ensemble.ranks[:, 1:], ensemble.degrees),
+            "ranks has shape (4, 4); it must hold an integer for each feature",
+        ),
+        (lambda: Ensemble(flow, net, ensemble.ranks * 1.0, ensemble.degrees), "ranks has dtype float64; it must hold integers"),
         (lambda: Ensemble(flow, net, ensemble.ranks, ensemble.degrees[:, 1:]), "degrees has shape (4, 17)"),
         (lambda: Ensemble(flow, net, ensemble.ranks[1:], ensemble.degrees), "ranks has 3 rows and degrees 4"),
         (lambda: Ensemble(flow, net, ensemble.ranks[:0], ensemble.degrees[:0]), "ranks has 0 rows and degrees 0"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             call()
+
+
+def test_samples_into_an_array():
+    ensemble, out = model("mixture"), np.empty((6, 5))
+    assert ensemble.sample(6, seed=3, out=out) is out
+    np.testing.assert_array_equal(out, ensemble.sample(6, seed=3, dtype="float64"))
+    with pytest.raises(ValueError, match="out has shape"):
+        ensemble.sample(5, out=out)
 
 
 def test_networks_of_layers_and_of_bases():

@@ -359,7 +359,7 @@ def test_probabilities_on_the_core(compiled, dtype, conditional, options):
     flow = made(conditional, **{**options, "dtype": dtype})
     rng = np.random.default_rng(6)
     x = rng.integers(0, 2, (131, 5)).astype(float)
-    x[rng.random(x.shape) < 0.05] = 0.5  # goes into the network like any other number
+    x[rng.random(x.shape) < 0.05] = 0.5  # no value
     x[7, ORDER[2]] = np.nan
     contexts = [None] if not flow.context_features else [rng.normal(size=(*shape, flow.context_features)) for shape in ((), (131,), (3, 1))]
     for context in contexts:
@@ -370,6 +370,22 @@ def test_probabilities_on_the_core(compiled, dtype, conditional, options):
         np.testing.assert_allclose(probs, expected, rtol=0, atol=1e-12 if dtype == "float64" else 2e-6)
         assert np.isnan(probs).any()
     assert flow.conditional_probs(x[:0], contexts[0]).shape == (0, *probs.shape[-2 if conditional == "categorical" else -1 :])
+
+
+@pytest.mark.parametrize("conditional, impossible", [("bernoulli", [0.5, -1, 2]), ("categorical", [0.5, -1, 3, 1e30, -np.inf])])
+@pytest.mark.parametrize("kind", ["f4", "f8", "i2"])
+def test_what_is_no_value_leaves_the_probabilities_before_it(compiled, conditional, impossible, kind):
+    flow = made(conditional, categories=3 if conditional == "categorical" else None)
+    for value in impossible:
+        x = np.ones((4, 5), kind)
+        if kind == "i2" and value != int(np.clip(value, -9, 9)):
+            continue
+        x[2, ORDER[1]] = value
+        probs, expected = flow.conditional_probs(x), flow.conditional_probs(np.ones((4, 5), kind))
+        known = np.ones((4, 5), bool)
+        known[2, list(ORDER[2:])] = False
+        np.testing.assert_array_equal(probs[known], expected[known])
+        assert np.isnan(probs[~known]).all()
 
 
 @pytest.mark.parametrize("conditional", ["bernoulli", "categorical"])

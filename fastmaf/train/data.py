@@ -365,7 +365,7 @@ def _placed(name: str, layers: Layers, moments: Moments, fresh: bool, again: boo
         return layers
     with np.errstate(all="ignore"):
         scale = 1 / moments.deviation
-    wrong = np.flatnonzero(~(np.isfinite(scale) & (scale > 0) & np.isfinite(moments.high - moments.low)))
+        wrong = np.flatnonzero(~(np.isfinite(scale) & (scale > 0) & np.isfinite(moments.high - moments.low)))
     if wrong.size:
         raise ValueError(f"{name} has a scale that float64 cannot hold in {_words.columns(wrong, names)}; give it in other units")
     return (*layers[:k], Affine(moments.mean, scale), *layers[k + bool(there) :])
@@ -465,7 +465,7 @@ def _coarse(array: Array, moments: Moments, dtype: np.dtype[Any] | None = None, 
     if dtype is None:
         dtype = array.dtype if array.dtype.kind == "f" else np.dtype(np.float64)
     largest = np.maximum(np.abs(moments.low), np.abs(moments.high))
-    spread = np.where(bounded, (moments.high - moments.low) / 4, moments.deviation)
+    spread = np.where(bounded, moments.high / 4 - moments.low / 4, moments.deviation)
     return np.asarray(spread < 100 * _spacing(largest, dtype))
 
 
