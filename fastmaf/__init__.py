@@ -25,6 +25,7 @@ from fastmaf.config import get_num_threads, num_threads, set_isa, set_num_thread
 from fastmaf.ensemble import Ensemble
 from fastmaf.export import export_c
 from fastmaf.flow import Flow
+from fastmaf.handle import Handle
 from fastmaf.io import load
 from fastmaf.made import MADE
 from fastmaf.maf import MAF
@@ -39,6 +40,7 @@ __all__ = [
     "Ensemble",
     "FitWarning",
     "Flow",
+    "Handle",
     "History",
     "data",
     "export_c",

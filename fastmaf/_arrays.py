@@ -366,7 +366,7 @@ def empty(shape: Shape, dtype: np.dtype[Any]) -> Array:
         ) from None
 
 
-def output(out: Any, shape: Shape, dtype: np.dtype[Any], *inputs: Array | None, device: str = "cpu") -> Array:
+def output(out: Any, shape: Shape, dtype: np.dtype[Any], *inputs: Array | None, device: str = "cpu", name: str = "out") -> Array:
     """`out`, if results of this shape and dtype can be written to it as they come.
 
     Raises
@@ -380,26 +380,26 @@ def output(out: Any, shape: Shape, dtype: np.dtype[Any], *inputs: Array | None, 
             _device.together("out", result, array)
         return cast("Array", result)
     if _device.is_tensor(out):
-        out = real("out", out)
+        out = real(name, out)
     if not isinstance(out, np.ndarray):
-        raise ValueError(f"out is of type {type(out).__name__}; it must be a NumPy array")
+        raise ValueError(f"{name} is of type {type(out).__name__}; it must be a NumPy array")
     if out.dtype != dtype or out.shape != shape:
-        wrong = f"out has shape {_words.shapes(out.shape)} and dtype {_words.cut(str(out.dtype))}"
+        wrong = f"{name} has shape {_words.shapes(out.shape)} and dtype {_words.cut(str(out.dtype))}"
         raise ValueError(f"{wrong}; the result has shape {shape} and dtype {dtype}")
     flags = out.flags
     if not (flags.c_contiguous and flags.writeable and flags.aligned):
         wrong = "not C-contiguous" if not flags.c_contiguous else "read-only" if not flags.writeable else "not aligned"
-        raise ValueError(f"out is {wrong}")
+        raise ValueError(f"{name} is {wrong}")
     if any(np.may_share_memory(out, array) for array in inputs if array is not None):
-        raise ValueError("out shares memory with an input")
+        raise ValueError(f"{name} shares memory with an input")
     return out
 
 
-def cotangents(cotangent: Any, shape: Shape) -> Array:
-    """Cotangents of log_prob, as they are."""
+def cotangents(cotangent: Any, shape: Shape, operation: str = "log_prob") -> Array:
+    """Cotangents of the result of an operation, as they are."""
     array = real("cotangent", cotangent)
     if array.shape != shape:
-        raise ValueError(f"cotangent has shape {_words.shapes(array.shape)}; log_prob has shape {shape}")
+        raise ValueError(f"cotangent has shape {_words.shapes(array.shape)}; {operation} has shape {shape}")
     return array
 
 

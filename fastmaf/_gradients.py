@@ -25,8 +25,10 @@ class _Gradient:
     Blocks come with n cut outside and c inside; those of the whole of n are contiguous in (c, n, width), and the others have c = 1.
     """
 
-    def __init__(self, shape: tuple[int, ...], c: int, n: int, dtype: np.dtype[Any]) -> None:
-        self.result = np.zeros(shape, dtype)
+    def __init__(self, shape: tuple[int, ...], c: int, n: int, dtype: np.dtype[Any], out: Array | None) -> None:
+        self.result = np.zeros(shape, dtype) if out is None else out
+        if not c * n:
+            self.result[:] = 0
         own: tuple[int, ...] = (1,) * (3 - len(shape)) + shape
         self.own = self.result.reshape(own)
         self.axes = tuple(axis for axis, size in enumerate((c, n)) if own[axis] != size)
@@ -71,6 +73,8 @@ def backward(
     shape: tuple[int, ...],
     cotangent: Array | None,
     dparameters: Array | None,
+    dx: Array | bool = True,
+    dcontext: Array | bool = True,
 ) -> tuple[Array, Array | None, Array | None]:
     """Log-density, and the gradients of its sum with the cotangents.
 
@@ -84,19 +88,24 @@ def backward(
     cotangent : array of that shape, or None for ones
     dparameters : (p,) array or None
         Filled.
+    dx, dcontext : arrays of the shapes of x and of the context, or bool
+        Filled; True for new ones, False for none.
 
     Returns
     -------
     value : array of that shape
     dx, dcontext : arrays of the shapes of x and of the context
-        None for discrete variables, and without a context.
+        None for discrete variables, without a context, and where they are not wanted.
     """
     c, n = (1, *shape)[-2:]
     dtype, flat = flow.dtype, len(shape) == 1
     value = np.empty((c, n), dtype)
-    dx = _Gradient(x.shape, c, n, dtype) if not flow.discrete else None
-    dcontext = None if context is None else _Gradient(context.shape, c, n, dtype)
-    gradients = [gradient for gradient in (dx, dcontext) if gradient is not None]
+
+    def gradient_of(array: Array | None, out: Array | bool) -> _Gradient | None:
+        return None if array is None or out is False else _Gradient(array.shape, c, n, dtype, None if out is True else out)
+
+    of_x, of_context = gradient_of(None if flow.discrete else x, dx), gradient_of(context, dcontext)
+    gradients = [gradient for gradient in (of_x, of_context) if gradient is not None]
     copied = cotangent is None or cotangent.dtype != dtype or not cotangent.flags.c_contiguous
     per_row = sum(gradient.kept for gradient in gradients) + copied
     most = max(1, BUDGET // (per_row * dtype.itemsize)) if per_row else max(1, c * n)
@@ -126,8 +135,8 @@ def backward(
                 context if context is None or context.ndim == 1 else taken(context, groups, rows),
                 factor[0] if flat else factor,
                 value[0, rows] if flat else value[groups, rows],
-                outs[0] if dx is not None else None,
-                outs[-1] if dcontext is not None else None,
+                outs[0] if of_x is not None else None,
+                outs[-1] if of_context is not None else None,
                 dparameters,
             )
             del outs
@@ -139,4 +148,4 @@ def backward(
             gradient.close(rows, rows.stop == n)
     if total is not None and dparameters is not None:
         dparameters[:] = total
-    return value.reshape(shape), None if dx is None else dx.result, None if dcontext is None else dcontext.result
+    return value.reshape(shape), None if of_x is None else of_x.result, None if of_context is None else of_context.result

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmaf import _words, masks
-from fastmaf.layers import Conditioner, Dense
+from fastmaf.layers import Autoregressive, Conditioner, Dense, Terminal
 
-__all__ = ["masked", "rebuilt"]
+__all__ = ["free", "masked", "rebuilt"]
 
 Array = NDArray[Any]
 
@@ -32,6 +32,20 @@ def masked(net: Conditioner, ranks: Array, categories: Sequence[int] = ()) -> Co
     skip = None if net.skip is None else _zeroed("skip", net.skip, masks.output_mask(ranks, ranks, rows))
     net = rebuilt(net, lambda dense: replace(dense, weight=_zeroed("weight", dense.weight, next(only))))
     return replace(net, skip=skip)
+
+
+def free(record: Autoregressive | Terminal) -> Conditioner:
+    """The network of a layer or base with ones in place of its weights and biases, and zeros for those that its degrees forbid."""
+
+    def ones(array: Array | None) -> Any:
+        return None if array is None else np.ones(array.shape, np.int8)
+
+    def one(dense: Dense) -> Dense:
+        arrays = {name: ones(getattr(dense, name)) for name in ("weight", "bias", "context_weight", "context_bias")}
+        return replace(dense, **arrays)
+
+    net = rebuilt(record.conditioner, one)
+    return masked(replace(net, skip=ones(net.skip)), record.ranks, getattr(record, "categories", ()))
 
 
 def _zeroed(name: str, weight: Array, mask: Array) -> Array:

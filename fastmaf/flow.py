@@ -10,10 +10,10 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastmaf import _arrays, _codec, _device, _files, _gradients, _partial, _tables, _words, backends, masks
+from fastmaf import _arrays, _codec, _device, _files, _gradients, _networks, _partial, _tables, _words, backends
 from fastmaf import layers as _layers
 from fastmaf.layers import Affine, Autoregressive, Elementwise, Normal, Terminal
-from fastmaf.record import FlowRecord, width_of
+from fastmaf.record import FlowRecord, trainable, width_of
 
 if TYPE_CHECKING:
     import os
@@ -1026,7 +1026,8 @@ class Flow:
         lines = [("layer", "what", "weights")]
         total = 0
         for prefix, record in [("context ", r) for r in self.context_layers] + [("", r) for r in (*self.layers, self.base)]:
-            weights = _free_weights(record) if isinstance(record, (Autoregressive, Terminal)) else 0
+            network = _networks.free(record) if isinstance(record, (Autoregressive, Terminal)) else None
+            weights = sum(map(np.count_nonzero, trainable(network)))
             total += weights
             lines.append((prefix + type(record).__name__, _details(record), f"{weights:,}"))
         context = f", {self.context_features} context features" if self.context_features else ""
@@ -1092,17 +1093,3 @@ def _details(record: Any) -> str:
     if isinstance(record, Elementwise):
         return ", ".join(f"{record.kinds.count(kind)} {kind}" for kind in dict.fromkeys(record.kinds))
     return f"{record.features if isinstance(record, Normal) else width_of('', record)} columns"
-
-
-def _free_weights(record: Autoregressive | Terminal) -> int:
-    """Weights and biases that no mask holds at zero."""
-    net, inputs = record.conditioner, record.ranks
-    maps = (*net.hidden, net.final)
-    total = sum(array.size for dense in maps for array in (dense.bias, dense.context_weight, dense.context_bias) if array is not None)
-    for dense in net.hidden:
-        assert dense.degrees is not None
-        total += int(masks.hidden_mask(dense.degrees, inputs).sum())
-        inputs = dense.degrees
-    per_variable = getattr(record, "categories", ()) or net.final.bias.size // record.ranks.size
-    output_ranks = np.repeat(record.ranks, per_variable)[:, None]
-    return total + int((output_ranks > inputs).sum()) + (0 if net.skip is None else int((output_ranks > record.ranks).sum()))

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar, cast
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastmaf import _arrays, _words
+from fastmaf import _arrays, _networks, _words
 from fastmaf import layers as _layers
 from fastmaf.layers import Affine, Autoregressive, BatchNorm, Conditioner, Dense, Elementwise, Linear, Normal, Permutation, Terminal
 
@@ -191,6 +191,10 @@ class FlowRecord:
         """All trainable numbers in one vector; see `Flow.parameters`."""
         return np.concatenate([np.empty(0, self.dtype), *(array.ravel() for array in self.parameter_arrays())])
 
+    def free_parameters(self) -> Array:
+        """Which of them are free, (p,) bool: not those that masks hold at zero, nor what lies outside the triangles of a `Linear`."""
+        return self.derived("free_parameters", _free_parameters)
+
     def with_parameters(self, parameters: ArrayLike) -> FlowRecord:
         """The record with other weights and biases; see `Flow.with_parameters`."""
         vector = _arrays.real("parameters", parameters)
@@ -211,6 +215,20 @@ class FlowRecord:
             return vector[position - array.size : position].reshape(array.shape)
 
         return self.replaced(layers=[_refill(layer, take) for layer in self.layers], base=_refill(self.base, take))
+
+
+def _free_parameters(record: FlowRecord) -> Array:
+    free = [np.empty(0, bool)]
+    for layer in (*record.layers, record.base):
+        if isinstance(layer, Linear):
+            one = np.ones_like(layer.lower, bool)
+            free += [np.tril(one, -1).ravel(), np.triu(one).ravel(), np.ones(layer.bias.size, bool)]
+        else:
+            net = _networks.free(layer) if isinstance(layer, (Autoregressive, Terminal)) else None
+            free += [array.ravel() != 0 if net else np.ones(array.size, bool) for array in trainable(net or layer)]
+    result = np.concatenate(free)
+    result.flags.writeable = False
+    return result
 
 
 def _usual_contexts(record: FlowRecord) -> tuple[Array, ...]:

@@ -50,11 +50,11 @@ _codec
 backends
 backends.cpu backends.reference config
 backends.cuda backends.numba _gradients _partial train.data
-train.checkpoint
+_noise train.checkpoint
 train.loop
 train
 flow
-ensemble export maf
+ensemble export handle maf
 io made presets
 __init__
 cli

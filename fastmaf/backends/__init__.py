@@ -8,6 +8,8 @@ import os
 import pathlib
 from typing import Any, Protocol
 
+import numpy as np
+
 from fastmaf import _words
 from fastmaf.record import FlowRecord, Runner
 
@@ -45,6 +47,27 @@ class Backend(Runner, Protocol):
 
     def trainer(self, flow: FlowRecord, **options: Any) -> Any:
         """An engine of `fastmaf.train`."""
+
+
+class Own:
+    """A backend that runs one flow with weights which are set in place; by a new record, where a backend has no better way."""
+
+    def __init__(self, backend: Backend, flow: FlowRecord) -> None:
+        self._backend, self._flow, self._free = backend, flow, flow.free_parameters()
+
+    def set_parameters(self, parameters: Any) -> None:
+        """Take other weights; those that masks leave out have no effect."""
+        self._flow = self._flow.with_parameters(np.where(self._free, parameters, 0))
+
+    def __getattr__(self, name: str) -> Any:
+        run = getattr(self._backend, name)
+        return lambda flow, *arguments: run(self._flow, *arguments)
+
+
+def own(backend: Backend, flow: FlowRecord) -> Any:
+    """The backend for one flow alone, with `set_parameters`; what it is called with in place of this flow does not matter."""
+    made = getattr(backend, "own", None)
+    return Own(backend, flow) if made is None else made(flow)
 
 
 _REMEDIES = {

@@ -140,20 +140,22 @@ class _Engine:
 class _Cpu:
     name = "cpu"
 
+    _core = staticmethod(pack)
+
     def unsupported(self, flow: FlowRecord) -> str | None:
         return unsupported(flow)
 
     def log_prob(self, flow: FlowRecord, x: Array, context: Array | None, out: Array) -> None:
-        pack(flow).log_prob(x, context, out)
+        self._core(flow).log_prob(x, context, out)
 
     def conditional_probs(self, flow: FlowRecord, x: Array, context: Array | None, out: Array) -> None:
-        pack(flow).conditional_probs(x, context, out)
+        self._core(flow).conditional_probs(x, context, out)
 
     def to_noise(self, flow: FlowRecord, x: Array, context: Array | None, out: Array) -> None:
-        pack(flow).to_noise(x, context, out)
+        self._core(flow).to_noise(x, context, out)
 
     def from_noise(self, flow: FlowRecord, u: Array, context: Array | None, out: Array) -> None:
-        pack(flow).from_noise(u, context, out)
+        self._core(flow).from_noise(u, context, out)
 
     def sample(
         self,
@@ -167,10 +169,10 @@ class _Cpu:
         out: Array,
         log_prob_out: Array | None,
     ) -> None:
-        pack(flow).sample(c, n, context, seed, offset, context_offset, out, log_prob_out)
+        self._core(flow).sample(c, n, context, seed, offset, context_offset, out, log_prob_out)
 
     def sample_rows(self, flow: FlowRecord, index: Array, group: Array, context: Array | None, seed: int, out: Array) -> None:
-        pack(flow).sample_rows(index, group, context, seed, out)
+        self._core(flow).sample_rows(index, group, context, seed, out)
 
     def vjp(
         self,
@@ -183,10 +185,21 @@ class _Cpu:
         dcontext: Array | None,
         dparameters: Array | None,
     ) -> None:
-        pack(flow).vjp(x, context, cotangent, value, dx, dcontext, dparameters)
+        self._core(flow).vjp(x, context, cotangent, value, dx, dcontext, dparameters)
 
     def trainer(self, flow: FlowRecord, **options: Any) -> _Engine:
         return _Engine(flow, **options)
+
+    def own(self, flow: FlowRecord) -> _Own:
+        return _Own(flow)
+
+
+class _Own(_Cpu):
+    """One flow with weights that are set in place."""
+
+    def __init__(self, flow: FlowRecord) -> None:
+        packed = pack(flow).copy()
+        self._core, self.set_parameters = lambda flow: packed, packed.set_parameters  # type: ignore[method-assign]
 
 
 backend = _Cpu()
