@@ -62,13 +62,14 @@ __all__ = [
 __version__ = version()
 
 _MODULES = ("data", "plot", "train")
+_OPTIONAL = ("torch",)  # which import other packages
 
 
 def __getattr__(name: str) -> Any:
     """Modules that take time to import, when they are first asked for."""
     if name in ("FitWarning", "History"):
         return getattr(importlib.import_module("fastmaf.train"), name)
-    if name in _MODULES:
+    if name in _MODULES or name in _OPTIONAL:
         return importlib.import_module(f"fastmaf.{name}")
     raise AttributeError(f"module 'fastmaf' has no attribute {name!r}")
 

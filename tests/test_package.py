@@ -55,7 +55,8 @@ train.loop
 train
 flow
 ensemble export handle maf
-io made presets
+io made presets torch._module
+torch
 __init__
 cli
 __main__
@@ -192,3 +193,25 @@ def test_a_notebook_with_widgets_gets_their_bar(tmp_path):
     code = code.replace("print(loop.tqdm.__module__)", "print([base.__module__ for base in loop.tqdm.__mro__])")
     result = run(code, tmp_path, PYTHONPATH=str(PACKAGE.parent))
     assert "tqdm.notebook" in result.stdout, result.stderr
+
+
+def test_what_needs_torch_says_so_where_it_is_absent(tmp_path):
+    code = """
+import sys
+sys.modules["torch"] = None
+import fastmaf
+assert "torch" not in dir(fastmaf)
+try:
+    fastmaf.torch
+except ImportError as error:
+    print(error)
+"""
+    result = run(code, tmp_path, PYTHONPATH=str(PACKAGE.parent))
+    assert result.stdout == "fastmaf.torch needs PyTorch, which is not installed: pip install torch\n", result.stderr
+
+
+def test_torch_is_not_imported_before_it_is_asked_for(tmp_path):
+    code = (
+        "import sys, fastmaf; fastmaf.Handle; print([name for name in sys.modules if name.startswith('fastmaf.torch') or name == 'torch'])"
+    )
+    assert run(code, tmp_path, PYTHONPATH=str(PACKAGE.parent)).stdout == "[]\n"
