@@ -56,6 +56,7 @@ train
 flow
 ensemble export handle maf
 io made presets torch._module
+torch._sbi
 torch
 __init__
 cli
