@@ -199,7 +199,7 @@ class _Own(_Cpu):
 
     def __init__(self, flow: FlowRecord) -> None:
         packed = pack(flow).copy()
-        self._core, self.set_parameters = lambda flow: packed, packed.set_parameters  # type: ignore[method-assign]
+        self._core, self.set_parameters = lambda flow: packed, packed.set_parameters
 
 
 backend = _Cpu()
