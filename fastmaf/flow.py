@@ -200,7 +200,7 @@ class Flow:
     def _ready(self) -> tuple[FlowRecord, backends.Backend]:
         """The record as it is now, which a call keeps to its end, and the backend that runs it."""
         record, backend = self._record, self._placed or backends.active or backends.choose()
-        if not record.is_approved(backend):
+        if record.approved_by is not backend:
             record.approve(backend)
         return record, backend
 

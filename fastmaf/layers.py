@@ -8,6 +8,7 @@ of them means is defined, operation by operation, in ``fastmaf.backends.referenc
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
@@ -689,18 +690,22 @@ FlowLayer = Elementwise | Affine | BatchNorm | Permutation | Linear | Autoregres
 
 
 def astype(record: Any, dtype: Any) -> Any:
-    """A copy of a layer whose network weights have `dtype`; Elementwise and Affine stay float64."""
+    """A layer whose network weights have `dtype`, itself if they have it; Elementwise and Affine stay float64."""
     if isinstance(record, (Elementwise, Affine)):
         return record
     if isinstance(record, tuple):
-        return tuple(astype(r, dtype) for r in record)
+        changed = tuple(astype(item, dtype) for item in record)
+        return record if all(map(operator.is_, changed, record)) else changed
     if not isinstance(record, _Record):
         return record
     changes: dict[str, Any] = {}
     for f in fields(record):  # type: ignore[arg-type]
         value = getattr(record, f.name)
+        other = value
         if isinstance(value, np.ndarray) and value.dtype.kind == "f":
-            changes[f.name] = value.astype(dtype)
+            other = value.astype(dtype, copy=False)
         elif isinstance(value, (_Record, tuple)):
-            changes[f.name] = astype(value, dtype)
-    return replace(record, **changes)  # type: ignore[type-var]
+            other = astype(value, dtype)
+        if other is not value:
+            changes[f.name] = other
+    return replace(record, **changes) if changes else record  # type: ignore[type-var]

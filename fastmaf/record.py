@@ -57,7 +57,18 @@ class FlowRecord:
     dtype('float64')
     """
 
-    __slots__ = ("_approved", "_derived", "base", "context_features", "context_layers", "dtype", "features", "layers", "names", "training")
+    __slots__ = (
+        "_derived",
+        "approved_by",
+        "base",
+        "context_features",
+        "context_layers",
+        "dtype",
+        "features",
+        "layers",
+        "names",
+        "training",
+    )
 
     features: int
     context_features: int
@@ -118,7 +129,7 @@ class FlowRecord:
             "names": names,
             "training": _training(training),
             "_derived": {},
-            "_approved": None,
+            "approved_by": None,
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -155,10 +166,6 @@ class FlowRecord:
 
     # What backends make of it
 
-    def is_approved(self, backend: Runner) -> bool:
-        """Whether this backend was the last to say that it can run all layers."""
-        return self._approved is backend
-
     def approve(self, backend: Runner) -> None:
         """Note that a backend can run all layers.
 
@@ -170,7 +177,7 @@ class FlowRecord:
         missing = backend.unsupported(self)
         if missing is not None:
             raise NotImplementedError(f"the {backend.name} backend has no kernel for {missing}")
-        object.__setattr__(self, "_approved", backend)
+        object.__setattr__(self, "approved_by", backend)
 
     def derived(self, key: str, make: Callable[[FlowRecord], Made]) -> Made:
         """What `make` gives for this record; made once, unless two threads ask at the same time."""
@@ -178,7 +185,8 @@ class FlowRecord:
         return self._derived.setdefault(key, make(self)) if found is None else found
 
     _derived: dict[str, Any]
-    _approved: Runner | None
+    approved_by: Runner | None
+    """The backend that was the last to say that it can run all layers."""
 
     # Parameters
 

@@ -93,7 +93,7 @@ MUTATIONS = {
         "test_vjp.py test_flow.py",
     ),
     "a backend is asked once and for all": Mutation(
-        "flow.py", "if not record.is_approved(backend):", "if record._approved is None:", "test_record.py -k asked_again"
+        "flow.py", "if record.approved_by is not backend:", "if record.approved_by is None:", "test_record.py -k asked_again"
     ),
     "copies lose device and precision": Mutation(
         "flow.py",

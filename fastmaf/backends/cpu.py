@@ -21,12 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["backend", "pack", "unsupported"]
 
 
-def _packed(flow: FlowRecord) -> _core.Flow | str:
-    """The flow as the core holds it, or what the core has no kernel for."""
-    return flow.derived("core", _read)
-
-
 def _read(flow: FlowRecord) -> _core.Flow | str:
+    """The flow as the core holds it, or what the core has no kernel for."""
     file = _core.File(_codec.to_bytes(flow, digest=False))
     return file.unsupported or _core.Flow(file)
 
@@ -39,7 +35,7 @@ def pack(flow: FlowRecord) -> _core.Flow:
     NotImplementedError
         If the core has no kernel for it.
     """
-    packed = _packed(flow)
+    packed = flow.derived("core", _read)
     if isinstance(packed, str):
         raise NotImplementedError(f"the compiled core has no kernel for {packed}")
     return packed
@@ -47,7 +43,7 @@ def pack(flow: FlowRecord) -> _core.Flow:
 
 def unsupported(flow: FlowRecord) -> str | None:
     """What the compiled core, and the CUDA kernels with it, have no kernel for."""
-    packed = _packed(flow)
+    packed = flow.derived("core", _read)
     return packed if isinstance(packed, str) else None
 
 

@@ -40,7 +40,7 @@ FEW = 30
 POINT = 0.05
 """Share of the rows at one value that is no accident in a continuous variable."""
 
-SOME = 512
+SOME = 1024
 """Rows that show whether values fall together."""
 
 MOST = 256
@@ -409,22 +409,25 @@ def _degenerate(record: FlowRecord, train: Rows) -> list[str]:
     rows = train.x[chosen].astype(np.float64)
     if len(rows) < FEW:  # too few to tell
         return []
-    different = len(np.unique(rows, axis=0))
-    if 10 * different <= len(rows):
+    some = rows[:: -(-len(rows) // SOME)]
+    counts = [np.unique(column, return_counts=True)[1] for column in some.T]
+    if 10 * max(count.size for count in counts) <= len(some) and 10 * (different := len(np.unique(rows, axis=0))) <= len(rows):
         return [f"x has {different} different rows among {len(rows)}, whose density has no bound: drop the copies, or add noise"]
-    counts = [np.unique(column, return_counts=True)[1] for column in rows.T]
     integers = np.flatnonzero((rows == np.floor(rows)).all(axis=0))
-    whole = [int(j) for j in integers if 10 * counts[j].size <= len(rows)]
+    whole = [int(j) for j in integers if 10 * counts[j].size <= len(some)]
     if whole:
         return [
             f"x has few different whole numbers in {_words.columns(whole, record.names)}, whose density has no bound: add uniform noise, "
             'or let MADE(conditional="categorical") have them'
         ]
-    shares = np.array([count.max() / len(rows) for count in counts])
+    shares = np.array([count.max() / len(some) for count in counts])
     if (points := np.flatnonzero(shares > POINT)).size:
         most = f"{100 * shares.max():.0f} % of the rows at one value in {_words.columns(points, record.names)}"
         return [f"x has up to {most}, whose density has no bound: leave those rows out and count them apart, or add noise"]
-    follows = np.flatnonzero(_linked(rows) | _linked(_unbounded(rows, record.layers)))
+    linked = _linked(rows)
+    if (values := _unbounded(rows, record.layers)) is not rows:
+        linked |= _linked(values)
+    follows = np.flatnonzero(linked)
     if follows.size:
         where = _words.columns(follows, record.names)
         return [f"columns of x follow from each other, and their density has no bound: leave out one of {where}"]
