@@ -412,6 +412,11 @@ class Flow:
         ValueError
             As in `sample`.
 
+        Warns
+        -----
+        RuntimeWarning
+            As in `sample`; and if samples are rounded so far that their density is another (not looked for on a GPU).
+
         Examples
         --------
         >>> import fastmaf, numpy as np
@@ -422,6 +427,10 @@ class Flow:
         """
         samples, log_prob = self._sample(n, context, seed, offset, context_offset, None, dtype, True)
         assert log_prob is not None
+        if type(samples) is np.ndarray and (rounded := self._record.rounded(samples)):
+            remedy = 'draw with dtype="float64"' if samples.dtype == np.float32 else "move the bounds away"
+            where = f"{_words.columns(rounded, self.names)}, which {samples.dtype} cannot resolve there"
+            _words.warn(f"samples are rounded in {where}, and log_prob is that of the rows before: {remedy}")
         return samples, log_prob
 
     def _sample(

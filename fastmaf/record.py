@@ -164,6 +164,23 @@ class FlowRecord:
             self.layers[0].check_range(result, self.names)
         return result
 
+    def rounded(self, samples: Array) -> list[int]:
+        """Columns of samples (..., D) whose dtype cannot tell them apart: all through, or where they have met a bound.
+
+        Examples
+        --------
+        >>> record = FlowRecord([Affine([1e9, 0.0], [1.0, 1.0])])
+        >>> record.rounded(np.zeros((3, 2), np.float32)), record.rounded(np.zeros((3, 2)))
+        ([0], [])
+        """
+        coarse, low, high = self.derived(f"limits of {samples.dtype}", lambda record: _limits(record, samples.dtype))
+        met = coarse
+        for j in np.flatnonzero(np.isfinite(low) | np.isfinite(high)):
+            column = samples[..., j]
+            if not met[j] and ((column == low[j]) | (column == high[j])).any():
+                met = met | (np.arange(met.size) == j)
+        return [int(j) for j in np.flatnonzero(met)]
+
     # What backends make of it
 
     def approve(self, backend: Runner) -> None:
@@ -237,6 +254,22 @@ def _free_parameters(record: FlowRecord) -> Array:
     result = np.concatenate(free)
     result.flags.writeable = False
     return result
+
+
+def _limits(record: FlowRecord, dtype: np.dtype[Any]) -> tuple[Array, Array, Array]:
+    """Columns of which a dtype has less than 100 numbers for a standard deviation, and the numbers next to the bounds of each column."""
+    bounds = record.layers[0] if record.layers and isinstance(record.layers[0], Elementwise) else None
+    if bounds is not None:
+        low, high = bounds.inner_range(dtype)
+        most = np.finfo(dtype).max
+        return np.zeros(record.features, bool), np.where(np.abs(low) < most, low, -np.inf), np.where(np.abs(high) < most, high, np.inf)
+    none = np.full(record.features, np.inf)
+    affine = record.layers[0] if record.layers and isinstance(record.layers[0], Affine) else None
+    if affine is None:
+        return np.zeros(record.features, bool), -none, none
+    with np.errstate(all="ignore"):
+        step = np.abs(np.spacing(affine.loc.astype(dtype))).astype(np.float64) * np.abs(affine.scale)
+    return step > 0.01, -none, none
 
 
 def _usual_contexts(record: FlowRecord) -> tuple[Array, ...]:

@@ -174,6 +174,7 @@ def test_float32_samples_are_float64_samples(backend, name):
     assert_close("refinement", "float32", single, double, factor=10)
 
 
+@pytest.mark.filterwarnings("ignore:samples are rounded:RuntimeWarning")
 @pytest.mark.parametrize("scale", [0.01, 1.0])
 def test_samples_lie_strictly_inside(backend, dtype, scale):
     """At the edge of what the dtype can tell apart, and with finite densities."""
@@ -378,3 +379,19 @@ def test_states_of_an_ensemble_come_as_often_as_their_probabilities_say(core, dt
         p_values.append(stats.chisquare(found, n * p / p.sum()).pvalue)
     assert stats.combine_pvalues(p_values).pvalue > tolerances.P_VALUE
     assert stats.kstest(p_values, "uniform").pvalue > tolerances.P_VALUE
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_samples_that_are_rounded_away_from_their_density_are_said(dtype):
+    x = np.random.default_rng(0).normal(size=(300, 2))
+    flow = fastmaf.MAF(2, transforms=1, hidden_features=(4,), seed=0, dtype=dtype, names=["t", "y"])
+    flow.layers = [dataclasses.replace(flow.layers[0], loc=[1.7e9, 0.0]), *flow.layers[1:]]
+    flow.sample_and_log_prob(50, seed=1, dtype="float64")
+    with pytest.warns(RuntimeWarning, match=r"samples are rounded in column 't', .* log_prob is that of the rows before: draw with dtype"):
+        flow.sample_and_log_prob(50, seed=1, dtype="float32")
+    near = fastmaf.MAF(2, transforms=1, hidden_features=(4,), bounds=[None, (0, 1)], seed=0, dtype=dtype)
+    near.sample_and_log_prob(50, seed=1)
+    near.layers = [near.layers[0], dataclasses.replace(near.layers[1], loc=[0.0, 30.0]), *near.layers[2:]]
+    with pytest.warns(RuntimeWarning, match="samples are rounded in column 1"):
+        near.sample_and_log_prob(50, seed=1, dtype="float32")
+    assert np.isfinite(near.log_prob(np.c_[x[:, 0], np.full(300, 0.5)])).all()
