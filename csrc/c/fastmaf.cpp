@@ -1,4 +1,4 @@
-// The C face: fastmaf.h over the record, the programs and the CPU backend. Exceptions end here.
+// The C face: fastmaf.h over the record, the weights and the CPU backend. Exceptions end here.
 #include "../include/fastmaf.h"
 
 #include <algorithm>
@@ -38,24 +38,23 @@ struct Failure : std::runtime_error {
 [[noreturn]] void refuse(const std::string& text) { throw Failure(FASTMAF_INVALID_ARGUMENT, text); }
 
 template <class T>
-using Programs = std::vector<std::shared_ptr<Program<T>>>;  // one, or those of the members of an ensemble
+using AllWeights = std::vector<std::shared_ptr<Weights<T>>>;  // one, or those of the members of an ensemble
 
 struct Inner {
-    std::variant<Programs<float>, Programs<double>> programs;
+    std::variant<AllWeights<float>, AllWeights<double>> weights;
     bool ensemble = false;
     std::vector<std::string> names;
     int64_t layers = 0;
 
     // Of the first member.
-    template <class F>
-    auto visit(F f) const {
-        return std::visit([&](const auto& programs) { return f(*programs[0]); }, programs);
+    const Plan& plan() const {
+        return std::visit([](const auto& all) -> const Plan& { return all[0]->plan(); }, weights);
     }
 };
 
 template <class T>
 struct Member {
-    std::shared_ptr<Program<T>> program;
+    std::shared_ptr<Weights<T>> weights;
     Workspace<T> workspace;
 };
 
@@ -76,7 +75,8 @@ struct State {
     std::vector<int64_t> place;
     std::tuple<AlignedVector<float>, AlignedVector<double>> drawn;
 
-    Program<T>& program() const { return *members[0].program; }
+    const Weights<T>& weights() const { return *members[0].weights; }
+    const Plan& plan() const { return weights().plan(); }
 };
 
 // Room for `count` numbers, which grows and never shrinks.
@@ -134,13 +134,13 @@ std::shared_ptr<const Inner> inner_of(const void* bytes, size_t count) {
     auto inner = std::make_shared<Inner>();
     auto pack = [&](auto zero) {
         using T = decltype(zero);
-        Programs<T> programs;
+        AllWeights<T> all;
         for (size_t k = 0; k < std::max<size_t>(1, record.members.size()); ++k) {
-            programs.push_back(std::make_shared<Program<T>>(record::lower(record, k)));
-            programs.back()->set_parameters(record::parameters(record));
+            all.push_back(std::make_shared<Weights<T>>(record::lower(record, k)));
+            all.back()->set_parameters(record::parameters(record));
         }
-        inner->layers = int64_t(programs[0]->stages());
-        inner->programs = std::move(programs);
+        inner->layers = int64_t(all[0]->plan().stages());
+        inner->weights = std::move(all);
     };
     inner->ensemble = !record.members.empty();
     if (record.is_double)
@@ -243,14 +243,13 @@ Batch piece_of(const Batch& batch, int64_t group, int64_t groups, int64_t row, i
     return part;
 }
 
-template <class T>
-Batch batch_of(const Program<T>& program, int64_t groups, int64_t rows, const char* name, const fastmaf_array* x, const fastmaf_array* context) {
+Batch batch_of(const Plan& plan, int64_t groups, int64_t rows, const char* name, const fastmaf_array* x, const fastmaf_array* context) {
     check_counts(groups, rows);
     Batch batch;
     batch.outer = groups;
     batch.inner = rows;
     batch.x = rows_of(name, x, groups, rows);
-    if (program.context())
+    if (plan.context())
         batch.context = rows_of("context", context, groups, rows);
     else if (context)
         refuse("context is given, but the model has none");
@@ -261,9 +260,8 @@ constexpr int64_t kAll = std::numeric_limits<int64_t>::max() / 64;
 
 const Poll kNoPoll;
 
-template <class T>
-void refuse_discrete(const Program<T>& program, const char* what) {
-    if (program.discrete()) throw Failure(FASTMAF_UNSUPPORTED, std::string("the variables are discrete: they have no ") + what);
+void refuse_discrete(const Plan& plan, const char* what) {
+    if (plan.discrete()) throw Failure(FASTMAF_UNSUPPORTED, std::string("the variables are discrete: they have no ") + what);
 }
 
 template <class T>
@@ -294,7 +292,7 @@ void mix(State<T>& state, const Batch& batch, T* out) {
     for (int64_t k = 0; k < members; ++k) {
         Member<T>& member = state.members[size_t(k)];
         T* const own = densities + k * rows;
-        log_prob<T>(*member.program, batch, own, kNoPoll, &member.workspace);
+        log_prob<T>(*member.weights, batch, own, kNoPoll, &member.workspace);
         for (int64_t r = 0; r < rows; ++r) mixed[r] = log_add_exp(mixed[r], double(own[r]));
     }
     const double count = std::log(double(members));
@@ -304,18 +302,18 @@ void mix(State<T>& state, const Batch& batch, T* out) {
 template <class T>
 void density(State<T>& state, const Batch& batch, T* out) {
     if (state.ensemble) return mix(state, batch, out);
-    log_prob<T>(state.program(), batch, out, kNoPoll, &state.members[0].workspace);
+    log_prob<T>(state.weights(), batch, out, kNoPoll, &state.members[0].workspace);
 }
 
 // f(member, groups x rows of gradients in the context) for each member, whose d_x go into the sum.
 template <class T, class F>
 void mixed_gradient(State<T>& state, const Batch& batch, T* value, T* d_x, bool of_context, F f) {
     const PlainFloats floats;
-    const int64_t rows = batch.rows(), size = rows * state.program().features();
+    const int64_t rows = batch.rows(), size = rows * state.plan().features();
     mix(state, batch, value);
     T* const share = room(state.share, rows);  // of the member in the density of the row
     T* const part = d_x ? room(state.part_x, size) : nullptr;
-    T* const part_context = of_context ? room(state.part_context, rows * state.program().context()) : nullptr;
+    T* const part_context = of_context ? room(state.part_context, rows * state.plan().context()) : nullptr;
     double* const whole = d_x ? room(state.whole_x, size) : nullptr;
     if (d_x) std::fill(whole, whole + size, 0.0);
     for (size_t k = 0; k < state.members.size(); ++k) {
@@ -325,7 +323,7 @@ void mixed_gradient(State<T>& state, const Batch& batch, T* value, T* d_x, bool 
             const double sum = state.mixed[size_t(r)];
             share[r] = sum == -std::numeric_limits<double>::infinity() ? T(0) : T(std::exp(double(own[r]) - sum));
         }
-        vjp<T>(*member.program, batch, share, nullptr, part, part_context, nullptr, kNoPoll, &member.workspace);
+        vjp<T>(*member.weights, batch, share, nullptr, part, part_context, nullptr, kNoPoll, &member.workspace);
         for (int64_t i = 0; d_x && i < size; ++i) whole[i] += double(part[i]);
         if (of_context) f(k, part_context);
     }
@@ -338,7 +336,7 @@ constexpr uint32_t kComponents = 2u << 24;  // the stream of choices among compo
 template <class T>
 void choose(State<T>& state, const Draw& draw) {
     const auto& words = state.members[0].workspace.kernels->words;
-    const uint32_t features = uint32_t(state.program().features());
+    const uint32_t features = uint32_t(state.plan().features());
     uint32_t* chosen = room(state.chosen, draw.contexts * draw.rows);
     uint32_t word[4][64];
     for (int64_t g = 0; g < draw.contexts; ++g)
@@ -356,14 +354,14 @@ void draw_member(State<T>& state, size_t k, const Draw& draw, int64_t rows, Out*
     own.rows = rows;
     own.index = state.index.data();
     own.group = state.group.data();
-    if (const int64_t width = state.program().context())
+    if (const int64_t width = state.plan().context())
         own.context = {reinterpret_cast<const char*>(state.contexts.data()), DType::f64, 0, width * int64_t(sizeof(double)), sizeof(double)};
-    sample<T>(*state.members[k].program, own, out, static_cast<T*>(nullptr), kNoPoll, &state.members[k].workspace);
+    sample<T>(*state.members[k].weights, own, out, static_cast<T*>(nullptr), kNoPoll, &state.members[k].workspace);
 }
 
 template <class T, class Out>
 void mixed_sample(State<T>& state, const Draw& draw, Out* out) {
-    const int64_t total = draw.contexts * draw.rows, features = state.program().features(), width = state.program().context();
+    const int64_t total = draw.contexts * draw.rows, features = state.plan().features(), width = state.plan().context();
     choose(state, draw);
     uint64_t* const index = room(state.index, total);
     uint64_t* const group = room(state.group, total);
@@ -395,7 +393,7 @@ void mixed_sample(State<T>& state, const Draw& draw, Out* out) {
 template <class T, class F>
 void evaluate(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array* x, const fastmaf_array* context, const fastmaf_output* output,
               const char* name, int64_t width, F call) {
-    const Batch batch = batch_of(state.program(), groups, rows, "x", x, context);
+    const Batch batch = batch_of(state.plan(), groups, rows, "x", x, context);
     check_output(name, output, batch.rows());
     Target<T> target(output, width, state.results[0]);
     each_piece(groups, rows, target.direct() && !state.ensemble ? kAll : kPiece, [&](int64_t g, int64_t gs, int64_t r, int64_t rs) {
@@ -408,12 +406,12 @@ void evaluate(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array
 template <class T>
 void gradient(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array* x, const fastmaf_array* context, const fastmaf_output* value,
               const fastmaf_output* d_x, const fastmaf_output* d_context) {
-    const Program<T>& program = state.program();
-    const Batch batch = batch_of(program, groups, rows, "x", x, context);
-    const int64_t total = batch.rows(), width = program.context();
+    const Plan& plan = state.plan();
+    const Batch batch = batch_of(plan, groups, rows, "x", x, context);
+    const int64_t total = batch.rows(), width = plan.context();
     check_output("log_prob", value, total);
     if (d_x) {
-        refuse_discrete(program, "gradient in x");
+        refuse_discrete(plan, "gradient in x");
         check_output("d_x", d_x, total);
     }
     const bool summed = width && batch.context.inner == 0;
@@ -421,7 +419,7 @@ void gradient(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array
         if (!width) refuse("d_context is given, but the model has no context");
         check_output("d_context", d_context, summed ? groups : total);
     }
-    Target<T> values(value, 1, state.results[0]), of_x(d_x, program.features(), state.results[1]);
+    Target<T> values(value, 1, state.results[0]), of_x(d_x, plan.features(), state.results[1]);
     Target<T> of_context(summed ? nullptr : d_context, width, state.results[2]);
     if (state.ones.size() < size_t(std::min(total, kPiece))) state.ones.assign(size_t(std::min(total, kPiece)), T(1));
     const int64_t members = int64_t(state.members.size());
@@ -465,7 +463,8 @@ void gradient(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array
             });
             for (int64_t i = 0; own && i < count * width; ++i) own[i] = T(whole[i]);
         } else {
-            vjp<T>(program, piece, state.ones.data(), values.at(begin, count), of_x.at(begin, count), own, nullptr, kNoPoll, &state.members[0].workspace);
+            vjp<T>(state.weights(), piece, state.ones.data(), values.at(begin, count), of_x.at(begin, count), own, nullptr, kNoPoll,
+                   &state.members[0].workspace);
             if (sums) sum_up(0, own);
         }
         values.done(begin, count);
@@ -480,7 +479,7 @@ void gradient(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array
 template <class T, class Out>
 void draw_into(State<T>& state, int64_t groups, int64_t rows, const Draw& whole, const fastmaf_output& samples, const fastmaf_output* log_prob,
                AlignedVector<Out>& buffer) {
-    Target<Out> x(&samples, state.program().features(), buffer);
+    Target<Out> x(&samples, state.plan().features(), buffer);
     Target<T> value(log_prob, 1, state.results[0]);
     each_piece(groups, rows, x.direct() && value.direct() && !state.ensemble ? kAll : kPiece, [&](int64_t g, int64_t gs, int64_t r, int64_t rs) {
         const int64_t begin = g * rows + r, count = gs * rs;
@@ -495,7 +494,7 @@ void draw_into(State<T>& state, int64_t groups, int64_t rows, const Draw& whole,
         if (state.ensemble) {
             mixed_sample(state, draw, own);
             constexpr int64_t size = sizeof(Out);
-            const int64_t width = state.program().features() * size;
+            const int64_t width = state.plan().features() * size;
             Batch drawn;
             drawn.outer = gs;
             drawn.inner = rs;
@@ -503,7 +502,7 @@ void draw_into(State<T>& state, int64_t groups, int64_t rows, const Draw& whole,
             drawn.context = draw.context;
             if (own_value) mix(state, drawn, own_value);
         } else {
-            sample<T>(state.program(), draw, own, own_value, kNoPoll, &state.members[0].workspace);
+            sample<T>(state.weights(), draw, own, own_value, kNoPoll, &state.members[0].workspace);
         }
         x.done(begin, count);
         value.done(begin, count);
@@ -523,7 +522,7 @@ void draw(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array* co
     whole.seed = seed;
     whole.offset = offset;
     whole.context_offset = context_offset;
-    if (state.program().context()) {
+    if (state.plan().context()) {
         whole.context = rows_of("context", context, groups, 1);
         whole.context.inner = 0;
     } else if (context) {
@@ -537,16 +536,16 @@ void draw(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array* co
 
 template <class T>
 void back(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array* noise, const fastmaf_array* context, const fastmaf_output* x) {
-    refuse_discrete(state.program(), "noise");
+    refuse_discrete(state.plan(), "noise");
     refuse_ensemble(state, "noise");
-    const Batch batch = batch_of(state.program(), groups, rows, "noise", noise, context);
+    const Batch batch = batch_of(state.plan(), groups, rows, "noise", noise, context);
     check_output("x", x, batch.rows());
     auto into = [&](auto& buffer) {
         using Out = typename std::decay_t<decltype(buffer)>::value_type;
-        Target<Out> target(x, state.program().features(), buffer);
+        Target<Out> target(x, state.plan().features(), buffer);
         each_piece(groups, rows, target.direct() ? kAll : kPiece, [&](int64_t g, int64_t gs, int64_t r, int64_t rs) {
             const int64_t begin = g * rows + r, count = gs * rs;
-            from_noise<T>(state.program(), piece_of(batch, g, gs, r, rs), target.at(begin, count), kNoPoll, &state.members[0].workspace);
+            from_noise<T>(state.weights(), piece_of(batch, g, gs, r, rs), target.at(begin, count), kNoPoll, &state.members[0].workspace);
             target.done(begin, count);
         });
     };
@@ -621,23 +620,25 @@ fastmaf_status fastmaf_model_open(const char* path, fastmaf_model** model, char*
 void fastmaf_model_free(fastmaf_model* model) { delete model; }
 
 int64_t fastmaf_model_features(const fastmaf_model* model) {
-    return model ? model->inner->visit([](const auto& program) { return int64_t(program.features()); }) : -1;
+    return model ? model->inner->plan().features() : -1;
 }
 int64_t fastmaf_model_context_features(const fastmaf_model* model) {
-    return model ? model->inner->visit([](const auto& program) { return int64_t(program.context()); }) : -1;
+    return model ? model->inner->plan().context() : -1;
 }
 int64_t fastmaf_model_layers(const fastmaf_model* model) { return model ? model->inner->layers : -1; }
 int64_t fastmaf_model_members(const fastmaf_model* model) {
     if (!model) return -1;
-    return model->inner->ensemble ? std::visit([](const auto& programs) { return int64_t(programs.size()); }, model->inner->programs) : 0;
+    return model->inner->ensemble ? std::visit([](const auto& all) { return int64_t(all.size()); }, model->inner->weights) : 0;
 }
 int64_t fastmaf_model_parameters(const fastmaf_model* model) {
-    return model ? model->inner->visit([](const auto& program) { return program.parameter_count(); }) : -1;
+    return model ? model->inner->plan().parameter_count() : -1;
 }
 int64_t fastmaf_model_most_values(const fastmaf_model* model) {
-    return model ? model->inner->visit([](const auto& program) { return program.discrete() ? int64_t(program.most_values()) : 0; }) : -1;
+    if (!model) return -1;
+    const Plan& plan = model->inner->plan();
+    return plan.discrete() ? plan.most_values() : 0;
 }
-fastmaf_dtype fastmaf_model_dtype(const fastmaf_model* model) { return model && model->inner->programs.index() == 0 ? FASTMAF_FLOAT32 : FASTMAF_FLOAT64; }
+fastmaf_dtype fastmaf_model_dtype(const fastmaf_model* model) { return model && model->inner->weights.index() == 0 ? FASTMAF_FLOAT32 : FASTMAF_FLOAT64; }
 const char* fastmaf_model_name(const fastmaf_model* model, int64_t feature) {
     if (!model || feature < 0 || feature >= int64_t(model->inner->names.size())) return nullptr;
     return model->inner->names[size_t(feature)].c_str();
@@ -646,10 +647,10 @@ size_t fastmaf_model_memory(const fastmaf_model* model) {
     size_t bytes = 0;
     if (model)
         std::visit(
-            [&](const auto& programs) {
-                for (const auto& program : programs) bytes += program->memory();
+            [&](const auto& all) {
+                for (const auto& weights : all) bytes += weights->memory() + weights->plan().memory();
             },
-            model->inner->programs);
+            model->inner->weights);
     return bytes;
 }
 
@@ -661,19 +662,19 @@ fastmaf_status fastmaf_evaluator_create(const fastmaf_model* model, int32_t thre
         if (threads < 1) refuse("threads must be at least 1");
         auto made = std::make_unique<fastmaf_evaluator>();
         std::visit(
-            [&](const auto& programs) {
-                using T = typename std::decay_t<decltype(*programs[0])>::Value;
+            [&](const auto& all) {
+                using T = typename std::decay_t<decltype(*all[0])>::Value;
                 auto& state = made->state.template emplace<State<T>>();
                 state.ensemble = model->inner->ensemble;
-                state.members.resize(programs.size());
-                for (size_t k = 0; k < programs.size(); ++k) {
+                state.members.resize(all.size());
+                for (size_t k = 0; k < all.size(); ++k) {
                     Member<T>& member = state.members[k];
-                    member.program = programs[k];
+                    member.weights = all[k];
                     member.workspace.kernels = &kernels<T>();
                     member.workspace.threads = threads;
                 }
             },
-            model->inner->programs);
+            model->inner->weights);
         *evaluator = made.release();
     });
 }
@@ -703,10 +704,10 @@ fastmaf_status fastmaf_sample(fastmaf_evaluator* evaluator, int64_t groups, int6
 fastmaf_status fastmaf_to_noise(fastmaf_evaluator* evaluator, int64_t groups, int64_t rows, const fastmaf_array* x, const fastmaf_array* context,
                                 const fastmaf_output* noise) {
     return run(evaluator, [&](auto& state) {
-        refuse_discrete(state.program(), "noise");
+        refuse_discrete(state.plan(), "noise");
         refuse_ensemble(state, "noise");
-        evaluate(state, groups, rows, x, context, noise, "noise", state.program().features(), [&](const Batch& batch, auto* out) {
-            fastmaf::to_noise(state.program(), batch, out, kNoPoll, &state.members[0].workspace);
+        evaluate(state, groups, rows, x, context, noise, "noise", state.plan().features(), [&](const Batch& batch, auto* out) {
+            fastmaf::to_noise(state.weights(), batch, out, kNoPoll, &state.members[0].workspace);
         });
     });
 }
@@ -719,12 +720,12 @@ fastmaf_status fastmaf_from_noise(fastmaf_evaluator* evaluator, int64_t groups, 
 fastmaf_status fastmaf_conditional_probs(fastmaf_evaluator* evaluator, int64_t groups, int64_t rows, const fastmaf_array* x,
                                          const fastmaf_array* context, const fastmaf_output* probabilities) {
     return run(evaluator, [&](auto& state) {
-        if (!state.program().discrete()) throw Failure(FASTMAF_UNSUPPORTED, "the variables are continuous: their values have no probabilities");
+        if (!state.plan().discrete()) throw Failure(FASTMAF_UNSUPPORTED, "the variables are continuous: their values have no probabilities");
         refuse_ensemble(state, "probabilities");
-        evaluate(state, groups, rows, x, context, probabilities, "probabilities", state.program().features() * int64_t(state.program().most_values()),
-                 [&](const Batch& batch, auto* out) {
-                     fastmaf::conditional_probs(state.program(), batch, out, kNoPoll, &state.members[0].workspace);
-                 });
+        const int64_t width = state.plan().features() * int64_t(state.plan().most_values());
+        evaluate(state, groups, rows, x, context, probabilities, "probabilities", width, [&](const Batch& batch, auto* out) {
+            fastmaf::conditional_probs(state.weights(), batch, out, kNoPoll, &state.members[0].workspace);
+        });
     });
 }
 

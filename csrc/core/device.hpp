@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "calls.hpp"
-#include "program.hpp"
+#include "weights.hpp"
 
 namespace fastmaf {
 namespace device {
@@ -41,16 +41,18 @@ struct Samples {
     double* wide = nullptr;
 };
 
-// A program with its copy on one device, made when first needed and freed with it. Results are those of the functions in cpu/backend.hpp.
+// Weights with their copy on one device, made when first needed and freed with it. Results are those of the functions in cpu/backend.hpp.
 template <class T>
 class Flow {
 public:
-    Flow(std::shared_ptr<const Program<T>> program, int device, Precision precision = Precision::highest);
+    using Value = T;
+
+    Flow(std::shared_ptr<const Weights<T>> weights, int device, Precision precision = Precision::highest);
     ~Flow();
     Flow(const Flow&) = delete;
     Flow& operator=(const Flow&) = delete;
 
-    const Program<T>& program() const;
+    const Weights<T>& weights() const;
     void log_prob(const Batch& batch, T* out, const Place& place, const Poll& poll) const;
     void to_noise(const Batch& batch, T* out, const Place& place, const Poll& poll) const;
     void conditional_probs(const Batch& batch, T* out, const Place& place, const Poll& poll) const;

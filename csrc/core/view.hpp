@@ -43,7 +43,7 @@ struct Step {
     int in, out;
 };
 
-// What kernels see of one stage: pointers into a Program.
+// What kernels see of one stage: pointers into a plan and its weights.
 template <class T>
 struct StageView {
     Output output;

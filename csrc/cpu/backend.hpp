@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "../core/calls.hpp"
-#include "../core/program.hpp"
+#include "../core/weights.hpp"
 
 namespace fastmaf {
 
@@ -20,7 +20,8 @@ struct Folded {
     std::vector<const T*> pointers;  // per stage
 };
 
-// What the calls of one caller keep for the next ones, so that these allocate nothing and ask nothing of the process. It belongs to one program.
+// What the calls of one caller keep for the next ones, so that these allocate nothing and ask nothing of the process. It belongs to one
+// flow.
 template <class T>
 struct Workspace {
     const Kernels<T>* kernels;
@@ -32,23 +33,23 @@ struct Workspace {
 // Without a workspace a call takes the instruction set and the threads of the process.
 
 template <class T>
-void log_prob(const Program<T>& program, const Batch& batch, T* out, const Poll& poll, Workspace<T>* workspace = nullptr);  // out [rows]; NaN for rows with a NaN alone
+void log_prob(const Weights<T>& weights, const Batch& batch, T* out, const Poll& poll, Workspace<T>* workspace = nullptr);  // out [rows]; NaN for rows with a NaN alone
 // Of discrete variables: p(x_i = 1 | x_<i) as (n, D), or p(x_i = c | x_<i) as (n, D, most values), zero where there is no c. Whatever x
 // holds goes into the network.
 template <class T>
-void conditional_probs(const Program<T>& program, const Batch& batch, T* out, const Poll& poll, Workspace<T>* workspace = nullptr);
+void conditional_probs(const Weights<T>& weights, const Batch& batch, T* out, const Poll& poll, Workspace<T>* workspace = nullptr);
 template <class T>
-void to_noise(const Program<T>& program, const Batch& batch, T* out, const Poll& poll, Workspace<T>* workspace = nullptr);  // out [rows][features]
+void to_noise(const Weights<T>& weights, const Batch& batch, T* out, const Poll& poll, Workspace<T>* workspace = nullptr);  // out [rows][features]
 // Columns leave the network in double: the dtype of `out` is the caller's choice.
 template <class T, class Out>
-void from_noise(const Program<T>& program, const Batch& noise, Out* out, const Poll& poll, Workspace<T>* workspace = nullptr);  // out [rows][features]
+void from_noise(const Weights<T>& weights, const Batch& noise, Out* out, const Poll& poll, Workspace<T>* workspace = nullptr);  // out [rows][features]
 template <class T, class Out>
-void sample(const Program<T>& program, const Draw& draw, Out* out, T* log_prob, const Poll& poll,
+void sample(const Weights<T>& weights, const Draw& draw, Out* out, T* log_prob, const Poll& poll,
             Workspace<T>* workspace = nullptr);  // log_prob may be null
 
 // value [rows]; d_x [rows][features], d_context [rows][context], d_parameters [parameters]: each may be null.
 template <class T>
-void vjp(const Program<T>& program, const Batch& batch, const T* cotangent, T* value, T* d_x, T* d_context, T* d_parameters,
+void vjp(const Weights<T>& weights, const Batch& batch, const T* cotangent, T* value, T* d_x, T* d_context, T* d_parameters,
          const Poll& poll, Workspace<T>* workspace = nullptr);
 
 struct AdamSettings {
@@ -58,16 +59,16 @@ struct AdamSettings {
 template <class T>
 struct TrainerState;
 
-// Owns programs and the optimizer's moments. If shared, the programs are networks with different masks over the same weights, and step t
+// Owns weights and the optimizer's moments. If shared, the members are networks with different masks over the same parameters, and step t
 // trains number t mod their count; set_parameters says where all of them begin.
 template <class T>
 class Trainer {
 public:
     using Value = T;
 
-    Trainer(std::vector<std::shared_ptr<Program<T>>> programs, bool shared, AdamSettings settings);  // one program, unless shared
+    Trainer(std::vector<std::shared_ptr<Weights<T>>> members, bool shared, AdamSettings settings);  // one, unless shared
     ~Trainer();
-    void set_members(std::vector<std::shared_ptr<Program<T>>> programs);  // of a shared trainer
+    void set_members(std::vector<std::shared_ptr<Weights<T>>> members);  // of a shared trainer
 
     // Steps over batch.index[0 .. rows) in batches; weights [all rows] may be null. Returns the sum of w_i nll_i; `done` counts the
     // batches done, fewer than planned when the loss of the next one is not finite. Step s uses rates[s].

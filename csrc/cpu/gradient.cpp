@@ -89,36 +89,38 @@ struct Kept {
 template <class T>
 class Gradients {
 public:
-    Gradients(const Program<T>& program, bool parameters, const Kernels<T>& kernels) : program_(program), parameters_(parameters), kernels_(kernels) {
-        program.views(Direction::density);
-        program.views(Direction::backward);
+    Gradients(const Weights<T>& weights, bool parameters, const Kernels<T>& kernels)
+        : weights_(weights), plan_(weights.plan()), parameters_(parameters), kernels_(kernels) {
+        const Plan& plan = plan_;
+        weights.views(Direction::density);
+        weights.views(Direction::backward);
         lanes_ = 3 * kernels_.width;
         int64_t per_row = 0;  // numbers kept of a row at most, counted in units that every lane count divides
-        for (size_t k = 0; k < program.stages(); ++k) {
-            for (int width : program.widths(k)) per_row += width;
-            for (const Staircase& stairs : program.sorted()[k].maps) per_row += round_up(stairs.inputs, 48);
+        for (size_t k = 0; k < plan.stages(); ++k) {
+            for (int width : plan.widths(k)) per_row += width;
+            for (const Staircase& stairs : plan.sorted()[k].maps) per_row += round_up(stairs.inputs, 48);
         }
-        for (const StageSpec& stage : program.spec().stages) together_ = together_ || stage.of_batch;
-        small_ = parameters && !together_ && int64_t(program.master().size()) < per_row * kBlockRows / 2;
-        for (size_t k = 0; k < program.stages(); ++k) {
+        for (const StageSpec& stage : plan.spec().stages) together_ = together_ || stage.of_batch;
+        small_ = parameters && !together_ && int64_t(weights.master().size()) < per_row * kBlockRows / 2;
+        for (size_t k = 0; k < plan.stages(); ++k) {
             Places places;
             auto keep = [&](int rows) {
                 const size_t place = kept_rows_;
                 kept_rows_ += size_t(rows);
                 return place;
             };
-            for (int width : program.widths(k)) places.delta.push_back(keep(width));
+            for (int width : plan.widths(k)) places.delta.push_back(keep(width));
             places.units.assign(places.delta.size(), kNowhere);
-            const Sorted& sorted = program.sorted()[k];
+            const Sorted& sorted = plan.sorted()[k];
             for (size_t m = 0; m < sorted.maps.size(); ++m) {
                 const Staircase& stairs = sorted.maps[m];
-                const int rows = program.widths(k)[program.written(k, m)];
+                const int rows = plan.widths(k)[plan.written(k, m)];
                 const bool narrow = parameters && is_narrow(stairs, rows, small_);
                 places.inputs.push_back(narrow ? kNowhere : input_rows_);
                 if (narrow) {
-                    const int in = program.wires(k)[m].first;
+                    const int in = plan.wires(k)[m].first;
                     size_t& source = in >= 0 ? places.units[size_t(in)] : places.x;
-                    if (source == kNowhere) source = keep(in >= 0 ? program.widths(k)[size_t(in)] : program.features() + program.context());
+                    if (source == kNowhere) source = keep(in >= 0 ? plan.widths(k)[size_t(in)] : plan.features() + plan.context());
                 } else {
                     input_rows_ += size_t(round_up(stairs.inputs, lanes_));
                 }
@@ -147,28 +149,28 @@ public:
         const bool wanted = d_x || d_context;
         auto run = [&](Room& room, Kept<T>& kept, int64_t first, int rows, int64_t place) {
             load(room, reader, begin + first, rows);
-            for (size_t k = 0; k < program_.stages(); ++k) forward(room, k, rows);
+            for (size_t k = 0; k < plan_.stages(); ++k) forward(room, k, rows);
             if (weigh<V>(room, reader, begin + first, rows)) {
                 double weighed[kMostLanes];
                 std::copy_n(room.log_det, rows, weighed);
-                for (size_t k = 0; k < program_.stages(); ++k) forward(room, k, rows);
+                for (size_t k = 0; k < plan_.stages(); ++k) forward(room, k, rows);
                 std::copy_n(weighed, rows, room.log_det);
             }
             close(room, rows, cotangent + first, used_cotangent_.data() + first, value ? value + first : nullptr);
-            for (size_t k = program_.stages(); k-- > 0;) backward(room, k, rows, wanted);
-            if (d_x) write_dx(room, reader, begin + first, rows, d_x + first * program_.features());
-            if (d_context) write_dcontext(room, reader, begin + first, rows, d_context + first * program_.context());
+            for (size_t k = plan_.stages(); k-- > 0;) backward(room, k, rows, wanted);
+            if (d_x) write_dx(room, reader, begin + first, rows, d_x + first * plan_.features());
+            if (d_context) write_dcontext(room, reader, begin + first, rows, d_context + first * plan_.context());
             if (parameters_) keep(room, kept, rows, place);
         };
         if (small_) {
             const int64_t most = n < 8 * kBlockRows ? kBlockRows : 2 * kBlockRows;
             const int64_t blocks = (n + most - 1) / most, rows = (n + blocks - 1) / blocks;
-            block_gradients_.resize(size_t(blocks) * program_.master().size());
+            block_gradients_.resize(size_t(blocks) * weights_.master().size());
             blocks_ = int(blocks);
             parallel_for(threads, blocks, [&](int64_t b) {
                 const int64_t first = b * rows, here = std::min(rows, n - first);
-                T* const out = block_gradients_.data() + size_t(b) * program_.master().size();
-                if (here <= 0) return std::fill(out, out + program_.master().size(), T(0));
+                T* const out = block_gradients_.data() + size_t(b) * weights_.master().size();
+                if (here <= 0) return std::fill(out, out + weights_.master().size(), T(0));
                 const Cut inner(here, kernels_.width, lanes_, 1);
                 Kept<T> kept;
                 auto lay_out = [&](char* base) {
@@ -199,7 +201,7 @@ public:
     // The same for a whole batch of `training` whose norms take the statistics of the batch, rows weighted by their cotangents. It keeps
     // all activations of the batch: no bound but batch_size holds for its memory. What a poll throws leaves weights and moments as they were.
     template <class V>
-    void pass_together(int threads, Program<T>& training, const Batch& batch, int64_t n, const T* cotangent, V* value, PollClock& clock) {
+    void pass_together(int threads, Weights<T>& training, const Batch& batch, int64_t n, const T* cotangent, V* value, PollClock& clock) {
         const RowReader reader(batch);
         const Cut cut(n, kernels_.width, lanes_, threads);
         used_cotangent_.assign(cotangent, cotangent + n);
@@ -218,14 +220,14 @@ public:
             parallel_for(threads, cut.tiles, [&](int64_t t) { body(rooms[size_t(t)], cut.begin(t), int(cut.size(t, n))); });
             clock.tick();
         };
-        const auto& stages = program_.spec().stages;
-        const size_t features = size_t(program_.features());
+        const auto& stages = plan_.spec().stages;
+        const size_t features = size_t(plan_.features());
         // Sums over all rows of f(variable, row of the batch, x, gradient in this tile), for each variable.
         auto sums = [&](size_t k, auto f) {
             std::vector<double> result(features, 0.0);
             for (size_t v = 0; v < features; ++v)
                 for (int64_t t = 0; t < cut.tiles; ++t) {
-                    const size_t row = (size_t(program_.context()) + v) * size_t(lanes_);
+                    const size_t row = (size_t(plan_.context()) + v) * size_t(lanes_);
                     const T *x = rooms[size_t(t)].trace[k].x + row, *d = rooms[size_t(t)].dx[k % 2] + row;
                     for (int64_t r = 0; r < cut.size(t, n); ++r) result[v] += f(v, cut.begin(t) + r, double(x[r]), double(d[r]));
                 }
@@ -250,15 +252,15 @@ public:
             if (!stages[k].of_batch) continue;
             // d mean = -sum dx, d var = -(sum dx (x - mean) + sum g) / (2 (var + eps)), dx before these.
             const auto shift = sums(k, [](size_t, int64_t, double, double d) { return -d; });
-            auto bend = sums(k, [&](size_t v, int64_t, double x, double d) { return d * (x - stages[k].mean[v]); });
-            for (size_t v = 0; v < features; ++v) bend[v] = -(bend[v] + total_cotangent_) / (stages[k].var[v] + stages[k].eps);
+            auto bend = sums(k, [&](size_t v, int64_t, double x, double d) { return d * (x - weights_.statistics(k).mean[v]); });
+            for (size_t v = 0; v < features; ++v) bend[v] = -(bend[v] + total_cotangent_) / (weights_.statistics(k).var[v] + stages[k].eps);
             each_tile([&](Room& room, int64_t first, int rows) {
                 for (size_t v = 0; v < features; ++v) {
-                    const size_t row = (size_t(program_.context()) + v) * size_t(lanes_);
+                    const size_t row = (size_t(plan_.context()) + v) * size_t(lanes_);
                     const T* x = room.trace[k].x + row;
                     T* d = room.dx[k % 2] + row;
                     for (int r = 0; r < rows; ++r)
-                        d[r] += T(share[size_t(first + r)] * (shift[v] + bend[v] * (double(x[r]) - stages[k].mean[v])));
+                        d[r] += T(share[size_t(first + r)] * (shift[v] + bend[v] * (double(x[r]) - weights_.statistics(k).mean[v])));
                 }
             });
         }
@@ -267,28 +269,28 @@ public:
 
     // The gradient of one task over the rows of the last pass, into a vector laid out like the master.
     void gradient(const Task& task, bool add, T* out) const {
-        const int64_t size = int64_t(program_.master().size());
+        const int64_t size = int64_t(weights_.master().size());
         if (small_) {
             for (const auto& range : ranges(task))
                 kernels_.sum_blocks(block_gradients_.data() + range.first, size, blocks_, range.second, add, out + range.first);
         } else {
             sum(kept_, task, add, out);
         }
-        if (program_.spec().stages[size_t(task.stage)].output != Output::linear || task.map != 0) return;
-        const auto& offset = program_.sorted()[size_t(task.stage)].maps[0].offset;  // log|det| is the sum of log|u_ii|
+        if (plan_.spec().stages[size_t(task.stage)].output != Output::linear || task.map != 0) return;
+        const auto& offset = plan_.sorted()[size_t(task.stage)].maps[0].offset;  // log|det| is the sum of log|u_ii|
         for (int row = task.row; row < task.row + task.rows; ++row) {
-            const size_t diagonal = size_t(program_.weight_offset(size_t(task.stage), 0) + offset[size_t(row + 1)] - 1);
-            out[diagonal] += T(total_cotangent_ / double(program_.master()[diagonal]));
+            const size_t diagonal = size_t(plan_.weight_offset(size_t(task.stage), 0) + offset[size_t(row + 1)] - 1);
+            out[diagonal] += T(total_cotangent_ / double(weights_.master()[diagonal]));
         }
     }
 
     // Where the weights and the biases of a task lie in the master: begin and count.
     std::array<std::pair<int64_t, int64_t>, 2> ranges(const Task& task) const {
         const size_t stage = size_t(task.stage), map = size_t(task.map);
-        const auto& offset = program_.sorted()[stage].maps[map].offset;
+        const auto& offset = plan_.sorted()[stage].maps[map].offset;
         const int64_t begin = offset[size_t(task.row)];
-        return {{{program_.weight_offset(stage, map) + begin, offset[size_t(task.row + task.rows)] - begin},
-                 {program_.bias_offset(stage, map) + task.row, program_.bias_count(stage, map) ? task.rows : 0}}};
+        return {{{plan_.weight_offset(stage, map) + begin, offset[size_t(task.row + task.rows)] - begin},
+                 {plan_.bias_offset(stage, map) + task.row, plan_.bias_count(stage, map) ? task.rows : 0}}};
     }
 
 private:
@@ -311,9 +313,9 @@ private:
 
     // Of the inputs of a narrow map, among the rows kept of a tile.
     size_t input_row(size_t stage, size_t map) const {
-        const int in = program_.wires(stage)[map].first;
+        const int in = plan_.wires(stage)[map].first;
         if (in >= 0) return places_[stage].units[size_t(in)];
-        return places_[stage].x + (in == kTile ? 0 : size_t(program_.context()));
+        return places_[stage].x + (in == kTile ? 0 : size_t(plan_.context()));
     }
 
     // What weights need of the chunk, in the memory of this object.
@@ -332,25 +334,25 @@ private:
     void sum(const Kept<T>& kept, const Task& task, bool add, T* gradient) const {
         const Kernels<T>& k = kernels_;
         const size_t stage = size_t(task.stage), map = size_t(task.map), tiles = kept.tile_rows.size();
-        const Staircase& stairs = program_.sorted()[stage].maps[map];
+        const Staircase& stairs = plan_.sorted()[stage].maps[map];
         auto in_tiles = [&](size_t row) {
             std::vector<const T*> pointers(tiles);
             for (size_t t = 0; t < tiles; ++t) pointers[t] = kept.tiles + t * kept_stride() + row * size_t(lanes_);
             return pointers;
         };
-        const std::vector<const T*> delta = in_tiles(places_[stage].delta[program_.written(stage, map)] + size_t(task.row));
+        const std::vector<const T*> delta = in_tiles(places_[stage].delta[plan_.written(stage, map)] + size_t(task.row));
         const int* limit = stairs.limit.data() + task.row;
         const int64_t* offset = stairs.offset.data() + task.row;
-        T* const weights = gradient + program_.weight_offset(stage, map);
+        T* const weights = gradient + plan_.weight_offset(stage, map);
         if (const size_t inputs = places_[stage].inputs[map]; inputs != kNowhere)
             k.wide_gradient(delta.data(), kept.tile_rows.data(), kept.tile_begin.data(), int(tiles), task.rows,
                             kept.inputs + inputs * size_t(kept.capacity), kept.capacity, limit, offset, add, weights);
         else
             k.narrow_gradient(delta.data(), in_tiles(input_row(stage, map)).data(), kept.tile_rows.data(), kept.tile_begin.data(), int(tiles),
                               task.rows, limit, offset, add, weights);
-        if (program_.bias_count(stage, map))
+        if (plan_.bias_count(stage, map))
             k.bias_gradient(delta.data(), kept.tile_rows.data(), kept.tile_begin.data(), int(tiles), task.rows, add,
-                            gradient + program_.bias_offset(stage, map) + task.row);
+                            gradient + plan_.bias_offset(stage, map) + task.row);
     }
 
     // Scratch of one tile. What weights need lies in the chunk's memory.
@@ -362,25 +364,25 @@ private:
         double *log_det, *column;
 
         Room(Carver& carve, const Gradients& owner, T* kept) {
-            const Program<T>& program = owner.program_;
-            const size_t lanes = size_t(owner.lanes_), features = size_t(program.features());
-            const size_t width = features + size_t(program.context());
+            const Plan& plan = owner.plan_;
+            const size_t lanes = size_t(owner.lanes_), features = size_t(plan.features());
+            const size_t width = features + size_t(plan.context());
             log_det = carve.take<double>(lanes);
             column = carve.take<double>(kColumns * lanes);
             cotangent = carve.take<T>(lanes);
             for (T*& d : dx) d = carve.take<T>(width * lanes);
             if (!kept) kept = carve.take<T>(owner.kept_stride());
-            stages = program.stages();
+            stages = plan.stages();
             trace = carve.take<Trace<T>>(stages + 1);
             for (size_t k = 0; k <= stages; ++k) {
                 Trace<T> own{};
-                const bool last = k == stages, clips = !last && program.spec().stages[k].input_clip > 0;
+                const bool last = k == stages, clips = !last && plan.spec().stages[k].input_clip > 0;
                 if (last || owner.places_[k].x == kNowhere || clips) own.x = carve.take<T>(width * lanes);
                 if (!last) {
-                    const StageSpec& stage = program.spec().stages[k];
+                    const StageSpec& stage = plan.spec().stages[k];
                     if (stage.output == Output::transform || clips) own.scaled = carve.take<T>(3 * features * lanes);
                     own.read = clips && owner.places_[k].x == kNowhere ? carve.take<T>(width * lanes) : own.x;
-                    const auto& widths = program.widths(k);
+                    const auto& widths = plan.widths(k);
                     own.units = carve.take<T*>(widths.size());
                     own.raw = carve.take<T*>(widths.size());
                     own.delta = carve.take<T*>(widths.size());
@@ -388,7 +390,7 @@ private:
                         const bool argument = m < stage.maps.size() && stage.maps[m].activated && keeps_argument(stage.activation);
                         const size_t size = size_t(widths[m]) * lanes;
                         T* const units = owner.places_[k].units[m] == kNowhere ? carve.take<T>(size) : nullptr;
-                        T* const raw = argument || program.keeps_raw(k, m) ? carve.take<T>(size) : nullptr;
+                        T* const raw = argument || plan.raw(k)[m] ? carve.take<T>(size) : nullptr;
                         if (!own.units) continue;  // measuring
                         own.units[m] = units;
                         own.raw[m] = raw;
@@ -406,7 +408,7 @@ private:
             };
             for (size_t k = 0; k < stages; ++k) {
                 const Places& places = owner.places_[k];
-                const bool clips = owner.program_.spec().stages[k].input_clip > 0;
+                const bool clips = owner.plan_.spec().stages[k].input_clip > 0;
                 point(trace[k].read, places.x);
                 if (!clips) trace[k].x = trace[k].read;
                 for (size_t m = 0; m < places.delta.size(); ++m) {
@@ -421,7 +423,7 @@ private:
 
     // The first tile, and the contexts in all of them. Idle lanes repeat the last row.
     void load(Room& room, const RowReader& reader, int64_t begin, int n) {
-        const int features = program_.features(), context = program_.context(), lanes = lanes_;
+        const int features = plan_.features(), context = plan_.context(), lanes = lanes_;
         std::fill(room.log_det, room.log_det + lanes, 0.0);
         auto load = [&](const Columns& columns, int c, const double* column, int row, double* log_det) {
             kernels_.load(column, n, columns.kind[size_t(c)], columns.lower[size_t(c)], columns.upper[size_t(c)],
@@ -432,13 +434,13 @@ private:
         for (int v = 0; v < features; ++v) {
             const double* column = room.column + v % kColumns * lanes;
             if (v % kColumns == 0) reader.columns(begin, n, v, std::min(kColumns, features - v), lanes, room.column);
-            load(program_.spec().columns, v, column, context + program_.first()[size_t(v)], room.log_det);
-            if (const int values = program_.values(v)) kernels_.refuse_other(column, n, values, room.log_det);
+            load(plan_.spec().columns, v, column, context + plan_.first()[size_t(v)], room.log_det);
+            if (const int values = plan_.values(v)) kernels_.refuse_other(column, n, values, room.log_det);
         }
         for (int c = 0; c < context; ++c) {
             double of_bound[kMostLanes] = {};
             if (c % kColumns == 0) reader.context_columns(begin, n, c, std::min(kColumns, context - c), lanes, room.column);
-            load(program_.spec().context_columns, c, room.column + c % kColumns * lanes, c, of_bound);
+            load(plan_.spec().context_columns, c, room.column + c % kColumns * lanes, c, of_bound);
             spoil_outside(of_bound, padded(n), room.trace[0].x + c * lanes);
             for (size_t j = 1; j <= room.stages; ++j) std::copy_n(room.trace[0].x + c * lanes, padded(n), room.trace[j].x + c * lanes);
         }
@@ -448,32 +450,32 @@ private:
 
     // A row of density zero, and its context, go on as zeros: nothing that it meets is infinite. Only a NaN stays.
     void zero_row(Room& room, int r, int n) {
-        const int width = program_.context() + program_.features();
+        const int width = plan_.context() + plan_.features();
         for (int lane = r; lane < (r + 1 < n ? r + 1 : padded(n)); ++lane)
             for (size_t k = 0; k <= room.stages; ++k)
-                for (int i = 0; i < (k ? program_.context() : width); ++i) {
+                for (int i = 0; i < (k ? plan_.context() : width); ++i) {
                     T& own = room.trace[k].x[i * lanes_ + lane];
                     if (own == own) own = 0;
                 }
     }
 
     void forward(Room& room, size_t k, int n) {
-        kernels_.forward(program_.views(Direction::density)[k], room.trace[k], room.trace[k + 1], padded(n), room.log_det);
+        kernels_.forward(weights_.views(Direction::density)[k], room.trace[k], room.trace[k + 1], padded(n), room.log_det);
     }
 
     // Behind forward: log_det becomes the density, but for the constant. Rows that have none in V, far out or at infinity, become rows of
     // density zero; returns whether there are any, which then have to go forward again.
     template <class V>
     bool weigh(Room& room, const RowReader& reader, int64_t begin, int n) {
-        const T* noise = room.trace[program_.stages()].x + program_.context() * lanes_;
-        if (!program_.has_base()) kernels_.base(noise, program_.features(), lanes_, n, room.log_det);
+        const T* noise = room.trace[plan_.stages()].x + plan_.context() * lanes_;
+        if (!plan_.has_base()) kernels_.base(noise, plan_.features(), lanes_, n, room.log_det);
         bool again = false;
         for (int r = 0; r < n; ++r) {
             double& density = room.log_det[r];
             constexpr double zero = -std::numeric_limits<double>::infinity();
             if (density == zero && is_zero(room, r)) continue;
-            if (std::isfinite(V(program_.constant() + density))) continue;
-            density = double(reader.lost_density(program_, begin + r));
+            if (std::isfinite(V(weights_.constant() + density))) continue;
+            density = double(reader.lost_density<T>(plan_, begin + r));
             if (density == zero) zero_row(room, r, n);
             again = again || density == zero;
         }
@@ -482,7 +484,7 @@ private:
 
     // Whether a row went through as zeros.
     bool is_zero(const Room& room, int r) const {
-        for (int i = 0; i < program_.context() + program_.features(); ++i)
+        for (int i = 0; i < plan_.context() + plan_.features(); ++i)
             if (room.trace[0].x[i * lanes_ + r] != 0) return false;
         return true;
     }
@@ -490,39 +492,39 @@ private:
     // Between forward and backward: the gradient in the noise. `used`: cotangents, zero where the density is.
     template <class V>
     void close(Room& room, int n, const T* cotangent, T* used, V* value) {
-        const int features = program_.features(), context = program_.context();
-        const size_t count = program_.stages();
+        const int features = plan_.features(), context = plan_.context();
+        const size_t count = plan_.stages();
         const T* noise = room.trace[count].x + context * lanes_;
         for (int r = 0; r < padded(n); ++r)
             room.cotangent[r] = r < n && room.log_det[r] != -std::numeric_limits<double>::infinity() ? cotangent[r] : T(0);
         std::copy_n(room.cotangent, n, used);
         T* const dx = room.dx[count % 2];
         std::fill(dx, dx + context * lanes_, T(0));
-        for (int v = 0; v < features && !program_.has_base(); ++v)
+        for (int v = 0; v < features && !plan_.has_base(); ++v)
             for (int r = 0; r < padded(n); ++r) dx[(context + v) * lanes_ + r] = -noise[v * lanes_ + r] * room.cotangent[r];
-        for (int r = 0; value && r < n; ++r) value[r] = V(program_.constant() + room.log_det[r]);
+        for (int r = 0; value && r < n; ++r) value[r] = V(weights_.constant() + room.log_det[r]);
     }
 
     void backward(Room& room, size_t k, int n, bool wanted) {
-        kernels_.backward(program_.views(Direction::backward)[k], room.trace[k], padded(n), room.cotangent, room.dx[(k + 1) % 2], room.dx[k % 2],
+        kernels_.backward(weights_.views(Direction::backward)[k], room.trace[k], padded(n), room.cotangent, room.dx[(k + 1) % 2], room.dx[k % 2],
                           wanted ? 0 : k ? 1 : 2);
     }
 
     void write_dx(Room& room, const RowReader& reader, int64_t begin, int n, T* d_x) {
-        for (int v = 0; v < program_.features(); ++v) {
+        for (int v = 0; v < plan_.features(); ++v) {
             reader.column(begin, n, v, room.column);
-            out_of(program_.spec().columns, v, room.dx[0] + (program_.context() + program_.first()[size_t(v)]) * lanes_, room, n, true, d_x + v,
-                   program_.features());
+            out_of(plan_.spec().columns, v, room.dx[0] + (plan_.context() + plan_.first()[size_t(v)]) * lanes_, room, n, true, d_x + v,
+                   plan_.features());
         }
-        settle(room, n, d_x, program_.features());
+        settle(room, n, d_x, plan_.features());
     }
 
     void write_dcontext(Room& room, const RowReader& reader, int64_t begin, int n, T* d_context) {
-        for (int c = 0; c < program_.context(); ++c) {
+        for (int c = 0; c < plan_.context(); ++c) {
             reader.context_column(begin, n, c, room.column);
-            out_of(program_.spec().context_columns, c, room.dx[0] + c * lanes_, room, n, false, d_context + c, program_.context());
+            out_of(plan_.spec().context_columns, c, room.dx[0] + c * lanes_, room, n, false, d_context + c, plan_.context());
         }
-        settle(room, n, d_context, program_.context());
+        settle(room, n, d_context, plan_.context());
     }
 
     // Far out the gradient of a row may be no number in T, though its density is one: it is zero then.
@@ -534,13 +536,13 @@ private:
     }
 
     void keep(Room& room, Kept<T>& kept, int n, int64_t place) {
-        for (size_t k = 0; k < program_.stages(); ++k) {
+        for (size_t k = 0; k < plan_.stages(); ++k) {
             const Trace<T>& trace = room.trace[k];
-            for (size_t m = 0; m < program_.wires(k).size(); ++m) {
+            for (size_t m = 0; m < plan_.wires(k).size(); ++m) {
                 if (places_[k].inputs[m] == kNowhere) continue;
-                const int in = program_.wires(k)[m].first;
-                const T* from = in >= 0 ? trace.units[in] : in == kTile ? trace.read : trace.read + program_.context() * lanes_;
-                const int inputs = in >= 0 ? program_.widths(k)[size_t(in)] : program_.sorted()[k].maps[m].inputs;
+                const int in = plan_.wires(k)[m].first;
+                const T* from = in >= 0 ? trace.units[in] : in == kTile ? trace.read : trace.read + plan_.context() * lanes_;
+                const int inputs = in >= 0 ? plan_.widths(k)[size_t(in)] : plan_.sorted()[k].maps[m].inputs;
                 kernels_.transpose(from, inputs, padded(n),
                                    kept.inputs + places_[k].inputs[m] * size_t(kept.capacity), place, kept.capacity);
             }
@@ -575,7 +577,8 @@ private:
         }
     }
 
-    const Program<T>& program_;
+    const Weights<T>& weights_;
+    const Plan& plan_;
     const bool parameters_;
     const Kernels<T>& kernels_;  // one set for life: layouts depend on its lanes
     int lanes_ = 0;
@@ -603,15 +606,15 @@ Batch part(const Batch& batch, const int64_t* index, int64_t rows) {
 }  // namespace
 
 template <class T>
-void vjp(const Program<T>& program, const Batch& batch, const T* cotangent, T* value, T* d_x, T* d_context, T* d_parameters,
+void vjp(const Weights<T>& weights, const Batch& batch, const T* cotangent, T* value, T* d_x, T* d_context, T* d_parameters,
          const Poll& poll, Workspace<T>* workspace) {
-    const int64_t total = batch.rows(), features = program.features(), context = program.context();
+    const int64_t total = batch.rows(), features = weights.plan().features(), context = weights.plan().context();
     const Call<T> call(workspace);
     std::optional<Gradients<T>> own;
-    if (!workspace || d_parameters) own.emplace(program, d_parameters != nullptr, call.kernels);
-    if (!own && !workspace->gradients) workspace->gradients = std::make_shared<Gradients<T>>(program, false, call.kernels);
+    if (!workspace || d_parameters) own.emplace(weights, d_parameters != nullptr, call.kernels);
+    if (!own && !workspace->gradients) workspace->gradients = std::make_shared<Gradients<T>>(weights, false, call.kernels);
     Gradients<T>& gradients = own ? *own : *static_cast<Gradients<T>*>(workspace->gradients.get());
-    AlignedVector<T> gradient(d_parameters ? program.master().size() : 0, T(0));
+    AlignedVector<T> gradient(d_parameters ? weights.master().size() : 0, T(0));
     PollClock clock(poll);
     for (int64_t begin = 0; begin < total; begin += gradients.chunk()) {
         const int64_t n = std::min(gradients.chunk(), total - begin);
@@ -623,15 +626,15 @@ void vjp(const Program<T>& program, const Batch& batch, const T* cotangent, T* v
                          [&](int64_t t) { gradients.gradient(gradients.tasks()[size_t(t)], true, gradient.data()); });
     }
     if (!d_parameters) return;
-    std::fill(d_parameters, d_parameters + program.parameter_count(), T(0));
-    for (size_t i = 0; i < gradient.size(); ++i) d_parameters[program.index()[i]] = gradient[i];
+    std::fill(d_parameters, d_parameters + weights.plan().parameter_count(), T(0));
+    for (size_t i = 0; i < gradient.size(); ++i) d_parameters[weights.plan().index()[i]] = gradient[i];
 }
 
 // One of the networks that share the weights of a trainer.
 template <class T>
 struct Member {
-    explicit Member(std::shared_ptr<Program<T>> program) : program(std::move(program)), gradients(*this->program, true, kernels<T>()) {}
-    std::shared_ptr<Program<T>> program;
+    explicit Member(std::shared_ptr<Weights<T>> weights) : weights(std::move(weights)), gradients(*this->weights, true, kernels<T>()) {}
+    std::shared_ptr<Weights<T>> weights;
     Gradients<T> gradients;
 };
 
@@ -639,9 +642,9 @@ template <class T>
 struct TrainerState {
     explicit TrainerState(AdamSettings settings) : settings(settings) {}
 
-    // Weights in the user's order, where members share them; else the only program trains its own master.
+    // Weights in the user's order, where members share them; else the only member trains its own master.
     bool shared = false;
-    T* weights() { return shared ? user_weights.data() : members[0]->program->master().data(); }
+    T* weights() { return shared ? user_weights.data() : members[0]->weights->master().data(); }
 
     AdamSettings settings;
     std::vector<std::unique_ptr<Member<T>>> members;
@@ -652,24 +655,24 @@ struct TrainerState {
 };
 
 template <class T>
-Trainer<T>::Trainer(std::vector<std::shared_ptr<Program<T>>> programs, bool shared, AdamSettings settings)
+Trainer<T>::Trainer(std::vector<std::shared_ptr<Weights<T>>> members, bool shared, AdamSettings settings)
     : state_(std::make_unique<TrainerState<T>>(settings)) {
     TrainerState<T>& s = *state_;
     s.shared = shared;
-    std::vector<T> parameters(size_t(programs.at(0)->parameter_count()));
-    programs[0]->get_parameters(parameters.data());
-    set_members(std::move(programs));
-    const size_t size = s.shared ? parameters.size() : s.members[0]->program->master().size();
+    std::vector<T> parameters(size_t(members.at(0)->plan().parameter_count()));
+    members[0]->get_parameters(parameters.data());
+    set_members(std::move(members));
+    const size_t size = s.shared ? parameters.size() : s.members[0]->weights->master().size();
     s.user_weights.assign(parameters.begin(), parameters.end());
     s.m.assign(size, T(0));
     s.v.assign(size, T(0));
 }
 
 template <class T>
-void Trainer<T>::set_members(std::vector<std::shared_ptr<Program<T>>> programs) {
+void Trainer<T>::set_members(std::vector<std::shared_ptr<Weights<T>>> members) {
     TrainerState<T>& s = *state_;
     s.members.clear();
-    for (auto& program : programs) s.members.push_back(std::make_unique<Member<T>>(std::move(program)));
+    for (auto& weights : members) s.members.push_back(std::make_unique<Member<T>>(std::move(weights)));
 }
 
 template <class T>
@@ -679,20 +682,20 @@ int64_t Trainer<T>::steps() const { return state_->steps; }
 template <class T>
 void Trainer<T>::set_steps(int64_t steps) { state_->steps = steps; }
 template <class T>
-int64_t Trainer<T>::parameter_count() const { return state_->members[0]->program->parameter_count(); }
+int64_t Trainer<T>::parameter_count() const { return state_->members[0]->weights->plan().parameter_count(); }
 
 template <class T>
 void Trainer<T>::get_parameters(T* parameters) const {
     if (state_->shared)
         std::copy(state_->user_weights.begin(), state_->user_weights.end(), parameters);
     else
-        state_->members[0]->program->get_parameters(parameters);
+        state_->members[0]->weights->get_parameters(parameters);
 }
 
 template <class T>
 void Trainer<T>::set_parameters(const T* parameters) {
     std::copy_n(parameters, size_t(parameter_count()), state_->user_weights.data());
-    for (auto& member : state_->members) member->program->set_parameters(parameters);
+    for (auto& member : state_->members) member->weights->set_parameters(parameters);
 }
 
 template <class T>
@@ -702,8 +705,8 @@ void Trainer<T>::get_moments(T* first, T* second) const {
         std::copy(s.m.begin(), s.m.end(), first);
         std::copy(s.v.begin(), s.v.end(), second);
     } else {
-        s.members[0]->program->spread(s.m.data(), first);
-        s.members[0]->program->spread(s.v.data(), second);
+        s.members[0]->weights->spread(s.m.data(), first);
+        s.members[0]->weights->spread(s.v.data(), second);
     }
 }
 
@@ -711,7 +714,7 @@ template <class T>
 void Trainer<T>::set_moments(const T* first, const T* second) {
     TrainerState<T>& s = *state_;
     for (size_t i = 0; i < s.m.size(); ++i) {
-        const size_t place = s.shared ? i : size_t(s.members[0]->program->index()[i]);
+        const size_t place = s.shared ? i : size_t(s.members[0]->weights->plan().index()[i]);
         s.m[i] = first[place];
         s.v[i] = second[place];
     }
@@ -721,15 +724,18 @@ void Trainer<T>::set_moments(const T* first, const T* second) {
 template <class T>
 class Restored {
 public:
-    explicit Restored(Program<T>& program) : program_(program), stages_(program.spec().stages) {}
+    explicit Restored(Weights<T>& weights) : weights_(weights) {
+        for (size_t k = 0; k < weights.plan().stages(); ++k) statistics_.push_back(weights.statistics(k));
+    }
     ~Restored() {
-        for (size_t k = 0; k < stages_.size(); ++k)
-            if (stages_[k].of_batch) program_.set_statistics(k, stages_[k].mean.data(), stages_[k].var.data());
+        const auto& stages = weights_.plan().spec().stages;
+        for (size_t k = 0; k < stages.size(); ++k)
+            if (stages[k].of_batch) weights_.set_statistics(k, statistics_[k].mean.data(), statistics_[k].var.data());
     }
 
 private:
-    Program<T>& program_;
-    const std::vector<StageSpec> stages_;
+    Weights<T>& weights_;
+    std::vector<typename Weights<T>::Statistics> statistics_;
 };
 
 template <class T>
@@ -744,7 +750,7 @@ double Trainer<T>::epoch(const Batch& batch, const double* weights, int64_t batc
     PollClock clock(poll);
     std::vector<std::unique_ptr<Restored<T>>> restored;
     for (auto& member : s.members)
-        if (member->gradients.together()) restored.push_back(std::make_unique<Restored<T>>(*member->program));
+        if (member->gradients.together()) restored.push_back(std::make_unique<Restored<T>>(*member->weights));
     for (done = 0; done * batch_size < total; ++done) {
         const int64_t begin = done * batch_size, size = std::min(batch_size, total - begin);
         const Batch rows = part(batch, batch.index + begin, size);
@@ -754,21 +760,21 @@ double Trainer<T>::epoch(const Batch& batch, const double* weights, int64_t batc
         for (int64_t i = 0; i < size; ++i) s.cotangent[size_t(i)] = T(-weight(i) / (double(size) * mean_weight));
 
         Member<T>& member = *s.members[size_t(s.steps) % s.members.size()];
-        Program<T>& program = *member.program;
+        Weights<T>& trained = *member.weights;
         Gradients<T>& gradients = member.gradients;
         const auto& tasks = gradients.tasks();
-        if (s.shared) program.set_parameters(s.user_weights.data());
+        if (s.shared) trained.set_parameters(s.user_weights.data());
         if (s.shared)
-            s.gradient.assign(program.master().size(), T(0));  // no task writes units that nobody reads
+            s.gradient.assign(trained.master().size(), T(0));  // no task writes units that nobody reads
         else
-            s.gradient.resize(program.master().size());
+            s.gradient.resize(trained.master().size());
         auto gradient_of = [&](int64_t t, bool add) { gradients.gradient(tasks[size_t(t)], add, s.gradient.data()); };
         const int64_t chunk = gradients.together() ? size : gradients.chunk(), chunks = (size + chunk - 1) / chunk;
         double loss = 0;
         for (int64_t c = 0; c < chunks; ++c) {
             const int64_t first = c * chunk, n = std::min(chunk, size - first);
             if (gradients.together())
-                gradients.pass_together(call.threads, program, rows, n, s.cotangent.data(), s.value.data(), clock);
+                gradients.pass_together(call.threads, trained, rows, n, s.cotangent.data(), s.value.data(), clock);
             else
                 gradients.pass(call.threads, rows, first, n, s.cotangent.data() + first, s.value.data() + first, static_cast<T*>(nullptr),
                                static_cast<T*>(nullptr));
@@ -789,7 +795,7 @@ double Trainer<T>::epoch(const Batch& batch, const double* weights, int64_t batc
         if (s.shared) {
             s.user_gradient.assign(s.user_weights.size(), T(0));
             gradient = s.user_gradient.data();
-            for (size_t i = 0; i < s.gradient.size(); ++i) gradient[program.index()[i]] = s.gradient[i];
+            for (size_t i = 0; i < s.gradient.size(); ++i) gradient[trained.plan().index()[i]] = s.gradient[i];
         }
         if (a.clip_norm > 0) {
             const double norm = std::sqrt(k.sum_squares(gradient, s.weights(), T(2 * a.l2), int64_t(s.m.size())));
@@ -811,9 +817,9 @@ double Trainer<T>::epoch(const Batch& batch, const double* weights, int64_t batc
                 if (!ready) gradient_of(t, chunks > 1);
                 for (const auto& range : gradients.ranges(task)) apply(range.first, range.second);
                 for (int row = 0; row < task.rows; row += 8)
-                    program.repack_rows(size_t(task.stage), size_t(task.map), task.row + row, std::min(8, task.rows - row));
+                    trained.repack_rows(size_t(task.stage), size_t(task.map), task.row + row, std::min(8, task.rows - row));
             });
-            program.finish_step();
+            trained.finish_step();
         }
         s.steps = step;
         sum += loss;
@@ -835,7 +841,7 @@ void shuffle(uint64_t seed, uint32_t stream, uint32_t epoch, int64_t rows, int64
 }
 
 #define FASTMAF_INSTANTIATE(T)                                                                                              \
-    template void vjp<T>(const Program<T>&, const Batch&, const T*, T*, T*, T*, T*, const Poll&, Workspace<T>*);                           \
+    template void vjp<T>(const Weights<T>&, const Batch&, const T*, T*, T*, T*, T*, const Poll&, Workspace<T>*);                           \
     template class Trainer<T>;
 FASTMAF_INSTANTIATE(float)
 FASTMAF_INSTANTIATE(double)

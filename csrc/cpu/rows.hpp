@@ -101,15 +101,15 @@ public:
     // The density of a row of which the sums say NaN or infinity: NaN where a number is missing in it or in its context, else zero.
     // Far out and at infinity the sums meet inf - inf.
     template <class T>
-    T lost_density(const Program<T>& program, int64_t row) const {
+    T lost_density(const Plan& plan, int64_t row) const {
         double value = 0;
-        for (int v = 0; v < program.features(); ++v) {
+        for (int v = 0; v < plan.features(); ++v) {
             column(row, 1, v, &value);
             if (std::isnan(value)) return T(NAN);
         }
-        for (int c = 0; c < program.context(); ++c) {
+        for (int c = 0; c < plan.context(); ++c) {
             context_column(row, 1, c, &value);
-            if (outside(program.spec().context_columns, size_t(c), value)) return T(NAN);
+            if (outside(plan.spec().context_columns, size_t(c), value)) return T(NAN);
         }
         return T(-INFINITY);
     }

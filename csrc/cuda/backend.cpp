@@ -285,7 +285,7 @@ struct Flow<T>::Parts {
         char* memory = nullptr;
     };
 
-    std::shared_ptr<const Program<T>> program;
+    std::shared_ptr<const Weights<T>> weights;
     std::shared_ptr<Station> station;
     Precision precision = Precision::highest;
     std::mutex mutex;
@@ -310,15 +310,15 @@ struct Flow<T>::Parts {
         if constexpr (std::is_same_v<T, float>)
             if (station->tensor_cores) {
                 if (direction == Direction::density)
-                    shape = fit_tensor_cores(*program, precision, cuda::tensor_warps(), station->shared);
+                    shape = fit_tensor_cores(*weights, precision, cuda::tensor_warps(), station->shared);
                 else
-                    draws = fit_draws(*program, precision, cuda::tensor_warps(), station->shared);
+                    draws = fit_draws(*weights, precision, cuda::tensor_warps(), station->shared);
             }
         auto fill = [&](Image& image, Copy& made) {
-            made.view = lay_out(image, *program, direction, kLanes);
+            made.view = lay_out(image, *weights, direction, kLanes);
             if constexpr (std::is_same_v<T, float>) {
-                if (shape.rows) made.tensor = lay_out_tensor(image, *program, shape);
-                if (draws.groups) made.draws = lay_out_draws(image, *program, draws.parts, draws.groups);
+                if (shape.rows) made.tensor = lay_out_tensor(image, *weights, shape);
+                if (draws.groups) made.draws = lay_out_draws(image, *weights, draws.parts, draws.groups);
             }
         };
         Image measure;
@@ -419,7 +419,8 @@ struct Flow<T>::Parts {
 
     // Rows of the host, in chunks: while one is computed, its neighbours travel. `job` holds host arrays.
     void stream_rows(cuda::Operation operation, const Job<T>& job, bool shared, const Poll& poll) {
-        const int features = program->features(), context = program->context();
+        const Plan& plan = weights->plan();
+        const int features = plan.features(), context = plan.context();
         const bool reads = !job.draws, scattered = job.index != nullptr;
         const int64_t x_row = reads ? features * size_of(job.x.rows.dtype) : 0, context_row = context * size_of(job.context.rows.dtype);
         const int64_t out_row = job.out ? job.width * int64_t(sizeof(T)) : job.other ? job.width * int64_t(sizeof(Other<T>)) : 0;
@@ -512,7 +513,7 @@ struct Flow<T>::Parts {
             throw std::runtime_error("CUDA does not survive a fork: this process was forked after a flow was used on a GPU; spawn it instead");
         const Current current(station->device);
         const PlainFloats floats;
-        const bool shared = program->context() > 0 && shares_context(job.context.rows, outer, inner);
+        const bool shared = weights->plan().context() > 0 && shares_context(job.context.rows, outer, inner);
         if (place.on_device)
             launch(operation, job, shared, reinterpret_cast<cudaStream_t>(place.stream));
         else
@@ -521,13 +522,13 @@ struct Flow<T>::Parts {
 };
 
 template <class T>
-Flow<T>::Flow(std::shared_ptr<const Program<T>> program, int device, Precision precision) : parts_(std::make_unique<Parts>()) {
+Flow<T>::Flow(std::shared_ptr<const Weights<T>> weights, int device, Precision precision) : parts_(std::make_unique<Parts>()) {
     const State found = state();
     if (!found.reason.empty()) throw std::runtime_error(found.reason);
     if (device < 0 || device >= int(found.gpus.size()))
         throw std::runtime_error("there is no cuda:" + std::to_string(device) + " here; GPUs: " + std::to_string(found.gpus.size()));
     const Current current(device);
-    parts_->program = std::move(program);
+    parts_->weights = std::move(weights);
     parts_->precision = precision;
     parts_->station = Station::of(device);
 }
@@ -536,8 +537,8 @@ template <class T>
 Flow<T>::~Flow() = default;
 
 template <class T>
-const Program<T>& Flow<T>::program() const {
-    return *parts_->program;
+const Weights<T>& Flow<T>::weights() const {
+    return *parts_->weights;
 }
 
 template <class T>
@@ -551,7 +552,7 @@ template <class T>
 void Flow<T>::to_noise(const Batch& batch, T* out, const Place& place, const Poll& poll) const {
     Job<T> job = job_of<T>(batch);
     job.out = out;
-    job.width = program().features();
+    job.width = weights().plan().features();
     parts_->run(cuda::Operation::evaluate, job, batch.outer, batch.inner, place, poll);
 }
 
@@ -559,8 +560,8 @@ template <class T>
 void Flow<T>::conditional_probs(const Batch& batch, T* out, const Place& place, const Poll& poll) const {
     Job<T> job = job_of<T>(batch);
     job.out = out;
-    job.most = program().most_values();
-    job.width = program().features() * job.most;
+    job.most = weights().plan().most_values();
+    job.width = weights().plan().features() * job.most;
     parts_->run(cuda::Operation::evaluate, job, batch.outer, batch.inner, place, poll);
 }
 
@@ -568,7 +569,7 @@ template <class T>
 void Flow<T>::from_noise(const Batch& noise, const Samples& out, const Place& place, const Poll& poll) const {
     Job<T> job = job_of<T>(noise);
     aim(job, out);
-    job.width = program().features();
+    job.width = weights().plan().features();
     parts_->run(cuda::Operation::generate, job, noise.outer, noise.inner, place, poll);
 }
 
@@ -578,7 +579,7 @@ void Flow<T>::sample(const Draw& draw, const Samples& out, T* log_prob, const Pl
     job.rows = draw.contexts * draw.rows;
     job.context = {draw.context, draw.rows};
     aim(job, out);
-    job.width = program().features();
+    job.width = weights().plan().features();
     job.log_prob = log_prob;
     job.draws = true;
     job.seed = draw.seed;

@@ -9,8 +9,8 @@ namespace fastmaf {
 // A stage cut into pieces.
 class Pieces {
 public:
-    Pieces(const Program<float>& program, size_t k)
-        : sorted_(program.sorted()[k]), context_(program.context()), hidden_(int(sorted_.known.size())), columns_(size_t(hidden_) + 1, 0) {
+    Pieces(const Plan& plan, size_t k)
+        : sorted_(plan.sorted()[k]), context_(plan.context()), hidden_(int(sorted_.known.size())), columns_(size_t(hidden_) + 1, 0) {
         for (int m = 0; m < hidden_; ++m) unit_of.emplace_back();
         const int groups = int(sorted_.groups.size()) - 1;
         for (int m = 0; m < hidden_; ++m) add_lone_units(m, 0, units(m, 0), 0);  // those that read the context alone
@@ -143,14 +143,15 @@ struct DrawnStages {
     int hidden = 0;
     std::vector<int> stride;  // of the inputs of each map, in any stage
 
-    explicit DrawnStages(const Program<float>& program) : fits(fitting_stages(program)) {
+    explicit DrawnStages(const Weights<float>& weights) : fits(fitting_stages(weights)) {
+        const Plan& plan = weights.plan();
         for (size_t k = 0; k < fits.size(); ++k) {
-            const int own = fits[k] ? int(program.widths(k).size()) - 1 : 0;
+            const int own = fits[k] ? int(plan.widths(k).size()) - 1 : 0;
             fits[k] = own > 0 && own <= kDrawHidden && (hidden == 0 || own == hidden);
             if (!fits[k]) continue;
             hidden = own;
             stride.resize(size_t(own) + 1, 0);
-            const Pieces pieces(program, k);
+            const Pieces pieces(plan, k);
             for (int m = 0; m <= own; ++m) stride[size_t(m)] = std::max(stride[size_t(m)], stride_of_inputs(pieces, m));
         }
     }
@@ -182,9 +183,9 @@ struct DrawnStages {
 
 // The most rows that fit; none where halves are not wanted or nothing fits. That more rows are better, and one group better than none, is not
 // measured.
-inline DrawView fit_draws(const Program<float>& program, device::Precision precision, int warps, int64_t shared) {
+inline DrawView fit_draws(const Weights<float>& weights, device::Precision precision, int warps, int64_t shared) {
     if (precision == device::Precision::highest) return {};
-    const DrawnStages stages(program);
+    const DrawnStages stages(weights);
     for (int groups = warps; groups > 0; --groups) {
         const DrawView view = stages.view(precision == device::Precision::high ? 2 : 1, groups);
         if (view.groups == 0 || view.shared <= shared) return view;
@@ -192,93 +193,84 @@ inline DrawView fit_draws(const Program<float>& program, device::Precision preci
     return {};
 }
 
-// Appends the tiles of one stage to a tape.
-class DrawTape {
+// Adds where the tiles of one stage come from, in the order of their use.
+class DrawSources {
 public:
-    DrawTape(const Program<float>& program, size_t k, int parts, const Pieces& pieces, std::vector<uint16_t>& tape)
-        : pieces_(pieces), context_(program.context()), parts_(parts), tape_(tape) {
-        for (int m = 0; m <= pieces.hidden(); ++m) {
-            const Staircase& stairs = program.sorted()[k].maps[size_t(m)];
-            const float* const weights = program.master().data() + program.weight_offset(k, size_t(m));
-            halves_.emplace_back();
-            for (int u = 0; u < stairs.rows(); ++u)
-                halves_.back().emplace_back(weights + stairs.offset[size_t(u)], stairs.limit[size_t(u)], parts);
-        }
+    DrawSources(const Plan& plan, size_t k, const Pieces& pieces, TileSources& sources)
+        : plan_(plan), stage_(k), pieces_(pieces), sources_(sources) {
         for (size_t i = 0; i < pieces.all.size(); ++i) {
-            write_sums(i);
-            for (int o = pieces.all[i].first_operation; o < pieces.all[i].end_operation; ++o) write_operation(i, pieces.operations[size_t(o)]);
+            const DrawPiece& piece = pieces.all[i];
+            add_sums(i);
+            for (int o = piece.first_operation; o < piece.end_operation; ++o) add_operation(i, pieces.operations[size_t(o)]);
         }
     }
-    int tiles() const { return tiles_; }
-    float scale(int map, int unit) const { return halves_[size_t(map)][size_t(unit)].scale; }
 
 private:
-    // Registers 2 h and 2 h + 1 of B hold unit n and input k where unit(h, n) and input(h, k) say; -1: zero.
-    template <class Unit, class Input>
-    void write(int map, Unit unit, Input input) {
-        ++tiles_;
-        for (int p = 0; p < parts_; ++p)
-            for (unsigned lane = 0; lane < 32; ++lane)
-                for (unsigned r = 0; r < 4; ++r)
-                    for (unsigned i = 0; i < 2; ++i) {
-                        const int u = unit(int(r / 2), int(fragments::b_column(lane))), k = input(int(r / 2), int(fragments::b_row(lane, r % 2) + i));
-                        tape_.push_back(u < 0 || k < 0 ? uint16_t(0) : halves_[size_t(map)][size_t(u)].at(p, k));
-                    }
+    // The weight with which a unit of a map reads an input; -1: there is none.
+    uint32_t source(int map, int unit, int input) const {
+        const Staircase& stairs = plan_.sorted()[stage_].maps[size_t(map)];
+        if (unit < 0 || input < 0 || input >= stairs.limit[size_t(unit)]) return kNoSource;
+        return uint32_t(plan_.weight_offset(stage_, size_t(map)) + stairs.offset[size_t(unit)] + input);
     }
-    void write_sums(size_t i) {
+    // Over what was alive before a piece: all its units, 32 inputs at a time.
+    void add_sums(size_t i) {
         const DrawPiece& piece = pieces_.all[i];
         for (int m = 0; m <= pieces_.hidden(); ++m)
             for (int step = 0; step < piece.steps[m]; step += 2)
                 for (int t = 0; t < piece.tiles[m]; ++t)
-                    write(
-                        m, [&](int, int n) { return pieces_.unit(i, m, kTileUnits * t + n); },
-                        [&](int half, int k) {
-                            const int input = pieces_.input(m, 16 * (step + half) + k);
-                            return input < pieces_.alive[i][size_t(m)] ? input : -1;
-                        });
-    }
-    void write_operation(size_t i, const DrawOperation& operation) {
-        const int from = operation.map, to = from + 1, end = from < 0 ? 1 : (operation.end + 15) / 16;
-        for (int step = from < 0 ? 0 : operation.first / 16; step < end; ++step)
-            for (int pair = operation.first_pair; pair < operation.end_pair; ++pair)
-                write(
-                    to, [&](int half, int n) { return pieces_.unit(i, to, kTileUnits * (2 * pair + half) + n); },
-                    [&](int, int k) {
-                        if (from >= 0) return pieces_.unit(i, from, 16 * step + k);
-                        return variable_of(k) < operation.end ? context_ + pieces_.all[i].variable + variable_of(k) : -1;
+                    sources_.add_tile([&](int half, int n, int k) {
+                        const int input = pieces_.input(m, 16 * (step + half) + k);
+                        return source(m, pieces_.unit(i, m, kTileUnits * t + n), input < pieces_.alive[i][size_t(m)] ? input : -1);
                     });
     }
+    // Over what an operation brought to life, or over variables: 16 inputs of two tiles of units at a time.
+    void add_operation(size_t i, const DrawOperation& operation) {
+        const int from = operation.map, to = from + 1, end = from < 0 ? 1 : (operation.end + 15) / 16;
+        auto input = [&](int step, int k) {
+            if (from >= 0) return pieces_.unit(i, from, 16 * step + k);
+            return variable_of(k) < operation.end ? plan_.context() + pieces_.all[i].variable + variable_of(k) : -1;
+        };
+        for (int step = from < 0 ? 0 : operation.first / 16; step < end; ++step)
+            for (int pair = operation.first_pair; pair < operation.end_pair; ++pair)
+                sources_.add_tile([&](int half, int n, int k) {
+                    return source(to, pieces_.unit(i, to, kTileUnits * (2 * pair + half) + n), input(step, k));
+                });
+    }
 
+    const Plan& plan_;
+    const size_t stage_;
     const Pieces& pieces_;
-    const int context_, parts_;
-    std::vector<uint16_t>& tape_;
-    std::vector<std::vector<UnitHalves>> halves_;
-    int tiles_ = 0;
+    TileSources& sources_;
 };
 
-inline DrawView lay_out_draws(Image& image, const Program<float>& program, int parts, int groups) {
-    const DrawnStages drawn(program);
+inline DrawView lay_out_draws(Image& image, const Weights<float>& weights, int parts, int groups) {
+    const Plan& plan = weights.plan();
+    const DrawnStages drawn(weights);
+    const Halves halves(weights, drawn.fits, parts);
     DrawView view = drawn.view(parts, groups);
-    std::vector<DrawStage> stages(program.stages());
-    std::vector<uint16_t> tape;
+    std::vector<DrawStage> stages(plan.stages());
+    TileSources sources;
     for (size_t k = stages.size(); k-- > 0;) {  // in the order of their use
         if (!drawn.fits[k]) continue;
-        const Pieces pieces(program, k);
-        const DrawTape written(program, k, parts, pieces, tape);
+        const Pieces pieces(plan, k);
+        const int64_t before = sources.tiles();
+        DrawSources(plan, k, pieces, sources);
         std::vector<DrawMap> maps;
         for (int m = 0; m <= view.hidden; ++m) {
-            const float* const bias = program.master().data() + program.bias_offset(k, size_t(m));
+            const float* const bias = weights.master().data() + plan.bias_offset(k, size_t(m));
             std::vector<float> affine;
             for (int column = 0; column < pieces.columns(m); ++column) {
                 const int unit = pieces.unit(m, column);
-                affine.push_back(unit < 0 ? 0.0f : written.scale(m, unit));
+                affine.push_back(unit < 0 ? 0.0f : halves.scale(k, size_t(m), unit));
                 affine.push_back(unit < 0 ? 0.0f : bias[unit]);
             }
             affine.resize(affine.size() + 4 * kTileUnits, 0.0f);  // operations read whole pairs of tiles
             maps.push_back({DrawnStages::stride_of_inputs(pieces, m), image.put(affine)});
         }
-        stages[k] = {view.hidden + 1, int(pieces.all.size()), written.tiles(), image.put(maps), image.put(pieces.all), image.put(pieces.operations)};
+        stages[k] = {view.hidden + 1, int(pieces.all.size()), int(sources.tiles() - before), image.put(maps), image.put(pieces.all),
+                     image.put(pieces.operations)};
     }
+    std::vector<uint16_t> tape = sources.tape(halves, parts);
     constexpr size_t chunk = kDrawChunk * kTileBytes / sizeof(uint16_t);
     tape.resize(std::max<size_t>(1, (tape.size() + chunk - 1) / chunk) * chunk);
     view.stages = image.put(stages);

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../core/program.hpp"
+#include "../core/weights.hpp"
 #include "launch.hpp"
 
 namespace fastmaf {
@@ -44,36 +44,37 @@ inline std::vector<ColumnView> views_of(const Columns& columns) {
 
 // `lanes`: rows of the widest tile.
 template <class T>
-FlowView<T> lay_out(Image& image, const Program<T>& program, Direction direction, int lanes) {
+FlowView<T> lay_out(Image& image, const Weights<T>& weights, Direction direction, int lanes) {
+    const Plan& plan = weights.plan();
     FlowView<T> flow{};
-    flow.stage_count = int(program.stages());
-    flow.transforms = int(program.transforms());
-    flow.features = program.features();
-    flow.context = program.context();
-    flow.has_base = program.has_base();
-    flow.discrete = program.discrete();
-    flow.late_context = program.late_context();
-    flow.constant = program.constant();
+    flow.stage_count = int(plan.stages());
+    flow.transforms = int(plan.transforms());
+    flow.features = plan.features();
+    flow.context = plan.context();
+    flow.has_base = plan.has_base();
+    flow.discrete = plan.discrete();
+    flow.late_context = plan.late_context();
+    flow.constant = weights.constant();
 
-    std::vector<ColumnView> columns = views_of(program.spec().columns);
+    std::vector<ColumnView> columns = views_of(plan.spec().columns);
     for (size_t v = 0; v < columns.size(); ++v) {
-        columns[v].values = program.values(int(v));
+        columns[v].values = plan.values(int(v));
         flow.bounded = flow.bounded || columns[v].values || columns[v].kind != Bijection::identity;
     }
     flow.columns = image.put(columns);
-    flow.context_columns = image.put(views_of(program.spec().context_columns));
-    const Range<T>& own = program.template range<T>();
-    const Range<Other<T>>& other = program.template range<Other<T>>();
+    flow.context_columns = image.put(views_of(plan.spec().context_columns));
+    const Range<T>& own = plan.range<T>();
+    const Range<Other<T>>& other = plan.range<Other<T>>();
     flow.low = image.put(own.low);
     flow.high = image.put(own.high);
     flow.other_low = image.put(other.low);
     flow.other_high = image.put(other.high);
-    flow.first = image.put(program.first());
-    flow.noise = image.put(program.noise());
+    flow.first = image.put(plan.first());
+    flow.noise = image.put(plan.noise());
 
     const size_t features = size_t(flow.features);
-    const T* const tape = image.put(program.tape(direction).data);
-    std::vector<StageView<T>> stages = program.views(direction);
+    const T* const tape = image.put(weights.tape(direction));
+    std::vector<StageView<T>> stages = weights.views(direction);
     std::vector<int64_t> units, raw;  // rows that map m needs in any stage
     for (size_t k = 0; k < stages.size(); ++k) {
         StageView<T>& stage = stages[k];
@@ -85,8 +86,8 @@ FlowView<T> lay_out(Image& image, const Program<T>& program, Direction direction
             if (stage.raw[m]) raw[m] = std::max<int64_t>(raw[m], stage.rows[m]);
         }
         std::vector<const T*> bias;
-        for (size_t m = 0; m < program.sorted()[k].maps.size(); ++m)
-            bias.push_back(image.put(stage.bias[m], size_t(padded_rows(program.sorted()[k].maps[m].rows()))));
+        for (size_t m = 0; m < plan.sorted()[k].maps.size(); ++m)
+            bias.push_back(image.put(stage.bias[m], size_t(padded_rows(plan.sorted()[k].maps[m].rows()))));
         stage.bias = image.put(bias);
         stage.rows = image.put(stage.rows, maps);
         stage.activated = image.put(stage.activated, maps);
@@ -113,14 +114,14 @@ FlowView<T> lay_out(Image& image, const Program<T>& program, Direction direction
     flow.pointers = take(2 * flow.maps * int64_t(sizeof(T*)));
     flow.log_det = take(lanes * int64_t(sizeof(double)));
     for (int64_t& x : flow.x) x = take((flow.features + flow.context) * row);
-    flow.read = program.clips() ? take((flow.features + flow.context) * row) : 0;
+    flow.read = plan.clips() ? take((flow.features + flow.context) * row) : 0;
     flow.uniform = flow.has_base ? take(flow.features * row) : 0;
     for (int64_t& rows : units) rows = take(rows * row);
     for (int64_t& rows : raw) rows = rows ? take(rows * row) : -1;
     std::vector<int64_t> folded;
-    for (size_t k = 0; k < program.stages(); ++k) {
+    for (size_t k = 0; k < plan.stages(); ++k) {
         folded.push_back(flow.folded_size);
-        flow.folded_size += padded_rows(program.widths(k)[0]);
+        flow.folded_size += padded_rows(plan.widths(k)[0]);
     }
     flow.folded = image.put(folded);
     flow.units = image.put(units);

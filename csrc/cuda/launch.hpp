@@ -28,13 +28,13 @@ template <class T>
 struct FlowView {
     const StageView<T>* stages;
     int stage_count, transforms, features, context, maps;
-    bool has_base, discrete, late_context;  // see Program
+    bool has_base, discrete, late_context;  // see Plan
     bool bounded;                           // some rows have density zero
     double constant;
     const ColumnView *columns, *context_columns;
     const T *low, *high;       // [features] the range of samples
     const Other<T> *other_low, *other_high;
-    const int *first, *noise;  // rows of the first and of the last tile; see Program
+    const int *first, *noise;  // rows of the first and of the last tile; see Plan
     // Scratch of a tile, in bytes.
     int64_t scratch, pointers, log_det, x[2], read, uniform;
     const int64_t *units, *raw;  // [maps]; raw is negative where none is kept

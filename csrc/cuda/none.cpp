@@ -27,13 +27,13 @@ template <class T>
 struct Flow<T>::Parts {};
 
 template <class T>
-Flow<T>::Flow(std::shared_ptr<const Program<T>>, int, Precision) {
+Flow<T>::Flow(std::shared_ptr<const Weights<T>>, int, Precision) {
     throw std::runtime_error(kReason);
 }
 template <class T>
 Flow<T>::~Flow() = default;
 template <class T>
-const Program<T>& Flow<T>::program() const {
+const Weights<T>& Flow<T>::weights() const {
     throw std::runtime_error(kReason);
 }
 template <class T>

@@ -59,7 +59,7 @@ struct PyDeviceFlow {
 
     template <class F>
     void visit(F f) const {
-        std::visit([&](const auto& p) { f(*p, typename std::decay_t<decltype(p->program())>::Value()); }, flow);
+        std::visit([&](const auto& p) { f(*p, typename std::decay_t<decltype(*p)>::Value()); }, flow);
     }
 };
 
@@ -95,7 +95,7 @@ device::Place place_of(const std::optional<uintptr_t>& stream) {
     return {stream.has_value(), stream.value_or(0)};
 }
 
-// A method evaluate(flow, batch, out, place) whose output has width(program) numbers per row.
+// A method evaluate(flow, batch, out, place) whose output has width(weights) numbers per row.
 template <class Width, class F>
 auto by_rows(Width width, F evaluate) {
     return [width, evaluate](const PyDeviceFlow& self, const py::object& x, const py::object& context, const py::object& out,
@@ -103,7 +103,7 @@ auto by_rows(Width width, F evaluate) {
         const Batch batch = batch_at(x, context, stream.has_value());
         self.visit([&](const auto& flow, auto zero) {
             using T = decltype(zero);
-            T* result = output_at<T>(out, batch.rows() * width(flow.program()), stream.has_value());
+            T* result = output_at<T>(out, batch.rows() * width(flow.weights()), stream.has_value());
             Unlocked unlocked;
             evaluate(flow, batch, result, place_of(stream));
         });
@@ -132,11 +132,11 @@ void bind_cuda(py::module_& module) {
         .def(py::init([](const PackedFlow& flow, int device, const std::string& precision) {
                  PyDeviceFlow self;
                  std::visit(
-                     [&](const auto& program) {
-                         using T = typename std::decay_t<decltype(*program)>::Value;
-                         self.flow = std::unique_ptr<device::Flow<T>, DeleteUnlocked>(new device::Flow<T>(program, device, precision_named(precision)));
+                     [&](const auto& weights) {
+                         using T = typename std::decay_t<decltype(*weights)>::Value;
+                         self.flow = std::unique_ptr<device::Flow<T>, DeleteUnlocked>(new device::Flow<T>(weights, device, precision_named(precision)));
                      },
-                     flow.program);
+                     flow.weights);
                  return self;
              }),
              py::arg("flow"), py::arg("device"), py::arg("precision"))
@@ -150,7 +150,7 @@ void bind_cuda(py::module_& module) {
                     std::optional<uintptr_t> stream, const std::string& dtype) {
                  const Batch batch = batch_at(u, context, stream.has_value());
                  self.visit([&](const auto& flow, auto) {
-                     with_samples(out, batch.rows() * flow.program().features(), stream.has_value(), dtype, [&](const device::Samples& x) {
+                     with_samples(out, batch.rows() * flow.weights().plan().features(), stream.has_value(), dtype, [&](const device::Samples& x) {
                          Unlocked unlocked;
                          flow.from_noise(batch, x, place_of(stream), poll);
                      });
@@ -170,7 +170,7 @@ void bind_cuda(py::module_& module) {
                  self.visit([&](const auto& flow, auto zero) {
                      using T = decltype(zero);
                      T* density = output_at<T>(log_prob_out, contexts * rows, stream.has_value());
-                     with_samples(out, contexts * rows * flow.program().features(), stream.has_value(), dtype, [&](const device::Samples& x) {
+                     with_samples(out, contexts * rows * flow.weights().plan().features(), stream.has_value(), dtype, [&](const device::Samples& x) {
                          Unlocked unlocked;
                          flow.sample(draw, x, density, place_of(stream), poll);
                      });
@@ -181,7 +181,7 @@ void bind_cuda(py::module_& module) {
                                    const py::object& out) {
             const Draw draw = scattered_draw(index, group, context, seed);
             self.visit([&](const auto& flow, auto) {
-                with_samples(out, draw.rows * flow.program().features(), false, "", [&](const device::Samples& x) {
+                with_samples(out, draw.rows * flow.weights().plan().features(), false, "", [&](const device::Samples& x) {
                     Unlocked unlocked;
                     flow.sample(draw, x, nullptr, {}, poll);
                 });

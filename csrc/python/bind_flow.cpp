@@ -21,10 +21,10 @@ std::unique_ptr<File> read(const py::bytes& bytes) {
 }
 
 template <class T>
-std::shared_ptr<Program<T>> program_of(const record::Record& record, size_t member) {
-    auto program = std::make_shared<Program<T>>(record::lower(record, member));
-    program->set_parameters(record::parameters(record));
-    return program;
+std::shared_ptr<Weights<T>> weights_of(const record::Record& record, size_t member) {
+    auto weights = std::make_shared<Weights<T>>(record::lower(record, member));
+    weights->set_parameters(record::parameters(record));
+    return weights;
 }
 
 PackedFlow pack(const File& file, size_t member) {
@@ -34,31 +34,28 @@ PackedFlow pack(const File& file, size_t member) {
         throw py::error_already_set();
     }
     Unlocked unlocked;
-    if (file.record.is_double) return {program_of<double>(file.record, member)};
-    return {program_of<float>(file.record, member)};
+    if (file.record.is_double) return {weights_of<double>(file.record, member)};
+    return {weights_of<float>(file.record, member)};
 }
 
-// Another one with the same weights, to be trained apart.
+// Another one with the same weights, to be trained apart. The plan is shared.
 PackedFlow copy(const PackedFlow& flow) {
     Unlocked unlocked;
-    return flow.visit([](const auto& program) -> PackedFlow {
-        auto result = std::make_shared<std::decay_t<decltype(program)>>(program.spec());
-        result->master() = program.master();
-        result->repack();
-        return {std::move(result)};
+    return flow.visit([](const auto& weights) -> PackedFlow {
+        return {std::make_shared<std::decay_t<decltype(weights)>>(weights)};
     });
 }
 
-// A method evaluate(program, batch, out) whose output has width(program) numbers per row.
+// A method evaluate(weights, batch, out) whose output has width(weights) numbers per row.
 template <class Width, class F>
 auto by_rows(Width width, F evaluate) {
     return [width, evaluate](const PackedFlow& self, const py::array& x, const py::object& context, const py::object& out) {
         const Batch batch = batch_of(x, context);
-        self.visit([&](const auto& program) {
-            using T = typename std::decay_t<decltype(program)>::Value;
-            T* result = output<T>(out, batch.rows() * width(program));
+        self.visit([&](const auto& weights) {
+            using T = typename std::decay_t<decltype(weights)>::Value;
+            T* result = output<T>(out, batch.rows() * width(weights));
             Unlocked unlocked;
-            evaluate(program, batch, result);
+            evaluate(weights, batch, result);
         });
     };
 }
@@ -85,17 +82,17 @@ void bind_flow(py::module_& module) {
     py::class_<PackedFlow>(module, "Flow")
         .def(py::init(&pack), py::arg("file"), py::arg("member") = 0)
         .def("copy", &copy)
-        .def("log_prob", by_rows(one_number, [poll](const auto& program, const Batch& x, auto* out) { log_prob(program, x, out, poll); }))
+        .def("log_prob", by_rows(one_number, [poll](const auto& weights, const Batch& x, auto* out) { log_prob(weights, x, out, poll); }))
         .def("conditional_probs",
-             by_rows(all_probabilities, [poll](const auto& program, const Batch& x, auto* out) { conditional_probs(program, x, out, poll); }))
-        .def("to_noise", by_rows(all_variables, [poll](const auto& program, const Batch& x, auto* out) { to_noise(program, x, out, poll); }))
+             by_rows(all_probabilities, [poll](const auto& weights, const Batch& x, auto* out) { conditional_probs(weights, x, out, poll); }))
+        .def("to_noise", by_rows(all_variables, [poll](const auto& weights, const Batch& x, auto* out) { to_noise(weights, x, out, poll); }))
         .def("from_noise",
              [poll](const PackedFlow& self, const py::array& u, const py::object& context, const py::object& out) {
                  const Batch batch = batch_of(u, context);
-                 self.visit([&](const auto& program) {
-                     with_output(out, batch.rows() * program.features(), [&](auto* x) {
+                 self.visit([&](const auto& weights) {
+                     with_output(out, batch.rows() * weights.plan().features(), [&](auto* x) {
                          Unlocked unlocked;
-                         from_noise(program, batch, x, poll);
+                         from_noise(weights, batch, x, poll);
                      });
                  });
              })
@@ -108,12 +105,12 @@ void bind_flow(py::module_& module) {
                      draw.context = rows_of(py::reinterpret_borrow<py::array>(context), outer, inner);
                      std::swap(draw.context.outer, draw.context.inner);
                  }
-                 self.visit([&](const auto& program) {
-                     using T = typename std::decay_t<decltype(program)>::Value;
+                 self.visit([&](const auto& weights) {
+                     using T = typename std::decay_t<decltype(weights)>::Value;
                      T* density = output<T>(log_prob_out, contexts * rows);
-                     with_output(out, contexts * rows * program.features(), [&](auto* x) {
+                     with_output(out, contexts * rows * weights.plan().features(), [&](auto* x) {
                          Unlocked unlocked;
-                         sample<T>(program, draw, x, density, poll);
+                         sample<T>(weights, draw, x, density, poll);
                      });
                  });
              })
@@ -121,50 +118,50 @@ void bind_flow(py::module_& module) {
              [poll](const PackedFlow& self, const py::array_t<uint64_t, py::array::c_style>& index,
                     const py::array_t<uint64_t, py::array::c_style>& group, const py::object& context, uint64_t seed, const py::object& out) {
                  const Draw draw = scattered_draw(index, group, context, seed);
-                 self.visit([&](const auto& program) {
-                     using T = typename std::decay_t<decltype(program)>::Value;
-                     with_output(out, draw.rows * program.features(), [&](auto* x) {
+                 self.visit([&](const auto& weights) {
+                     using T = typename std::decay_t<decltype(weights)>::Value;
+                     with_output(out, draw.rows * weights.plan().features(), [&](auto* x) {
                          Unlocked unlocked;
-                         sample<T>(program, draw, x, static_cast<T*>(nullptr), poll);
+                         sample<T>(weights, draw, x, static_cast<T*>(nullptr), poll);
                      });
                  });
              })
         .def("norms",  // the stages that have statistics
              [](const PackedFlow& self) {
                  std::vector<size_t> stages;
-                 self.visit([&](const auto& program) {
-                     for (size_t k = 0; k < program.stages(); ++k)
-                         if (program.spec().stages[k].trainable) stages.push_back(k);
+                 self.visit([&](const auto& weights) {
+                     for (size_t k = 0; k < weights.plan().stages(); ++k)
+                         if (weights.plan().spec().stages[k].trainable) stages.push_back(k);
                  });
                  return stages;
              })
         .def("set_statistics",
              [](const PackedFlow& self, size_t stage, const py::array& mean, const py::array& var) {
-                 self.visit([&](auto& program) {
-                     if (stage >= program.stages() || !program.spec().stages[stage].trainable)
+                 self.visit([&](auto& weights) {
+                     if (stage >= weights.plan().stages() || !weights.plan().spec().stages[stage].trainable)
                          throw std::invalid_argument("stage " + std::to_string(stage) + " has no statistics");
-                     program.set_statistics(stage, input<double>(mean, program.features()), input<double>(var, program.features()));
+                     weights.set_statistics(stage, input<double>(mean, weights.plan().features()), input<double>(var, weights.plan().features()));
                  });
              })
         .def("set_parameters",
              [](const PackedFlow& self, const py::array& parameters) {
-                 self.visit([&](auto& program) {
-                     using T = typename std::decay_t<decltype(program)>::Value;
-                     program.set_parameters(input<T>(parameters, program.parameter_count()));
+                 self.visit([&](auto& weights) {
+                     using T = typename std::decay_t<decltype(weights)>::Value;
+                     weights.set_parameters(input<T>(parameters, weights.plan().parameter_count()));
                  });
              })
         .def("vjp", [poll](const PackedFlow& self, const py::array& x, const py::object& context, const py::array& cotangent,
                            const py::object& value, const py::object& d_x, const py::object& d_context, const py::object& d_parameters) {
             const Batch batch = batch_of(x, context);
-            self.visit([&](const auto& program) {
-                using T = typename std::decay_t<decltype(program)>::Value;
+            self.visit([&](const auto& weights) {
+                using T = typename std::decay_t<decltype(weights)>::Value;
                 const T* g = input<T>(cotangent, batch.rows());
                 T* const values = output<T>(value, batch.rows());
-                T* const of_x = output<T>(d_x, batch.rows() * program.features());
-                T* const of_context = output<T>(d_context, batch.rows() * program.context());
-                T* const of_parameters = output<T>(d_parameters, program.parameter_count());
+                T* const of_x = output<T>(d_x, batch.rows() * weights.plan().features());
+                T* const of_context = output<T>(d_context, batch.rows() * weights.plan().context());
+                T* const of_parameters = output<T>(d_parameters, weights.plan().parameter_count());
                 Unlocked unlocked;
-                vjp<T>(program, batch, g, values, of_x, of_context, of_parameters, poll);
+                vjp<T>(weights, batch, g, values, of_x, of_context, of_parameters, poll);
             });
         });
 }

@@ -16,10 +16,10 @@ struct PyTrainer {
 };
 
 template <class T>
-std::vector<std::shared_ptr<Program<T>>> programs_of(const std::vector<PackedFlow>& flows) {
-    std::vector<std::shared_ptr<Program<T>>> programs;
-    for (const PackedFlow& flow : flows) programs.push_back(std::get<std::shared_ptr<Program<T>>>(flow.program));
-    return programs;
+std::vector<std::shared_ptr<Weights<T>>> weights_of(const std::vector<PackedFlow>& flows) {
+    std::vector<std::shared_ptr<Weights<T>>> result;
+    for (const PackedFlow& flow : flows) result.push_back(std::get<std::shared_ptr<Weights<T>>>(flow.weights));
+    return result;
 }
 
 }  // namespace
@@ -32,9 +32,9 @@ void bind_train(py::module_& module) {
                  PyTrainer self;
                  if (flows.empty() || (flows.size() > 1 && !shared))
                      throw std::invalid_argument("a trainer has " + std::to_string(flows.size()) + " flows");
-                 flows[0].visit([&](auto& program) {
-                     using T = typename std::decay_t<decltype(program)>::Value;
-                     self.trainer = std::make_unique<Trainer<T>>(programs_of<T>(flows), shared, settings);
+                 flows[0].visit([&](auto& weights) {
+                     using T = typename std::decay_t<decltype(weights)>::Value;
+                     self.trainer = std::make_unique<Trainer<T>>(weights_of<T>(flows), shared, settings);
                  });
                  return self;
              }),
@@ -92,7 +92,7 @@ void bind_train(py::module_& module) {
                  if (flows.empty()) throw std::invalid_argument("a trainer needs a flow");
                  self.visit([&](auto& trainer) {
                      using T = typename std::decay_t<decltype(trainer)>::Value;
-                     trainer.set_members(programs_of<T>(flows));
+                     trainer.set_members(weights_of<T>(flows));
                  });
              })
         .def("moments",

@@ -92,17 +92,17 @@ int main() {
     const int64_t n = 3001;  // several chunks
     std::mt19937 rng(1);
     std::normal_distribution<double> normal;
-    auto program = std::make_shared<Program<double>>(small(features, width));
-    Reals parameters(size_t(program->parameter_count()));
+    auto packed = std::make_shared<Weights<double>>(small(features, width));
+    Reals parameters(size_t(packed->plan().parameter_count()));
     for (double& p : parameters) p = 0.4 * normal(rng);
-    program->set_parameters(parameters.data());
+    packed->set_parameters(parameters.data());
     Reals x(size_t(n) * features), context(size_t(n) * width);
     for (double& v : x) v = normal(rng);
     for (double& v : context) v = normal(rng);
 
     CHECK(runtime_blocks() == 0);
     {
-        const device::Flow<double> first(program, 0), second(program, 1);
+        const device::Flow<double> first(packed, 0), second(packed, 1);
         const Poll none;
         for (int kind = 0; kind < 4; ++kind) {  // contexts by row, shared, by group; then rows with gaps
             Batch batch;
@@ -122,13 +122,13 @@ int main() {
             const size_t rows = size_t(batch.rows());
             Reals expected(rows), got(rows), z(rows * features), got_z(rows * features);
             for (const auto* flow : {&first, &second}) {
-                log_prob<double>(*program, batch, expected.data(), none);
+                log_prob<double>(*packed, batch, expected.data(), none);
                 flow->log_prob(batch, got.data(), {}, none);
                 CHECK(same(got, expected));
-                to_noise<double>(*program, batch, z.data(), none);
+                to_noise<double>(*packed, batch, z.data(), none);
                 flow->to_noise(batch, got_z.data(), {}, none);
                 CHECK(same(got_z, z));
-                from_noise<double>(*program, batch, z.data(), none);
+                from_noise<double>(*packed, batch, z.data(), none);
                 flow->from_noise(batch, got_z.data(), {}, none);
                 CHECK(same(got_z, z));
             }
@@ -150,11 +150,11 @@ int main() {
             std::swap(draw.context.outer, draw.context.inner);
             const size_t rows = size_t(draw.contexts * draw.rows);
             Reals expected(rows * features), density(rows), got(rows * features), got_density(rows);
-            sample<double>(*program, draw, expected.data(), density.data(), none);
+            sample<double>(*packed, draw, expected.data(), density.data(), none);
             first.sample(draw, got.data(), got_density.data(), {}, none);
             CHECK(same(got, expected) && same(got_density, density));
             std::vector<float> single(got.size()), got_single(got.size());
-            sample<double>(*program, draw, single.data(), density.data(), none);
+            sample<double>(*packed, draw, single.data(), density.data(), none);
             first.sample(draw, got_single.data(), got_density.data(), {}, none);
             CHECK(got_single == single && same(got_density, density));
             second.sample(draw, got.data(), nullptr, {}, none);
@@ -171,7 +171,7 @@ int main() {
         scattered.group = group.data();
         scattered.context = rows_of(context.data(), width);
         Reals expected(size_t(n) * features), got(size_t(n) * features);
-        sample<double>(*program, scattered, expected.data(), static_cast<double*>(nullptr), none);
+        sample<double>(*packed, scattered, expected.data(), static_cast<double*>(nullptr), none);
         first.sample(scattered, got.data(), nullptr, {}, none);
         CHECK(same(got, expected));
 
@@ -206,21 +206,21 @@ int main() {
         const std::string full = error_of([&] { first.log_prob(batch, out.data(), {}, none); });
         CHECK(contains(full, "cuda:0 is out of memory") && contains(full, "the scratch of one block"));
         CHECK(contains(full, "1000 B of 1.0 GiB are free"));
-        const device::Flow<double> third(program, 0);
+        const device::Flow<double> third(packed, 0);
         CHECK(contains(error_of([&] { third.log_prob(batch, out.data(), {}, none); }), "the weights of a flow"));
         runtime_limit(int64_t(1) << 40);
-        CHECK(contains(error_of([&] { device::Flow<double>(program, 2); }), "there is no cuda:2 here; GPUs: 2"));
+        CHECK(contains(error_of([&] { device::Flow<double>(packed, 2); }), "there is no cuda:2 here; GPUs: 2"));
     }
     CHECK(runtime_blocks() == 0);  // nothing stays
     {
         runtime_pools(false);
-        const device::Flow<double> flow(program, 1);
+        const device::Flow<double> flow(packed, 1);
         Batch batch;
         batch.inner = n;
         batch.x = rows_of(x.data(), features);
         batch.context = rows_of(context.data(), width);
         Reals expected(static_cast<size_t>(n)), got(expected);
-        log_prob<double>(*program, batch, expected.data(), {});
+        log_prob<double>(*packed, batch, expected.data(), {});
         flow.log_prob(batch, got.data(), {}, {});
         CHECK(same(got, expected));
         runtime_pools(true);

@@ -319,11 +319,11 @@ Reals random_parameters(const FlowSpec& spec, Random& rng) {
 }
 
 template <class T>
-std::shared_ptr<Program<T>> make_program(const FlowSpec& spec, const Reals& parameters) {
-    auto program = std::make_shared<Program<T>>(spec);
-    CHECK(size_t(program->parameter_count()) == parameters.size());
-    program->set_parameters(narrowed<T>(parameters).data());
-    return program;
+std::shared_ptr<Weights<T>> make_weights(const FlowSpec& spec, const Reals& parameters) {
+    auto packed = std::make_shared<Weights<T>>(spec);
+    CHECK(size_t(packed->plan().parameter_count()) == parameters.size());
+    packed->set_parameters(narrowed<T>(parameters).data());
+    return packed;
 }
 
 // ---- the same in plain loops -----------------------------------------------------------------------------------------------------
@@ -528,17 +528,17 @@ Rows rows_of(const std::vector<T>& values, int width) {
 }
 
 template <class T>
-Batch batch_of(const Program<T>& program, const std::vector<T>& x, const std::vector<T>& context, size_t n) {
+Batch batch_of(const Weights<T>& packed, const std::vector<T>& x, const std::vector<T>& context, size_t n) {
     Batch batch;
     batch.inner = int64_t(n);
-    batch.x = rows_of(x, program.features());
-    batch.context = rows_of(context, program.context());
+    batch.x = rows_of(x, packed.plan().features());
+    batch.context = rows_of(context, packed.plan().context());
     return batch;
 }
 
 // Rows and their log-densities for `contexts` contexts, `rows` each.
 template <class T>
-std::pair<std::vector<T>, std::vector<T>> draw(const Program<T>& program, const std::vector<T>& context, int64_t contexts, int64_t rows,
+std::pair<std::vector<T>, std::vector<T>> draw(const Weights<T>& packed, const std::vector<T>& context, int64_t contexts, int64_t rows,
                                                uint64_t offset = 0, uint32_t context_offset = 0) {
     Draw request;
     request.contexts = contexts;
@@ -546,11 +546,11 @@ std::pair<std::vector<T>, std::vector<T>> draw(const Program<T>& program, const 
     request.seed = 11;
     request.offset = offset;
     request.context_offset = context_offset;
-    request.context = rows_of(context, program.context());
+    request.context = rows_of(context, packed.plan().context());
     request.context.data += context_offset * request.context.inner;
     std::swap(request.context.outer, request.context.inner);
-    std::vector<T> x(size_t(contexts * rows * program.features())), density(size_t(contexts * rows));
-    sample<T>(program, request, x.data(), density.data(), {});
+    std::vector<T> x(size_t(contexts * rows * packed.plan().features())), density(size_t(contexts * rows));
+    sample<T>(packed, request, x.data(), density.data(), {});
     return {x, density};
 }
 
@@ -566,24 +566,24 @@ struct Results {
 
 // x: rows, or noise where the variables are not discrete. Three contexts for samples.
 template <class T>
-Results<T> all_results(const Program<T>& program, const std::vector<T>& x, const std::vector<T>& context, const std::vector<T>& cotangent) {
+Results<T> all_results(const Weights<T>& packed, const std::vector<T>& x, const std::vector<T>& context, const std::vector<T>& cotangent) {
     const size_t n = cotangent.size();
-    const bool of_values = discrete(program.spec());
+    const bool of_values = discrete(packed.plan().spec());
     Results<T> r;
     r.x = x;
-    if (!of_values) from_noise<T>(program, batch_of(program, x, context, n), r.x.data(), {});
-    const Batch batch = batch_of(program, r.x, context, n);
+    if (!of_values) from_noise<T>(packed, batch_of(packed, x, context, n), r.x.data(), {});
+    const Batch batch = batch_of(packed, r.x, context, n);
     r.log_prob.resize(n);
-    log_prob<T>(program, batch, r.log_prob.data(), {});
+    log_prob<T>(packed, batch, r.log_prob.data(), {});
     r.noise.resize(of_values ? 0 : x.size());
-    if (!of_values) to_noise<T>(program, batch, r.noise.data(), {});
-    std::tie(r.sample, r.sample_log_prob) = draw<T>(program, context, program.context() && n > 2 ? 3 : 1, int64_t(n));
+    if (!of_values) to_noise<T>(packed, batch, r.noise.data(), {});
+    std::tie(r.sample, r.sample_log_prob) = draw<T>(packed, context, packed.plan().context() && n > 2 ? 3 : 1, int64_t(n));
     r.value.resize(n);
     r.d_x.resize(of_values ? 0 : x.size());
-    r.d_context.resize(n * size_t(program.context()));
-    r.d_parameters.resize(size_t(program.parameter_count()));
-    vjp<T>(program, batch, cotangent.data(), r.value.data(), of_values ? nullptr : r.d_x.data(),
-           program.context() ? r.d_context.data() : nullptr, r.d_parameters.data(), {});
+    r.d_context.resize(n * size_t(packed.plan().context()));
+    r.d_parameters.resize(size_t(packed.plan().parameter_count()));
+    vjp<T>(packed, batch, cotangent.data(), r.value.data(), of_values ? nullptr : r.d_x.data(),
+           packed.plan().context() ? r.d_context.data() : nullptr, r.d_parameters.data(), {});
     return r;
 }
 
@@ -638,12 +638,12 @@ void operations(const Case& one, size_t n, bool alone) {
         what_runs = one.name + ", " + isa + (sizeof(T) == 4 ? ", float, " : ", double, ") + std::to_string(n) + " rows";
         set_isa(isa);
         set_num_threads(1);
-        const auto program = make_program<T>(spec, parameters);
-        const auto r = all_results(*program, x, context, cotangent);
+        const auto packed = make_weights<T>(spec, parameters);
+        const auto r = all_results(*packed, x, context, cotangent);
         for (int threads : {1, 2, 3}) {  // the scratch holds NaN
             set_num_threads(threads);
             set_poison(true);
-            CHECK(all_results(*program, x, context, cotangent) == r);
+            CHECK(all_results(*packed, x, context, cotangent) == r);
             set_poison(false);
         }
         of[isa] = r;
@@ -667,29 +667,29 @@ void operations(const Case& one, size_t n, bool alone) {
 
         // Rows alone give the bits that they give among others; so do draws in parts, whether split by row or by context.
         for (size_t i : {size_t(0), n / 2, n - 1}) {
-            Batch batch = batch_of(*program, r.x, context, 1);
+            Batch batch = batch_of(*packed, r.x, context, 1);
             batch.x.data += int64_t(i) * batch.x.inner;
             batch.context.data += int64_t(i) * batch.context.inner;
             T value = 0;
-            log_prob<T>(*program, batch, &value, {});
+            log_prob<T>(*packed, batch, &value, {});
             CHECK(value == r.log_prob[i]);
         }
         // So does a context that all rows share.
         std::vector<T> repeats;
         for (size_t i = 0; i < n; ++i) repeats.insert(repeats.end(), context.begin(), context.begin() + long(width));
-        Batch batch = batch_of(*program, r.x, repeats, n);
+        Batch batch = batch_of(*packed, r.x, repeats, n);
         std::vector<T> by_row(n), shared(n);
-        log_prob<T>(*program, batch, by_row.data(), {});
+        log_prob<T>(*packed, batch, by_row.data(), {});
         batch.context.inner = 0;
-        log_prob<T>(*program, batch, shared.data(), {});
+        log_prob<T>(*packed, batch, shared.data(), {});
         CHECK(shared == by_row);
         const size_t cut = n / 3;
-        const auto first = draw<T>(*program, context, 1, int64_t(cut)), second = draw<T>(*program, context, 1, int64_t(n - cut), cut);
+        const auto first = draw<T>(*packed, context, 1, int64_t(cut)), second = draw<T>(*packed, context, 1, int64_t(n - cut), cut);
         CHECK(std::equal(first.first.begin(), first.first.end(), r.sample.begin()));
         CHECK(std::equal(second.first.begin(), second.first.end(), r.sample.begin() + long(cut * features)));
         CHECK(std::equal(second.second.begin(), second.second.end(), r.sample_log_prob.begin() + long(cut)));
         if (contexts > 1) {
-            const auto last = draw<T>(*program, context, 2, int64_t(n), 0, 1);
+            const auto last = draw<T>(*packed, context, 2, int64_t(n), 0, 1);
             CHECK(std::equal(last.first.begin(), last.first.end(), r.sample.begin() + long(n * features)));
         }
     }
@@ -718,14 +718,14 @@ void warps_of(const Case& one) {
     const FlowSpec& spec = one.spec;
     const size_t features = size_t(spec.features), width = size_t(spec.context), n = 129;
     const bool of_values = discrete(spec), fused = available_isas().size() > 1;
-    const auto program = make_program<T>(spec, random_parameters(spec, rng));
+    const auto packed = make_weights<T>(spec, random_parameters(spec, rng));
     set_isa(available_isas().front());
     auto x = narrowed<T>(normals(n * features, rng));
     const auto context = narrowed<T>(normals(n * std::max<size_t>(width, 1), rng));
     if (of_values)
         for (T& v : x) v = T(rng() % 2);
     else
-        from_noise<T>(*program, batch_of(*program, x, context, n), x.data(), {});
+        from_noise<T>(*packed, batch_of(*packed, x, context, n), x.data(), {});
     auto wrong = x;  // NaN, values on and beyond bounds or that a variable cannot have, and such that overflow
     const double odd[] = {NAN, 1, -7, 0.5, 2, INFINITY, -INFINITY, 1e30, -1e300};
     for (size_t i = 0; i < 45; ++i) wrong[rng() % wrong.size()] = T(odd[i % 9]);
@@ -733,7 +733,7 @@ void warps_of(const Case& one) {
 
     for (int shared = 0; shared < (width ? 3 : 1); ++shared) {  // contexts by row, one for all, one for each of three groups
         auto batch_for = [&](const std::vector<T>& values, size_t rows) {
-            Batch batch = batch_of(*program, values, context, rows);
+            Batch batch = batch_of(*packed, values, context, rows);
             if (shared) batch.context.inner = 0;
             if (shared == 2) {
                 batch.outer = 3;
@@ -746,26 +746,26 @@ void warps_of(const Case& one) {
             std::vector<T> density(n * groups), z(n * groups * features), back(n * groups * features);
             for (size_t rows : {size_t(1), size_t(31), size_t(32), size_t(33), size_t(127), size_t(128), n}) {
                 const Batch batch = batch_for(*values, rows), of_noise = batch_for(noise, rows);
-                log_prob<T>(*program, batch, density.data(), {});
-                if (!of_values) to_noise<T>(*program, batch, z.data(), {});
-                if (!of_values) from_noise<T>(*program, of_noise, back.data(), {});
+                log_prob<T>(*packed, batch, density.data(), {});
+                if (!of_values) to_noise<T>(*packed, batch, z.data(), {});
+                if (!of_values) from_noise<T>(*packed, of_noise, back.data(), {});
                 for (const Warps& warps : {Warps{1, 4}, Warps{3, rows < 33 ? 1 : 2}}) {
                     if (warps.count > 1 && rows != 33 && rows != n && rows != 1) continue;
                     what_runs = one.name + ", " + std::to_string(warps.count) + " warps" + (sizeof(T) == 4 ? ", float, " : ", double, ") +
                                 std::to_string(rows) + " rows, context " + std::to_string(shared);
                     std::vector<T> got(density.size()), got_z(z.size()), got_back(back.size());
-                    warp_evaluate<T>(*program, batch, warps, got.data(), nullptr);
+                    warp_evaluate<T>(*packed, batch, warps, got.data(), nullptr);
                     CHECK(same(got, density, rows * groups, fused));
                     if (of_values) {
-                        std::vector<T> probs(n * groups * features * size_t(program->most_values())), got_probs(probs.size());
-                        conditional_probs<T>(*program, batch, probs.data(), {});
-                        warp_probabilities<T>(*program, batch, warps, got_probs.data());
+                        std::vector<T> probs(n * groups * features * size_t(packed->plan().most_values())), got_probs(probs.size());
+                        conditional_probs<T>(*packed, batch, probs.data(), {});
+                        warp_probabilities<T>(*packed, batch, warps, got_probs.data());
                         CHECK(same(got_probs, probs, probs.size() / n * rows, fused));
                         continue;
                     }
-                    warp_evaluate<T>(*program, batch, warps, nullptr, got_z.data());
+                    warp_evaluate<T>(*packed, batch, warps, nullptr, got_z.data());
                     CHECK(same(got_z, z, rows * groups * features, fused));
-                    warp_generate<T>(*program, of_noise, nullptr, warps, got_back.data(), nullptr);
+                    warp_generate<T>(*packed, of_noise, nullptr, warps, got_back.data(), nullptr);
                     CHECK(same(got_back, back, rows * groups * features, fused));
                 }
             }
@@ -784,14 +784,14 @@ void warps_of(const Case& one) {
         request.rows = 37;
         const size_t rows = size_t(37 * contexts);
         std::vector<T> draws(rows * features), density(rows), got(draws.size()), got_density(rows);
-        sample<T>(*program, request, draws.data(), density.data(), {});
+        sample<T>(*packed, request, draws.data(), density.data(), {});
         for (const Warps& warps : {Warps{1, 4}, Warps{2, 1}}) {
-            warp_generate<T>(*program, {}, &request, warps, got.data(), got_density.data());
+            warp_generate<T>(*packed, {}, &request, warps, got.data(), got_density.data());
             CHECK(same(got, draws, got.size(), fused) && same(got_density, density, rows, fused));
         }
         std::vector<Other<T>> other(draws.size()), got_other(draws.size());
-        sample<T>(*program, request, other.data(), density.data(), {});
-        warp_generate<T>(*program, {}, &request, Warps{2, 1}, nullptr, got_density.data(), got_other.data());
+        sample<T>(*packed, request, other.data(), density.data(), {});
+        warp_generate<T>(*packed, {}, &request, Warps{2, 1}, nullptr, got_density.data(), got_other.data());
         CHECK(same(got_other, other, other.size(), fused) && same(got_density, density, rows, fused));
         CHECK(same(std::vector<float>(other.begin(), other.end()), std::vector<float>(draws.begin(), draws.end()), draws.size(), true));
     }
@@ -799,10 +799,10 @@ void warps_of(const Case& one) {
     part.contexts = 1;
     part.rows = 7;
     std::vector<T> last(7 * features);
-    warp_generate<T>(*program, {}, &part, Warps{2, 2, 30}, last.data(), nullptr);
+    warp_generate<T>(*packed, {}, &part, Warps{2, 2, 30}, last.data(), nullptr);
     request.contexts = 1;
     std::vector<T> all(37 * features);
-    sample<T>(*program, request, all.data(), static_cast<T*>(nullptr), {});
+    sample<T>(*packed, request, all.data(), static_cast<T*>(nullptr), {});
     CHECK(same(last, std::vector<T>(all.end() - long(7 * features), all.end()), last.size(), fused));
 
     std::vector<uint64_t> index, group;  // scattered rows
@@ -817,8 +817,8 @@ void warps_of(const Case& one) {
     scattered.group = group.data();
     scattered.context = rows_of(context, int(width));
     std::vector<T> expected(n * features), got(n * features);
-    sample<T>(*program, scattered, expected.data(), static_cast<T*>(nullptr), {});
-    warp_generate<T>(*program, {}, &scattered, Warps{1, 4}, got.data(), nullptr);
+    sample<T>(*packed, scattered, expected.data(), static_cast<T*>(nullptr), {});
+    warp_generate<T>(*packed, {}, &scattered, Warps{1, 4}, got.data(), nullptr);
     CHECK(same(got, expected, got.size(), fused));
 }
 
@@ -827,7 +827,7 @@ template <class S>
 void warps_read(DType dtype) {
     Random rng{4};
     const FlowSpec spec = flow(3, 0, {norm(3, Norm::fixed, rng)}, rng);
-    const auto program = make_program<double>(spec, random_parameters(spec, rng));
+    const auto packed = make_weights<double>(spec, random_parameters(spec, rng));
     const size_t n = 45;
     std::vector<S> values(3 * n * 2);
     for (S& v : values) v = S(sizeof(S) == 1 && dtype == DType::boolean ? rng() % 2 : rng() % 100);
@@ -838,8 +838,8 @@ void warps_read(DType dtype) {
     batch.x.inner = 3 * int64_t(sizeof(S));
     batch.x.column = -int64_t(sizeof(S));
     Reals got(n), expected(n);
-    log_prob<double>(*program, batch, expected.data(), {});
-    warp_evaluate<double>(*program, batch, Warps{1, 2}, got.data(), nullptr);
+    log_prob<double>(*packed, batch, expected.data(), {});
+    warp_evaluate<double>(*packed, batch, Warps{1, 2}, got.data(), nullptr);
     CHECK(same(got, expected, n, available_isas().size() > 1));
 }
 
@@ -853,18 +853,18 @@ void impossible() {
     base.hidden = {9};
     base.categories = {2, 3, 4};
     const FlowSpec spec = flow(3, 0, {network(3, 0, base, rng)}, rng);
-    const auto program = make_program<double>(spec, random_parameters(spec, rng));
+    const auto packed = make_weights<double>(spec, random_parameters(spec, rng));
     const Reals x = {0, 3, 1, 0.5, 1, 1, 1, -1, 2, 1, 2, 3}, none, ones(4, 1.0);
-    const Batch batch = batch_of(*program, x, none, 4);
-    Reals value(4), density(4), gradient(size_t(program->parameter_count())), expected(gradient.size());
-    log_prob<double>(*program, batch, density.data(), {});
-    vjp<double>(*program, batch, ones.data(), value.data(), nullptr, nullptr, gradient.data(), {});
+    const Batch batch = batch_of(*packed, x, none, 4);
+    Reals value(4), density(4), gradient(size_t(packed->plan().parameter_count())), expected(gradient.size());
+    log_prob<double>(*packed, batch, density.data(), {});
+    vjp<double>(*packed, batch, ones.data(), value.data(), nullptr, nullptr, gradient.data(), {});
     for (size_t i = 0; i < 3; ++i) CHECK(density[i] == -INFINITY && value[i] == -INFINITY);
     CHECK(std::isfinite(density[3]) && std::isfinite(value[3]));
     Batch last = batch;
     last.x.data += 3 * last.x.inner;
     last.inner = 1;
-    vjp<double>(*program, last, ones.data(), value.data(), nullptr, nullptr, expected.data(), {});
+    vjp<double>(*packed, last, ones.data(), value.data(), nullptr, nullptr, expected.data(), {});
     CHECK(near(gradient, expected, 1e-12));
 }
 
@@ -881,22 +881,22 @@ void large() {
     const size_t rows = 230, some = 12;
     const auto context = normals(rows, rng), u = normals(9 * rows, rng), ones = Reals(rows, 1.0);
     set_num_threads(2);
-    const auto program = make_program<double>(spec, parameters);
-    const auto r = all_results(*program, u, context, ones);
+    const auto packed = make_weights<double>(spec, parameters);
+    const auto r = all_results(*packed, u, context, ones);
     const Answer answer = plain(spec, parameters.data(), r.x, context, some);
     CHECK(near(Reals(r.log_prob.begin(), r.log_prob.begin() + some), answer.log_prob, 1e-9));
     CHECK(near(r.value, r.log_prob, 1e-9));
     CHECK(near(r.noise, u, 1e-9));
     set_num_threads(1);
-    CHECK(all_results(*program, u, context, ones) == r);
+    CHECK(all_results(*packed, u, context, ones) == r);
 
     n.hidden = {};
     n.residual = false;
     const FlowSpec small = flow(2, 0, {linear(2, rng), network(2, 0, n, rng), norm(2, Norm::of_data, rng)}, rng);
-    const auto little = make_program<double>(small, random_parameters(small, rng));
+    const auto little = make_weights<double>(small, random_parameters(small, rng));
     const size_t many = 66000, half = many / 2;
     const Reals x = normals(2 * many, rng), none, g(many, 1.0);
-    Reals whole(size_t(little->parameter_count())), first(whole.size()), second(whole.size());
+    Reals whole(size_t(little->plan().parameter_count())), first(whole.size()), second(whole.size());
     Batch batch = batch_of(*little, x, none, many);
     vjp<double>(*little, batch, g.data(), nullptr, nullptr, nullptr, whole.data(), {});
     batch.inner = int64_t(half);
@@ -970,7 +970,7 @@ struct Session {
     size_t n = 230;
     std::vector<T> x, context;
     Reals weights, parameters;
-    std::vector<std::shared_ptr<Program<T>>> programs;
+    std::vector<std::shared_ptr<Weights<T>>> members;
     std::vector<int64_t> order;
     std::unique_ptr<Trainer<T>> trainer;
 
@@ -984,14 +984,14 @@ struct Session {
         for (size_t i = 0; i < n; ++i) weights.push_back(course.weighted ? 0.5 + double(i % 4) : 1);
         const auto narrow = narrowed<T>(random_parameters(spec, rng));
         parameters.assign(narrow.begin(), narrow.end());
-        for (const FlowSpec& member : course.members) programs.push_back(make_program<T>(member, parameters));
-        trainer = std::make_unique<Trainer<T>>(programs, programs.size() > 1, course.settings);
-        trainer->set_parameters(narrow.data());  // programs keep what their masks keep
+        for (const FlowSpec& member : course.members) members.push_back(make_weights<T>(member, parameters));
+        trainer = std::make_unique<Trainer<T>>(members, members.size() > 1, course.settings);
+        trainer->set_parameters(narrow.data());  // members keep what their masks keep
         shuffle(9, 3, 0, int64_t(n), order.data());
     }
 
     double epoch(int64_t batch_size, double rate, int64_t& done) {
-        Batch batch = batch_of(*programs[0], x, context, n);
+        Batch batch = batch_of(*members[0], x, context, n);
         batch.index = order.data();
         const Reals rates(n, rate);
         const double mean = std::accumulate(weights.begin(), weights.end(), 0.0) / double(n);
@@ -1021,9 +1021,9 @@ std::vector<T> train(const Course& course, int threads, const std::string& isa) 
     CHECK(last < first);
     // New members keep the weights.
     const auto weights = of.weights_after();
-    if (of.programs.size() > 1) {
-        std::vector<std::shared_ptr<Program<T>>> fewer;
-        for (size_t m : {2, 1}) fewer.push_back(make_program<T>(course.members[m], of.parameters));
+    if (of.members.size() > 1) {
+        std::vector<std::shared_ptr<Weights<T>>> fewer;
+        for (size_t m : {2, 1}) fewer.push_back(make_weights<T>(course.members[m], of.parameters));
         of.trainer->set_members(fewer);
         CHECK(of.weights_after() == weights);
         of.epoch(50, 5e-3, done);
@@ -1061,7 +1061,7 @@ void gradients_of_training(const Course& given) {
         of.trainer->get_moments(gradient.data(), second.data());
         for (double& g : gradient) g /= 1 - course.settings.beta1;
         std::vector<char> live(count, 0);
-        for (int64_t i : of.programs[member]->index()) live[size_t(i)] = 1;
+        for (int64_t i : of.members[member]->plan().index()) live[size_t(i)] = 1;
         bool masked = true;
         for (size_t i = 0; i < count; ++i) masked = masked && (live[i] || (gradient[i] == 0 && second[i] == 0));
         CHECK(masked);
@@ -1075,7 +1075,7 @@ void gradients_of_training(const Course& given) {
 
 // ---- threads and processes -------------------------------------------------------------------------------------------------------
 
-// One program, packed on first use, called by several threads at once.
+// One flow, packed on first use, called by several threads at once.
 void many_callers() {
     what_runs = "many callers";
     Random rng(3);
@@ -1090,14 +1090,14 @@ void many_callers() {
     const Reals parameters = random_parameters(spec, rng);
     const auto x = narrowed<float>(normals(6 * 300, rng)), context = narrowed<float>(normals(2 * 300, rng));
     const auto g = narrowed<float>(normals(300, rng));
-    const auto expected = all_results(*make_program<float>(spec, parameters), x, context, g);
-    const auto program = make_program<float>(spec, parameters);
+    const auto expected = all_results(*make_weights<float>(spec, parameters), x, context, g);
+    const auto packed = make_weights<float>(spec, parameters);
     std::vector<std::thread> threads;
     std::vector<int> equal(6, 0);
     for (size_t t = 0; t < equal.size(); ++t)
         threads.emplace_back([&, t] {
             bool same = true;
-            for (int repeat = 0; repeat < 5; ++repeat) same = same && all_results(*program, x, context, g) == expected;
+            for (int repeat = 0; repeat < 5; ++repeat) same = same && all_results(*packed, x, context, g) == expected;
             equal[t] = same;
         });
     for (auto& thread : threads) thread.join();
@@ -1111,11 +1111,11 @@ void settings_change() {
     Network n;
     n.hidden = {24, 24};
     const FlowSpec spec = flow(6, 2, {network(6, 2, n, rng), network(6, 2, n, rng)}, rng);
-    const auto program = make_program<float>(spec, random_parameters(spec, rng));
+    const auto packed = make_weights<float>(spec, random_parameters(spec, rng));
     const auto x = narrowed<float>(normals(6 * 100, rng)), context = narrowed<float>(normals(2 * 100, rng));
     auto densities = [&] {
         std::vector<float> out(100);
-        log_prob<float>(*program, batch_of(*program, x, context, 100), out.data(), {});
+        log_prob<float>(*packed, batch_of(*packed, x, context, 100), out.data(), {});
         return out;
     };
     const std::string before = isa();
@@ -1154,14 +1154,14 @@ void crew() {
         what_runs = "crew, " + isa;
         set_isa(isa);
         set_num_threads(1);
-        const auto program = make_program<double>(spec, parameters);
+        const auto packed = make_weights<double>(spec, parameters);
         Reals expected(5);
-        log_prob<double>(*program, batch_of(*program, x, context, 5), expected.data(), {});
+        log_prob<double>(*packed, batch_of(*packed, x, context, 5), expected.data(), {});
         auto each_alone = [&] {
             bool same = true;
             for (size_t i = 0; i < 5; ++i) {
                 double value = 0;
-                log_prob<double>(*program, batch_of(*program, Reals(x.begin() + 9 * long(i), x.end()), Reals(context.begin() + 2 * long(i), context.end()), 1),
+                log_prob<double>(*packed, batch_of(*packed, Reals(x.begin() + 9 * long(i), x.end()), Reals(context.begin() + 2 * long(i), context.end()), 1),
                                  &value, {});
                 same = same && value == expected[i];
             }
@@ -1187,11 +1187,11 @@ void after_fork() {
     Network n;
     n.hidden = {20};
     const FlowSpec spec = flow(5, 0, {network(5, 0, n, rng), network(5, 0, n, rng)}, rng);
-    const auto program = make_program<double>(spec, random_parameters(spec, rng));
+    const auto packed = make_weights<double>(spec, random_parameters(spec, rng));
     const Reals none;
-    const auto expected = draw(*program, none, 1, 300);
+    const auto expected = draw(*packed, none, 1, 300);
     const pid_t child = fork();
-    if (child == 0) _exit(draw(*program, none, 1, 300) == expected ? 0 : 1);
+    if (child == 0) _exit(draw(*packed, none, 1, 300) == expected ? 0 : 1);
     int status = -1;
     waitpid(child, &status, 0);
     CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);

@@ -20,15 +20,15 @@ namespace {
 
 template <class T>
 void evaluate(const record::Record& record, size_t member) {
-    Program<T> program(record::lower(record, member));
-    program.set_parameters(record::parameters(record));
-    const std::vector<double> x(size_t(program.features()), 0.5), context(size_t(program.context()), -0.25);
+    Weights<T> packed(record::lower(record, member));
+    packed.set_parameters(record::parameters(record));
+    const std::vector<double> x(size_t(packed.plan().features()), 0.5), context(size_t(packed.plan().context()), -0.25);
     Batch batch;
     batch.inner = 1;
     batch.x = {reinterpret_cast<const char*>(x.data()), DType::f64, 0, 0, sizeof(double)};
     batch.context = {reinterpret_cast<const char*>(context.data()), DType::f64, 0, 0, sizeof(double)};
     T density = 0;
-    log_prob(program, batch, &density, Poll());
+    log_prob(packed, batch, &density, Poll());
 }
 
 // Whether the bytes are a flow.

@@ -108,11 +108,11 @@ Reals parameters_of(const Model& model, const FlowSpec& spec, Random& rng) {
 }
 
 template <class T>
-std::shared_ptr<Program<T>> program_of(const FlowSpec& spec, const Reals& parameters) {
-    auto program = std::make_shared<Program<T>>(spec);
-    CHECK(size_t(program->parameter_count()) == parameters.size());
-    program->set_parameters(std::vector<T>(parameters.begin(), parameters.end()).data());
-    return program;
+std::shared_ptr<Weights<T>> weights_of(const FlowSpec& spec, const Reals& parameters) {
+    auto packed = std::make_shared<Weights<T>>(spec);
+    CHECK(size_t(packed->plan().parameter_count()) == parameters.size());
+    packed->set_parameters(std::vector<T>(parameters.begin(), parameters.end()).data());
+    return packed;
 }
 
 template <class T>
@@ -226,17 +226,18 @@ struct Errors {
 };
 
 // Whether the tape holds the weights: every tile that is not masked, once, at the unit's scale.
-void the_tape_holds_the_weights(const Program<float>& program, const TensorShape& shape) {
+void the_tape_holds_the_weights(const Weights<float>& packed, const TensorShape& shape) {
+    const Plan& plan = packed.plan();
     TensorView view;
-    const AlignedVector<char> memory = placed([&](Image& image) { view = lay_out_tensor(image, program, shape); });
+    const AlignedVector<char> memory = placed([&](Image& image) { view = lay_out_tensor(image, packed, shape); });
     bool right = true;
     for (int team = 0; team < shape.teams; ++team) {
         const char* tile = view.tape[team];
-        for (size_t k = 0; k < program.stages(); ++k)
+        for (size_t k = 0; k < plan.stages(); ++k)
             for (int m = 0; m < view.stages[k].maps; ++m) {
                 const TensorMap& map = view.stages[k].map[m];
-                const Staircase& stairs = program.sorted()[k].maps[size_t(m)];
-                const float* const weights = program.master().data() + program.weight_offset(k, size_t(m));
+                const Staircase& stairs = plan.sorted()[k].maps[size_t(m)];
+                const float* const weights = packed.master().data() + plan.weight_offset(k, size_t(m));
                 for (int i = map.first[team]; i < map.first[team + 1]; ++i) {
                     const Strip& strip = map.strips[i];
                     for (int step = 0; step < 64; step += 2)
@@ -245,7 +246,7 @@ void the_tape_holds_the_weights(const Program<float>& program, const TensorShape
                             bool any = false;
                             for (int unit = strip.row + 8 * t; unit < strip.row + 8 * t + 8; ++unit)
                                 for (int input = 16 * step; input < 16 * step + 32; ++input) {
-                                    const bool read = unit < program.widths(k)[size_t(m)] && input < stairs.limit[size_t(unit)];
+                                    const bool read = unit < plan.widths(k)[size_t(m)] && input < stairs.limit[size_t(unit)];
                                     any = any || read;
                                     const double w = read ? double(weights[stairs.offset[size_t(unit)] + input]) : 0;
                                     // Independent of fragments.hpp: lane 4 n + k % 8 / 2, register k / 8, half k % 2.
@@ -274,8 +275,8 @@ Errors compare(const Model& model, size_t n, int context_kind, const std::vector
     Random rng(7);
     const FlowSpec spec = spec_of(model, rng);
     const Reals parameters = parameters_of(model, spec, rng);
-    const auto program = program_of<float>(spec, parameters);
-    const auto truth = program_of<double>(spec, parameters);
+    const auto packed = weights_of<float>(spec, parameters);
+    const auto truth = weights_of<double>(spec, parameters);
     const Reals noise = normals(n * size_t(model.features), rng);
     const Reals drawn_context = normals((n + 1) * size_t(std::max(model.context, 1)), rng);
     const Floats context(drawn_context.begin(), drawn_context.end());
@@ -293,7 +294,7 @@ Errors compare(const Model& model, size_t n, int context_kind, const std::vector
     Floats x(noise.size());
     Batch plain = batch;
     if (context_kind) plain.context.inner = 0;
-    from_noise<float>(*program, plain, x.data(), {});  // points that the model is likely to meet
+    from_noise<float>(*packed, plain, x.data(), {});  // points that the model is likely to meet
     batch = shared(batch_of(model, x, context, n));
     const size_t rows = size_t(batch.rows());
     Reals density(rows), z(rows * size_t(model.features));
@@ -304,8 +305,8 @@ Errors compare(const Model& model, size_t n, int context_kind, const std::vector
     for (const TensorShape& shape : of_shapes) {
         what_runs = name + ", " + name_of(shape);
         Floats got(rows, 7), got_z(z.size(), 7);
-        warp_halves(*program, batch, shape, got.data(), nullptr);
-        warp_halves(*program, batch, shape, nullptr, got_z.data());
+        warp_halves(*packed, batch, shape, got.data(), nullptr);
+        warp_halves(*packed, batch, shape, nullptr, got_z.data());
         for (size_t i = 0; i < rows; ++i) {
             if (!std::isfinite(density[i])) continue;
             const double error = std::fabs(double(got[i]) - density[i]) / (1 + std::fabs(density[i]));
@@ -315,7 +316,7 @@ Errors compare(const Model& model, size_t n, int context_kind, const std::vector
             const double error = std::fabs(double(got_z[i]) - z[i]) / (1 + std::fabs(z[i]));
             worst.noise = std::isnan(error) ? INFINITY : std::max(worst.noise, error);
         }
-        the_tape_holds_the_weights(*program, shape);
+        the_tape_holds_the_weights(*packed, shape);
     }
     what_runs = name;
     return worst;
@@ -382,20 +383,21 @@ std::string name_of(const Blocks& blocks, int parts) {
 }
 
 // Every weight of a stage once: in the sums before a piece, or in the operations of its own piece.
-void each_weight_is_used_once(const Program<float>& program, int parts) {
+void each_weight_is_used_once(const Weights<float>& packed, int parts) {
+    const Plan& plan = packed.plan();
     DrawView view;
-    const AlignedVector<char> memory = placed([&](Image& image) { view = lay_out_draws(image, program, parts, 1); });
+    const AlignedVector<char> memory = placed([&](Image& image) { view = lay_out_draws(image, packed, parts, 1); });
     bool right = true;
     const char* tile = view.tape;
-    for (size_t k = program.stages(); k-- > 0;) {
+    for (size_t k = plan.stages(); k-- > 0;) {
         const DrawStage& stage = view.stages[k];
         if (!stage.maps) continue;
         const char* const begin = tile;
-        const Pieces pieces(program, k);
+        const Pieces pieces(plan, k);
         const int hidden = stage.maps - 1;
         std::vector<std::vector<double>> held(size_t(stage.maps));  // [map][unit][input]
-        auto inputs = [&](int m) { return m == 0 ? program.context() + program.features() : program.widths(k)[size_t(m - 1)]; };
-        for (int m = 0; m < stage.maps; ++m) held[size_t(m)].assign(size_t(program.widths(k)[size_t(m)] * inputs(m)), 0);
+        auto inputs = [&](int m) { return m == 0 ? plan.context() + plan.features() : plan.widths(k)[size_t(m - 1)]; };
+        for (int m = 0; m < stage.maps; ++m) held[size_t(m)].assign(size_t(plan.widths(k)[size_t(m)] * inputs(m)), 0);
         auto add = [&](int m, int unit, int input, int place) {
             double w = 0;
             for (int p = 0; p < parts; ++p) {
@@ -429,7 +431,7 @@ void each_weight_is_used_once(const Program<float>& program, int parts) {
                                 // Thread j % 8 / 2 of a quad has variables with that rest modulo 4.
                                 const int number = operation.map < 0 ? j % 8 / 2 + 4 * (j % 2 + j / 8 * 2) : 16 * step + j;
                                 if (number < operation.first || number >= operation.end) continue;  // the activations are zero
-                                const int input = operation.map < 0 ? program.context() + piece.variable + number
+                                const int input = operation.map < 0 ? plan.context() + piece.variable + number
                                                                     : pieces.unit(size_t(i), operation.map, number);
                                 add(to, unit, input, (n % 8 * 4 + j % 8 / 2) * 8 + n / 8 * 4 + j / 8 * 2 + j % 2);
                             }
@@ -437,9 +439,9 @@ void each_weight_is_used_once(const Program<float>& program, int parts) {
         }
         right = right && tile == begin + stage.tiles * 512 * parts;
         for (int m = 0; m < stage.maps; ++m) {
-            const Staircase& stairs = program.sorted()[k].maps[size_t(m)];
-            const float* const weights = program.master().data() + program.weight_offset(k, size_t(m));
-            for (int unit = 0; unit < program.widths(k)[size_t(m)]; ++unit) {
+            const Staircase& stairs = plan.sorted()[k].maps[size_t(m)];
+            const float* const weights = packed.master().data() + plan.weight_offset(k, size_t(m));
+            for (int unit = 0; unit < plan.widths(k)[size_t(m)]; ++unit) {
                 double scale = 0;
                 for (int column = 0; column < pieces.columns(m); ++column)
                     if (pieces.unit(m, column) == unit) scale += double(stage.map[m].affine[2 * column]) * 16;
@@ -459,8 +461,8 @@ Errors compare_draws(const Model& model, size_t n, int context_kind, int parts, 
     Random rng(7);
     const FlowSpec spec = spec_of(model, rng);
     const Reals parameters = parameters_of(model, spec, rng);
-    const auto program = program_of<float>(spec, parameters);
-    const auto truth = program_of<double>(spec, parameters);
+    const auto packed = weights_of<float>(spec, parameters);
+    const auto truth = weights_of<double>(spec, parameters);
     const Reals drawn = normals(n * size_t(model.features), rng), drawn_context = normals((n + 1) * size_t(std::max(model.context, 1)), rng);
     const Floats context(drawn_context.begin(), drawn_context.end()), noise(drawn.begin(), drawn.end());
     Batch batch = batch_of(model, noise, context, n);
@@ -483,7 +485,7 @@ Errors compare_draws(const Model& model, size_t n, int context_kind, int parts, 
     for (const Blocks& blocks : all) {
         what_runs = name + ", " + name_of(blocks, parts);
         Floats got(expected.size(), 7), got_density(rows, 7);
-        warp_draws(*program, batch, nullptr, parts, blocks.groups, blocks.active, blocks.warps, got.data(), got_density.data());
+        warp_draws(*packed, batch, nullptr, parts, blocks.groups, blocks.active, blocks.warps, got.data(), got_density.data());
         for (size_t i = 0; i < got.size(); ++i) {
             const double error = std::fabs(double(got[i]) - expected[i]) / (1 + std::fabs(expected[i]));
             worst.noise = std::isnan(error) ? INFINITY : std::max(worst.noise, error);
@@ -498,7 +500,7 @@ Errors compare_draws(const Model& model, size_t n, int context_kind, int parts, 
         CHECK(same);
     }
     what_runs = name;
-    each_weight_is_used_once(*program, parts);
+    each_weight_is_used_once(*packed, parts);
     return worst;
 }
 
@@ -549,7 +551,7 @@ void masked_noise_changes_nothing() {
             if (grouped) model.ranks = 5, model.hidden = {400, 90};
             Random rng(3);
             const FlowSpec spec = spec_of(model, rng);
-            const auto program = program_of<float>(spec, parameters_of(model, spec, rng));
+            const auto packed = weights_of<float>(spec, parameters_of(model, spec, rng));
             const size_t n = 13 * 5, d = 13;
             const Reals drawn = normals(d, rng);
             Floats z;
@@ -563,17 +565,17 @@ void masked_noise_changes_nothing() {
                 what_runs = std::string(grouped ? "masked noise, groups, " : "masked noise, ") + name_of(blocks, parts);
                 auto draw = [&](const Floats& noise, size_t rows, Floats& x, Floats& density) {
                     const Batch given = batch_of(model, noise, {}, rows);
-                    warp_draws(*program, given, nullptr, parts, blocks.groups, blocks.active, blocks.warps, x.data(), density.data());
+                    warp_draws(*packed, given, nullptr, parts, blocks.groups, blocks.active, blocks.warps, x.data(), density.data());
                 };
                 Floats x(n * d), density(n), of_base(d), density_of_base(1), plain(n * d), plain_density(n);
                 draw(z, n, x, density);
                 draw(base, 1, of_base, density_of_base);
                 const Batch batch = batch_of(model, z, {}, n);
-                warp_generate<float>(*program, batch, nullptr, Warps{}, plain.data(), plain_density.data());
+                warp_generate<float>(*packed, batch, nullptr, Warps{}, plain.data(), plain_density.data());
                 Floats filled = x, filled_density = density;
                 Warps fills;
                 fills.fills = true;
-                warp_generate<float>(*program, batch, nullptr, fills, filled.data(), filled_density.data());
+                warp_generate<float>(*packed, batch, nullptr, fills, filled.data(), filled_density.data());
                 bool unchanged = true, moves = true, gaps = true, kept = true, alone = true;
                 for (size_t i = 0; i < n; ++i) {
                     const size_t j = i / 5, v = i % 5;
@@ -622,15 +624,15 @@ void lost_contexts() {
             model.context = 19;
             Random rng(8);
             const FlowSpec spec = spec_of(model, rng);
-            const auto program = program_of<float>(spec, parameters_of(model, spec, rng));
+            const auto packed = weights_of<float>(spec, parameters_of(model, spec, rng));
             const size_t n = 53, d = size_t(features), c = 19;
             const Reals drawn = normals(n * d, rng), drawn_context = normals(n * c, rng);
             const Floats noise(drawn.begin(), drawn.end());
             Floats context(drawn_context.begin(), drawn_context.end()), good(n * d), got(n * d), density(n), lost_density(n), plain(n * d), unused(n);
-            warp_draws(*program, batch_of(model, noise, context, n), nullptr, parts, 2, 2, 2, good.data(), density.data());
+            warp_draws(*packed, batch_of(model, noise, context, n), nullptr, parts, 2, 2, 2, good.data(), density.data());
             for (size_t i = 0; i < n; i += 3) context[i * c + i % c] = i % 2 ? NAN : 1e5f;
             const Batch batch = batch_of(model, noise, context, n);
-            warp_draws(*program, batch, nullptr, parts, 2, 2, 2, got.data(), lost_density.data());
+            warp_draws(*packed, batch, nullptr, parts, 2, 2, 2, got.data(), lost_density.data());
             bool kept = true, lost = true;
             for (size_t i = 0; i < n; ++i) {
                 for (size_t v = 0; v < d; ++v) kept = kept && (i % 3 == 0 || same_bits(got[i * d + v], good[i * d + v]));
@@ -638,10 +640,10 @@ void lost_contexts() {
                 lost = lost && (i % 3 || (std::isnan(got[i * d + d - 1]) && std::isnan(lost_density[i])));
             }
             CHECK(kept && lost);
-            warp_generate<float>(*program, batch, nullptr, Warps{}, plain.data(), unused.data());
+            warp_generate<float>(*packed, batch, nullptr, Warps{}, plain.data(), unused.data());
             Warps fills;
             fills.fills = true;
-            warp_generate<float>(*program, batch, nullptr, fills, got.data(), lost_density.data());
+            warp_generate<float>(*packed, batch, nullptr, fills, got.data(), lost_density.data());
             bool filled = true;
             for (size_t i = 0; i < n; i += 3) filled = filled && alike(got[i * d + d - 1], plain[i * d + d - 1]);
             CHECK(filled);
@@ -665,14 +667,14 @@ void lost_units() {
             const size_t last = layers == 1 ? 0 : width * d + width, inputs = layers == 1 ? d : width, final = last + width * inputs + width;
             for (size_t i = last; i < final; ++i) parameters[i] *= 4096;
             for (size_t i = final; i < final + 2 * d * width; ++i) parameters[i] /= 4096;
-            const auto program = program_of<float>(spec, parameters);
+            const auto packed = weights_of<float>(spec, parameters);
             const size_t n = 48;
             const Reals drawn = normals(n * d, rng);
             const Floats noise(drawn.begin(), drawn.end());
             const Batch batch = batch_of(model, noise, {}, n);
             Floats got(n * d), density(n), plain(n * d), unused(n);
-            warp_draws(*program, batch, nullptr, parts, 2, 2, 2, got.data(), density.data());
-            warp_generate<float>(*program, batch, nullptr, Warps{}, plain.data(), unused.data());
+            warp_draws(*packed, batch, nullptr, parts, 2, 2, 2, got.data(), density.data());
+            warp_generate<float>(*packed, batch, nullptr, Warps{}, plain.data(), unused.data());
             size_t lost = 0;
             bool close = true;
             for (size_t i = 0; i < got.size(); ++i) {
@@ -693,13 +695,13 @@ void lost_beside_others() {
     model.stages = 1;
     Random rng(6);
     const FlowSpec spec = spec_of(model, rng);
-    const auto program = program_of<float>(spec, parameters_of(model, spec, rng));
+    const auto packed = weights_of<float>(spec, parameters_of(model, spec, rng));
     const Reals drawn = normals(80, rng);
     Floats noise(drawn.begin(), drawn.end()), good(80), got(80), density(1);
     what_runs = "lost beside others of its degree";
-    warp_draws(*program, batch_of(model, noise, {}, 1), nullptr, 2, 1, 1, 1, good.data(), density.data());
+    warp_draws(*packed, batch_of(model, noise, {}, 1), nullptr, 2, 1, 1, 1, good.data(), density.data());
     noise[0] = 1e5f;
-    warp_draws(*program, batch_of(model, noise, {}, 1), nullptr, 2, 1, 1, 1, got.data(), density.data());
+    warp_draws(*packed, batch_of(model, noise, {}, 1), nullptr, 2, 1, 1, 1, got.data(), density.data());
     bool kept = true, lost = true;
     for (size_t v = 1; v < 80; ++v)
         if (v % 2 == 0)
@@ -736,8 +738,8 @@ void mixed_stages() {
             norm.scale.push_back(0.5 + 0.125 * v);
         }
         spec.stages.insert(spec.stages.begin() + long(seed % 4), norm);
-        const auto program = program_of<float>(spec, parameters);
-        const auto truth = program_of<double>(spec, parameters);
+        const auto packed = weights_of<float>(spec, parameters);
+        const auto truth = weights_of<double>(spec, parameters);
         const size_t n = 53, d = size_t(model.features);
         const Reals drawn = normals(n * d, rng), drawn_context = normals(n * size_t(std::max(model.context, 1)), rng);
         const Floats noise(drawn.begin(), drawn.end()), context(drawn_context.begin(), drawn_context.end());
@@ -745,11 +747,11 @@ void mixed_stages() {
         Reals expected(n * d);
         from_noise<double>(*truth, batch, expected.data(), {});
         what_runs = "mixed stages, seed " + std::to_string(seed);
-        const DrawnStages drawn_stages(*program);
+        const DrawnStages drawn_stages(*packed);
         CHECK(drawn_stages.hidden == 2 && std::count(drawn_stages.fits.begin(), drawn_stages.fits.end(), 1) == 2);
-        each_weight_is_used_once(*program, 2);
+        each_weight_is_used_once(*packed, 2);
         Floats got(n * d, 7), density(n);
-        warp_draws(*program, batch, nullptr, 2, 3, 3, 4, got.data(), density.data());
+        warp_draws(*packed, batch, nullptr, 2, 3, 3, 4, got.data(), density.data());
         double worst = 0;
         for (size_t i = 0; i < got.size(); ++i) {
             const double error = std::fabs(double(got[i]) - expected[i]) / (1 + std::fabs(expected[i]));
@@ -767,7 +769,7 @@ void draws_from_counters() {
     model.context = 2;
     Random rng(4);
     const FlowSpec spec = spec_of(model, rng);
-    const auto program = program_of<float>(spec, parameters_of(model, spec, rng));
+    const auto packed = weights_of<float>(spec, parameters_of(model, spec, rng));
     const Reals drawn = normals(6, rng);
     const Floats context(drawn.begin(), drawn.end());
     Draw draw;
@@ -777,9 +779,9 @@ void draws_from_counters() {
     draw.context = rows_of(context, 2);
     std::swap(draw.context.outer, draw.context.inner);
     Floats expected(3 * 37 * 7), density(3 * 37), got(expected.size()), got_density(density.size());
-    sample<float>(*program, draw, expected.data(), density.data(), {});
+    sample<float>(*packed, draw, expected.data(), density.data(), {});
     what_runs = "draws from counters";
-    warp_draws(*program, {}, &draw, 2, 2, 2, 2, got.data(), got_density.data());
+    warp_draws(*packed, {}, &draw, 2, 2, 2, 2, got.data(), got_density.data());
     bool close = true, same = true;
     for (size_t i = 0; i < got.size(); ++i) {
         close = close && std::fabs(double(got[i]) - double(expected[i])) <= 0x1p-20 * (1 + std::fabs(double(expected[i])));
@@ -802,7 +804,7 @@ void masked_inputs_change_nothing() {
             model.activation = Activation(activation);
             Random rng(3);
             const FlowSpec spec = spec_of(model, rng);
-            const auto program = program_of<float>(spec, parameters_of(model, spec, rng));
+            const auto packed = weights_of<float>(spec, parameters_of(model, spec, rng));
             const size_t n = 13 * 5, d = 13;
             const Reals drawn = normals(d, rng);
             Floats x;
@@ -815,17 +817,17 @@ void masked_inputs_change_nothing() {
                 what_runs = std::string("masked inputs, activation ") + std::to_string(activation) + ", " + name_of(shape);
                 const Batch batch = batch_of(model, x, {}, n), one = batch_of(model, base, {}, 1);
                 Floats z(n * d), of_base(d), plain(n * d), density(n), plain_density(n);
-                warp_halves(*program, batch, shape, nullptr, z.data());
-                warp_halves(*program, one, shape, nullptr, of_base.data());
-                warp_evaluate<float>(*program, batch, Warps{}, nullptr, plain.data());
+                warp_halves(*packed, batch, shape, nullptr, z.data());
+                warp_halves(*packed, one, shape, nullptr, of_base.data());
+                warp_evaluate<float>(*packed, batch, Warps{}, nullptr, plain.data());
                 Floats filled = z;
                 Warps fills;
                 fills.fills = true;
-                warp_evaluate<float>(*program, batch, fills, nullptr, filled.data());
-                warp_halves(*program, batch, shape, density.data(), nullptr);
-                warp_evaluate<float>(*program, batch, Warps{}, plain_density.data(), nullptr);
+                warp_evaluate<float>(*packed, batch, fills, nullptr, filled.data());
+                warp_halves(*packed, batch, shape, density.data(), nullptr);
+                warp_evaluate<float>(*packed, batch, Warps{}, plain_density.data(), nullptr);
                 Floats filled_density = density;
-                warp_evaluate<float>(*program, batch, fills, filled_density.data(), nullptr);
+                warp_evaluate<float>(*packed, batch, fills, filled_density.data(), nullptr);
                 bool unchanged = true, moves = true, gaps = true, kept = true;
                 for (size_t i = 0; i < n; ++i) {
                     const size_t j = i / 5, v = i % 5;
@@ -861,8 +863,8 @@ void sizes() {
         Random rng(5);
         const FlowSpec spec = spec_of(model, rng);
         const Reals parameters = parameters_of(model, spec, rng);
-        const auto program = program_of<float>(spec, parameters);
-        const auto truth = program_of<double>(spec, parameters);
+        const auto packed = weights_of<float>(spec, parameters);
+        const auto truth = weights_of<double>(spec, parameters);
         const size_t n = 40;
         const Reals drawn = normals(n * 5, rng);
         const Floats x(drawn.begin(), drawn.end());
@@ -873,14 +875,14 @@ void sizes() {
             for (const TensorShape& shape : shapes(parts)) {
                 what_runs = "weights of size " + std::to_string(scale) + ", " + name_of(shape);
                 Floats got(n), plain(n);
-                warp_halves(*program, batch, shape, got.data(), nullptr);
-                warp_evaluate<float>(*program, batch, Warps{}, plain.data(), nullptr);
+                warp_halves(*packed, batch, shape, got.data(), nullptr);
+                warp_evaluate<float>(*packed, batch, Warps{}, plain.data(), nullptr);
                 Warps fills;
                 fills.fills = true;
                 size_t lost = 0;
                 for (float v : got) lost += std::isnan(v);
                 CHECK(scale < 1 ? lost == 0 : lost > 0);
-                warp_evaluate<float>(*program, batch, fills, got.data(), nullptr);
+                warp_evaluate<float>(*packed, batch, fills, got.data(), nullptr);
                 bool close = true;
                 for (size_t i = 0; i < n; ++i) {
                     const double limit = (parts == 1 ? 0x1p-8 : 0x1p-19) * (scale > 1 ? scale : 1) * (1 + std::fabs(expected[i]));
@@ -902,7 +904,7 @@ void places() {
     model.context = 2;
     Random rng(9);
     const FlowSpec spec = spec_of(model, rng);
-    const auto program = program_of<float>(spec, parameters_of(model, spec, rng));
+    const auto packed = weights_of<float>(spec, parameters_of(model, spec, rng));
     const size_t n = 150, d = 11;
     const Reals drawn = normals(n * d, rng), of_context = normals(n * 2, rng);
     Floats x(drawn.begin(), drawn.end()), context(of_context.begin(), of_context.end());
@@ -920,14 +922,14 @@ void places() {
         for (const TensorShape& shape : shapes(parts)) {
             what_runs = std::string("places, ") + name_of(shape);
             Floats here(n), there(n), alone(1);
-            warp_halves(*program, batch_of(model, x, context, n), shape, here.data(), nullptr);
-            warp_halves(*program, batch_of(model, moved, moved_context, n), shape, there.data(), nullptr);
+            warp_halves(*packed, batch_of(model, x, context, n), shape, here.data(), nullptr);
+            warp_halves(*packed, batch_of(model, moved, moved_context, n), shape, there.data(), nullptr);
             bool same = true;
             for (size_t i = 0; i < n; ++i) same = same && same_bits(there[i], here[order[i]]);
             for (size_t i : {size_t(0), size_t(77)}) {
                 const Floats own(x.begin() + long(i * d), x.begin() + long(i * d + d));
                 const Floats own_context(context.begin() + long(2 * i), context.begin() + long(2 * i + 2));
-                warp_halves(*program, batch_of(model, own, own_context, 1), shape, alone.data(), nullptr);
+                warp_halves(*packed, batch_of(model, own, own_context, 1), shape, alone.data(), nullptr);
                 same = same && same_bits(alone[0], here[i]);
             }
             CHECK(same);
@@ -948,31 +950,31 @@ void choices() {
         model.hidden.assign(size_t(one.layers), one.width);
         model.stages = one.stages;
         const FlowSpec spec = spec_of(model, rng);
-        const Program<float> program(spec);
+        const Weights<float> packed(spec);
         for (auto precision : {device::Precision::medium, device::Precision::high})
             for (int64_t shared : {int64_t(99), int64_t(163), int64_t(227)}) {
-                const TensorShape shape = fit_tensor_cores(program, precision, 8, shared * 1024);
+                const TensorShape shape = fit_tensor_cores(packed, precision, 8, shared * 1024);
                 std::vector<std::vector<int>> parts;
-                const int64_t used = shape.rows ? room_of(program, fitting_stages(program), shape, parts).shared : 0;
+                const int64_t used = shape.rows ? room_of(packed.plan(), fitting_stages(packed), shape, parts).shared : 0;
                 std::printf("%s, %s, %d KiB: %s, %.1f KiB used\n", one.name, precision == device::Precision::high ? "high" : "medium", int(shared),
                             shape.rows ? name_of(shape) : "without tensor cores", double(used) / 1024);
                 CHECK(used <= shared * 1024 && (shape.rows > 0 || shared < 227));
                 CHECK(shape.rows == 0 || (shape.groups * shape.teams == 8 && shape.rows == 16 * shape.row_tiles * shape.groups));
-                const DrawView draws = fit_draws(program, precision, 8, shared * 1024);
+                const DrawView draws = fit_draws(packed, precision, 8, shared * 1024);
                 std::printf("    samples: %d rows, %.1f KiB used\n", draws.rows, double(draws.shared) / 1024);
                 CHECK(draws.groups <= 8 && draws.rows == 16 * draws.groups && draws.shared <= shared * 1024 && (draws.groups > 0 || shared < 227));
             }
-        CHECK(fit_tensor_cores(program, device::Precision::highest, 8, kShared).rows == 0);
-        CHECK(fit_draws(program, device::Precision::highest, 8, kShared).groups == 0);
+        CHECK(fit_tensor_cores(packed, device::Precision::highest, 8, kShared).rows == 0);
+        CHECK(fit_draws(packed, device::Precision::highest, 8, kShared).groups == 0);
     }
     Model model;
     FlowSpec spec = spec_of(model, rng);
     Reals parameters = parameters_of(model, spec, rng);
-    CHECK(fit_tensor_cores(*program_of<float>(spec, parameters), device::Precision::high, 8, kShared).rows > 0);
+    CHECK(fit_tensor_cores(*weights_of<float>(spec, parameters), device::Precision::high, 8, kShared).rows > 0);
     parameters.back() = NAN;
-    CHECK(fitting_stages(*program_of<float>(spec, parameters)) == std::vector<char>({1, 0}));
+    CHECK(fitting_stages(*weights_of<float>(spec, parameters)) == std::vector<char>({1, 0}));
     for (StageSpec& stage : spec.stages) stage.skip = true;
-    CHECK(fit_tensor_cores(Program<float>(spec), device::Precision::high, 8, kShared).rows == 0);
+    CHECK(fit_tensor_cores(Weights<float>(spec), device::Precision::high, 8, kShared).rows == 0);
 }
 
 }  // namespace

@@ -17,9 +17,9 @@ namespace {
 
 // A launch with one block.
 template <class T, class F>
-void run(const Program<T>& program, Direction direction, const Batch& batch, const Warps& warps, Job<T> job, F f) {
+void run(const Weights<T>& packed, Direction direction, const Batch& batch, const Warps& warps, Job<T> job, F f) {
     FlowView<T> flow;
-    const AlignedVector<char> memory = placed([&](Image& image) { flow = lay_out(image, program, direction, warp::lanes_of<T>()); });
+    const AlignedVector<char> memory = placed([&](Image& image) { flow = lay_out(image, packed, direction, warp::lanes_of<T>()); });
     AlignedVector<char> scratch(size_t(flow.scratch), char(0xFF));
 
     job.rows = batch.rows();
@@ -45,35 +45,35 @@ void run(const Program<T>& program, Direction direction, const Batch& batch, con
 }  // namespace
 
 template <class T>
-void warp_evaluate(const Program<T>& program, const Batch& batch, const Warps& warps, T* log_prob, T* noise) {
+void warp_evaluate(const Weights<T>& packed, const Batch& batch, const Warps& warps, T* log_prob, T* noise) {
     Job<T> job;
     job.x = {batch.x, batch.inner};
     job.log_prob = log_prob;
     job.out = noise;
-    job.width = program.features();
+    job.width = packed.plan().features();
     job.fills = warps.fills;
-    run(program, Direction::density, batch, warps, job, [](const auto&... all) { warp::evaluate<T>(all...); });
+    run(packed, Direction::density, batch, warps, job, [](const auto&... all) { warp::evaluate<T>(all...); });
 }
 
 template <class T>
-void warp_probabilities(const Program<T>& program, const Batch& batch, const Warps& warps, T* out) {
+void warp_probabilities(const Weights<T>& packed, const Batch& batch, const Warps& warps, T* out) {
     Job<T> job;
     job.x = {batch.x, batch.inner};
     job.out = out;
-    job.most = program.most_values();
-    job.width = program.features() * job.most;
-    run(program, Direction::density, batch, warps, job, [](const auto&... all) { warp::evaluate<T>(all...); });
+    job.most = packed.plan().most_values();
+    job.width = packed.plan().features() * job.most;
+    run(packed, Direction::density, batch, warps, job, [](const auto&... all) { warp::evaluate<T>(all...); });
 }
 
 template <class T>
-void warp_generate(const Program<T>& program, const Batch& batch, const Draw* draw, const Warps& warps, T* out, T* log_prob, Other<T>* other) {
+void warp_generate(const Weights<T>& packed, const Batch& batch, const Draw* draw, const Warps& warps, T* out, T* log_prob, Other<T>* other) {
     Job<T> job;
     job.out = out;
     job.other = other;
     job.log_prob = log_prob;
     job.fills = warps.fills;
     const Batch rows = rows_of_call(batch, draw, warps.begin, job);
-    run(program, Direction::sampler, rows, warps, job, [](const auto&... all) { warp::generate<T>(all...); });
+    run(packed, Direction::sampler, rows, warps, job, [](const auto&... all) { warp::generate<T>(all...); });
 }
 
 #ifdef FASTMAF_CUDA_CHUNK
@@ -127,9 +127,9 @@ FASTMAF_INSTANTIATE(double)
 #endif
 
 #define FASTMAF_INSTANTIATE(T)                                                             \
-    template void warp_evaluate<T>(const Program<T>&, const Batch&, const Warps&, T*, T*); \
-    template void warp_probabilities<T>(const Program<T>&, const Batch&, const Warps&, T*); \
-    template void warp_generate<T>(const Program<T>&, const Batch&, const Draw*, const Warps&, T*, T*, Other<T>*);
+    template void warp_evaluate<T>(const Weights<T>&, const Batch&, const Warps&, T*, T*); \
+    template void warp_probabilities<T>(const Weights<T>&, const Batch&, const Warps&, T*); \
+    template void warp_generate<T>(const Weights<T>&, const Batch&, const Draw*, const Warps&, T*, T*, Other<T>*);
 FASTMAF_INSTANTIATE(float)
 FASTMAF_INSTANTIATE(double)
 

@@ -5,7 +5,7 @@
 
 #include "core/aligned.hpp"
 #include "core/calls.hpp"
-#include "core/program.hpp"
+#include "core/weights.hpp"
 #include "cuda/draw_image.hpp"
 
 namespace fastmaf {
@@ -55,18 +55,18 @@ Batch rows_of_call(const Batch& batch, const Draw* draw, int64_t begin, Job<T>& 
 }
 
 template <class T>
-void warp_evaluate(const Program<T>& program, const Batch& batch, const Warps& warps, T* log_prob, T* noise);
+void warp_evaluate(const Weights<T>& packed, const Batch& batch, const Warps& warps, T* log_prob, T* noise);
 template <class T>
-void warp_probabilities(const Program<T>& program, const Batch& batch, const Warps& warps, T* out);
+void warp_probabilities(const Weights<T>& packed, const Batch& batch, const Warps& warps, T* out);
 // The tensor-core kernel in a given shape, without what fills its gaps.
-void warp_halves(const Program<float>& program, const Batch& batch, const TensorShape& shape, float* log_prob, float* noise);
+void warp_halves(const Weights<float>& packed, const Batch& batch, const TensorShape& shape, float* log_prob, float* noise);
 // The sampler on tensor cores, without what fills its gaps: with room for `groups` groups of rows, of which so many have a warp.
-void warp_draws(const Program<float>& program, const Batch& batch, const Draw* draw, int parts, int groups, int active, int warps, float* out,
+void warp_draws(const Weights<float>& packed, const Batch& batch, const Draw* draw, int parts, int groups, int active, int warps, float* out,
                 float* log_prob);
 // Its product of fragments: registers of 32 lanes.
 void warp_multiply(const uint32_t (&a)[4][32], const uint32_t (&b)[2][32], float (&c)[4][32]);
 // Noise from the batch when `draw` is null. `other` may take the samples in place of `out`.
 template <class T>
-void warp_generate(const Program<T>& program, const Batch& batch, const Draw* draw, const Warps& warps, T* out, T* log_prob, Other<T>* other = nullptr);
+void warp_generate(const Weights<T>& packed, const Batch& batch, const Draw* draw, const Warps& warps, T* out, T* log_prob, Other<T>* other = nullptr);
 
 }  // namespace fastmaf

@@ -35,13 +35,13 @@ void run_draws(const FlowView<float>& flow, const DrawView& view, const Job<floa
 
 }  // namespace
 
-void warp_draws(const Program<float>& program, const Batch& batch, const Draw* draw, int parts, int groups, int active, int warps, float* out,
+void warp_draws(const Weights<float>& packed, const Batch& batch, const Draw* draw, int parts, int groups, int active, int warps, float* out,
                 float* log_prob) {
     FlowView<float> flow;
     DrawView view;
     const AlignedVector<char> memory = placed([&](Image& image) {
-        flow = lay_out(image, program, Direction::sampler, tensor::lanes_of<float>());
-        view = lay_out_draws(image, program, parts, groups);
+        flow = lay_out(image, packed, Direction::sampler, tensor::lanes_of<float>());
+        view = lay_out_draws(image, packed, parts, groups);
     });
     view.groups = active;
     AlignedVector<char> scratch(size_t(flow.scratch), char(0xFF));
@@ -50,7 +50,7 @@ void warp_draws(const Program<float>& program, const Batch& batch, const Draw* d
     job.vectors = (16 * active + 31) / 32;
     job.out = out;
     job.log_prob = log_prob;
-    job.width = program.features();
+    job.width = packed.plan().features();
     // Two blocks, the second one first: the first one would write over its rows if it did not stop where its tiles end.
     for (int64_t block : {1, 0}) run_draws(flow, view, job, warps, block, 2, scratch.data());
 }

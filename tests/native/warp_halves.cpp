@@ -38,12 +38,12 @@ void run_tensor(const FlowView<float>& flow, const TensorView& view, const Job<f
 
 }  // namespace
 
-void warp_halves(const Program<float>& program, const Batch& batch, const TensorShape& shape, float* log_prob, float* noise) {
+void warp_halves(const Weights<float>& packed, const Batch& batch, const TensorShape& shape, float* log_prob, float* noise) {
     FlowView<float> flow;
     TensorView view;
     const AlignedVector<char> memory = placed([&](Image& image) {
-        flow = lay_out(image, program, Direction::density, tensor::lanes_of<float>());
-        view = lay_out_tensor(image, program, shape);
+        flow = lay_out(image, packed, Direction::density, tensor::lanes_of<float>());
+        view = lay_out_tensor(image, packed, shape);
     });
     AlignedVector<char> scratch(size_t(flow.scratch), char(0xFF));
     Job<float> job;
@@ -53,7 +53,7 @@ void warp_halves(const Program<float>& program, const Batch& batch, const Tensor
     job.vectors = (shape.rows + 31) / 32;
     job.log_prob = log_prob;
     job.out = noise;
-    job.width = program.features();
+    job.width = packed.plan().features();
     run_tensor(flow, view, job, 0, 1, scratch.data());
 }
 
