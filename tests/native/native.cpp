@@ -1,5 +1,5 @@
 // The core without Python: what sanitizers run. Every kind of stage in every instruction set against plain loops over the flat weights,
-// gradients against differences of these loops, training, threads, fork, odd sizes.
+// gradients against differences of these loops, tapes, training, threads, fork, odd sizes.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -324,6 +324,64 @@ std::shared_ptr<Weights<T>> make_weights(const FlowSpec& spec, const Reals& para
     CHECK(size_t(packed->plan().parameter_count()) == parameters.size());
     packed->set_parameters(narrowed<T>(parameters).data());
     return packed;
+}
+
+// ---- tapes -----------------------------------------------------------------------------------------------------------------------
+
+// Every weight that steps read is on each tape once, where the layout says; all else there is zero. The sampler has the triangles of a
+// Linear inverted.
+template <class T>
+void the_tapes_hold(const Weights<T>& packed) {
+    const Plan& plan = packed.plan();
+    const AlignedVector<T>& master = packed.master();
+    std::vector<char> read(master.size(), 0), linear(master.size(), 0);
+    // Weights lie in the master row by row, each row as long as its stair; nobody reads rows behind the widths.
+    for (size_t k = 0; k < plan.stages(); ++k)
+        for (size_t m = 0; m < plan.sorted()[k].maps.size(); ++m)
+            for (int64_t e = 0; e < plan.sorted()[k].maps[m].offset[size_t(plan.widths(k)[plan.written(k, m)])]; ++e) {
+                read[size_t(plan.weight_offset(k, m) + e)] = 1;
+                linear[size_t(plan.weight_offset(k, m) + e)] = plan.spec().stages[k].output == Output::linear;
+            }
+    for (Direction direction : {Direction::density, Direction::sampler, Direction::backward}) {
+        const std::vector<uint32_t> sources = plan.layout(direction).sources();
+        const AlignedVector<T>& tape = packed.tape(direction);
+        CHECK(tape.size() == sources.size());
+        std::vector<char> times(master.size(), 0);
+        bool right = true;
+        for (size_t e = 0; e < sources.size(); ++e) {
+            const uint32_t source = sources[e];
+            if (source != kNoSource) ++times[source];
+            if (source != kNoSource && linear[source] && direction == Direction::sampler) continue;
+            right = right && tape[e] == (source == kNoSource ? T(0) : master[source]);
+        }
+        CHECK(right);
+        CHECK(times == read);
+    }
+}
+
+// So it is for the first weights, for others, and after steps of training; copies stay as they are.
+template <class T>
+void tapes(const Case& one) {
+    what_runs = one.name + ", tapes";
+    Random rng(5);
+    const auto packed = make_weights<T>(one.spec, random_parameters(one.spec, rng));
+    const Plan& plan = packed->plan();
+    the_tapes_hold(*packed);
+    const Weights<T> copy(*packed);
+    CHECK(&copy.plan() == &plan && copy.master() == packed->master() && copy.constant() == packed->constant());
+    const auto before = copy.tape(Direction::density);
+    packed->set_parameters(narrowed<T>(random_parameters(one.spec, rng)).data());
+    the_tapes_hold(*packed);
+    packed->master() = make_weights<T>(one.spec, random_parameters(one.spec, rng))->master();
+    for (size_t k = 0; k < plan.stages(); ++k)
+        for (size_t m = 0; m < plan.sorted()[k].maps.size(); ++m) {
+            const int rows = plan.widths(k)[plan.written(k, m)];
+            for (int row = 0; row < rows; row += 5) packed->repack_rows(k, m, row, std::min(5, rows - row));
+        }
+    packed->finish_step();
+    the_tapes_hold(*packed);
+    the_tapes_hold(copy);
+    CHECK(copy.tape(Direction::density) == before);
 }
 
 // ---- the same in plain loops -----------------------------------------------------------------------------------------------------
@@ -1224,6 +1282,10 @@ void errors() {
 // "few": of every kind, but fewer sizes, and no fork, which emulators do not survive.
 int main(int argc, char** argv) {
     const bool few = argc > 1 && std::string(argv[1]) == "few";
+    for (const Case& one : cases()) {
+        tapes<float>(one);
+        tapes<double>(one);
+    }
     for (const Case& one : cases())
         for (size_t n : few ? std::vector<size_t>{37} : std::vector<size_t>{1, 2, 37, 131}) {
             operations<float>(one, n, n == 37);
