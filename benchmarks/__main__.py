@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-OPERATIONS = ("log_prob", "sample", "train", "members", "overhead", "embedding", "quality", "samples")
+OPERATIONS = ("log_prob", "sample", "train", "members", "overhead", "embedding", "hmc", "quality", "samples")
 
 
 def parse() -> argparse.Namespace:
