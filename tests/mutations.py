@@ -158,6 +158,24 @@ MUTATIONS = {
     "validation rows share the caller's buffer": Mutation(
         "train/data.py", "    if reused:", "    if False:", "test_train.py -k one_array_again"
     ),
+    "notes of a callback are lost": Mutation(
+        "train/loop.py", "{**self.start.training, **noted,", "{**self.start.training,", "test_train.py -k notes_of_a_callback"
+    ),
+    "what x shares with the context is not looked for": Mutation(
+        "train/data.py",
+        "    if train.context is not None:\n        context = train",
+        "    if False:\n        context = train",
+        "test_train.py -k shares_with",
+    ),
+    "validation rows are not looked at": Mutation(
+        "train/loop.py",
+        'apart = held if settings["validation"] == "given" else None',
+        "apart = None",
+        "test_train.py -k far_from_all_others",
+    ),
+    "samples are rounded in silence": Mutation(
+        "flow.py", "(rounded := self._record.rounded(samples))", "(rounded := [])", "test_sample.py -k rounded_away"
+    ),
     "seconds are in the file": Mutation(
         "train/loop.py",
         '            "stopped": history.stopped,\n            "settings"',

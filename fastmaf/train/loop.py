@@ -440,7 +440,8 @@ class _Run:
 
     def install(self) -> None:
         """Give the flow its best weights."""
-        record, noted = self.trained(self.best, self.best_statistics), self.flow._record.training  # a callback may have added to it
+        record = self.trained(self.best, self.best_statistics)
+        noted = self.flow._record.training  # a callback may have added to it
         self.flow._record = record.replaced(training={**self.start.training, **noted, **self.summary()})
         if self.members is not None:
             self.members.weights = self.best
