@@ -80,10 +80,10 @@ MUTATIONS = {
         "train/data.py", "(bool(wanted) and not record.fitted)", "bool(wanted)", "test_train.py -k second_fit_leaves"
     ),
     "a note keeps a flow from being standardised": Mutation(
-        "train/data.py",
-        'return {"epochs", "best_epoch", "settings"} <= set(record.training)',
-        "return bool(record.training)",
-        "test_train.py -k notes",
+        "record.py",
+        'return {"epochs", "best_epoch", "settings"} <= set(self.training)',
+        "return bool(self.training)",
+        "test_train.py -k notes_do_not_keep",
     ),
     "a value of another variable is accepted": Mutation("_partial.py", " | (x >= counts)", "", "test_partial.py"),
     "shared gradients are summed in single": Mutation(
