@@ -385,10 +385,8 @@ def _to_noise(flow: FlowRecord, x: Array, context: Array | None) -> Array:
 
 
 def _backend(flow: FlowRecord) -> backends.Backend:
-    """The backend in use, which has kernels for all layers of the flow."""
-    backend = backends.choose()
-    flow.approve(backend)
-    return backend
+    """What runs the flow."""
+    return backends.runner(flow, backends.choose())
 
 
 def _options(flow: FlowRecord) -> dict[str, Any]:

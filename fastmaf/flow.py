@@ -201,7 +201,7 @@ class Flow:
         """The record as it is now, which a call keeps to its end, and the backend that runs it."""
         record, backend = self._record, self._placed or backends.active or backends.choose()
         if record.approved_by is not backend:
-            record.approve(backend)
+            backend = backends.runner(record, backend)
         return record, backend
 
     def log_prob(self, x: ArrayLike, context: ArrayLike | None = None, out: Array | None = None) -> Array:

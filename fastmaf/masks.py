@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fastmaf import _words
 
-__all__ = ["hidden_degrees", "hidden_mask", "layer_ranks", "output_mask", "random_degrees"]
+__all__ = ["degrees_from", "hidden_degrees", "hidden_mask", "layer_ranks", "output_mask", "random_degrees"]
 
 _ORDERS = "it must be 'sequential', 'reverse', 'random', a permutation of the columns, or one for each layer"
 
@@ -183,3 +183,25 @@ def output_mask(ranks: IntArray, inputs: IntArray, parameters: int | Sequence[in
     [[1, 0], [1, 0], [1, 1], [1, 1]]
     """
     return np.repeat(np.asarray(ranks)[:, None] > np.asarray(inputs)[None, :], parameters, axis=0)
+
+
+def degrees_from(mask: BoolArray, inputs: IntArray) -> IntArray:
+    """Degrees of the units of a layer of which only the mask is known: the highest of those inputs that each reads, 0 if it reads none.
+
+    Parameters
+    ----------
+    mask : (H, n) bool array
+        Which unit reads which input.
+    inputs : (n,) array of int
+        Ranks of variables, or degrees of units.
+
+    Returns
+    -------
+    (H,) int64 array
+
+    Examples
+    --------
+    >>> degrees_from(np.array([[True, False], [True, True]]), np.array([1, 2])).tolist()
+    [1, 2]
+    """
+    return np.where(mask, inputs, 0).max(axis=1, initial=0).astype(np.int64)

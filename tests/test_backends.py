@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import make
 import numpy as np
 import pytest
 
@@ -26,6 +27,7 @@ class Partial:
 @pytest.fixture(autouse=True)
 def restored(monkeypatch):
     monkeypatch.setattr(backends, "active", backends.active)
+    monkeypatch.setattr(backends, "default", backends.default)
     monkeypatch.setattr(backends, "_loaded", dict(backends._loaded))
 
 
@@ -72,6 +74,21 @@ def test_a_layer_without_kernel_is_named():
     for call in (lambda f: f.log_prob(np.zeros((0, 2))), lambda f: f.sample(3), lambda f: f.vjp(np.zeros((1, 2)), None, [1])):
         with pytest.raises(NotImplementedError, match="the partial backend has no kernel for BatchNorm"):
             call(fastmaf.MAF(features=2))
+
+
+def test_where_nobody_named_a_backend_the_reference_takes_its_place_and_says_so_once(monkeypatch):
+    monkeypatch.setattr(backends, "told", set())
+    flow = fastmaf.MAF(features=2)
+    with make.reference():
+        expected = flow.log_prob(np.zeros((2, 2)))
+    backends._loaded["cpu"] = Partial()
+    fastmaf.set_backend(None)
+    assert fastmaf.MAF(features=3).log_prob(np.zeros((2, 3))).tolist() == [7, 7]
+    with pytest.warns(RuntimeWarning, match="the partial backend has no kernel for BatchNorm: the reference runs this flow") as caught:
+        np.testing.assert_array_equal(flow.log_prob(np.zeros((2, 2))), expected)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    np.testing.assert_array_equal(flow.log_prob(np.zeros((2, 2))), expected)
+    assert fastmaf.MAF(features=2).sample(3).shape == (3, 2)
 
 
 def test_changed_layers_are_judged_again(monkeypatch):

@@ -13,7 +13,7 @@ import numpy as np
 from fastmaf import _words
 from fastmaf.record import FlowRecord, Runner
 
-__all__ = ["Backend", "active", "choose", "core", "get_backend", "names", "placed", "reason", "require", "set_backend"]
+__all__ = ["Backend", "active", "choose", "core", "get_backend", "names", "placed", "reason", "require", "runner", "set_backend"]
 
 
 class Backend(Runner, Protocol):
@@ -82,6 +82,9 @@ names = tuple(_REMEDIES)
 
 active: Backend | None = None
 """The backend in use; None until the first evaluation chooses one."""
+
+default: Backend | None = None
+"""The backend in use, if nobody named it: the reference may then compute in its place."""
 
 _loaded: dict[str, Backend | str] = {}
 
@@ -153,9 +156,9 @@ def pure() -> bool:
 
 def choose() -> Backend:
     """The backend in use; the first call settles it, and warns if it is not the compiled core."""
-    global active, _warned
+    global active, default, _warned
     if active is None:
-        active = next(loaded for loaded in map(_load, ("cpu", "numba", "reference")) if not isinstance(loaded, str))
+        active = default = next(loaded for loaded in map(_load, ("cpu", "numba", "reference")) if not isinstance(loaded, str))
         if active.name != "cpu" and not pure() and not _warned:
             _warned = True
             _words.warn(
@@ -166,6 +169,32 @@ def choose() -> Backend:
 
 
 _warned = False  # or the user has chosen a backend, and knows
+
+
+def runner(record: FlowRecord, backend: Backend) -> Backend:
+    """What runs a record: this backend, or the reference where this one is the default and lacks a kernel, of which one warning tells.
+
+    Raises
+    ------
+    NotImplementedError
+        If it lacks a kernel, and the user has named it.
+    """
+    if backend is default and (missing := backend.unsupported(record)) is not None:
+        if missing not in told:
+            _words.warn(f"{without_kernel(backend, missing)}; set_backend('reference') silences this")
+            told.add(missing)
+        return require("reference")
+    record.approve(backend)
+    return backend
+
+
+told: set[str] = set()
+"""What a warning has said to have no kernel."""
+
+
+def without_kernel(backend: Backend, missing: str) -> str:
+    """What to say of a flow that the reference runs."""
+    return f"the {backend.name} backend has no kernel for {_words.cut(missing, 90)}: the reference runs this flow, many times slower"
 
 
 def in_source_tree_without_core() -> str | None:
@@ -194,8 +223,8 @@ def set_backend(name: str | None) -> None:
     Parameters
     ----------
     name : {"cpu", "numba", "reference", "cuda"} or None
-        None goes back to the default: the first of "cpu", "numba" and "reference" that is there. With "cuda" every flow computes on the
-        first GPU; `Flow.to` moves one.
+        None goes back to the default: the first of "cpu", "numba" and "reference" that is there; a flow for which it lacks a kernel is run
+        by the reference alone. With "cuda" every flow computes on the first GPU; `Flow.to` moves one.
 
     Raises
     ------
@@ -212,6 +241,6 @@ def set_backend(name: str | None) -> None:
     'reference'
     >>> fastmaf.set_backend(None)
     """
-    global active, _warned
-    active = None if name is None else require(name)
+    global active, default, _warned
+    active, default = None if name is None else require(name), None
     _warned = True
