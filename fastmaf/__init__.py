@@ -31,7 +31,8 @@ from fastmaf.made import MADE
 from fastmaf.maf import MAF
 
 if TYPE_CHECKING:
-    from fastmaf import data, plot, train
+    from fastmaf import data, interop, plot, train
+    from fastmaf.interop import from_flowjax, from_nflows, from_normflows, from_pyro, from_sbi, from_zuko
     from fastmaf.train import FitWarning, History
 
 __all__ = [
@@ -44,8 +45,15 @@ __all__ = [
     "History",
     "data",
     "export_c",
+    "from_flowjax",
+    "from_nflows",
+    "from_normflows",
+    "from_pyro",
+    "from_sbi",
+    "from_zuko",
     "get_backend",
     "get_num_threads",
+    "interop",
     "layers",
     "load",
     "masks",
@@ -61,14 +69,17 @@ __all__ = [
 
 __version__ = version()
 
-_MODULES = ("data", "plot", "train")
+_MODULES = ("data", "interop", "plot", "train")
 _OPTIONAL = ("torch",)  # which import other packages
+_IMPORTERS = tuple(name for name in __all__ if name.startswith("from_"))
 
 
 def __getattr__(name: str) -> Any:
     """Modules that take time to import, when they are first asked for."""
     if name in ("FitWarning", "History"):
         return getattr(importlib.import_module("fastmaf.train"), name)
+    if name in _IMPORTERS:
+        return getattr(importlib.import_module("fastmaf.interop"), name)
     if name in _MODULES or name in _OPTIONAL:
         return importlib.import_module(f"fastmaf.{name}")
     raise AttributeError(f"module 'fastmaf' has no attribute {name!r}")

@@ -204,4 +204,5 @@ def degrees_from(mask: BoolArray, inputs: IntArray) -> IntArray:
     >>> degrees_from(np.array([[True, False], [True, True]]), np.array([1, 2])).tolist()
     [1, 2]
     """
-    return np.where(mask, inputs, 0).max(axis=1, initial=0).astype(np.int64)
+    degrees: IntArray = np.where(mask, inputs, 0).max(axis=1, initial=0).astype(np.int64)
+    return degrees

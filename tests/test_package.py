@@ -54,10 +54,12 @@ _noise train.checkpoint
 train.loop
 train
 flow
-ensemble export handle maf
-io made presets torch._module
-torch._sbi
-torch
+ensemble export handle interop._common maf
+interop._made interop._torch interop.flowjax io made presets torch._module
+interop._zuko_parts interop.nflows interop.pyro torch._sbi
+interop.normflows interop.zuko torch
+interop.sbi
+interop
 __init__
 cli
 __main__

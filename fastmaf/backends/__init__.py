@@ -194,7 +194,7 @@ told: set[str] = set()
 
 def without_kernel(backend: Backend, missing: str) -> str:
     """What to say of a flow that the reference runs."""
-    return f"the {backend.name} backend has no kernel for {_words.cut(missing, 90)}: the reference runs this flow, many times slower"
+    return f"the {backend.name} backend has no kernel for {_words.cut(missing, 64)}: the reference runs this flow, many times slower"
 
 
 def in_source_tree_without_core() -> str | None:
