@@ -17,7 +17,8 @@ NEEDS = {"zuko": ["zuko"], "nflows": ["nflows"], "sbi": ["sbi"], "flowjax": ["fl
 
 
 @pytest.mark.parametrize("part", PARTS, ids=[part.split()[0] for part in PARTS])
-def test_snippets_run(part, tmp_path):
+def test_snippets_run(part, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in NEEDS[part.split()[0]]:
@@ -25,4 +26,4 @@ def test_snippets_run(part, tmp_path):
         code = "\n".join(re.findall(r"^```python\n(.*?)^```", part, flags=re.M | re.S))
         assert code.count("fastmaf.from_") >= 1
         with foreign.quiet():
-            exec(code.replace("/tmp/", f"{tmp_path}/"), {})
+            exec(code, {})
