@@ -158,6 +158,8 @@ def rows(
     (3, 4)
     """
     array = x if type(x) is np.ndarray and x.dtype in NATIVE else real(name, x, device, names)
+    if array is not x and context is not None:
+        _tables.check_rows(name, x, "context", context)
     shape = array.shape
     if context is None and not context_features and len(shape) == 2 and shape[1] == features:
         return array, None, shape[:1]

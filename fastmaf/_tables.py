@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fastmaf import _words
 
-__all__ = ["column", "has_other_labels", "is_column", "is_table", "labels", "matrix", "names_of"]
+__all__ = ["check_rows", "column", "has_other_labels", "is_column", "is_table", "labels", "matrix", "names_of"]
 
 Array = NDArray[Any]
 
@@ -24,6 +24,27 @@ def is_table(value: Any) -> bool:
 def is_column(value: Any) -> bool:
     """Whether this is a column of a data frame."""
     return hasattr(type(value), "to_numpy") and not is_table(value)
+
+
+def check_rows(name: str, rows: Any, other_name: str, other: Any) -> None:
+    """Refuse frames or columns of the same row labels in another order: rows go by place, and a person may think they go by label.
+
+    Raises
+    ------
+    ValueError
+        Where both have an index (pandas), and one is the other in another order.
+    """
+    own, beside = (getattr(value, "index", None) for value in (rows, other))
+    if not all(callable(getattr(index, "equals", None)) and hasattr(index, "sort_values") for index in (own, beside)):
+        return
+    try:
+        moved = len(own) == len(beside) and not own.equals(beside) and own.sort_values().equals(beside.sort_values())  # type: ignore[union-attr, arg-type]
+    except (TypeError, ValueError):  # labels without an order
+        return
+    if moved:
+        raise ValueError(
+            f"{other_name} has the row labels of {name} in another order, and rows go by place: {other_name}.loc[{name}.index]"
+        )
 
 
 def labels(table: Any) -> list[Any]:

@@ -91,6 +91,8 @@ def export_c(
     ...     sorted(os.listdir(folder))
     ['flow.c', 'flow.h']
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"path is {_words.shown(path)}; it must be a path that ends in .c")
     target = os.fspath(path)
     stem, extension = os.path.splitext(target)
     if extension != ".c":

@@ -97,6 +97,15 @@ def _frame(axes: Axes, left: bool, bottom: bool, ticks: int = 3) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(ticks, prune="both"))
 
 
+def _histogram(axes: Axes, values: Array, edges: Array, **options: Any) -> None:
+    """Of the values within the edges; a word where there are none."""
+    inside = values[(values >= edges[0]) & (values <= edges[-1])]
+    if inside.size:
+        axes.hist(inside, edges.tolist(), **options)
+    else:
+        axes.text(0.5, 0.5, "all outside", transform=axes.transAxes, ha="center", va="center", fontsize=7, color=options["color"])
+
+
 def corner(data: ArrayLike, samples: ArrayLike, names: Sequence[str] | None = None, figure: FigureBase | None = None) -> FigureBase:
     """Data against samples of a flow: all pairs of columns, and histograms of each.
 
@@ -149,11 +158,13 @@ def corner(data: ArrayLike, samples: ArrayLike, names: Sequence[str] | None = No
                 continue
             axes.set_xlim(edges[j][0], edges[j][-1])
             if i == j:
-                axes.hist(data[:, j], edges[j], **FILLED)
-                axes.hist(samples[:, j], edges[j], density=True, histtype="step", color=FLOW, linewidth=1.2)
+                _histogram(axes, data[:, j], edges[j], **FILLED)
+                _histogram(axes, samples[:, j], edges[j], density=True, histtype="step", color=FLOW, linewidth=1.2)
             else:
                 for rows, filled in ((data, True), (samples, False)):
                     density = _density(rows[:, j], rows[:, i], edges[j], edges[i])
+                    if not density.any():
+                        continue
                     levels = _levels(density)
                     if filled:
                         shades = [_shade(DATA, 0.25 + 0.6 * k / len(levels)) for k in range(len(levels))]
@@ -183,6 +194,7 @@ def noise(u: ArrayLike, names: Sequence[str] | None = None, figure: FigureBase |
     """The noise that data become under a flow, which should be N(0, I): uncorrelated, round, and normal in each column.
 
     Filled blue is the noise; the vermilion lines are the standard normal density, and circles that should hold 50, 80, 95 and 99 per cent.
+    Columns without a row within 3.6 of zero say so.
 
     Parameters
     ----------
@@ -227,13 +239,14 @@ def noise(u: ArrayLike, names: Sequence[str] | None = None, figure: FigureBase |
                 continue
             axes.set_xlim(edges[0], edges[-1])
             if i == j:
-                axes.hist(u[:, j], edges, **FILLED)
+                _histogram(axes, u[:, j], edges, **FILLED)
                 axes.plot(centres, np.exp(-0.5 * centres**2) / math.sqrt(2 * math.pi), color=FLOW, linewidth=1.0)
             else:
                 density = _density(u[:, j], u[:, i], edges, edges)
-                levels = _levels(density)
-                shades = [_shade(DATA, 0.2 + 0.55 * k / len(levels)) for k in range(len(levels))]
-                axes.contourf(centres, centres, density, [*levels, density.max() * 1.001], colors=shades)
+                if density.any():
+                    levels = _levels(density)
+                    shades = [_shade(DATA, 0.2 + 0.55 * k / len(levels)) for k in range(len(levels))]
+                    axes.contourf(centres, centres, density, [*levels, density.max() * 1.001], colors=shades)
                 for mass in MASS:
                     radius = math.sqrt(-2 * math.log(1 - mass))
                     axes.plot(radius * np.cos(angle), radius * np.sin(angle), color=FLOW, linewidth=0.7)

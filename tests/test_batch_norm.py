@@ -278,6 +278,7 @@ def test_resume_gives_the_same_bits(reference, x, tmp_path, kinds, stop, same_ob
     assert whole.layers == parts.layers
 
 
+@pytest.mark.filterwarnings("ignore:training rows are less likely:fastmaf.FitWarning")
 def test_a_callable_x_gives_the_statistics_of_its_epoch(reference, x):
     made = start()
     fit(made, lambda epoch: x + epoch, validation=0, max_epochs=2)

@@ -94,3 +94,10 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
     for call in (lambda: plot.corner(X, X), lambda: plot.noise(X), lambda: plot.redshift(X[:, 0], X[:, 0])):
         with pytest.raises(ImportError, match=r"fastmaf\.plot needs matplotlib .*pip install 'fastmaf\[plot\]'"):
             call()
+
+
+def test_rows_that_lie_elsewhere_are_said_in_the_picture():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(100, 2))
+    for figure in (plot.noise(x + 50), plot.corner(x, x + 1000)):
+        assert sum(text.get_text() == "all outside" for axes in figure.axes for text in axes.texts) == 2

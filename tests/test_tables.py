@@ -288,3 +288,21 @@ def test_pictures_take_frames(kind):
 def test_only_frames_are_frames():
     assert not any(map(_tables.is_table, (np.zeros(3), [], {}, None, 3, np.zeros(3).view(np.recarray), Series([1]))))
     assert _tables.names_of(Frame({"a": [1], 3: [1]})) is None and _tables.names_of(np.zeros(3)) is None
+
+
+def test_rows_of_the_same_labels_in_another_order_are_refused():
+    pandas = pytest.importorskip("pandas")
+    rng = np.random.default_rng(0)
+    x = pandas.DataFrame(rng.normal(size=(300, 2)), columns=["a", "b"])
+    weights = x.a.abs().sort_values()
+    context = pandas.DataFrame({"c": rng.normal(size=300)})[::-1]
+    flow, given = fastmaf.MAF(2, transforms=1, seed=0), fastmaf.MAF(2, 1, transforms=1, seed=0)
+    with pytest.raises(ValueError, match=r"weights has the row labels of x in another order, .* place: weights.loc\[x.index\]"):
+        flow.fit(x, weights=weights, max_epochs=1)
+    with pytest.raises(ValueError, match="context has the row labels of x in another order"):
+        given.fit(x, context, max_epochs=1)
+    with pytest.raises(ValueError, match="context has the row labels of x in another order"):
+        given.log_prob(x, context)
+    flow.fit(x, weights=weights.loc[x.index], max_epochs=1, validation=0, seed=0)
+    given.log_prob(x, context.reset_index(drop=True))
+    given.log_prob(x, context.loc[x.index])

@@ -535,7 +535,8 @@ def test_loss_that_is_not_finite(x, backend):
 
 def test_weights_that_are_not_finite_are_never_the_best(x):
     flow = linear()
-    flow.fit(x, validation=0, batch_size=2000, schedule=lambda epochs: 1.0 if epochs < 2 else 1e300, max_epochs=3)
+    with pytest.warns(FitWarning, match="weights are no numbers behind epoch 2: the best weights so far are kept"):
+        flow.fit(x, validation=0, batch_size=2000, schedule=lambda epochs: 1.0 if epochs < 2 else 1e300, max_epochs=3)
     assert np.isfinite(flow.parameters()).all() and flow.training["best_epoch"] == 2
 
 
@@ -1415,6 +1416,16 @@ def degenerate(kind, rng):
         x[:, 2] = x[:, 0] > 0
     elif kind == "point":
         x[rng.random(600) < 0.2, 1] = 0
+    elif kind == "clipped":
+        x[:, 1] = np.clip(x[:, 1], -1.2, 1.2)
+    elif kind == "ratings":
+        x[:, 1] = rng.integers(1, 6, 600)
+    elif kind == "half degrees":
+        x[:, 1] = np.round(2 * (20 + 3 * x[:, 1])) / 2
+    elif kind == "heights":
+        x[:, 1] = np.round(172 + 9 * x[:, 1])
+    elif kind == "poisson":
+        x[:, 1] = rng.poisson(100, 600)
     return x
 
 
@@ -1425,11 +1436,13 @@ def degenerate(kind, rng):
         ("equal", "columns of x follow from each other, .* leave out one of columns 0, 2$"),
         ("sum", "columns of x follow from each other, .* leave out one of columns 0, 1, 2$"),
         ("copies", "x has [1-7] different rows among 540, whose density has no bound: drop the copies"),
-        ("whole", "x has few different whole numbers in column 1, whose density has no bound: add uniform noise"),
+        ("whole", "x has few different values in column 1, whose density has no bound: add uniform noise"),
         ("few", "columns of x follow from each other, .* leave out one of columns 0, 2$"),
-        ("few whole", "x has few different whole numbers in column 2, whose density has no bound: add uniform noise"),
+        ("few whole", "x has few different values in column 2, whose density has no bound: add uniform noise"),
         ("point", r"x has up to \d+ % of the rows at one value in column 1, whose density has no bound: leave those rows out"),
-        *((kind, None) for kind in ("plain", "rounded", "counts", "near")),
+        ("clipped", r"x has up to \d+ % of the rows at one value in column 1"),
+        ("ratings", "x has few different values in column 1"),
+        *((kind, None) for kind in ("plain", "rounded", "counts", "near", "half degrees", "heights", "poisson")),
     ],
 )
 def test_rows_in_less_than_all_dimensions_are_said(kind, said, dtype):
@@ -1466,6 +1479,36 @@ def test_validation_rows_far_from_all_others_are_said(x):
     strange[3] = -9999
     with pytest.warns(FitWarning, match="validation context has values in column 0 more than 10 ranges away"):
         linear(2, context_features=1, seed=0).fit(x, context, validation=(x[:100], strange), max_epochs=1, seed=0)
+
+
+@pytest.mark.parametrize("rows, far", [(1000, [-9999.0]), (300, [1e5]), (20_000, [-9999.0]), (1000, [3e3, -4e4, 7e5, 1e6, 2e4])])
+def test_a_few_values_far_from_all_others_are_said(rows, far):
+    x = np.random.default_rng(0).normal([20, 0], [2, 1], (rows, 2))
+    x[7 : 7 + len(far), 0] = far
+    with pytest.warns(FitWarning, match="a few values of x in column 0 are so far from all others .* drop them if they are faults"):
+        linear(seed=0).fit(x, max_epochs=1, validation=0, lr=1e-5, seed=0)
+
+
+@pytest.mark.parametrize("kind", ["t", "lognormal", "exponential", "gamma", "uniform"])
+def test_tails_are_no_faults(kind):
+    rng = np.random.default_rng(0)
+    draw = {
+        "t": lambda shape: rng.standard_t(3, shape),
+        "lognormal": lambda shape: rng.lognormal(0, 1.5, shape),
+        "exponential": lambda shape: rng.exponential(1, shape),
+        "gamma": lambda shape: rng.gamma(0.3, 1, shape),
+        "uniform": lambda shape: rng.random(shape),
+    }[kind]
+    for rows in (30, 300, 3000, 30_000):
+        linear(seed=0).fit(draw((rows, 2)), max_epochs=1, validation=0, lr=1e-5, seed=0)
+
+
+@pytest.mark.parametrize("lr", [1.0, 3.0])
+def test_a_fit_that_ends_worse_than_it_began_is_said_without_validation_rows_too(x, lr):
+    with pytest.warns(
+        FitWarning, match="training rows are less likely than at the start after 5 epochs: try a lower lr .* or hold out rows"
+    ):
+        fastmaf.MAF(2, hidden_features=(8,), seed=0).fit(x, lr=lr, validation=0, max_epochs=5, batch_size=50, seed=0)
 
 
 def test_notes_of_a_callback_stay_with_the_flow(x):

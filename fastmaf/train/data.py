@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastmaf import _arrays, _words
+from fastmaf import _arrays, _tables, _words
 from fastmaf.layers import Affine, Autoregressive, Elementwise, Terminal
 from fastmaf.record import FlowRecord
 
@@ -37,8 +37,17 @@ MANY = 8192
 FEW = 30
 """Rows that are few for a fit, if there are ten times as many that count for little."""
 
+LEAST = 20
+"""Rows that are needed to tell anything of how they lie."""
+
 POINT = 0.05
-"""Share of the rows at one value that is no accident in a continuous variable."""
+"""Share of the rows at one value that is no accident in a continuous variable, if the values beside it have far less."""
+
+VALUES = 20
+"""Different values that are few for a continuous variable: more of them, and a flow sees them as one slope."""
+
+NINE_TENTHS = 30
+"""Ranges of the nine tenths in the middle that a standard deviation has only where a few values make it."""
 
 SOME = 1024
 """Rows that show whether values fall together."""
@@ -90,6 +99,8 @@ def _matrix(name: str, value: ArrayLike, columns: int, what: str, names: Sequenc
 
 def rows_of(record: FlowRecord, prefix: str, x: ArrayLike, context: ArrayLike | None = None, weights: ArrayLike | None = None) -> Rows:
     """The arrays, judged by shape, and their rows of positive weight."""
+    for name, other in (("context", context), ("weights", weights)):
+        _tables.check_rows(f"{prefix}x", x, f"{prefix}{name}", other)
     rows = _matrix(f"{prefix}x", x, record.features, "feature", record.names)
     contexts = None if context is None else _matrix(f"{prefix}context", context, record.context_features, "context feature")
     if contexts is None and record.context_features:
@@ -215,7 +226,10 @@ def _blocks(
                 faulty |= judged(later)[2].any(axis=0)
             others = [int(j) for j in np.flatnonzero(faulty) if j != column]
             also = f" ({_words.columns(others, names)} too)" if others else ""
-            raise ValueError(f"{name} has {value} in row {first + row}, {_words.columns([column], names)}; it must {must}{also}")
+            remedy = (
+                "" if counts is not None else "; leave such rows out, or " + ("widen the bounds" if math.isfinite(value) else "fill them")
+            )
+            raise ValueError(f"{name} has {value} in row {first + row}, {_words.columns([column], names)}; it must {must}{also}{remedy}")
         yield part, block
 
 
@@ -407,20 +421,19 @@ def _degenerate(record: FlowRecord, train: Rows) -> list[str]:
     """About rows in less than all dimensions, where a density has no bound."""
     chosen = train.rows[:: -(-train.rows.size // MANY)]
     rows = train.x[chosen].astype(np.float64)
-    if len(rows) < FEW:  # too few to tell
+    if len(rows) < LEAST:
         return []
     some = rows[:: -(-len(rows) // SOME)]
     counts = [np.unique(column, return_counts=True)[1] for column in some.T]
     if 10 * max(count.size for count in counts) <= len(some) and 10 * (different := len(np.unique(rows, axis=0))) <= len(rows):
         return [f"x has {different} different rows among {len(rows)}, whose density has no bound: drop the copies, or add noise"]
-    integers = np.flatnonzero((rows == np.floor(rows)).all(axis=0))
-    whole = [int(j) for j in integers if 10 * counts[j].size <= len(some)]
-    if whole:
+    few = [j for j, count in enumerate(counts) if count.size <= VALUES and 5 * count.size <= len(some)]
+    if few:
         return [
-            f"x has few different whole numbers in {_words.columns(whole, record.names)}, whose density has no bound: add uniform noise, "
-            'or let MADE(conditional="categorical") have them'
+            f"x has few different values in {_words.columns(few, record.names)}, whose density has no bound: add uniform noise as wide as "
+            'their distance, or let MADE(conditional="categorical") have them'
         ]
-    shares = np.array([count.max() / len(some) for count in counts])
+    shares = np.array([_point(count) for count in counts]) / len(some)
     if (points := np.flatnonzero(shares > POINT)).size:
         most = f"{100 * shares.max():.0f} % of the rows at one value in {_words.columns(points, record.names)}"
         return [f"x has up to {most}, whose density has no bound: leave those rows out and count them apart, or add noise"]
@@ -439,6 +452,12 @@ def _degenerate(record: FlowRecord, train: Rows) -> list[str]:
             where = _words.columns(follows, record.names)
             return [f"{where} of x can be told from the context, and the density has no bound: leave out what x and context share"]
     return []
+
+
+def _point(counts: NDArray[np.int64]) -> int:
+    """The largest of the counts of values in order that is four times those of the values beside it; 0 if none is."""
+    beside = np.maximum(np.append(counts[1:], 0), np.append(0, counts[:-1]))
+    return int(counts[counts >= 4 * beside].max(initial=0))
 
 
 def _linked(values: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -496,11 +515,33 @@ def _spoilt(
             f"some values of {name} in {where} are so far away that the others hardly differ in {dtype}; "
             "drop those rows if they stand for missing values"
         )
-    marked = ~noise & ~lost & _marked(array[train.rows[:: -(-train.rows.size // MANY)]])
+    rows = array[train.rows[:: -(-train.rows.size // MANY)]].astype(np.float64)
+    marked = ~noise & ~lost & _marked(rows)
     if marked.any():
         where = _words.columns(np.flatnonzero(marked), names)
         notes.append(f"rows of {name} share one value in {where} that is far from all others; drop them if it stands for a missing one")
+    strays = ~noise & ~lost & ~marked & _strays(rows, moments, layers)
+    if strays.any():
+        where = _words.columns(np.flatnonzero(strays), names)
+        notes.append(
+            f"a few values of {name} in {where} are so far from all others that they make the standard deviation: drop them if they are "
+            "faults, or take logarithms"
+        )
     return notes
+
+
+def _strays(rows: NDArray[np.float64], moments: Moments, layers: Layers) -> Array:
+    """Columns with one value many ranges away from all others, or of which few values make the deviation; none behind bounds."""
+    strays = np.zeros(rows.shape[1], bool)
+    if len(rows) < LEAST or (layers and isinstance(layers[0], Elementwise)):
+        return strays
+    values = np.sort(rows, axis=0)
+    cut = len(values) // 20
+    with np.errstate(all="ignore"):
+        inner = values[-2] - values[1]
+        away = np.maximum(values[1] - moments.low, moments.high - values[-2])
+        middle = values[-1 - cut] - values[cut]
+        return np.asarray(((inner > 0) & (away > ASTRAY * inner)) | ((middle > 0) & (moments.deviation > NINE_TENTHS * middle)))
 
 
 def _astray(name: str, array: Array, held: Rows, moments: Moments, names: Sequence[str] | None) -> list[str]:

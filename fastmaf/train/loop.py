@@ -289,6 +289,7 @@ def fit(
             raise
         return run.history
     run.save(last=True)
+    run.at_end = run.glance()
     run.install()
     for note in run.complaints():
         warnings.warn(note, FitWarning, stacklevel=3)
@@ -315,6 +316,7 @@ class _Run:
         self.flow, self.start, self.backend, self.engine = flow, start, backend, engine
         self.train, self.held, self.settings, self.members, self.first = train, held, settings, members, first
         self.store, self.every = store, every
+        self.at_start = self.at_end = math.nan  # what `glance` says at the start and at the end
         self.uneven = bool(data.uneven("weights", train.weights))
         self.unsaved: dict[str, Any] = {}  # the state at the end of the last epoch, until it is written
         self.written, self.written_at = 0, time.perf_counter()
@@ -345,6 +347,7 @@ class _Run:
             score = self.score()
             self.best_score = float(np.fmax(score, -math.inf))
             history.start = None if self.held is None else score
+            self.at_start = self.glance()
             self.snapshot()
             self.save(last=True)
         with tqdm(total=last, initial=len(history.train), unit="epoch", disable=None if progress is None else not progress) as bar:
@@ -401,6 +404,15 @@ class _Run:
         self.statistics = found
         self.engine.set_statistics(found)
         return True
+
+    def glance(self) -> float:
+        """Mean log-likelihood of some training rows, where there are no others to judge by; NaN where there are."""
+        x, context, weights, rows = self.train
+        if self.held is not None:
+            return math.nan
+        some = rows[:: -(-rows.size // data.SOME)]
+        values = self.engine.log_prob(x[some], None if context is None else context[some]).astype(np.float64)
+        return float(values.mean() if weights is None else np.average(values, weights=weights[some]))
 
     def score(self) -> float:
         """Mean log-likelihood of the validation rows under the current weights; NaN without such rows."""
@@ -468,7 +480,13 @@ class _Run:
         if history.stopped.startswith("loss not finite"):
             return [f"{history.stopped}: {kept}; {remedy}"]
         if history.train and self.held is not None and not history.best_epoch:
+            few = self.held.rows.size < data.LEAST
+            remedy = f"{self.held.rows.size} rows decide; give more" if few else remedy
             return [f"none of {len(history.train)} epochs was better than the start on the validation rows: {kept}; {remedy}"]
+        if self.held is None and history.best_epoch < len(history.train):
+            return [f"weights are no numbers behind epoch {history.best_epoch}: {kept}; {remedy}"]
+        if self.held is None and self.at_end < self.at_start:
+            return [f"training rows are less likely than at the start after {len(history.train)} epochs: {remedy}, or hold out rows"]
         return []
 
     # Checkpoints
