@@ -72,6 +72,13 @@ def reproducible(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("fastmaf._arrays.secrets.randbits", random.Random(request.node.nodeid).getrandbits)
 
 
+@pytest.fixture(autouse=True)
+def own_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend that a test chooses is in use no longer than the test."""
+    for name in ("active", "default"):
+        monkeypatch.setattr(backends, name, getattr(backends, name))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def elsewhere(tmp_path_factory):
     """Run outside the repository, whose folder `fastmaf` would hide the installed package from child processes."""

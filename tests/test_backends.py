@@ -26,8 +26,6 @@ class Partial:
 
 @pytest.fixture(autouse=True)
 def restored(monkeypatch):
-    monkeypatch.setattr(backends, "active", backends.active)
-    monkeypatch.setattr(backends, "default", backends.default)
     monkeypatch.setattr(backends, "_loaded", dict(backends._loaded))
 
 

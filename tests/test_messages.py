@@ -117,13 +117,6 @@ CALLS = {
 CASES = [(name, parameter) for name, (call, _) in CALLS.items() for parameter in inspect.signature(call).parameters]
 
 
-@pytest.fixture(autouse=True)
-def restored(monkeypatch):
-    from fastmaf import backends
-
-    monkeypatch.setattr(backends, "active", backends.active)
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("name", "parameter"), CASES)
 def test_absurd_arguments_are_refused_in_a_few_words(name, parameter, tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -138,8 +138,3 @@ def mixture_rows(net: Conditioner, components: int) -> Conditioner:
     """Rows (variable, component, logit mean scale) as (variable, logit mean scale, component)."""
     rows = np.arange(len(net.final.bias)).reshape(-1, components, 3).transpose(0, 2, 1).ravel()
     return replace(net, final=_common.rows_of(net.final, rows))
-
-
-def one(values: Sequence[int], default: int) -> int:
-    """The only value there is."""
-    return next(iter(values), default)

@@ -224,7 +224,7 @@ def embedding_of(importer: str, net: Any, features: int, shape: tuple[int, ...] 
         else:
             return outside
     made.features = width
-    if linears:
+    if linears or len(parts) > 1:
         made.weight, made.bias = weight, bias
     return made
 

@@ -210,6 +210,22 @@ def test_linear_layers_and_batch_norms_keep_their_form():
     assert kinds == [Affine, Linear, Affine, Permutation]
 
 
+def test_z_scores_of_the_context_are_folded_wherever_they_stand():
+    class Standardize(torch.nn.Module):  # as in sbi
+        def __init__(self, *numbers):
+            super().__init__()
+            for name, value in zip(("_mean", "_std"), numbers, strict=True):
+                self.register_buffer(name, torch.as_tensor(value))
+
+        def forward(self, c):
+            return (c - self._mean) / self._std
+
+    for parts in ([[1.0, 2.0, 3.0]], [[1.0, 2.0, 3.0], [0.5, 0.5, 2.0]], [[1.0, 2.0, 3.0], torch.nn.Linear(3, 3), [0.5, 0.5, 2.0]]):
+        parts = [part if isinstance(part, torch.nn.Module) else Standardize(part, [2.0, 0.5, 4.0]) for part in parts]
+        flow_ = flow(made(context=3), embedding=torch.nn.Sequential(*parts))
+        foreign.agree(lambda dtype, flow_=flow_: from_nflows(flow_, dtype=dtype), *theirs(flow_))
+
+
 def test_an_embedding_that_is_not_linear_stays_in_front():
     net = torch.nn.Sequential(torch.nn.Linear(7, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))
     flow_ = trained(lambda: flow(made(context=3), embedding=net))
