@@ -96,43 +96,47 @@ static void base(const T* z, int features, int lanes, int n, double* log_det) {
     for (int r = 0; r < n; ++r) log_det[r] -= 0.5 * sum[r];
 }
 
-// Eight rows of a panel in lanes.
+// Eight rows of a panel in lanes, of one vector or of several.
 template <class T>
 struct Eight {
-    typedef T V __attribute__((vector_size(8 * sizeof(T)), aligned(sizeof(T)), may_alias));
-};
+    static constexpr int bytes = 8 * sizeof(T) < FASTMAF_VECTOR_BYTES ? 8 * sizeof(T) : FASTMAF_VECTOR_BYTES;
+    static constexpr int lanes = bytes / int(sizeof(T)), parts = 8 / lanes;
+    typedef T Part __attribute__((vector_size(bytes), aligned(sizeof(T)), may_alias));
+    Part part[parts];
 
-template <class T>
-FASTMAF_INLINE typename Eight<T>::V fma_eight(typename Eight<T>::V w, T x, typename Eight<T>::V sum) {
-    using V = typename Eight<T>::V;
-    if constexpr (sizeof(V) < FASTMAF_VECTOR_BYTES) {
-#if defined(__AVX512F__)
-        return (V)_mm256_fmadd_ps((__m256)w, _mm256_set1_ps(x), (__m256)sum);
-#else
-        return w * x + sum;
-#endif
-    } else if constexpr (sizeof(V) == FASTMAF_VECTOR_BYTES) {
-        return (V)fma((Vec<T>)w, splat<T>(x), (Vec<T>)sum);
-    } else {  // several vectors
-        constexpr int parts = int(sizeof(V)) / FASTMAF_VECTOR_BYTES;
-        union Parts {
-            V whole;
-            Vec<T> part[parts];
-        } a, b;
-        a.whole = w;
-        b.whole = sum;
+    FASTMAF_MEMBER void load(const T* p) {
 #pragma GCC unroll 4
-        for (int i = 0; i < parts; ++i) b.part[i] = fma(a.part[i], splat<T>(x), b.part[i]);
-        return b.whole;
+        for (int i = 0; i < parts; ++i) part[i] = *reinterpret_cast<const Part*>(p + i * lanes);
     }
-}
+    FASTMAF_MEMBER void store(T* p) const {
+#pragma GCC unroll 4
+        for (int i = 0; i < parts; ++i) *reinterpret_cast<Part*>(p + i * lanes) = part[i];
+    }
+    FASTMAF_MEMBER void store_first(T* p, int n) const {
+        T all[8];
+        store(all);
+        for (int i = 0; i < n; ++i) p[i] = all[i];
+    }
+    // += w x
+    FASTMAF_MEMBER void add(const T* w, T x) {
+#pragma GCC unroll 4
+        for (int i = 0; i < parts; ++i) {
+            const Part own = *reinterpret_cast<const Part*>(w + i * lanes);
+#if defined(__AVX512F__)
+            if constexpr (bytes < FASTMAF_VECTOR_BYTES)
+                part[i] = (Part)_mm256_fmadd_ps((__m256)own, _mm256_set1_ps(x), (__m256)part[i]);
+            else
+#endif
+                part[i] = (Part)fma((Vec<T>)own, splat<T>(x), (Vec<T>)part[i]);
+        }
+    }
+};
 
 // P consecutive panels: all of them up to the first one's end, the rest up to theirs. The last one's tape may be narrower than eight: the
 // lanes beyond then sum whatever lies behind, and nobody reads them.
 template <class T, int P>
-FASTMAF_INLINE void row_panels(const Step* step, const T* tape, int last_width, const T* x, int k, typename Eight<T>::V* sum) {
-    using V = typename Eight<T>::V;
-    V acc[P];
+FASTMAF_INLINE void row_panels(const Step* step, const T* tape, int last_width, const T* x, int k, Eight<T>* sum) {
+    Eight<T> acc[P];
     const T* w[P];
 #pragma GCC unroll 16
     for (int p = 0; p < P; ++p) {
@@ -144,8 +148,8 @@ FASTMAF_INLINE void row_panels(const Step* step, const T* tape, int last_width, 
     for (; k < end; ++k, last += last_width) {
         const T in = x[k];
 #pragma GCC unroll 16
-        for (int p = 0; p + 1 < P; ++p) acc[p] = fma_eight<T>(*reinterpret_cast<const V*>(w[p] + k * 8), in, acc[p]);
-        acc[P - 1] = fma_eight<T>(*reinterpret_cast<const V*>(last), in, acc[P - 1]);
+        for (int p = 0; p + 1 < P; ++p) acc[p].add(w[p] + k * 8, in);
+        acc[P - 1].add(last, in);
     }
 #pragma GCC unroll 16
     for (int p = 0; p < P; ++p) sum[p] = acc[p];
@@ -154,36 +158,41 @@ FASTMAF_INLINE void row_panels(const Step* step, const T* tape, int last_width, 
 
 template <class T, int P>
 static void row_group(const Step* step, const T* tape, const T* x, int k, const T* bias, T* out) {
-    using V = typename Eight<T>::V;
-    V sum[P];
+    Eight<T> sum[P];
 #pragma GCC unroll 16
-    for (int p = 0; p < P; ++p) sum[p] = *reinterpret_cast<const V*>(bias + step[p].row);
+    for (int p = 0; p < P; ++p) sum[p].load(bias + step[p].row);
     row_panels<T, P>(step, tape, step[P - 1].width, x, k, sum);
 #pragma GCC unroll 16
-    for (int p = 0; p < P; ++p) *reinterpret_cast<V*>(out + step[p].row) = sum[p];
+    for (int p = 0; p < P; ++p) sum[p].store(out + step[p].row);
+}
+
+// A number as a type.
+template <int P>
+struct Count {
+    static constexpr int value = P;
+};
+
+template <int P, class F>
+FASTMAF_INLINE void rest_side_by_side(const Step* step, int count, F run) {
+    if constexpr (P > 0) {
+        if (count == P) return run(Count<P>{}, step);
+        rest_side_by_side<P - 1>(step, count, run);
+    }
+}
+
+// run(Count<P>, first of them) for P panels of a map after the other. A sum waits for itself at every input, so as many panels as there
+// are registers run side by side.
+template <class T, class F>
+FASTMAF_INLINE void side_by_side(const Step* step, int count, F run) {
+    constexpr int most = 14 / Eight<T>::parts, some = most / 2 + 1;
+    for (; count > most; count -= some, step += some) run(Count<some>{}, step);
+    rest_side_by_side<most>(step, count, run);
 }
 
 // Consecutive panels of a map, `first` rows of x already in the bias.
 template <class T>
 static void row_range(const Step* step, int count, const T* tape, const T* x, int first, const T* bias, T* out) {
-    constexpr int most = 14;  // a sum waits for itself at every input, so as many panels as there are registers run side by side
-    for (; count > most; count -= 8, step += 8) row_group<T, 8>(step, tape, x, first, bias, out);
-    switch (count) {
-        case 14: return row_group<T, 14>(step, tape, x, first, bias, out);
-        case 13: return row_group<T, 13>(step, tape, x, first, bias, out);
-        case 12: return row_group<T, 12>(step, tape, x, first, bias, out);
-        case 11: return row_group<T, 11>(step, tape, x, first, bias, out);
-        case 10: return row_group<T, 10>(step, tape, x, first, bias, out);
-        case 9: return row_group<T, 9>(step, tape, x, first, bias, out);
-        case 8: return row_group<T, 8>(step, tape, x, first, bias, out);
-        case 7: return row_group<T, 7>(step, tape, x, first, bias, out);
-        case 6: return row_group<T, 6>(step, tape, x, first, bias, out);
-        case 5: return row_group<T, 5>(step, tape, x, first, bias, out);
-        case 4: return row_group<T, 4>(step, tape, x, first, bias, out);
-        case 3: return row_group<T, 3>(step, tape, x, first, bias, out);
-        case 2: return row_group<T, 2>(step, tape, x, first, bias, out);
-        case 1: return row_group<T, 1>(step, tape, x, first, bias, out);
-    }
+    side_by_side<T>(step, count, [&](auto panels, const Step* step) { row_group<T, decltype(panels)::value>(step, tape, x, first, bias, out); });
 }
 
 // One map of a row: its panels, what they read, and where its sums go.
