@@ -699,6 +699,8 @@ class Flow:
         value, dx, dcontext = _gradients.backward(backend, record, x, context, shape, factor, dparameters)
         if dcontext is not None and own is not None:
             dcontext = _device.native(dcontext.reshape(own.shape), beside)
+        if type(given) is np.ndarray:
+            return value, dx, dcontext
         return _device.native(value, given), None if dx is None else _device.native(dx, given), dcontext
 
     # Parameters

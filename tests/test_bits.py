@@ -48,6 +48,37 @@ def test_rows_do_not_meet(core, dtype, name):
     make.assert_same_bits(row_by_row(make.results(spoilt, parameters=False), others), row_by_row(whole, others))
 
 
+@pytest.mark.parametrize("name", make.CASES)
+def test_gradients_of_few_rows(core, dtype, name):
+    """They are those of the same rows among many, which lie otherwise in vectors; also where there is no density, or hardly any."""
+    given = make.case(name, dtype)
+    x, context = given.x.copy(), None if given.context is None else given.context.copy()
+    x[range(8), np.arange(8) % x.shape[1]] = np.nan, np.inf, -np.inf, 1e38, -1e38, 1e12, 2, -1
+    cotangent = given.cotangent.copy()
+    cotangent[10:14] = np.nan, np.inf, 0, 1e30
+    if context is not None:
+        context[14:18, 0] = np.nan, np.inf, 1e38, 1e12
+    handle = fastmaf.Handle(given.flow)
+
+    def results(rows, own):
+        with np.errstate(all="ignore"):  # of casts
+            value, dx, dcontext = given.flow.log_prob_and_grad(x[rows], own)
+            weighted = handle.vjp(x[rows], own, cotangent[rows], dparameters=False)
+            alone = handle.vjp(x[rows], own, cotangent[rows], dx=False, dparameters=False)
+        arrays = dict(zip(("value", "dx", "dcontext", "weighted dx", "weighted dcontext"), (value, dx, dcontext, *weighted), strict=False))
+        arrays["dcontext alone"] = alone[1]
+        return {key: array for key, array in arrays.items() if array is not None}
+
+    whole = results(slice(None), context)
+    for n in (1, 2):
+        for start in range(0, make.ROWS - 1, n):
+            rows = slice(start, start + n)
+            make.assert_same_bits(results(rows, None if context is None else context[rows]), row_by_row(whole, rows))
+    for r in range(8, 24) if context is not None else ():
+        own = {key: array[0] if "dcontext" in key else array for key, array in row_by_row(whole, slice(r, r + 1)).items()}
+        make.assert_same_bits(results(slice(r, r + 1), context[r]), own)
+
+
 def test_value_of_the_gradient_is_the_density(core, dtype, name):
     results = make.results(make.case(name, dtype))
     assert np.array_equal(results["value"], results["log_prob"])

@@ -20,7 +20,6 @@ namespace fastmaf {
 
 namespace {
 
-constexpr int kRowPath = 2;  // up to this many rows go one by one, units in lanes
 constexpr int64_t kCrewBytes = 512 << 10;  // of the tape, for each thread that works on a single row
 
 const long kCache = [] {

@@ -6,6 +6,8 @@
 
 namespace fastmaf {
 
+constexpr int kRowPath = 2;  // up to this many rows go one by one, units in lanes
+
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // How rows are cut: tiles of `rows`, a multiple of the vector width, few enough idle lanes and enough tiles for all threads.

@@ -49,6 +49,145 @@ private:
     Clock::time_point last_ = Clock::now();
 };
 
+// d/dx through the affine and the bijection of a column; `density`: with the gradient of log|dz/dx|.
+template <class T>
+T leave(const Columns& columns, size_t c, double x, T dz, T cotangent, bool density) {
+    const double lower = columns.lower[c], upper = columns.upper[c], through = double(dz) * columns.scale[c];
+    const double g = density ? double(cotangent) : 0;
+    double slope = 1, bend = 0;  // dz/dx, d log|dz/dx| / dx
+    switch (columns.kind[c]) {
+        case Bijection::identity: break;
+        case Bijection::logit:
+            slope = 1 / (x - lower) + 1 / (upper - x);
+            bend = 1 / (upper - x) - 1 / (x - lower);
+            break;
+        case Bijection::log_above:
+            slope = 1 / (x - lower);
+            bend = -slope;
+            break;
+        case Bijection::log_below:
+            slope = 1 / (upper - x);
+            bend = slope;
+            break;
+    }
+    const bool zero = cotangent == 0 && !(slope - slope == 0);  // on a bound
+    return zero ? T(0) : T(through * slope + g * bend);
+}
+
+// Far out the gradient of a row may be no number in T, though its density is one: it is zero then.
+template <class T>
+void settle_row(double log_prob, T cotangent, T* d, int width) {
+    if (std::isfinite(log_prob) && std::isfinite(cotangent) && !std::all_of(d, d + width, [](T v) { return std::isfinite(v); }))
+        std::fill(d, d + width, T(0));
+}
+
+// A few rows without parameters, one by one with units in lanes.
+template <class T>
+class FewRows {
+public:
+    FewRows(const Weights<T>& weights, const Kernels<T>& kernels, const Batch& batch)
+        : plan_(weights.plan()), constant_(weights.constant()), forward_(weights.views(Direction::density)),
+          backward_(weights.views(Direction::backward)), kernels_(kernels), reader_(batch) {}
+
+    // Of one row; false if it has no density, so that it has to go through a tile.
+    bool pass(int64_t row, T cotangent, T* value, T* d_x, T* d_context) const {
+        const Room room = make_room();
+        const int features = plan_.features(), context = plan_.context();
+        const Columns &columns = plan_.spec().columns, &context_columns = plan_.spec().context_columns;
+        double log_prob = 0, of_context = 0;
+        auto load = [&](const Columns& columns, int c, double* from, T* to, double* log_det) {
+            const size_t i = size_t(c);
+            kernels_.load(from + c, 1, columns.kind[i], columns.lower[i], columns.upper[i], columns.loc[i], columns.scale[i], to, log_det);
+        };
+        reader_.columns(row, 1, 0, features, 1, room.variables);
+        for (int v = 0; v < features; ++v) load(columns, v, room.variables, room.trace[0].x + context + plan_.first()[size_t(v)], &log_prob);
+        if (context) reader_.context_columns(row, 1, 0, context, 1, room.contexts);
+        for (int c = 0; c < context; ++c) load(context_columns, c, room.contexts, room.trace[0].x + c, &of_context);
+        if (!std::isfinite(log_prob + of_context)) return false;
+        for (size_t k = 0; k < forward_.size(); ++k) {
+            std::copy_n(room.trace[0].x, context, room.trace[k + 1].x);
+            kernels_.forward_row(forward_[k], room.trace[k], room.trace[k + 1].x + context, &log_prob);
+        }
+        const T* const noise = room.trace[forward_.size()].x + context;
+        kernels_.base(noise, features, 1, 1, &log_prob);
+        const T density = T(constant_ + log_prob);
+        if (!std::isfinite(density)) return false;
+        if (value) *value = density;
+        if (!d_x && !d_context) return true;
+
+        T* above = room.dx[0];
+        T* below = room.dx[1];
+        std::fill(above, above + context, T(0));
+        for (int v = 0; v < features; ++v) above[context + v] = -noise[v] * cotangent;
+        for (size_t k = forward_.size(); k-- > 0; std::swap(above, below))
+            kernels_.backward_row(backward_[k], room.trace[k], cotangent, above, below, d_context != nullptr);
+        for (int v = 0; d_x && v < features; ++v)
+            d_x[v] = leave(columns, size_t(v), room.variables[v], above[context + plan_.first()[size_t(v)]], cotangent, true);
+        for (int c = 0; d_context && c < context; ++c)
+            d_context[c] = leave(context_columns, size_t(c), room.contexts[c], above[c], cotangent, false);
+        if (d_x) settle_row(log_prob, cotangent, d_x, features);
+        if (d_context) settle_row(log_prob, cotangent, d_context, context);
+        return true;
+    }
+
+private:
+    struct Room {
+        Trace<T>* trace;  // [stages + 1]
+        T* dx[2];
+        double *variables, *contexts;  // as they are given
+    };
+
+    Room make_room() const {
+        Carver measure;
+        carve(measure);
+        Carver carver(thread_scratch(measure.used()));
+        return carve(carver);
+    }
+    Room carve(Carver& carve) const {
+        const size_t stages = plan_.stages(), maps = plan_.unit_rows().size();
+        const int features = plan_.features(), context = plan_.context();
+        auto row = [&](int numbers) { return carve.take<T>(size_t(row_size(numbers))); };
+        Room room;
+        room.variables = carve.take<double>(size_t(features));
+        room.contexts = carve.take<double>(size_t(context));
+        for (T*& d : room.dx) d = row(context + features);
+        T** const delta = carve.take<T*>(maps);
+        for (size_t m = 0; m < maps; ++m) {
+            T* const own = row(plan_.unit_rows()[m]);
+            if (delta) delta[m] = own;
+        }
+        room.trace = carve.take<Trace<T>>(stages + 1);
+        for (size_t k = 0; k <= stages; ++k) {
+            Trace<T> own{};
+            own.x = own.read = row(context + features);
+            own.delta = delta;
+            if (k < stages) {
+                const StageSpec& stage = plan_.spec().stages[k];
+                const auto& widths = plan_.widths(k);
+                if (stage.input_clip > 0) own.read = row(context + features);
+                own.scaled = carve.take<T>(3 * size_t(row_stride(features)));
+                own.units = carve.take<T*>(widths.size());
+                own.raw = carve.take<T*>(widths.size());
+                for (size_t m = 0; m < widths.size(); ++m) {
+                    T* const units = row(widths[m]);
+                    T* const raw = m + 1 < widths.size() && keeps_argument(stage.activation) ? row(widths[m]) : nullptr;
+                    if (!own.units) continue;  // measuring
+                    own.units[m] = units;
+                    own.raw[m] = raw;
+                }
+            }
+            if (room.trace) room.trace[k] = own;
+        }
+        return room;
+    }
+
+    const Plan& plan_;
+    const double constant_;
+    const std::vector<StageView<T>>&forward_, &backward_;
+    const Kernels<T>& kernels_;
+    const RowReader reader_;
+};
+
 constexpr size_t kNowhere = ~size_t(0);
 
 // Where the maps of one stage lie among the rows that a chunk keeps.
@@ -527,12 +666,12 @@ private:
         settle(room, n, d_context, plan_.context());
     }
 
-    // Far out the gradient of a row may be no number in T, though its density is one: it is zero then.
+    // One column of all rows.
+    static void out_of(const Columns& columns, int column, const T* dz, const Room& room, int n, bool density, T* out, int stride) {
+        for (int r = 0; r < n; ++r) out[int64_t(r) * stride] = leave(columns, size_t(column), room.column[r], dz[r], room.cotangent[r], density);
+    }
     static void settle(const Room& room, int n, T* d, int width) {
-        for (int r = 0; r < n; ++r, d += width)
-            if (std::isfinite(room.log_det[r]) && std::isfinite(room.cotangent[r]) &&
-                !std::all_of(d, d + width, [](T v) { return std::isfinite(v); }))
-                std::fill(d, d + width, T(0));
+        for (int r = 0; r < n; ++r, d += width) settle_row(room.log_det[r], room.cotangent[r], d, width);
     }
 
     void keep(Room& room, Kept<T>& kept, int n, int64_t place) {
@@ -546,34 +685,6 @@ private:
                 kernels_.transpose(from, inputs, padded(n),
                                    kept.inputs + places_[k].inputs[m] * size_t(kept.capacity), place, kept.capacity);
             }
-        }
-    }
-
-    // d/dx through the affine and the bijection of a column; `density`: with the gradient of log|dz/dx|.
-    void out_of(const Columns& columns, int column, const T* dz, const Room& room, int n, bool density, T* out, int stride) const {
-        const size_t c = size_t(column);
-        const double lower = columns.lower[c], upper = columns.upper[c];
-        for (int r = 0; r < n; ++r) {
-            const double x = room.column[r], through = double(dz[r]) * columns.scale[c];
-            const double g = density ? double(room.cotangent[r]) : 0;
-            double slope = 1, bend = 0;  // dz/dx, d log|dz/dx| / dx
-            switch (columns.kind[c]) {
-                case Bijection::identity: break;
-                case Bijection::logit:
-                    slope = 1 / (x - lower) + 1 / (upper - x);
-                    bend = 1 / (upper - x) - 1 / (x - lower);
-                    break;
-                case Bijection::log_above:
-                    slope = 1 / (x - lower);
-                    bend = -slope;
-                    break;
-                case Bijection::log_below:
-                    slope = 1 / (upper - x);
-                    bend = slope;
-                    break;
-            }
-            const bool zero = room.cotangent[r] == 0 && !(slope - slope == 0);  // on a bound
-            out[int64_t(r) * stride] = zero ? T(0) : T(through * slope + g * bend);
         }
     }
 
@@ -611,19 +722,34 @@ void vjp(const Weights<T>& weights, const Batch& batch, const T* cotangent, T* v
     const int64_t total = batch.rows(), features = weights.plan().features(), context = weights.plan().context();
     const Call<T> call(workspace);
     std::optional<Gradients<T>> own;
-    if (!workspace || d_parameters) own.emplace(weights, d_parameters != nullptr, call.kernels);
-    if (!own && !workspace->gradients) workspace->gradients = std::make_shared<Gradients<T>>(weights, false, call.kernels);
-    Gradients<T>& gradients = own ? *own : *static_cast<Gradients<T>*>(workspace->gradients.get());
-    AlignedVector<T> gradient(d_parameters ? weights.master().size() : 0, T(0));
+    auto tiles = [&]() -> Gradients<T>& {
+        if (workspace && !d_parameters) {
+            if (!workspace->gradients) workspace->gradients = std::make_shared<Gradients<T>>(weights, false, call.kernels);
+            return *static_cast<Gradients<T>*>(workspace->gradients.get());
+        }
+        if (!own) own.emplace(weights, d_parameters != nullptr, call.kernels);
+        return *own;
+    };
     PollClock clock(poll);
-    for (int64_t begin = 0; begin < total; begin += gradients.chunk()) {
-        const int64_t n = std::min(gradients.chunk(), total - begin);
+    auto pass = [&](int64_t begin, int64_t n) {
+        tiles().pass(call.threads, batch, begin, n, cotangent + begin, value ? value + begin : nullptr, d_x ? d_x + begin * features : nullptr,
+                     d_context ? d_context + begin * context : nullptr);
+    };
+    if (!d_parameters && total <= kRowPath && weights.plan().row_path()) {
+        if (workspace && !workspace->gradients) pass(0, total);  // once, so that a later row without density finds what it needs
+        const FewRows<T> rows(weights, call.kernels, batch);
+        for (int64_t r = 0; r < total; ++r)
+            if (!rows.pass(r, cotangent[r], value ? value + r : nullptr, d_x ? d_x + r * features : nullptr, d_context ? d_context + r * context : nullptr))
+                pass(r, 1);
+        return;
+    }
+    AlignedVector<T> gradient(d_parameters ? weights.master().size() : 0, T(0));
+    for (int64_t begin = 0; begin < total; begin += tiles().chunk()) {
         clock.tick();
-        gradients.pass(call.threads, batch, begin, n, cotangent + begin, value ? value + begin : nullptr, d_x ? d_x + begin * features : nullptr,
-                       d_context ? d_context + begin * context : nullptr);
+        pass(begin, std::min(tiles().chunk(), total - begin));
         if (d_parameters)
-            parallel_for(call.threads, int64_t(gradients.tasks().size()),
-                         [&](int64_t t) { gradients.gradient(gradients.tasks()[size_t(t)], true, gradient.data()); });
+            parallel_for(call.threads, int64_t(tiles().tasks().size()),
+                         [&](int64_t t) { tiles().gradient(tiles().tasks()[size_t(t)], true, gradient.data()); });
     }
     if (!d_parameters) return;
     std::fill(d_parameters, d_parameters + weights.plan().parameter_count(), T(0));

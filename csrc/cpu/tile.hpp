@@ -27,6 +27,11 @@ struct Trace {
     T** delta;     // [maps] d(sum of cotangent * log_prob) / d(output of map m before its activation)
 };
 
+// Numbers of a row whose units lie in lanes, with room for whole vectors and for whole pairs of them that begin at any of its numbers.
+constexpr int row_size(int numbers) { return (numbers + 15) / 16 * 16 + 16; }
+// Where, in Trace::scaled of such a row, its e^-s and its ds/dr begin, the second twice as far.
+constexpr int row_stride(int features) { return (features + 15) / 16 * 16; }
+
 // Most rows of a map whose weight gradients are summed together: its inputs, which may come from far away, are read once for all of them.
 constexpr int kTaskRows = 128;
 
@@ -72,6 +77,10 @@ struct Kernels {
     // [context + features][lanes]; that of the context is a sum over stages. `inner` leaves out rows that nobody asked for: 1 the
     // context, 2 the whole tile.
     void (*backward)(const StageView<T>& stage, const Trace<T>& here, int lanes, const T* cotangent, const T* above, T* below, int inner);
+    // The same for one row: everything in `here` is contiguous, with room for row_size of its numbers. `of_context`: whether anybody asked
+    // for the gradient in the context.
+    void (*forward_row)(const StageView<T>& stage, const Trace<T>& here, T* next, double* log_det);
+    void (*backward_row)(const StageView<T>& stage, const Trace<T>& here, T cotangent, const T* above, T* below, bool of_context);
     // Units [n][lanes of a tile] -> [chunk of 3 W units][capacity][3 W], rows row..row + lanes.
     void (*transpose)(const T* in, int units, int lanes, T* out, int64_t row, int64_t capacity);
     // Gradient of `rows` rows of a map: sum over tiles of delta times inputs, transposed or as they lie in the tiles; limit: entries per row.

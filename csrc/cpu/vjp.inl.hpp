@@ -19,6 +19,30 @@
 namespace fastmaf {
 namespace FASTMAF_ISA {
 
+// The law of a transform as backward needs it; see Trace.
+template <class T>
+struct TracedLaw {
+    Vec<T> z, log_scale, scaled, inverse_scale, slope;
+
+    FASTMAF_MEMBER TracedLaw(const StageView<T>& stage, Vec<T> x, Vec<T> m, Vec<T> raw)
+        : log_scale(FASTMAF_ISA::log_scale<T>(stage, raw)), inverse_scale(scale_of<T>(-log_scale)), slope(log_scale_slope<T>(stage, raw)) {
+        z = to_z<T>(stage, x, m, log_scale);
+        scaled = stage.form == Form::affine ? x * inverse_scale : z;
+    }
+};
+
+// The gradients in m, r and, beside the network, x; gz that in z.
+template <class T>
+struct LawGradient {
+    Vec<T> dm, dr, dx;
+
+    FASTMAF_MEMBER LawGradient(const StageView<T>& stage, Vec<T> g, Vec<T> gz, Vec<T> scaled, Vec<T> inverse_scale, Vec<T> slope) {
+        dx = gz * inverse_scale;
+        dm = stage.form == Form::affine ? gz : -dx;
+        dr = (-gz * scaled - g) * slope;
+    }
+};
+
 template <class T>
 static void forward_transform(const StageView<T>& stage, const Trace<T>& here, T* next, int vectors, double* log_det) {
     constexpr int W = Lanes<T>::W, L = lanes_of<T>();
@@ -31,13 +55,12 @@ static void forward_transform(const StageView<T>& stage, const Trace<T>& here, T
         for (int s = 0; s < stage.features; ++s) {
             const int own = s * L + j * W;
             const T* row = parameters + 2 * s * L + j * W;
-            const Vec<T> scale = log_scale<T>(stage, at(row + L)), e = scale_of<T>(-scale);
-            const Vec<T> z = to_z<T>(stage, at(x + own), at(row), scale);
-            at(here.scaled + own) = stage.form == Form::affine ? at(x + own) * e : z;
-            at(inverse_scale + own) = e;
-            at(slope + own) = log_scale_slope<T>(stage, at(row + L));
-            at(next + stage.next[s] * L + j * W) = stage.scale ? (z - stage.loc[s]) * stage.scale[s] : z;
-            sum -= widen(scale);
+            const TracedLaw<T> law(stage, at(x + own), at(row), at(row + L));
+            at(here.scaled + own) = law.scaled;
+            at(inverse_scale + own) = law.inverse_scale;
+            at(slope + own) = law.slope;
+            at(next + stage.next[s] * L + j * W) = stage.scale ? (law.z - stage.loc[s]) * stage.scale[s] : law.z;
+            sum -= widen(law.log_scale);
         }
         add_to<T>(log_det + j * W, sum);
     }
@@ -96,11 +119,11 @@ static void backward_law(const StageView<T>& stage, const Trace<T>& here, int ve
                 at(delta + features * L + own) = gz;
             } else {
                 if (stage.scale) gz *= stage.scale[s];
-                const Vec<T> direct = gz * at(here.scaled + features * L + own);
-                const Vec<T> ds = -gz * at(here.scaled + own) - g;
-                at(delta + 2 * s * L + j * W) = stage.form == Form::affine ? gz : -direct;
-                at(delta + (2 * s + 1) * L + j * W) = ds * at(here.scaled + 2 * features * L + own);
-                at(dx + own) = direct;
+                const T* const inverse_scale = here.scaled + features * L + own;
+                const LawGradient<T> law(stage, g, gz, at(here.scaled + own), at(inverse_scale), at(inverse_scale + features * L));
+                at(delta + 2 * s * L + j * W) = law.dm;
+                at(delta + (2 * s + 1) * L + j * W) = law.dr;
+                at(dx + own) = law.dx;
             }
         }
 }

@@ -94,6 +94,17 @@ struct Calls {
         for (size_t i = 0; i < contexts.size(); ++i) contexts[i] = 0.1 * double(i % 7) - 0.3;
     }
 
+    // The gradient of rows that hold no number.
+    void spoilt() {
+        std::fill(x.begin(), x.end(), NAN);
+        const fastmaf_array of_x = fastmaf_rows(x.data(), FASTMAF_FLOAT64, rows, features);
+        const fastmaf_array of_contexts = fastmaf_shared_row(contexts.data(), FASTMAF_FLOAT64);
+        const fastmaf_output to_density = fastmaf_into(density.data(), FASTMAF_FLOAT32, 1), to_dx = fastmaf_into(d_x.data(), FASTMAF_FLOAT64, features);
+        if (discrete) return;
+        failures += fastmaf_log_prob_and_grad(evaluator, 1, rows, &of_x, context ? &of_contexts : nullptr, &to_density, &to_dx, nullptr) != FASTMAF_OK;
+        failures += !std::isnan(density[0]);
+    }
+
     void run(uint64_t seed, bool shared) {
         const fastmaf_array of_contexts = shared ? fastmaf_shared_row(contexts.data(), FASTMAF_FLOAT64)
                                                  : fastmaf_rows(contexts.data(), FASTMAF_FLOAT64, rows, context);
@@ -133,6 +144,7 @@ void nothing_is_allocated(const fastmaf_model* model, int calls) {
         for (bool shared : {false, true}) all.run(1, shared);
         const long before = allocations;
         for (int i = 0; i < (rows < 4 ? calls : calls / 100 + 1); ++i) all.run(uint64_t(i), i % 2);
+        all.spoilt();
         CHECK(allocations == before);
         CHECK(all.failures == 0);
     }
