@@ -12,7 +12,11 @@ namespace {
 
 std::recursive_mutex mutex;
 std::map<cudaStream_t, std::vector<std::function<void()>>> queues;
-std::map<void*, int> blocks;  // device of each
+struct Block {
+    int device;
+    size_t bytes;
+};
+std::map<const char*, Block> blocks;
 int64_t limit = int64_t(1) << 40;
 cudaError_t broken = cudaSuccess;
 bool pools = true;
@@ -24,13 +28,13 @@ cudaError_t allocate(void** p, size_t bytes, int device) {
     if (int64_t(bytes) > limit) return cudaErrorMemoryAllocation;
     *p = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
     std::memset(*p, 0xFF, bytes);
-    blocks[*p] = device;
+    blocks[static_cast<char*>(*p)] = {device, bytes};
     return cudaSuccess;
 }
 
 cudaError_t release(void* p) {
     const Lock lock(mutex);
-    blocks.erase(p);
+    blocks.erase(static_cast<char*>(p));
     std::free(p);
     return cudaSuccess;
 }
@@ -149,11 +153,13 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
     const Lock lock(mutex);
     std::memset(attributes, 0, sizeof *attributes);
     attributes->type = cudaMemoryTypeUnregistered;
-    auto after = blocks.upper_bound(const_cast<void*>(p));
-    if (after != blocks.begin() && (--after)->second >= 0) {
-        attributes->type = cudaMemoryTypeDevice;
-        attributes->device = after->second;
-    }
+    const char* const address = static_cast<const char*>(p);
+    auto block = blocks.upper_bound(address);
+    if (block == blocks.begin()) return cudaSuccess;
+    --block;
+    if (block->second.device < 0 || address >= block->first + block->second.bytes) return cudaSuccess;
+    attributes->type = cudaMemoryTypeDevice;
+    attributes->device = block->second.device;
     return cudaSuccess;
 }
 }
