@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -11,6 +12,12 @@
 
 namespace fastmaf {
 namespace device {
+
+// What a GPU could not do, or why there is none.
+struct Error : std::runtime_error {
+    explicit Error(const std::string& text, bool of_memory = false) : std::runtime_error(text), of_memory(of_memory) {}
+    const bool of_memory;
+};
 
 struct State {
     bool built = false;

@@ -8,7 +8,6 @@
 #include <cstring>
 #include <map>
 #include <mutex>
-#include <stdexcept>
 #include <vector>
 
 #include <pthread.h>
@@ -67,7 +66,7 @@ void check(cudaError_t error, const std::string& attempt) {
     cudaGetLastError();  // forgets it, so that the next call does not meet it again
     std::string text = std::string(cudaGetErrorName(error)) + " while " + attempt + ": " + cudaGetErrorString(error);
     if (is_lost(error)) text += "; the device is lost to this process, which has to be started again";
-    throw std::runtime_error(text);
+    throw Error(text, error == cudaErrorMemoryAllocation);
 }
 
 [[noreturn]] void out_of_memory(int64_t bytes, const std::string& what) {
@@ -76,8 +75,9 @@ void check(cudaError_t error, const std::string& attempt) {
     int device = 0;
     cudaGetDevice(&device);
     cudaMemGetInfo(&free, &total);
-    throw std::runtime_error("cuda:" + std::to_string(device) + " is out of memory: " + size_of(double(bytes)) + " were asked for " + what +
-                             ", " + size_of(double(free)) + " of " + size_of(double(total)) + " are free");
+    throw Error("cuda:" + std::to_string(device) + " is out of memory: " + size_of(double(bytes)) + " were asked for " + what + ", " +
+                    size_of(double(free)) + " of " + size_of(double(total)) + " are free",
+                true);
 }
 
 // Makes a device current for the time of a scope.
@@ -510,7 +510,7 @@ struct Flow<T>::Parts {
     void run(cuda::Operation operation, const Job<T>& job, int64_t outer, int64_t inner, const Place& place, const Poll& poll) {
         if (job.rows == 0) return;
         if (station->process != getpid())
-            throw std::runtime_error("CUDA does not survive a fork: this process was forked after a flow was used on a GPU; spawn it instead");
+            throw Error("CUDA does not survive a fork: this process was forked after a flow was used on a GPU; spawn it instead");
         const Current current(station->device);
         const PlainFloats floats;
         const bool shared = weights->plan().context() > 0 && shares_context(job.context.rows, outer, inner);
@@ -524,9 +524,9 @@ struct Flow<T>::Parts {
 template <class T>
 Flow<T>::Flow(std::shared_ptr<const Weights<T>> weights, int device, Precision precision) : parts_(std::make_unique<Parts>()) {
     const State found = state();
-    if (!found.reason.empty()) throw std::runtime_error(found.reason);
+    if (!found.reason.empty()) throw Error(found.reason);
     if (device < 0 || device >= int(found.gpus.size()))
-        throw std::runtime_error("there is no cuda:" + std::to_string(device) + " here; GPUs: " + std::to_string(found.gpus.size()));
+        throw Error("there is no cuda:" + std::to_string(device) + " here; GPUs: " + std::to_string(found.gpus.size()));
     const Current current(device);
     parts_->weights = std::move(weights);
     parts_->precision = precision;

@@ -1,6 +1,4 @@
 // In place of the CUDA backend where it was not built.
-#include <stdexcept>
-
 #include "../core/device.hpp"
 
 namespace fastmaf {
@@ -28,13 +26,13 @@ struct Flow<T>::Parts {};
 
 template <class T>
 Flow<T>::Flow(std::shared_ptr<const Weights<T>>, int, Precision) {
-    throw std::runtime_error(kReason);
+    throw Error(kReason);
 }
 template <class T>
 Flow<T>::~Flow() = default;
 template <class T>
 const Weights<T>& Flow<T>::weights() const {
-    throw std::runtime_error(kReason);
+    throw Error(kReason);
 }
 template <class T>
 void Flow<T>::log_prob(const Batch&, T*, const Place&, const Poll&) const {}
