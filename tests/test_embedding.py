@@ -19,7 +19,7 @@ import fastmaf
 from fastmaf import backends
 
 HERE = Path(__file__).resolve().parent
-EXAMPLES, DOCS = HERE.parent / "examples", HERE.parent / "docs" / "embedding.md"
+EXAMPLES, DOCS = HERE.parent / "examples", [HERE.parent / "docs" / name for name in ("embedding.md", "cuda.md")]
 EXPECTED = "FASTMAF_EXPECT" in os.environ
 STRICT = ["-Wall", "-Wextra", "-pedantic", "-Werror", "-O1"]
 COMPILERS = {"c": ["cc", "-std=c99"], "cpp": ["c++", "-std=c++17"], "f90": ["gfortran", "-std=f2008"]}
@@ -144,13 +144,13 @@ def test_ranks_draw_parts_of_one_stream(example, environment, flow_file):
 
 
 def snippets():
-    """The code of the page, by language."""
-    text = DOCS.read_text() if DOCS.exists() else ""
+    """The code of the pages, by language."""
+    text = "".join(page.read_text() for page in DOCS if page.exists())
     return re.findall(r"```(c|cpp|f90)\n(.*?)```", text, re.S)
 
 
 @pytest.mark.parametrize("number", range(len(snippets())))
-def test_the_snippets_of_the_page_compile(home, tmp_path, number):
+def test_the_snippets_of_the_pages_compile(home, tmp_path, number):
     kind, code = snippets()[number]
     source = tmp_path / f"snippet.{kind}"
     source.write_text(code)
@@ -269,6 +269,21 @@ def test_every_call_has_the_bits_of_python(programs, language, name, kind, dtype
             found = found.astype(min(dtype, kind))
         np.testing.assert_array_equal(found, array.astype(found.dtype).ravel(), err_msg=result)
         assert np.isfinite(found).all() and (found.size < 2 or np.ptp(found) > 0), result
+
+
+# On a GPU, or the device's code run by the host; elsewhere the library says why not
+
+
+@pytest.mark.parametrize("language", ["C99", "C++17", "Fortran"])
+def test_an_evaluator_on_cuda(programs, language, dtype, tmp_path):
+    flow = make.flow(6, (9, 7), dtype=dtype, affine=True, bounds=True)
+    flow.save(tmp_path / "flow.safetensors")
+    output = run(programs("device", language, *(["-lm"] if language == "C99" else [])), tmp_path / "flow.safetensors")
+    devices, status, rest = output.strip().split(" ", 2)
+    if int(devices):
+        assert status == "4" and float(rest) < {"float32": 1e-4, "float64": 1e-11}[dtype]
+    else:
+        assert re.match("4 this build of fastmaf has no|4 the CUDA kernels did not|7 no GPU can be used", f"{status} {rest}"), output
 
 
 # Errors

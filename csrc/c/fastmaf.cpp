@@ -1,4 +1,4 @@
-// The C face: fastmaf.h over the record, the weights and the CPU backend. Exceptions end here.
+// The C face: fastmaf.h over the record, the weights and the backends. Exceptions end here.
 #include "../include/fastmaf.h"
 
 #include <algorithm>
@@ -6,17 +6,22 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
+#include <map>
 #include <memory>
 #include <new>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <variant>
 #include <vector>
 
+#include "../core/device.hpp"
 #include "../core/floats.hpp"
+#include "../core/lazy.hpp"
 #include "../cpu/backend.hpp"
 #include "../cpu/isa.hpp"
 #include "../cpu/rows.hpp"
@@ -29,6 +34,7 @@ namespace {
 using namespace fastmaf;
 
 constexpr int64_t kPiece = 4096;  // rows between a caller's array and one that backends write
+constexpr int64_t kPieceOfGpu = 65536;
 
 struct Failure : std::runtime_error {
     Failure(fastmaf_status status, const std::string& text) : std::runtime_error(text), status(status) {}
@@ -40,8 +46,12 @@ struct Failure : std::runtime_error {
 template <class T>
 using AllWeights = std::vector<std::shared_ptr<Weights<T>>>;  // one, or those of the members of an ensemble
 
+template <class T>
+using Copies = std::map<std::pair<int, device::Precision>, std::shared_ptr<const device::Flow<T>>>;
+
 struct Inner {
     std::variant<AllWeights<float>, AllWeights<double>> weights;
+    mutable std::tuple<Copies<float>, Copies<double>> copies;  // on GPUs, each made with its first evaluator
     bool ensemble = false;
     std::vector<std::string> names;
     int64_t layers = 0;
@@ -62,6 +72,10 @@ template <class T>
 struct State {
     std::vector<Member<T>> members;
     bool ensemble = false, drew = false;
+    std::shared_ptr<const device::Flow<T>> gpu;  // null where the CPU computes
+    int device = 0;
+    uintptr_t stream = 0;
+    device::Place where;  // of the arrays of the call
     AlignedVector<T> results[3];  // of a piece: what has another dtype or other strides than its output
     AlignedVector<float> single;
     AlignedVector<double> twice, sums, total;
@@ -77,6 +91,7 @@ struct State {
 
     const Weights<T>& weights() const { return *members[0].weights; }
     const Plan& plan() const { return weights().plan(); }
+    int64_t piece() const { return gpu ? kPieceOfGpu : kPiece; }
 };
 
 // Room for `count` numbers, which grows and never shrinks.
@@ -100,6 +115,10 @@ fastmaf_status guarded(F body, R report) noexcept {
             return failure.status;
         } catch (const record::Error& error) {
             status = FASTMAF_INVALID_FILE;
+            report(status, error.what());
+            return status;
+        } catch (const device::Error& error) {
+            status = error.of_memory ? FASTMAF_OUT_OF_MEMORY : FASTMAF_DEVICE_ERROR;
             report(status, error.what());
             return status;
         } catch (const std::bad_alloc&) {
@@ -172,8 +191,8 @@ void check_output(const char* name, const fastmaf_output* output, int64_t total)
 
 // Whether a backend that writes numbers of T, `width` in a row, can write to an output itself.
 template <class T>
-bool is_plain(const fastmaf_output& output, int64_t width) {
-    return output.dtype == kDtype<T> && output.row_stride == width && (output.column_stride == 1 || width == 1);
+bool is_plain(const fastmaf_output& output, int64_t rows, int64_t width) {
+    return output.dtype == kDtype<T> && (output.row_stride == width || rows == 1) && (output.column_stride == 1 || width == 1);
 }
 
 template <class T>
@@ -193,8 +212,9 @@ void scatter(const T* from, int64_t begin, int64_t rows, int64_t width, const fa
 template <class T>
 class Target {
 public:
-    Target(const fastmaf_output* output, int64_t width, AlignedVector<T>& buffer) : output_(output), width_(width), buffer_(buffer) {}
-    bool direct() const { return !output_ || is_plain<T>(*output_, width_); }
+    Target(const fastmaf_output* output, int64_t rows, int64_t width, AlignedVector<T>& buffer)
+        : output_(output), rows_(rows), width_(width), buffer_(buffer) {}
+    bool direct() const { return !output_ || is_plain<T>(*output_, rows_, width_); }
     T* at(int64_t begin, int64_t rows) {
         if (!output_) return nullptr;
         if (direct()) return static_cast<T*>(output_->data) + begin * width_;
@@ -206,7 +226,7 @@ public:
 
 private:
     const fastmaf_output* const output_;
-    const int64_t width_;
+    const int64_t rows_, width_;
     AlignedVector<T>& buffer_;
 };
 
@@ -270,6 +290,47 @@ void refuse_ensemble(const State<T>& state, const char* what) {
         throw Failure(FASTMAF_UNSUPPORTED, std::string("an ensemble has no ") + what + ", since each member has an order of its own: save a member, ensemble.member(k)");
 }
 
+// An array of a call; without data where there is none.
+struct Named {
+    Named(const char* name, const fastmaf_array* array) : name(name), data(array ? array->data : nullptr), size(array ? size_of(array->dtype) : 1) {}
+    Named(const char* name, const fastmaf_output* array) : name(name), data(array ? array->data : nullptr), size(array ? size_of(array->dtype) : 1) {}
+    const char* name;
+    const void* data;
+    int64_t size;
+};
+
+// Finds where the arrays of a call lie: all on the evaluator's GPU, or all on the host.
+template <class T>
+void locate(State<T>& state, std::initializer_list<Named> arrays) {
+    if (!state.gpu) return;
+    auto place = [](int device) { return device < 0 ? std::string("the host") : "cuda:" + std::to_string(device); };
+    const Named* first = nullptr;
+    int device = -1;
+    for (const Named& array : arrays) {
+        if (!array.data) continue;
+        const auto address = reinterpret_cast<uintptr_t>(array.data);
+        const int own = device::device_of(address);
+        if (own >= 0 && own != state.device)
+            refuse(std::string(array.name) + " lies on " + place(own) + ", the evaluator computes on " + place(state.device));
+        if (first && own != device)
+            refuse(std::string(first->name) + " lies on " + place(device) + ", " + array.name + " on " + place(own) +
+                   ": all arrays of a call lie on one of them");
+        if (own >= 0 && address % uintptr_t(array.size))
+            refuse(std::string(array.name) + " is not aligned to its " + std::to_string(array.size) + " bytes");
+        first = &array;
+        device = own;
+    }
+    state.where = {device >= 0, state.stream};
+}
+
+// Kernels write without gaps.
+template <class T>
+void check_direct(const device::Place& place, const char* name, bool direct, int64_t width) {
+    if (!place.on_device || direct) return;
+    throw Failure(FASTMAF_UNSUPPORTED, std::string("on a GPU ") + name + " is written in " + (sizeof(T) == 4 ? "float32" : "float64") +
+                                           " without gaps: row_stride " + std::to_string(width) + ", column_stride 1");
+}
+
 // Of an ensemble: the density is the mean of those of its members, and each row is drawn from a member drawn for it. Everything is summed
 // over the members one after the other in double, as fastmaf/ensemble.py does it.
 
@@ -302,6 +363,7 @@ void mix(State<T>& state, const Batch& batch, T* out) {
 template <class T>
 void density(State<T>& state, const Batch& batch, T* out) {
     if (state.ensemble) return mix(state, batch, out);
+    if (state.gpu) return state.gpu->log_prob(batch, out, state.where, kNoPoll);
     log_prob<T>(state.weights(), batch, out, kNoPoll, &state.members[0].workspace);
 }
 
@@ -395,8 +457,10 @@ void evaluate(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array
               const char* name, int64_t width, F call) {
     const Batch batch = batch_of(state.plan(), groups, rows, "x", x, context);
     check_output(name, output, batch.rows());
-    Target<T> target(output, width, state.results[0]);
-    each_piece(groups, rows, target.direct() && !state.ensemble ? kAll : kPiece, [&](int64_t g, int64_t gs, int64_t r, int64_t rs) {
+    Target<T> target(output, batch.rows(), width, state.results[0]);
+    locate(state, {{"x", x}, {"context", context}, {name, output}});
+    check_direct<T>(state.where, name, target.direct(), width);
+    each_piece(groups, rows, target.direct() && !state.ensemble ? kAll : state.piece(), [&](int64_t g, int64_t gs, int64_t r, int64_t rs) {
         const int64_t begin = g * rows + r, count = gs * rs;
         call(piece_of(batch, g, gs, r, rs), target.at(begin, count));
         target.done(begin, count);
@@ -406,6 +470,7 @@ void evaluate(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array
 template <class T>
 void gradient(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array* x, const fastmaf_array* context, const fastmaf_output* value,
               const fastmaf_output* d_x, const fastmaf_output* d_context) {
+    if (state.gpu) throw Failure(FASTMAF_UNSUPPORTED, "gradients are not computed on a GPU, but by an evaluator of the CPU: fastmaf_evaluator_create");
     const Plan& plan = state.plan();
     const Batch batch = batch_of(plan, groups, rows, "x", x, context);
     const int64_t total = batch.rows(), width = plan.context();
@@ -419,8 +484,8 @@ void gradient(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array
         if (!width) refuse("d_context is given, but the model has no context");
         check_output("d_context", d_context, summed ? groups : total);
     }
-    Target<T> values(value, 1, state.results[0]), of_x(d_x, plan.features(), state.results[1]);
-    Target<T> of_context(summed ? nullptr : d_context, width, state.results[2]);
+    Target<T> values(value, total, 1, state.results[0]), of_x(d_x, total, plan.features(), state.results[1]);
+    Target<T> of_context(summed ? nullptr : d_context, total, width, state.results[2]);
     if (state.ones.size() < size_t(std::min(total, kPiece))) state.ones.assign(size_t(std::min(total, kPiece)), T(1));
     const int64_t members = int64_t(state.members.size());
     double* sums = nullptr;  // [groups of a piece][members][width], each rounded like the gradients of its member before they are added
@@ -479,9 +544,11 @@ void gradient(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array
 template <class T, class Out>
 void draw_into(State<T>& state, int64_t groups, int64_t rows, const Draw& whole, const fastmaf_output& samples, const fastmaf_output* log_prob,
                AlignedVector<Out>& buffer) {
-    Target<Out> x(&samples, state.plan().features(), buffer);
-    Target<T> value(log_prob, 1, state.results[0]);
-    each_piece(groups, rows, x.direct() && value.direct() && !state.ensemble ? kAll : kPiece, [&](int64_t g, int64_t gs, int64_t r, int64_t rs) {
+    Target<Out> x(&samples, groups * rows, state.plan().features(), buffer);
+    Target<T> value(log_prob, groups * rows, 1, state.results[0]);
+    check_direct<Out>(state.where, "samples", x.direct(), state.plan().features());
+    check_direct<T>(state.where, "log_prob", value.direct(), 1);
+    each_piece(groups, rows, x.direct() && value.direct() && !state.ensemble ? kAll : state.piece(), [&](int64_t g, int64_t gs, int64_t r, int64_t rs) {
         const int64_t begin = g * rows + r, count = gs * rs;
         Draw draw = whole;
         draw.contexts = gs;
@@ -501,6 +568,8 @@ void draw_into(State<T>& state, int64_t groups, int64_t rows, const Draw& whole,
             drawn.x = {reinterpret_cast<const char*>(own), size == 4 ? DType::f32 : DType::f64, rs * width, width, size};
             drawn.context = draw.context;
             if (own_value) mix(state, drawn, own_value);
+        } else if (state.gpu) {
+            state.gpu->sample(draw, own, own_value, state.where, kNoPoll);
         } else {
             sample<T>(state.weights(), draw, own, own_value, kNoPoll, &state.members[0].workspace);
         }
@@ -528,6 +597,7 @@ void draw(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array* co
     } else if (context) {
         refuse("context is given, but the model has none");
     }
+    locate(state, {{"context", context}, {"samples", samples}, {"log_prob", log_prob}});
     if (samples->dtype == FASTMAF_FLOAT32)
         draw_into<T, float>(state, groups, rows, whole, *samples, log_prob, state.single);
     else
@@ -540,12 +610,19 @@ void back(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array* no
     refuse_ensemble(state, "noise");
     const Batch batch = batch_of(state.plan(), groups, rows, "noise", noise, context);
     check_output("x", x, batch.rows());
+    locate(state, {{"noise", noise}, {"context", context}, {"x", x}});
     auto into = [&](auto& buffer) {
         using Out = typename std::decay_t<decltype(buffer)>::value_type;
-        Target<Out> target(x, state.plan().features(), buffer);
-        each_piece(groups, rows, target.direct() ? kAll : kPiece, [&](int64_t g, int64_t gs, int64_t r, int64_t rs) {
+        Target<Out> target(x, batch.rows(), state.plan().features(), buffer);
+        check_direct<Out>(state.where, "x", target.direct(), state.plan().features());
+        each_piece(groups, rows, target.direct() ? kAll : state.piece(), [&](int64_t g, int64_t gs, int64_t r, int64_t rs) {
             const int64_t begin = g * rows + r, count = gs * rs;
-            from_noise<T>(state.weights(), piece_of(batch, g, gs, r, rs), target.at(begin, count), kNoPoll, &state.members[0].workspace);
+            const Batch piece = piece_of(batch, g, gs, r, rs);
+            Out* const own = target.at(begin, count);
+            if (state.gpu)
+                state.gpu->from_noise(piece, own, state.where, kNoPoll);
+            else
+                from_noise<T>(state.weights(), piece, own, kNoPoll, &state.members[0].workspace);
             target.done(begin, count);
         });
     };
@@ -567,6 +644,45 @@ struct fastmaf_evaluator {
 };
 
 namespace {
+
+std::unique_ptr<fastmaf_evaluator> evaluator_of(const fastmaf_model& model, int threads) {
+    auto made = std::make_unique<fastmaf_evaluator>();
+    std::visit(
+        [&](const auto& all) {
+            using T = typename std::decay_t<decltype(*all[0])>::Value;
+            auto& state = made->state.template emplace<State<T>>();
+            state.ensemble = model.inner->ensemble;
+            state.members.resize(all.size());
+            for (size_t k = 0; k < all.size(); ++k) {
+                Member<T>& member = state.members[k];
+                member.weights = all[k];
+                member.workspace.kernels = &kernels<T>();
+                member.workspace.threads = threads;
+            }
+        },
+        model.inner->weights);
+    return made;
+}
+
+device::Precision precision_of(int32_t precision) {
+    switch (precision) {
+        case FASTMAF_HIGHEST: return device::Precision::highest;
+        case FASTMAF_HIGH: return device::Precision::high;
+        case FASTMAF_MEDIUM: return device::Precision::medium;
+        default: refuse("precision is none of fastmaf_precision");
+    }
+}
+
+// The weights on a GPU, which all evaluators of the model there share.
+template <class T>
+std::shared_ptr<const device::Flow<T>> copy_of(const Inner& inner, const std::shared_ptr<Weights<T>>& weights, int device, device::Precision precision) {
+    if constexpr (std::is_same_v<T, double>) precision = device::Precision::highest;  // there is no other one
+    const std::lock_guard<std::mutex> lock(making());
+    auto& copy = std::get<Copies<T>>(inner.copies)[{device, precision}];
+    if (copy) return copy;
+    if (const device::State found = device::state(); !found.built) throw Failure(FASTMAF_UNSUPPORTED, found.reason);
+    return copy = std::make_shared<const device::Flow<T>>(weights, device, precision);
+}
 
 template <class F>
 fastmaf_status run(fastmaf_evaluator* evaluator, F body) noexcept {
@@ -660,22 +776,45 @@ fastmaf_status fastmaf_evaluator_create(const fastmaf_model* model, int32_t thre
         *evaluator = nullptr;
         if (!model) refuse("model is a null pointer");
         if (threads < 1) refuse("threads must be at least 1");
-        auto made = std::make_unique<fastmaf_evaluator>();
+        *evaluator = evaluator_of(*model, threads).release();
+    });
+}
+
+int32_t fastmaf_devices(char* message, size_t size) {
+    int32_t count = 0;
+    with_buffer(message, size, [&] {
+        const device::State found = device::state();
+        if (!found.reason.empty()) throw device::Error(found.reason);
+        count = int32_t(found.gpus.size());
+    });
+    return count;
+}
+
+fastmaf_status fastmaf_evaluator_create_on_device(const fastmaf_model* model, int32_t device, int32_t precision, fastmaf_evaluator** evaluator,
+                                                  char* message, size_t size) {
+    return with_buffer(message, size, [&] {
+        if (!evaluator) refuse("evaluator is a null pointer");
+        *evaluator = nullptr;
+        if (!model) refuse("model is a null pointer");
+        if (device < 0) refuse("device is negative");
+        const device::Precision asked = precision_of(precision);
+        if (model->inner->ensemble)
+            throw Failure(FASTMAF_UNSUPPORTED, "an ensemble is not computed on a GPU: save a member, ensemble.member(k), or take fastmaf_evaluator_create");
+        auto made = evaluator_of(*model, 1);
         std::visit(
-            [&](const auto& all) {
-                using T = typename std::decay_t<decltype(*all[0])>::Value;
-                auto& state = made->state.template emplace<State<T>>();
-                state.ensemble = model->inner->ensemble;
-                state.members.resize(all.size());
-                for (size_t k = 0; k < all.size(); ++k) {
-                    Member<T>& member = state.members[k];
-                    member.weights = all[k];
-                    member.workspace.kernels = &kernels<T>();
-                    member.workspace.threads = threads;
-                }
+            [&](auto& state) {
+                state.gpu = copy_of(*model->inner, state.members[0].weights, device, asked);
+                state.device = device;
             },
-            model->inner->weights);
+            made->state);
         *evaluator = made.release();
+    });
+}
+
+fastmaf_status fastmaf_evaluator_set_stream(fastmaf_evaluator* evaluator, void* stream) {
+    return run(evaluator, [&](auto& state) {
+        if (!state.gpu) refuse("the evaluator computes on the CPU, which has no streams");
+        state.stream = reinterpret_cast<uintptr_t>(stream);
     });
 }
 
@@ -707,6 +846,7 @@ fastmaf_status fastmaf_to_noise(fastmaf_evaluator* evaluator, int64_t groups, in
         refuse_discrete(state.plan(), "noise");
         refuse_ensemble(state, "noise");
         evaluate(state, groups, rows, x, context, noise, "noise", state.plan().features(), [&](const Batch& batch, auto* out) {
+            if (state.gpu) return state.gpu->to_noise(batch, out, state.where, kNoPoll);
             fastmaf::to_noise(state.weights(), batch, out, kNoPoll, &state.members[0].workspace);
         });
     });
@@ -724,6 +864,7 @@ fastmaf_status fastmaf_conditional_probs(fastmaf_evaluator* evaluator, int64_t g
         refuse_ensemble(state, "probabilities");
         const int64_t width = state.plan().features() * int64_t(state.plan().most_values());
         evaluate(state, groups, rows, x, context, probabilities, "probabilities", width, [&](const Batch& batch, auto* out) {
+            if (state.gpu) return state.gpu->conditional_probs(batch, out, state.where, kNoPoll);
             fastmaf::conditional_probs(state.weights(), batch, out, kNoPoll, &state.members[0].workspace);
         });
     });

@@ -17,6 +17,10 @@
 ! below, and errmsg the text of an error, unchanged without one. Without stat an error writes the text and stops the program (error
 ! stop). What a failed call has written is undefined.
 !
+! On a GPU: `call flow%create(model, device=0)`, in a library that was built with CUDA. Arrays of a call lie all on that device or all on the
+! host. Memory of the device becomes an array by c_f_pointer(address, x, [features, samples]); calls then enqueue their work on the stream
+! of set_stream and return, and outputs are contiguous, in the kind of the flow (samples in either): see fastmaf.h.
+!
 ! Models and evaluators free what they hold when they go out of scope, or by `close`. An assigned model shares the weights (assign and
 ! close models in one thread at a time); an assigned evaluator is another one, not created yet.
 module fastmaf
@@ -25,7 +29,7 @@ module fastmaf
     use, intrinsic :: iso_fortran_env, only: error_unit, int32, int64, real32, real64
     implicit none
     private
-    public :: flow_model, flow_evaluator, fastmaf_version
+    public :: flow_model, flow_evaluator, fastmaf_version, fastmaf_devices
 
     integer, parameter, public :: fastmaf_ok = 0
     integer, parameter, public :: fastmaf_invalid_argument = 1  ! an array that does not fit the model or another array, no model
@@ -34,6 +38,10 @@ module fastmaf
     integer, parameter, public :: fastmaf_unsupported = 4       ! the model has no such thing, or the library no code for it
     integer, parameter, public :: fastmaf_out_of_memory = 5
     integer, parameter, public :: fastmaf_internal = 6
+    integer, parameter, public :: fastmaf_device_error = 7      ! there is no such GPU here, or CUDA failed on it
+
+    ! Precisions of products of matrices on a GPU; see fastmaf.h.
+    integer, parameter, public :: fastmaf_highest = 0, fastmaf_high = 1, fastmaf_medium = 2
 
     integer(c_int32_t), parameter :: abi = 0  ! FASTMAF_ABI_VERSION of fastmaf.h
     integer, parameter :: float32 = 0, float64 = 1, longest = 512
@@ -91,7 +99,10 @@ module fastmaf
         type(c_ptr) :: handle = c_null_ptr
         integer(int64) :: features = 0, context_features = 0, most_values = 0
     contains
-        procedure :: create => evaluator_create                  ! (model, threads, stat, errmsg): one thread, unless asked for more
+        ! (model, threads, stat, errmsg, device, precision): one thread, unless asked for more; with a device on that GPU, which
+        ! takes no threads
+        procedure :: create => evaluator_create
+        procedure :: set_stream => evaluator_set_stream          ! (stream, stat, errmsg): type(c_ptr), a cudaStream_t of the GPU
         procedure :: close => evaluator_close
         procedure, private :: forget => evaluator_forget
         generic :: assignment(=) => forget
@@ -227,6 +238,27 @@ module fastmaf
             integer(c_size_t), value :: size
             integer(c_int) :: status
         end function
+        function c_evaluator_create_on_device(model, device, precision, evaluator, message, size) &
+            bind(c, name='fastmaf_evaluator_create_on_device') result(status)
+            import :: c_char, c_int, c_int32_t, c_ptr, c_size_t
+            type(c_ptr), value :: model
+            integer(c_int32_t), value :: device, precision
+            type(c_ptr), intent(out) :: evaluator
+            character(kind=c_char), intent(inout) :: message(*)
+            integer(c_size_t), value :: size
+            integer(c_int) :: status
+        end function
+        function c_evaluator_set_stream(evaluator, stream) bind(c, name='fastmaf_evaluator_set_stream') result(status)
+            import :: c_int, c_ptr
+            type(c_ptr), value :: evaluator, stream
+            integer(c_int) :: status
+        end function
+        function c_devices(message, size) bind(c, name='fastmaf_devices') result(number)
+            import :: c_char, c_int32_t, c_size_t
+            character(kind=c_char), intent(inout) :: message(*)
+            integer(c_size_t), value :: size
+            integer(c_int32_t) :: number
+        end function
         subroutine c_evaluator_free(evaluator) bind(c, name='fastmaf_evaluator_free')
             import :: c_ptr
             type(c_ptr), value :: evaluator
@@ -287,6 +319,16 @@ contains
     function fastmaf_version() result(version)
         character(:), allocatable :: version
         version = text_at(c_version())
+    end function
+
+    ! Number of GPUs that evaluators can be created for; where it is 0, `reason` says why.
+    function fastmaf_devices(reason) result(number)
+        character(:), allocatable, intent(out), optional :: reason
+        character(kind=c_char) :: message(longest)
+        integer :: number
+        message(1) = c_null_char
+        number = int(c_devices(message, int(longest, c_size_t)))
+        if (present(reason)) reason = joined(message)
     end function
 
     ! Models
@@ -432,28 +474,50 @@ contains
 
     ! Evaluators
 
-    subroutine evaluator_create(self, model, threads, stat, errmsg)
+    subroutine evaluator_create(self, model, threads, stat, errmsg, device, precision)
         class(flow_evaluator), intent(inout) :: self
         class(flow_model), intent(in) :: model
         integer, intent(in), optional :: threads
         integer, intent(out), optional :: stat
         character(*), intent(inout), optional :: errmsg
+        integer, intent(in), optional :: device, precision
         character(kind=c_char) :: message(longest)
-        integer(c_int32_t) :: together
+        integer(c_int32_t) :: together, products
         integer :: status
         call self%close()
         if (.not. model%is_open()) then
             call finish(fastmaf_invalid_argument, 'the model is not open: call model%open(path) first', stat, errmsg)
             return
         end if
-        together = 1
-        if (present(threads)) together = int(threads, c_int32_t)
+        if (present(threads) .and. present(device) .or. present(precision) .and. .not. present(device)) then
+            call finish(fastmaf_invalid_argument, 'threads are those of the CPU, precision is that of a device', stat, errmsg)
+            return
+        end if
         message(1) = c_null_char
-        status = c_evaluator_create(handle_of(model), together, self%handle, message, int(longest, c_size_t))
+        if (present(device)) then
+            products = fastmaf_high
+            if (present(precision)) products = int(precision, c_int32_t)
+            status = c_evaluator_create_on_device(handle_of(model), int(device, c_int32_t), products, self%handle, message, &
+                int(longest, c_size_t))
+        else
+            together = 1
+            if (present(threads)) together = int(threads, c_int32_t)
+            status = c_evaluator_create(handle_of(model), together, self%handle, message, int(longest, c_size_t))
+        end if
         self%features = model%features()
         self%context_features = model%context_features()
         self%most_values = max(1, model%most_values())
         call finish(status, joined(message), stat, errmsg)
+    end subroutine
+
+    subroutine evaluator_set_stream(self, stream, stat, errmsg)
+        class(flow_evaluator), intent(inout) :: self
+        type(c_ptr), intent(in) :: stream
+        integer, intent(out), optional :: stat
+        character(*), intent(inout), optional :: errmsg
+        integer :: status
+        status = c_evaluator_set_stream(self%handle, stream)
+        call finish(status, message_of(self, status), stat, errmsg)
     end subroutine
 
     ! Evaluators own what they hold alone, so none takes over that of another.

@@ -32,7 +32,8 @@ extern "C" {
 #define FASTMAF_API
 #endif
 
-/* The ABI that this header describes; fastmaf_abi_version() is that of the library. Equal numbers fit together. */
+/* The ABI that this header describes; fastmaf_abi_version() is that of the library. Equal numbers fit together. Functions and values of an
+ * enumeration may be added under the same number; a function that an older library lacks shows when the program is linked or loaded. */
 #define FASTMAF_ABI_VERSION 0
 
 FASTMAF_API int32_t fastmaf_abi_version(void);
@@ -45,10 +46,15 @@ typedef enum fastmaf_status {
     FASTMAF_INVALID_FILE = 3,     /* it is no flow, or a damaged one */
     FASTMAF_UNSUPPORTED = 4,      /* the model has no such thing, or this library no code for the model; the text names it */
     FASTMAF_OUT_OF_MEMORY = 5,
-    FASTMAF_INTERNAL = 6
+    FASTMAF_INTERNAL = 6,
+    FASTMAF_DEVICE_ERROR = 7 /* there is no such GPU here, or CUDA failed on it */
 } fastmaf_status;
 
 typedef enum fastmaf_dtype { FASTMAF_FLOAT32 = 0, FASTMAF_FLOAT64 = 1 } fastmaf_dtype;
+
+/* Of products of matrices on a GPU, for models in float: in float; on tensor cores with about its errors; on tensor cores with those of half
+ * precision. Where tensor cores are of no use all three are the first. */
+typedef enum fastmaf_precision { FASTMAF_HIGHEST = 0, FASTMAF_HIGH = 1, FASTMAF_MEDIUM = 2 } fastmaf_precision;
 
 /* An array that is read. Initialise it with all its fields, or with fastmaf_rows(). */
 typedef struct fastmaf_array {
@@ -83,7 +89,7 @@ FASTMAF_API int64_t fastmaf_model_parameters(const fastmaf_model *model);    /* 
 FASTMAF_API int64_t fastmaf_model_most_values(const fastmaf_model *model);   /* of a discrete variable: 1 for 0/1; 0 where variables are continuous */
 FASTMAF_API fastmaf_dtype fastmaf_model_dtype(const fastmaf_model *model);   /* that the model computes in */
 FASTMAF_API const char *fastmaf_model_name(const fastmaf_model *model, int64_t feature); /* of a column, or NULL; lives as long as the model */
-FASTMAF_API size_t fastmaf_model_memory(const fastmaf_model *model);         /* bytes that weights take now; each kind of call adds a copy of its own once */
+FASTMAF_API size_t fastmaf_model_memory(const fastmaf_model *model);         /* bytes of the host that weights take now; each kind of call adds a copy of its own once */
 
 /* Evaluators. `threads`: at most so many compute together, the caller being one; they belong to one pool per process. 1 for ranks of MPI and
  * for threads that evaluate side by side. */
@@ -92,6 +98,23 @@ FASTMAF_API fastmaf_status fastmaf_evaluator_create(const fastmaf_model *model, 
                                                     size_t size);
 FASTMAF_API void fastmaf_evaluator_free(fastmaf_evaluator *evaluator); /* NULL is nothing */
 FASTMAF_API const char *fastmaf_message(const fastmaf_evaluator *evaluator); /* of its last error; valid until its next call */
+
+/* Evaluators on a GPU, in a library that was built with CUDA; in others FASTMAF_UNSUPPORTED, and no devices. `device` counts as
+ * cudaSetDevice does, `precision` is a fastmaf_precision (FASTMAF_HIGH is Python's choice). They take the same calls, but for gradients;
+ * ensembles have none. All evaluators of a model on one device in one precision share the weights there, which the first call of a kind
+ * copies, and which go with the model and its last evaluator.
+ *
+ * The arrays of a call lie all in memory of that device (managed memory counts as such) or all in that of the host. With arrays of the
+ * device a call enqueues its work on the evaluator's stream and returns: arrays stay as they are until the stream has come that far, which
+ * the caller waits for, and where errors of kernels show. Inputs may have any strides; outputs have none but those of fastmaf_into(), in the
+ * dtype of the model, samples and x in either; others are FASTMAF_UNSUPPORTED. Arrays of the host, with any strides and dtype, are
+ * streamed: the call returns when results are there. Such calls may take locks, and memory of the host. */
+
+FASTMAF_API int32_t fastmaf_devices(char *message, size_t size); /* how many GPUs there are; where 0, the message says why */
+FASTMAF_API fastmaf_status fastmaf_evaluator_create_on_device(const fastmaf_model *model, int32_t device, int32_t precision,
+                                                              fastmaf_evaluator **evaluator, char *message, size_t size);
+/* A cudaStream_t of that device, for the calls that follow; NULL, as at first: the default stream. */
+FASTMAF_API fastmaf_status fastmaf_evaluator_set_stream(fastmaf_evaluator *evaluator, void *stream);
 
 /* Densities. x [features], context [context features] or NULL; log_prob [1]. */
 FASTMAF_API fastmaf_status fastmaf_log_prob(fastmaf_evaluator *evaluator, int64_t groups, int64_t rows, const fastmaf_array *x,

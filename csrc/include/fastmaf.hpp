@@ -490,6 +490,21 @@ struct Samples {
     std::vector<T> samples, log_prob;
 };
 
+/// How products of matrices are made on a GPU, for flows in float: in float, on tensor cores with about its errors, or with those of halves.
+/// Where tensor cores are of no use all three are the first.
+enum class Precision : std::int32_t { highest = FASTMAF_HIGHEST, high = FASTMAF_HIGH, medium = FASTMAF_MEDIUM };
+
+/// A GPU, counted as cudaSetDevice does: `Evaluator(model, Device{0})`.
+/// The library must have been built with CUDA.
+struct Device {
+    std::int32_t number = 0;
+    Precision precision = Precision::high;
+};
+
+/// Number of GPUs that evaluators can be made for.
+/// Where it is 0, `fastmaf_devices` of fastmaf.h says why.
+inline std::int32_t devices() noexcept { return fastmaf_devices(nullptr, 0); }
+
 /// Evaluates a model. It holds what a calling thread needs, so each thread has its own, and its methods are not const.
 /// Moved, never copied. Methods that return vectors give the type of numbers of x; those that take outputs allocate nothing of their own.
 class Evaluator {
@@ -504,6 +519,22 @@ public:
         if (status != FASTMAF_OK) throw Error(status, text);
         handle_.reset(evaluator);
     }
+
+    /// On a GPU. Arrays of a call lie all in its memory, given by `view(pointer, rows, columns)`, or all in that of the host. With arrays of the
+    /// GPU calls enqueue their work on the stream and return, and outputs must be there already: see fastmaf.h. Gradients are not computed there.
+    explicit Evaluator(const Model& model, const Device& device)
+        : model_(model), features_(model.features()), context_features_(model.context_features()) {
+        char text[512] = "";
+        fastmaf_evaluator* evaluator = nullptr;
+        const auto precision = static_cast<std::int32_t>(device.precision);
+        const fastmaf_status status = fastmaf_evaluator_create_on_device(model.handle(), device.number, precision, &evaluator, text, sizeof text);
+        if (status != FASTMAF_OK) throw Error(status, text);
+        handle_.reset(evaluator);
+    }
+
+    /// A cudaStream_t of the GPU for the calls that follow; before, it is the default stream.
+    /// An evaluator on the CPU takes none.
+    void set_stream(void* stream) { check(fastmaf_evaluator_set_stream(handle(), stream)); }
 
     /// The model that is evaluated.
     /// A copy of it shares its weights.

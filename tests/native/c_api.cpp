@@ -303,6 +303,24 @@ void errors(const char* path) {
     fastmaf_model_free(nullptr);
 }
 
+// Where there is no GPU the library says why; where there is one, the host's arrays are streamed there (see device_c_api.cpp).
+void devices(const fastmaf_model* model) {
+    char reason[300] = "", text[300] = "";
+    fastmaf_evaluator* evaluator = nullptr;
+    const int count = fastmaf_devices(reason, sizeof reason);
+    CHECK((count == 0) == (*reason != 0) && fastmaf_devices(nullptr, 0) == count);
+    CHECK(fastmaf_evaluator_create_on_device(model, -1, FASTMAF_HIGH, &evaluator, text, sizeof text) == FASTMAF_INVALID_ARGUMENT && std::strstr(text, "device"));
+    CHECK(fastmaf_evaluator_create_on_device(model, 0, 7, &evaluator, text, sizeof text) == FASTMAF_INVALID_ARGUMENT && std::strstr(text, "precision"));
+    const fastmaf_status status = fastmaf_evaluator_create_on_device(model, count, FASTMAF_HIGH, &evaluator, text, sizeof text);
+    CHECK(!evaluator && *text);
+    if (fastmaf_model_members(model))
+        CHECK(status == FASTMAF_UNSUPPORTED && std::strstr(text, "an ensemble"));
+    else if (count)
+        CHECK(status == FASTMAF_DEVICE_ERROR && std::strstr(text, "there is no cuda:"));
+    else
+        CHECK((status == FASTMAF_UNSUPPORTED || status == FASTMAF_DEVICE_ERROR) && !std::strcmp(text, reason));
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -328,6 +346,7 @@ int main(int argc, char** argv) {
         nothing_is_allocated(model, calls);
         the_callers_floats_stay(model);
         parts_are_the_whole(model);
+        devices(model);
         fastmaf_model_free(model);
         errors(argv[i]);
     }
