@@ -14,7 +14,7 @@ import pytest
 import fastmaf
 from fastmaf import backends, masks
 from fastmaf.backends import reference as definition
-from fastmaf.layers import ACTIVATIONS, Affine, Autoregressive, Block, Conditioner, Dense, Elementwise, Law, Permutation
+from fastmaf.layers import ACTIVATIONS, Affine, Autoregressive, Block, Conditioner, Dense, Elementwise, Law, Permutation, Terminal
 
 SHAPES = (
     (1, (), 0),
@@ -78,12 +78,13 @@ def flow(
     between=False,
     ranks=None,
     input_clip=None,
+    base=None,
 ):
     """A flow of plain MADEs.
 
     `ranks`, one vector for all MADEs, goes before `order`; `law` is a kind or a `Law`; `affine` puts random Affines in front of
     the layers and of the context; `bounds` are those of `MAF`, or True
-    for a bit of everything; `between` puts a Permutation and an Affine behind every MADE.
+    for a bit of everything; `between` puts a Permutation and an Affine behind every MADE; `base` is the law of a mixture of three.
     """
     rng = np.random.default_rng([seed, features, len(hidden), context_features])
     layers, context_layers = [], []
@@ -97,7 +98,11 @@ def flow(
         layers.append(Autoregressive(own, net, law if isinstance(law, Law) else Law(law)))
         if between:
             layers += [Permutation(rng.permutation(features)), random_affine(rng, features)]
-    return fastmaf.Flow(layers, features=features, context_features=context_features, context_layers=context_layers, dtype=dtype)
+    if base is not None:
+        own = rng.permutation(features) + 1
+        net = conditioner(rng, own, hidden, context_features, activation, rows=9)
+        base = Terminal(own, net, "mixture", 3, law=base.kind, constants=base.constants)
+    return fastmaf.Flow(layers, features=features, context_features=context_features, context_layers=context_layers, base=base, dtype=dtype)
 
 
 def random_affine(rng, width):
@@ -148,6 +153,18 @@ FIXED = [
     random_affine(np.random.default_rng(2), 6),
 ]
 
+# With constants that matter: of the raw log-scales of `conditioner` some are beyond what is clamped.
+LAWS = [
+    Law(kind, form, constants)
+    for kind, constants in (
+        ("softplus", {"eps": 0.01}),
+        ("sigmoid", {"eps": 0.02, "shift": 0.5}),
+        ("log_precision", {}),
+        ("clamp", {"low": -0.15, "high": 0.1}),
+    )
+    for form in ("standardize", "affine")
+]
+
 CASES = {
     **{
         f"{features} {hidden} {c}": {"features": features, "hidden": hidden, "context_features": c, "activation": activation}
@@ -160,6 +177,9 @@ CASES = {
     **{
         f"affine {law}": {"features": 5, "context_features": 1, "activation": "tanh", "law": Law(law, "affine"), "between": True}
         for law in ("exp", "exp_soft")
+    },
+    **{
+        f"{law.kind} {law.form}": {"features": 5, "hidden": (9, 7), "context_features": 1, "activation": "tanh", "law": law} for law in LAWS
     },
     "clip": {"features": 4, "law": Law("exp_soft", constants={"clip": 0.1})},
     **{
@@ -184,6 +204,11 @@ CASES = {
     "fixed layers in front": [*FIXED, *flow(6, (9,), 1).layers, *FIXED[2:]],
 }
 """Arguments of `flow`, or layers of a flow of six columns."""
+
+MIXTURES = {
+    f"mixture {law.kind}": {"features": 5, "transforms": 1, "context_features": 2, "base": law} for law in LAWS if law.form == "standardize"
+}
+"""Whose samples rounding may carry from one component to another."""
 
 
 @contextlib.contextmanager
@@ -211,7 +236,7 @@ def case(name, dtype):
 
 @functools.cache
 def _case(name, dtype):
-    arguments = CASES[name]
+    arguments = {**CASES, **MIXTURES}[name]
     own = fastmaf.Flow(arguments, features=6, dtype=dtype) if isinstance(arguments, list) else flow(**arguments, dtype=dtype)
     rng = np.random.default_rng(3)
     noise = rng.normal(size=(ROWS, own.features)).astype(dtype)

@@ -106,7 +106,7 @@ def both(monkeypatch):
     fastmaf.set_isa(previous)
 
 
-@pytest.mark.parametrize("name", make.CASES)
+@pytest.mark.parametrize("name", [*make.CASES, *make.MIXTURES])
 def test_instruction_sets(both, dtype, name):
     given, results = make.case(name, dtype), []
     for isa in ("avx512", "avx2"):

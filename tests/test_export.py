@@ -97,7 +97,10 @@ def assert_near(actual, expected, dtype, factor=1.0):
 @pytest.mark.parametrize("name", CASES)
 def test_cases(name, dtype, tmp_path):
     given = make.case(name, dtype)
-    c = compiled(given.flow, tmp_path, gradient=True)
+    try:
+        c = compiled(given.flow, tmp_path, gradient=True)
+    except NotImplementedError as error:
+        pytest.skip(str(error))
     value, dx, dcontext = c.log_prob_and_grad(given.x, given.context)
     assert_close("log_prob", dtype, value, given.expected["log_prob"])
     np.testing.assert_array_equal(c.log_prob(given.x, given.context), value)

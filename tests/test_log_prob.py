@@ -16,7 +16,7 @@ import fastmaf
 from fastmaf.layers import ACTIVATIONS, Affine, Elementwise
 
 
-@pytest.mark.parametrize("name", make.CASES)
+@pytest.mark.parametrize("name", [*make.CASES, *make.MIXTURES])
 def test_equals_the_reference(backend, dtype, name):
     case = make.case(name, dtype)
     factor = tolerances.PRECISIONS["high"] if backend == "cuda" and dtype == "float32" else 1
@@ -222,7 +222,7 @@ def test_a_denormal_distance_to_a_bound(backend, dtype):
 
 
 FAR = [0.0, 1e-300, 1.0, 1e10, 1e19, 1e20, 1e38, 1e39, 1e155, 1e300, np.finfo(np.float64).max, np.inf]
-FAR_FLOWS = [name for name in make.CASES if "larger" not in name and "layer" not in name]
+FAR_FLOWS = [name for name in [*make.CASES, *make.MIXTURES] if "larger" not in name and "layer" not in name]
 
 
 def far_rows(features, n, seed):

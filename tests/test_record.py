@@ -16,7 +16,7 @@ import pytest
 
 import fastmaf
 from fastmaf import backends, masks
-from fastmaf.layers import Affine, Block, Elementwise, Law, Normal, Terminal
+from fastmaf.layers import Affine, Block, Elementwise, Normal, Terminal
 from fastmaf.record import FlowRecord
 
 X = np.random.default_rng(0).normal(size=(40, 5))
@@ -195,8 +195,6 @@ def unusual():
         return with_layer(conditioner=replace(net, **changes))
 
     yield "direction 'noise'", with_layer(direction="noise")
-    for law in ("softplus", "sigmoid", "log_precision", "clamp"):
-        yield f"law '{law}'", with_layer(law=Law(law))
     yield "an inner batch norm", with_network(blocks=(Block("plain", (replace(second, norm_scale=1.5 * ones, norm_shift=ones),)),))
     yield "a context map with a bias of its own", with_network(initial=replace(net.initial, context_bias=ones))
     gate = replace(second, context="gated", context_weight=np.outer(ones, [1.0, -1.0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import functools
 import inspect
 import json
 import math
@@ -585,6 +586,10 @@ MODELS = {
     "batch norm": (BENT, lambda: fastmaf.MAF(3, transforms=2, hidden_features=(12,), batch_norm=True)),
     "act-norm": (BENT, lambda: fastmaf.MAF(3, transforms=2, hidden_features=(12,), batch_norm="act")),
     "residual": (BENT, lambda: fastmaf.MAF(3, transforms=2, hidden_features=(12, 12), residual=True, linear=True)),
+    **{
+        f"{law.kind} {law.form}": (BENT, functools.partial(make.flow, 3, (12,), law=law, base=law if law.form == "standardize" else None))
+        for law in make.LAWS
+    },
     "mixture base": (BENT, lambda: fastmaf.MAF(3, transforms=1, hidden_features=(12,), components=2, batch_norm=True)),
 }
 

@@ -30,7 +30,7 @@ def weights_too(backend):
     return backend
 
 
-@pytest.mark.parametrize("name", make.CASES)
+@pytest.mark.parametrize("name", [*make.CASES, *make.MIXTURES])
 def test_equals_the_reference(backend, dtype, name):
     case = make.case(name, dtype)
     value, *gradients = case.flow.log_prob_and_grad(case.x, case.context)
@@ -45,7 +45,7 @@ def test_equals_the_reference(backend, dtype, name):
             assert_close(operation, dtype, actual, expected)
 
 
-@pytest.mark.parametrize("name", make.CASES)
+@pytest.mark.parametrize("name", [*make.CASES, *make.MIXTURES])
 def test_masked_weights_have_no_gradient(weights_too, dtype, name):
     case = make.case(name, dtype)
     gradient = case.flow.vjp(case.x, case.context, case.cotangent)[2]

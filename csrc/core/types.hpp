@@ -35,7 +35,7 @@ struct StageSpec {
     Activation activation = Activation::relu;
     Law law = Law::exp_soft;
     Form form = Form::affine;
-    double clip = 0;
+    double constant[2] = {1, 0};   // of the law, see ops/laws
     double input_clip = 0;         // variables beyond +-input_clip are read as it by the maps; 0: all as they are
     int components = 1;              // of a mixture: rows are logits, means, raw log-scales
     std::vector<double> loc, scale;  // transform: an Affine after it, by coordinate, or none. norm: (x - loc) scale if not trainable

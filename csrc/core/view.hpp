@@ -9,7 +9,7 @@ enum class Activation : int { relu, tanh, elu, gelu, silu };
 // Whether act' needs the argument of act, so that backward has to keep it; otherwise the value will do.
 constexpr bool keeps_argument(Activation a) { return a == Activation::gelu || a == Activation::silu; }
 
-enum class Law : int { exp, exp_soft };
+enum class Law : int { exp, exp_soft, softplus, sigmoid, log_precision, clamp };
 enum class Form : int { standardize, affine };
 // What becomes of the outputs of a stage: parameters of a law, or of the conditionals of a base; a linear map; a norm per variable.
 enum class Output : int { transform, mixture, bernoulli, categorical, linear, norm };
@@ -56,7 +56,7 @@ struct StageView {
     Activation activation;
     Law law;
     Form form;
-    T clip;
+    T constant[2];              // of the law, see ops/laws
     T input_clip;               // where what the maps read of the variables ends, or 0
     int components;
     bool trainable;             // of a norm: its biases are log_gamma, then beta

@@ -196,7 +196,7 @@ StageView<T> Weights<T>::view(size_t k) const {
     view.activation = stage.activation;
     view.law = stage.law;
     view.form = stage.form;
-    view.clip = T(stage.clip);
+    for (int i = 0; i < 2; ++i) view.constant[i] = T(stage.constant[i]);
     view.input_clip = T(stage.input_clip);
     view.components = stage.components;
     view.first = plan.sorted()[k].first.data();

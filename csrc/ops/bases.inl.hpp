@@ -33,13 +33,6 @@ FASTMAF_INLINE Vec<T> log_sum_exp(int n, F term) {
     return highest == never ? never : highest + log<T>(sum);
 }
 
-// log(1 + e^x).
-template <class T>
-FASTMAF_INLINE Vec<T> softplus(Vec<T> x) {
-    const Vec<T> value = (x > 0 ? x : Vec<T>{}) + log<T>(1 + exp<T>(-magnitude<T>(x)));
-    return x == x ? value : x;
-}
-
 // The rows of one variable, `lanes` apart.
 template <class T>
 struct Conditional {

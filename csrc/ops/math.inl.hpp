@@ -120,6 +120,20 @@ FASTMAF_INLINE Vec<T> log(Vec<T> x) {
     return fma(n, splat<T>(C::ln2_high), fma(n, splat<T>(C::ln2_low), log_m));
 }
 
+// log(1 + e) for e in [0, 1]: what rounding takes from 1 + e, or puts there, is made good.
+template <class T>
+FASTMAF_INLINE Vec<T> log1p(Vec<T> e) {
+    const Vec<T> whole = 1 + e;
+    return log<T>(whole) + (e - (whole - 1)) / whole;
+}
+
+// log(1 + e^x).
+template <class T>
+FASTMAF_INLINE Vec<T> softplus(Vec<T> x) {
+    const Vec<T> value = (x > 0 ? x : Vec<T>{}) + log1p<T>(exp<T>(-magnitude<T>(x)));
+    return x == x ? value : x;
+}
+
 // Phi(x), the normal distribution function, by way of erfc(|x| / sqrt 2) / 2.
 template <class T>
 FASTMAF_INLINE Vec<T> normal_cdf(Vec<T> x) {

@@ -35,9 +35,8 @@ std::vector<Wire> wires_of(const Network& network) {
     return wires;
 }
 
-std::string missing_in(const Network& network, const std::string& law, bool reads_noise, int64_t context_features) {
+std::string missing_in(const Network& network, bool reads_noise, int64_t context_features) {
     if (reads_noise) return "direction 'noise' of an Autoregressive layer";
-    if (law != "exp" && law != "exp_soft") return "law '" + law + "'";
     const std::vector<const Dense*> maps = network.maps();
     const std::vector<Wire> wires = wires_of(network);
     for (size_t m = 0; m < maps.size(); ++m)
@@ -116,13 +115,18 @@ std::vector<double> widened(const Tensor& tensor) {
     return values;
 }
 
+Law law_of(const std::string& kind) {
+    constexpr const char* kinds[] = {"exp", "exp_soft", "softplus", "sigmoid", "log_precision", "clamp"};
+    return Law(std::find(std::begin(kinds), std::end(kinds), kind) - std::begin(kinds));
+}
+
 StageSpec network_stage(const Network& network, const std::vector<int64_t>& ranks, const LawOf& law, const Masks* member) {
     StageSpec stage;
     stage.ranks = member ? member->ranks : ranks;
     stage.activation = network.activation;
-    stage.law = law.kind == "exp" ? Law::exp : Law::exp_soft;
+    stage.law = law_of(law.kind);
     stage.form = law.form;
-    stage.clip = law.constants.empty() ? 1.0 : law.constants[0].second;
+    for (size_t i = 0; i < law.constants.size(); ++i) stage.constant[i] = law.constants[i].second;
     // The least one is not zero in any dtype, which would say that nothing is clipped.
     if (network.input_clip) stage.input_clip = std::max(*network.input_clip, double(std::numeric_limits<float>::min()));
     stage.skip = network.skip.has_value();
@@ -185,14 +189,14 @@ bool reads_context(const Record& record) {
 
 std::string unsupported(const Record& record) {
     if (const auto* base = std::get_if<Terminal>(&record.base)) {
-        std::string missing = missing_in(base->network, base->law.kind, false, record.context_features);
+        std::string missing = missing_in(base->network, false, record.context_features);
         if (!missing.empty()) return missing;
     }
     for (size_t k = front_of(record.layers); k < record.layers.size(); ++k) {
         const Layer& layer = record.layers[k];
         if (std::holds_alternative<Elementwise>(layer)) return "a Elementwise layer behind other layers";
         if (const auto* made = std::get_if<Autoregressive>(&layer)) {
-            std::string missing = missing_in(made->network, made->law.kind, made->reads_noise, record.context_features);
+            std::string missing = missing_in(made->network, made->reads_noise, record.context_features);
             if (!missing.empty()) return missing;
         }
     }

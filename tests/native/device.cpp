@@ -45,7 +45,7 @@ FlowSpec small(int features, int context) {
     spec.context_columns = columns(context);
     for (int k = 0; k < 2; ++k) {
         StageSpec stage;
-        stage.clip = 2;
+        stage.constant[0] = 2;
         for (int i = 0; i < features; ++i) {
             stage.variable.push_back(i);
             stage.ranks.push_back(k ? features - i : i + 1);

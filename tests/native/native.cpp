@@ -98,7 +98,8 @@ StageSpec network(int features, int context, const Network& n, Random& rng) {
     stage.activation = n.activation;
     stage.law = n.law;
     stage.form = n.form;
-    stage.clip = 2;
+    stage.constant[0] = n.law == Law::exp_soft ? 2 : n.law == Law::clamp ? -0.3 : 0.01;
+    stage.constant[1] = n.law == Law::clamp ? 0.4 : 0.5;
     stage.skip = n.skip;
     stage.components = n.components;
     int inputs = features;
@@ -209,6 +210,17 @@ std::vector<Case> cases() {
     n.hidden = {33, 20};
     n.activation = Activation::gelu;
     n.law = Law::exp_soft;
+    for (const auto& [name, law] : {std::pair("softplus", Law::softplus), {"sigmoid", Law::sigmoid}, {"log_precision", Law::log_precision},
+                                    {"clamp", Law::clamp}}) {
+        Network own;
+        own.hidden = {7};
+        own.law = law;
+        Network standard = own, mixture = own;
+        standard.form = mixture.form = Form::standardize;
+        mixture.output = Output::mixture;
+        mixture.components = 3;
+        add(name, 5, 1, {own, standard, mixture});
+    }
     n.ties = n.skip = true;
     add("ties", 9, 2, {n, n});
     n.ties = n.skip = false;
@@ -404,7 +416,18 @@ double log_sum_exp(const Reals& terms) {
     return highest + std::log(sum);
 }
 
-double log_scale(const StageSpec& stage, double raw) { return stage.law == Law::exp ? raw : raw / (1 + std::fabs(raw) / stage.clip); }
+double log_scale(const StageSpec& stage, double raw) {
+    const double *c = stage.constant, shifted = raw + c[1];
+    switch (stage.law) {
+        case Law::exp: return raw;
+        case Law::exp_soft: return raw / (1 + std::fabs(raw) / c[0]);
+        case Law::softplus: return std::log(std::log1p(std::exp(raw)) + c[0]);
+        case Law::sigmoid: return std::log(1 / (1 + std::exp(-shifted)) + c[0]);
+        case Law::log_precision: return (stage.form == Form::affine ? 0.5 : -0.5) * raw;
+        case Law::clamp: return std::min(std::max(raw, c[0]), c[1]);
+    }
+    return NAN;
+}
 
 // The final rows of a masked network with flat weights `w`.
 Reals final_rows(const StageSpec& stage, const double* w, const Reals& x, const Reals& context) {

@@ -68,7 +68,7 @@ FlowSpec spec_of(const Model& model, Random& rng) {
         StageSpec stage;
         stage.law = model.law;
         stage.form = model.form;
-        stage.clip = 2;
+        stage.constant[0] = 2;
         stage.activation = model.activation;
         int inputs = features;
         for (int i = 0; i < features; ++i) {
@@ -349,6 +349,7 @@ std::vector<Named> models() {
     add("much context", [](Model& m) { m.context = 70, m.hidden = {30}; });
     add("exp, standardize", [](Model& m) { m.law = Law::exp, m.form = Form::standardize; });
     add("exp_soft, standardize, affine behind", [](Model& m) { m.form = Form::standardize, m.after = true; });
+    add("softplus", [](Model& m) { m.law = Law::softplus; });
     add("exp, affine behind", [](Model& m) { m.law = Law::exp, m.after = true; });
     return all;
 }
