@@ -6,6 +6,7 @@ import contextlib
 import functools
 import io
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -63,6 +64,51 @@ def conditioner(rng, ranks, hidden, context_features=0, activation="relu", rows=
     )
 
 
+def blocks_network(rng, ranks, kinds, modes, context_features=0, activation="relu", rows=2, width=11, bias=True, norms=False, zeros=False):
+    """A network of blocks as other libraries build them.
+
+    `kinds` are those of the blocks; `modes` how a context enters, map by map, the first one's and the final one's included, "none" where
+    there are too few; with a `bias` of its own but in the final map. Degrees grow from one map to the next inside blocks, the last ones
+    of a residual block beyond those that they are added to. With `norms`, there is one in front of every map but the first;
+    with `zeros` a fifth of the weights are zero.
+    """
+    least, most = (0 if context_features else 1), max(1, int(ranks.max()) - 1)
+    modes = iter(modes)
+
+    def options(final=False):
+        mode = next(modes, "none")
+        if mode == "none" or not context_features:
+            return {}
+        own = {"context": mode, "context_weight": rng.normal(size=(rows * ranks.size if final else width, context_features))}
+        own["context_weight"] *= (0.2 if final else 0.7) / np.sqrt(context_features)
+        return own if final or not bias else {**own, "context_bias": 0.5 * rng.normal(size=width)}
+
+    def norm(inputs):
+        return {"norm_scale": rng.uniform(0.6, 1.5, inputs), "norm_shift": 0.4 * rng.normal(size=inputs)} if norms else {}
+
+    def zeroed(mask):
+        return mask & (rng.uniform(size=mask.shape) < 0.8) if zeros else mask
+
+    def hidden(reads, degrees, first=False):
+        mask = zeroed(masks.hidden_mask(degrees, reads))
+        return dense(rng, mask, degrees, gain=0.8, **options(), **({} if first else norm(reads.size)))
+
+    degrees = rng.integers(least, most + 1, width)
+    initial, own, blocks = hidden(ranks, degrees, True), degrees, []
+    for kind in kinds:
+        if "residual" not in kind:
+            degrees = rng.integers(least, most + 1, width)
+            blocks.append(Block(kind, (hidden(own, degrees),)))
+        else:
+            inner = np.minimum(rng.permutation(own) + rng.integers(0, 2, width), most)
+            degrees = np.minimum(own + rng.integers(0, 2, width), most)
+            blocks.append(Block(kind, (hidden(own, inner), hidden(inner, degrees))))
+        own = degrees
+    gain = np.resize([[0.5], [0.15]], (rows * ranks.size, 1))
+    final = dense(rng, zeroed(masks.output_mask(ranks, own, rows)), None, 0, gain, **options(True), **norm(width))
+    return Conditioner(initial, tuple(blocks), final, activation, not kinds or "residual" not in kinds[-1])
+
+
 def flow(
     features,
     hidden=(8, 8),
@@ -79,12 +125,14 @@ def flow(
     ranks=None,
     input_clip=None,
     base=None,
+    blocks=None,
 ):
     """A flow of plain MADEs.
 
     `ranks`, one vector for all MADEs, goes before `order`; `law` is a kind or a `Law`; `affine` puts random Affines in front of
     the layers and of the context; `bounds` are those of `MAF`, or True
-    for a bit of everything; `between` puts a Permutation and an Affine behind every MADE; `base` is the law of a mixture of three.
+    for a bit of everything; `between` puts a Permutation and an Affine behind every MADE; `base` is the law of a mixture of three;
+    `blocks` are arguments of `blocks_network` in place of `hidden`.
     """
     rng = np.random.default_rng([seed, features, len(hidden), context_features])
     layers, context_layers = [], []
@@ -94,7 +142,12 @@ def flow(
         layers.append(random_affine(rng, features))
         context_layers += [random_affine(rng, context_features)] * (context_features > 0)
     for own in masks.layer_ranks(order, features, transforms, seed) if ranks is None else [np.array(ranks)] * transforms:
-        net = conditioner(rng, own, hidden, context_features, activation, input_clip=input_clip)
+        if blocks is None:
+            net = conditioner(rng, own, hidden, context_features, activation, input_clip=input_clip)
+        else:
+            net = replace(
+                blocks_network(rng, own, context_features=context_features, activation=activation, **blocks), input_clip=input_clip
+            )
         layers.append(Autoregressive(own, net, law if isinstance(law, Law) else Law(law)))
         if between:
             layers += [Permutation(rng.permutation(features)), random_affine(rng, features)]
@@ -165,6 +218,41 @@ LAWS = [
     for form in ("standardize", "affine")
 ]
 
+NETWORKS = {
+    "linear": ({"activation": "elu"}, {"kinds": ("linear", "plain", "linear"), "modes": ()}),
+    "residual": ({"activation": "relu", "transforms": 3}, {"kinds": ("residual", "residual"), "modes": ()}),
+    "linear_residual": ({"activation": "gelu"}, {"kinds": ("linear_residual", "linear", "linear_residual"), "modes": (), "zeros": True}),
+    "tied": (
+        {"activation": "silu", "ranks": (2, 1, 3, 3, 1, 2), "context_features": 1},
+        {"kinds": ("residual", "plain"), "modes": ("added",)},
+    ),
+    "normed": (
+        {"activation": "silu", "affine": True},
+        {"kinds": ("plain", "linear", "residual", "linear_residual"), "modes": (), "norms": True},
+    ),
+    "normed relu": ({"activation": "relu"}, {"kinds": ("residual", "plain", "plain"), "modes": (), "norms": True}),
+    "activated": ({"context_features": 2, "activation": "tanh"}, {"kinds": ("plain",), "modes": ("activated",)}),
+    "activated gelu": (
+        {"context_features": 3, "activation": "gelu", "input_clip": 1.0},
+        {"kinds": ("plain", "residual"), "modes": ("activated", "activated", "activated", "activated", "added"), "bias": False},
+    ),
+    "added": (
+        {"context_features": 1, "activation": "relu", "between": True},
+        {"kinds": ("residual", "linear_residual"), "modes": ("added", "added", "none", "none", "added", "added"), "bias": True},
+    ),
+    "gated": (
+        {"context_features": 2, "activation": "relu", "transforms": 3},
+        {"kinds": ("residual", "residual"), "modes": ("activated", "none", "gated", "none", "gated")},
+    ),
+    "gated normed": (
+        {"context_features": 2, "activation": "silu", "affine": True},
+        {"kinds": ("residual", "plain"), "modes": ("gated", "gated", "gated", "gated", "added"), "norms": True, "bias": False},
+    ),
+    "unheard": ({"context_features": 2, "activation": "tanh"}, {"kinds": ("plain",), "modes": ()}),
+    "late": ({"context_features": 2, "activation": "tanh"}, {"kinds": ("plain",), "modes": ("none", "none", "added")}),
+}
+"""By name, arguments of `flow` and of `blocks_network`."""
+
 CASES = {
     **{
         f"{features} {hidden} {c}": {"features": features, "hidden": hidden, "context_features": c, "activation": activation}
@@ -181,6 +269,7 @@ CASES = {
     **{
         f"{law.kind} {law.form}": {"features": 5, "hidden": (9, 7), "context_features": 1, "activation": "tanh", "law": law} for law in LAWS
     },
+    **{f"{name} blocks": {"features": 6, "blocks": blocks, **options} for name, (options, blocks) in NETWORKS.items()},
     "clip": {"features": 4, "law": Law("exp_soft", constants={"clip": 0.1})},
     **{
         f"input_clip {features} {hidden} {c}": {

@@ -176,7 +176,9 @@ def unsupported():
     yield [dataclasses.replace(made, direction="noise")], {}, "direction 'noise'"
     yield [dataclasses.replace(made, law=Law("softplus"))], {}, "law 'softplus' in form 'standardize'"
     yield [dataclasses.replace(made, law=Law("exp", "affine"))], {}, "law 'exp' in form 'affine'"
-    yield [with_net(blocks=(Block("residual", (second, second)),))], {}, "residual blocks"
+    for kind in ("residual", "linear_residual"):
+        yield [with_net(blocks=(Block(kind, (second, second)),))], {}, f"{kind} blocks"
+    yield [with_net(blocks=(Block("linear", (second,)),))], {}, "linear blocks"
     yield [with_net(final_activation=False)], {}, "a conditioner without activation"
     yield [with_net(skip=np.zeros((6, 3)))], {}, "direct weights"
     yield [with_net(final=dataclasses.replace(net.final, norm_scale=np.ones(4), norm_shift=np.zeros(4)))], {}, "an inner batch norm"

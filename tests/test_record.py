@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import fastmaf
-from fastmaf import backends, masks
-from fastmaf.layers import Affine, Block, Elementwise, Normal, Terminal
+from fastmaf import backends
+from fastmaf.layers import Affine, Elementwise, Normal, Terminal
 from fastmaf.record import FlowRecord
 
 X = np.random.default_rng(0).normal(size=(40, 5))
@@ -186,7 +186,6 @@ def unusual():
     flow = fastmaf.MAF(3, context_features=2, hidden_features=(8, 8), seed=0, dtype="float64")
     layer = flow.layers[1]
     net = layer.conditioner
-    second, ones = net.blocks[0].maps[0], np.ones(8)
 
     def with_layer(**changes):
         return flow._with(layers=[flow.layers[0], replace(layer, **changes), *flow.layers[2:]])
@@ -195,14 +194,12 @@ def unusual():
         return with_layer(conditioner=replace(net, **changes))
 
     yield "direction 'noise'", with_layer(direction="noise")
-    yield "an inner batch norm", with_network(blocks=(Block("plain", (replace(second, norm_scale=1.5 * ones, norm_shift=ones),)),))
-    yield "a context map with a bias of its own", with_network(initial=replace(net.initial, context_bias=ones))
-    gate = replace(second, context="gated", context_weight=np.outer(ones, [1.0, -1.0]))
-    yield "a context that enters as added, gated", with_network(blocks=(Block("plain", (gate,)),))
-    more = np.minimum(second.degrees + 1, 2)
-    block = Block("residual", (second, replace(second, degrees=more)))
-    final = replace(net.final, weight=np.where(masks.output_mask(layer.ranks, more, 2), net.final.weight, 0))
-    yield "a residual block that changes the degrees", with_network(blocks=(block,), final=final, final_activation=False)
+    norm = {"norm_scale": np.full(3, 1.5), "norm_shift": np.ones(3)}
+    yield "an inner batch norm in front of the first map", with_network(initial=replace(net.initial, **norm))
+    late = {"context": "gated", "context_weight": np.ones((6, 2))}
+    yield "a context that enters the final map gated", with_network(final=replace(net.final, **late))
+    late = {"context": "added", "context_weight": np.ones((6, 2)), "context_bias": np.ones(6)}
+    yield "a context that enters the final map with a bias", with_network(final=replace(net.final, **late))
     bounds = Elementwise.from_bounds([(-50, 50)] * 3)
     yield "a Elementwise layer behind other layers", flow._with(layers=[*flow.layers, bounds])
     yield "context layers other than", flow._with(context_layers=[*flow.context_layers, Elementwise.from_bounds([(-50, 50)] * 2)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import functools
 import inspect
+import itertools
 import json
 import math
 import re
@@ -586,12 +587,20 @@ MODELS = {
     "batch norm": (BENT, lambda: fastmaf.MAF(3, transforms=2, hidden_features=(12,), batch_norm=True)),
     "act-norm": (BENT, lambda: fastmaf.MAF(3, transforms=2, hidden_features=(12,), batch_norm="act")),
     "residual": (BENT, lambda: fastmaf.MAF(3, transforms=2, hidden_features=(12, 12), residual=True, linear=True)),
+    "mixture base": (BENT, lambda: fastmaf.MAF(3, transforms=1, hidden_features=(12,), components=2, batch_norm=True)),
+}
+
+FOREIGN = {
     **{
         f"{law.kind} {law.form}": (BENT, functools.partial(make.flow, 3, (12,), law=law, base=law if law.form == "standardize" else None))
         for law in make.LAWS
     },
-    "mixture base": (BENT, lambda: fastmaf.MAF(3, transforms=1, hidden_features=(12,), components=2, batch_norm=True)),
+    **{
+        f"{name} blocks": (BENT, functools.partial(make.flow, 3, blocks=blocks, **{**options, "ranks": None}))
+        for name, (options, blocks) in make.NETWORKS.items()
+    },
 }
+"""As other libraries build them."""
 
 
 def trained(name, **options):
@@ -600,11 +609,10 @@ def trained(name, **options):
     return flow, flow.fit(rows, **{"max_epochs": 12, "lr": 1e-2, "batch_size": 100, **options})
 
 
-@pytest.mark.parametrize("count", [0, 3])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "count"), [*itertools.product(MODELS, [0, 3]), *((name, 0) for name in FOREIGN)])
 def test_engines_agree_on_every_model(backend, name, count):
     """With a weight, an L2 penalty and a norm to clip at; batches of 24, the last of 16; one vector of weights or `count` masks on it."""
-    rows, model = MODELS[name]
+    rows, model = {**MODELS, **FOREIGN}[name]
     flow, active = model().astype("float64"), backends.choose()
     if missing := active.unsupported(flow.record):
         pytest.skip(f"the {backend} backend has no kernel for {missing}")
@@ -615,13 +623,13 @@ def test_engines_agree_on_every_model(backend, name, count):
     if count:
         options["members"] = [member.record for member in (flow, *(mirrored(flow, k) for k in range(1, count)))]
     x, w = rows[:88] - rows[:88].min(axis=0), np.random.default_rng(0).uniform(0.5, 2, 88)
-    order, results = np.random.default_rng(1).permutation(88), []
+    order, results, context = np.random.default_rng(1).permutation(88), [], make.contexts(flow, 88)
     for each in (active, reference.backend):
         engine = each.trainer(flow.record, **options)
         if count:
             engine.set_parameters(0.3 * np.random.default_rng(2).normal(size=engine.parameters().size))
-        losses = [engine.epoch(x.astype(float), None, w, order, 24, np.full(4, 0.01), w.mean()) for _ in range(2)]
-        results.append((losses, engine.parameters(), engine.log_prob(x.astype(float), None)))
+        losses = [engine.epoch(x.astype(float), context, w, order, 24, np.full(4, 0.01), w.mean()) for _ in range(2)]
+        results.append((losses, engine.parameters(), engine.log_prob(x.astype(float), context)))
     for actual, expected in zip(*results, strict=True):
         assert np.allclose(actual, expected, rtol=1e-7, atol=1e-7)
 

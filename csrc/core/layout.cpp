@@ -40,13 +40,18 @@ struct Writer {
             panel(map, row, rows, 0, stairs.limit[size_t(row + rows - 1)], start, finish);
         }
     }
+    // The units of contexts, which come before all that they join.
+    void contexts(const StageSpec& stage, const Sorted& sorted, const std::vector<int>& widths) {
+        for (size_t map = stage.maps.size() + stage.direct(); map < sorted.maps.size(); ++map)
+            stairs(int(map), sorted.maps[map], 0, widths[size_t(wires[map].second)], Start::bias, Finish::raw);
+    }
     void law(int first, int last) {
         steps.push_back({Kind::law, Start::bias, Finish::raw, 0, 0, first, last - first, 0, 0, tape, kTile, kTile});
     }
 };
 
 void write_density(Writer writer, const StageSpec& stage, const Sorted& sorted, const std::vector<int>& widths) {
-    const int features = int(sorted.variables.size()), final = int(widths.size()) - 1;
+    const int features = int(sorted.variables.size()), final = int(stage.maps.size()) - 1;
     if (stage.output == Output::norm) return writer.law(0, features);
     if (stage.output == Output::linear) {
         for (int map : {0, 1}) {
@@ -55,6 +60,7 @@ void write_density(Writer writer, const StageSpec& stage, const Sorted& sorted, 
         }
         return;
     }
+    writer.contexts(stage, sorted, widths);
     for (int map = 0; map < final; ++map) writer.stairs(map, sorted.maps[size_t(map)], 0, widths[size_t(map)], Start::bias, Finish::unit);
     const int rows = widths[size_t(final)], chunk = is_base(stage.output) ? kLawRows : rows;
     for (int row = 0, done = 0; row < rows; row += chunk) {
@@ -106,7 +112,7 @@ private:
     int units(int map, int g) const { return sorted_.known[size_t(map)][size_t(std::min(g, groups_ - 1))]; }
     Alive alive(int g) const {
         const int variables = sorted_.groups[size_t(g)];
-        Alive inputs(1, context_ + variables);
+        Alive inputs(1, (stage_.maps[0].context ? context_ : 0) + variables);
         for (int map = 0; map < final_; ++map) inputs.push_back(units(map, g));
         inputs.push_back((stage_.late_context() ? context_ : 0) + (stage_.skip ? variables : 0));
         return inputs;
@@ -143,7 +149,7 @@ private:
     const int context_, final_, groups_;
 };
 
-void write_sampler(Writer writer, const StageSpec& stage, const Sorted& sorted, int context) {
+void write_sampler(Writer writer, const StageSpec& stage, const Sorted& sorted, const std::vector<int>& widths, int context) {
     const int features = int(sorted.variables.size());
     if (stage.output == Output::norm) return writer.law(0, features);
     if (stage.output == Output::linear) {  // y = L^-1 z, then x = U^-1 y
@@ -154,6 +160,7 @@ void write_sampler(Writer writer, const StageSpec& stage, const Sorted& sorted, 
         }
         return;
     }
+    writer.contexts(stage, sorted, widths);
     NetworkSampler(writer, stage, sorted, context).write();
 }
 
@@ -161,7 +168,12 @@ void write_sampler(Writer writer, const StageSpec& stage, const Sorted& sorted, 
 void write_backward(Writer writer, const StageSpec& stage, const Sorted& sorted, const std::vector<int>& widths, int context) {
     if (stage.output == Output::norm) return;
     for (auto& wire : writer.wires) std::swap(wire.first, wire.second);
-    for (int map = int(sorted.maps.size()) - 1; map >= 0; --map) {
+    // Units of contexts come last: what they join has passed its gradient on to them by then.
+    std::vector<int> maps(sorted.maps.size());
+    std::iota(maps.begin(), maps.end(), 0);
+    if (is_network(stage.output)) std::rotate(maps.begin(), maps.begin() + int(stage.maps.size() + stage.direct()), maps.end());
+    for (size_t k = maps.size(); k-- > 0;) {
+        const int map = maps[k];
         const Staircase& stairs = sorted.maps[size_t(map)];
         const int from = writer.wires[size_t(map)].first, to = writer.wires[size_t(map)].second, end = widths[size_t(from)];
         // The variables of a network have a gradient from the law already; so have the units of a Linear, from its diagonal.
@@ -177,7 +189,7 @@ void write_backward(Writer writer, const StageSpec& stage, const Sorted& sorted,
             strip(0, widths[size_t(to)]);
         } else {  // apart, so that training can leave out the context
             if (to == kTile) strip(0, context);
-            strip(to == kTile ? context : 0, stairs.inputs);
+            strip(to == kTile ? std::min(context, stairs.inputs) : 0, stairs.inputs);
         }
     }
 }
@@ -192,7 +204,7 @@ Layout::Layout(const Plan& plan, Direction direction)
         std::vector<Step> steps;
         const Writer writer{steps, size_, plan.wires(k)};
         if (direction == Direction::density) write_density(writer, stage, sorted, plan.widths(k));
-        if (direction == Direction::sampler) write_sampler(writer, stage, sorted, plan.context());
+        if (direction == Direction::sampler) write_sampler(writer, stage, sorted, plan.widths(k), plan.context());
         if (direction == Direction::backward) write_backward(writer, stage, sorted, plan.widths(k), plan.context());
         std::vector<Block> blocks;
         for (size_t m = 0; m < sorted.maps.size(); ++m) blocks.push_back({&sorted.maps[m], plan.weight_offset(k, m), {}});

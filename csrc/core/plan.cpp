@@ -22,12 +22,16 @@ namespace {
     pthread_atfork([] { making().lock(); }, [] { making().unlock(); }, [] { making().unlock(); });
 
 // What each map of a stage reads and writes.
-std::vector<std::pair<int, int>> wires_of(const StageSpec& stage) {
+std::vector<std::pair<int, int>> wires_of(const StageSpec& stage, int context) {
     std::vector<std::pair<int, int>> wires;
     if (stage.output == Output::linear) return {{kVariables, 0}, {0, 1}};
+    if (stage.output == Output::norm) return {{kVariables, 0}};
+    const int maps = int(stage.maps.size()), contexts = int(stage.joined().size());
     wires.reserve(stage.maps.size() + 1);
-    for (int m = 0; m < int(stage.maps.size()); ++m) wires.push_back({m ? m - 1 : kTile, m});
-    if (stage.direct()) wires.push_back({stage.late_context() ? kTile : kVariables, int(stage.maps.size()) - 1});
+    wires.push_back({stage.maps[0].context || context == 0 ? kTile : kVariables, 0});
+    for (int m = 1; m < maps; ++m) wires.push_back({m - 1, m});
+    if (stage.direct()) wires.push_back({stage.late_context() ? kTile : kVariables, maps - 1});
+    for (int c = 0; c < contexts; ++c) wires.push_back({kTile, maps + c});
     return wires;
 }
 
@@ -53,7 +57,7 @@ Plan::Plan(FlowSpec spec) : spec_(std::move(spec)) {
 // Sorts the units of a stage, and sizes the buffers that its maps share with those of other stages.
 void Plan::shape_stage(const StageSpec& stage) {
     sorted_.push_back(sort_stage(stage, spec_.context));
-    wires_.push_back(wires_of(stage));
+    wires_.push_back(wires_of(stage, spec_.context));
     const Sorted& sorted = sorted_.back();
     std::vector<int> widths, adds;
     std::vector<char> activated;
@@ -67,23 +71,46 @@ void Plan::shape_stage(const StageSpec& stage) {
     }
     std::vector<char> raw(widths.size(), 0);
     for (int map : adds)
-        if (map >= 0 && activated[size_t(map)]) raw[size_t(map)] = 1;
-    for (size_t m = 0; m + 1 < widths.size(); ++m) row_path_ = row_path_ && activated[m] && adds[m] < 0;
-    row_path_ = row_path_ && stage.output == Output::transform && !stage.direct();
+        if (map >= 0 && (activated[size_t(map)] || !stage.maps[size_t(map)].norm_scale.empty())) raw[size_t(map)] = 1;
+    for (size_t m = 0; m + 1 < widths.size(); ++m) row_path_ = row_path_ && activated[m] && adds[m] < 0 && stage.maps[m].norm_scale.empty();
+
+    std::vector<int> context_units(stage.maps.size(), -1);
+    std::vector<Joins> joins;
+    for (const MapSpec& map : stage.maps) joins.push_back(map.joins);
+    for (int m : stage.joined()) {
+        context_units[size_t(m)] = int(widths.size());
+        widths.push_back(widths[size_t(m)]);
+    }
+    std::vector<const int*> added(stage.maps.size(), nullptr), adders(added);
+    for (size_t m = 0; m < sorted.added.size(); ++m) {
+        if (sorted.added[m].empty()) continue;
+        const size_t from = size_t(adds[m]);
+        adder_rows_.emplace_back(size_t(widths[from]), -1);
+        for (int j = 0; j < widths[m]; ++j) adder_rows_.back()[size_t(sorted.added[m][size_t(j)])] = j;
+        added[m] = sorted.added[m].data();
+        adders[m] = adder_rows_.back().data();
+    }
+
+    const bool joined = widths.size() > stage.maps.size() && is_network(stage.output);
+    row_path_ = row_path_ && stage.output == Output::transform && !stage.direct() && !joined && wires_.back()[0].first == kTile;
     clips_ = clips_ || stage.input_clip > 0;
-    late_context_ = late_context_ || stage.late_context();
+    late_context_ = late_context_ || stage.late_context() || joined;
     has_base_ = is_base(stage.output);
     unit_rows_.resize(std::max(unit_rows_.size(), widths.size()));
     raw_rows_.resize(unit_rows_.size());
     for (size_t m = 0; m < widths.size(); ++m) {
         const int rows = (widths[m] + 15) / 16 * 16;
         unit_rows_[m] = std::max(unit_rows_[m], rows);
-        if (raw[m]) raw_rows_[m] = std::max(raw_rows_[m], rows);
+        if (m < raw.size() && raw[m]) raw_rows_[m] = std::max(raw_rows_[m], rows);
     }
     widths_.push_back(widths);
     adds_.push_back(adds);
     activated_.push_back(activated);
     raw_.push_back(raw);
+    context_units_.push_back(std::move(context_units));
+    joins_.push_back(std::move(joins));
+    added_.push_back(std::move(added));
+    adders_.push_back(std::move(adders));
 }
 
 // Which row of its tile each variable has in every stage, and where it goes from there.
@@ -140,16 +167,18 @@ void Plan::index_parameters() {
             // The user's final rows in the order of the sorted variables, those of one variable together.
             std::vector<int> user_first(1, 0);
             for (int rows : stage.rows) user_first.push_back(user_first.back() + rows);
-            std::vector<int64_t> final_rows;
+            std::vector<int64_t> final_rows, of_contexts;
             for (int s = 0; s < features; ++s)
                 for (int p = 0; p < stage.rows[size_t(sorted.variables[size_t(s)])]; ++p)
                     final_rows.push_back(user_first[size_t(sorted.variables[size_t(s)])] + p);
             for (size_t m = 0; m < stage.maps.size(); ++m) {
                 const MapSpec& map = stage.maps[m];
                 const bool final = m + 1 == stage.maps.size();
-                const int skip = m == 0 ? context : 0;
+                const bool joins = map.joins != Joins::none;
+                const int skip = m == 0 && map.context ? context : 0;
                 const int64_t weight = parameter_count_, bias = weight + int64_t(map.rows) * map.inputs, of_context = bias + map.rows;
-                parameter_count_ = of_context + (map.context ? int64_t(map.rows) * context : 0);
+                of_contexts.push_back(of_context);
+                parameter_count_ = of_context + (map.context || joins ? int64_t(map.rows) * context : 0) + (map.context_bias ? map.rows : 0);
                 auto row_of = [&](int j) { return final ? final_rows[size_t(j)] : int64_t(sorted.units[m][size_t(j)]); };
                 auto at = [&](int j, int i) {
                     if (i < skip) return of_context + row_of(j) * context + i;
@@ -167,6 +196,12 @@ void Plan::index_parameters() {
                 };
                 add(stage.maps.size(), at, none);
             }
+            for (int m : stage.joined()) {
+                const int64_t weight = of_contexts[size_t(m)], bias = weight + int64_t(stage.maps[size_t(m)].rows) * context;
+                const std::vector<int>& units = sorted.units[size_t(m)];
+                add(weight_offset.size(), [&](int j, int i) { return weight + int64_t(units[size_t(j)]) * context + i; },
+                    [&](int j) { return bias + units[size_t(j)]; });
+            }
         }
         if (parameter_count_ > int64_t(std::numeric_limits<uint32_t>::max()))
             throw std::invalid_argument("the flow has more than 2^32 parameters");
@@ -177,7 +212,12 @@ void Plan::index_parameters() {
 
 int Plan::bias_count(size_t stage, size_t map) const {
     const StageSpec& spec = spec_.stages[stage];
-    const bool without = spec.output == Output::linear ? map == 0 : is_network(spec.output) && map >= spec.maps.size();
+    bool without = spec.output == Output::linear && map == 0;
+    if (is_network(spec.output) && map >= spec.maps.size()) {
+        const size_t behind = map - spec.maps.size();
+        without = spec.direct() && behind == 0;
+        if (!without) without = !spec.maps[size_t(spec.joined()[behind - spec.direct()])].context_bias;
+    }
     return without ? 0 : sorted_[stage].maps[map].rows();
 }
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <list>
 #include <memory>
 #include <tuple>
 #include <utility>
@@ -43,12 +44,17 @@ public:
     // [features] row of the next tile that takes the s-th variable
     const std::vector<int>& next(size_t stage) const { return next_[stage]; }
 
-    // The maps of a stage that have units of their own; direct weights share the final rows.
+    // The maps of a stage that have units of their own; direct weights share the final rows, the maps of contexts come last.
     const std::vector<int>& widths(size_t stage) const { return widths_[stage]; }         // rows of each, those that nobody reads left out
     const std::vector<int>& adds(size_t stage) const { return adds_[stage]; }             // the map whose sums are added, or -1
     const std::vector<char>& activated(size_t stage) const { return activated_[stage]; }  // whether its units are activated
     const std::vector<char>& raw(size_t stage) const { return raw_[stage]; }              // whether its sums are kept beside its units
-    size_t written(size_t stage, size_t map) const { return map < widths_[stage].size() ? map : widths_[stage].size() - 1; }
+    size_t written(size_t stage, size_t map) const { return size_t(wires_[stage][map].second); }
+    const std::vector<int>& context_units(size_t stage) const { return context_units_[stage]; }   // that join the sums of each map, or -1
+    const std::vector<Joins>& joins(size_t stage) const { return joins_[stage]; }
+    // Which row each row adds, and is added by, where it is not its own; see StageView.
+    const std::vector<const int*>& added(size_t stage) const { return added_[stage]; }
+    const std::vector<const int*>& adders(size_t stage) const { return adders_[stage]; }
     // What each map reads and writes.
     const std::vector<std::pair<int, int>>& wires(size_t stage) const { return wires_[stage]; }
     // What the buffer of map m must hold in any stage: rows of units, and of the sums beside them. A whole vector may begin at any row.
@@ -63,7 +69,7 @@ public:
     const Range<Out>& range() const {
         return std::get<Range<Out>>(ranges_);
     }
-    bool late_context() const { return late_context_; }  // whether a context is read behind the first map of a stage
+    bool late_context() const { return late_context_; }  // whether a context is read elsewhere than by the first map of a stage
     bool row_path() const { return row_path_; }          // whether the path of a single row can run all stages
 
     // The master is a gather of the user's flat parameters: entry i is number index()[i] of them.
@@ -86,7 +92,10 @@ private:
     std::vector<Sorted> sorted_;
     std::vector<std::vector<std::pair<int, int>>> wires_;
     bool has_base_ = false, row_path_ = true, late_context_ = false, clips_ = false;
-    std::vector<std::vector<int>> widths_, adds_;
+    std::vector<std::vector<int>> widths_, adds_, context_units_;
+    std::vector<std::vector<Joins>> joins_;
+    std::vector<std::vector<const int*>> added_, adders_;
+    std::list<std::vector<int>> adder_rows_;
     std::vector<std::vector<char>> activated_, raw_;  // booleans, one byte each
     std::vector<int> unit_rows_, raw_rows_;
     std::vector<std::vector<int>> place_;  // [stage][variable] row, after the context, in the tile of a stage; then of the noise

@@ -72,7 +72,7 @@ Sorted sort_stage(const StageSpec& stage, int context) {
     for (int coordinate : sorted.variables) sorted.first.push_back(sorted.first.back() + stage.rows[size_t(coordinate)]);
 
     // Inputs of the first map: the context, which everybody may read, then the variables.
-    std::vector<int64_t> inputs(size_t(context), INT64_MIN);
+    std::vector<int64_t> inputs(stage.maps[0].context ? size_t(context) : 0, INT64_MIN);
     inputs.insert(inputs.end(), ranks.begin(), ranks.end());
     auto add_map = [&](const std::vector<int64_t>& reads, const std::vector<int64_t>& degrees) {
         sorted.maps.push_back(staircase(int(reads.size())));
@@ -86,6 +86,12 @@ Sorted sort_stage(const StageSpec& stage, int context) {
         sorted.known.push_back(known);
         add_map(inputs, degrees);
         inputs = degrees;
+        sorted.added.emplace_back();
+        if (const int adds = stage.maps[m].adds; adds >= 0 && sorted.units[m] != sorted.units[size_t(adds)]) {
+            std::vector<int> place(size_t(stage.maps[m].rows));
+            for (size_t j = 0; j < place.size(); ++j) place[size_t(sorted.units[size_t(adds)][j])] = int(j);
+            for (int unit : sorted.units[m]) sorted.added.back().push_back(place[size_t(unit)]);
+        }
     }
     std::vector<int64_t> outputs;  // strictly below the rank
     for (size_t s = 0; s < ranks.size(); ++s) outputs.insert(outputs.end(), size_t(sorted.first[s + 1] - sorted.first[s]), ranks[s] - 1);
@@ -94,6 +100,10 @@ Sorted sort_stage(const StageSpec& stage, int context) {
         inputs.assign(stage.late_context() ? size_t(context) : 0, INT64_MIN);
         if (stage.skip) inputs.insert(inputs.end(), ranks.begin(), ranks.end());
         add_map(inputs, outputs);
+    }
+    for (int m : stage.joined()) {
+        sorted.maps.push_back(staircase(context));
+        for (int j = 0; j < stage.maps[size_t(m)].rows; ++j) add_row(sorted.maps.back(), context);
     }
     return sorted;
 }

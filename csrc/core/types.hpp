@@ -21,7 +21,12 @@ struct MapSpec {
     std::vector<int64_t> degrees;
     bool context = false;    // of the first and the final map: reads the context too; its weights (rows, C) follow the bias in the flat parameters
     bool activated = false;  // the next map reads activations
-    int adds = -1;           // the hidden map whose sums are added to those of this one; its units have the same degrees
+    int adds = -1;           // the hidden map whose sums are added to those of this one, unit by unit; its units have no higher degrees
+    // Of a hidden map: units of their own take what the context gives, which then joins the sums; (rows, C) weights and, if there are any,
+    // biases follow the bias of the map.
+    Joins joins = Joins::none;
+    bool context_bias = false;
+    std::vector<double> norm_scale{}, norm_shift{};  // of a hidden map, or none: its units are sum * scale + shift, or the activation of that
 };
 
 // One step of the flow: a masked network with what its outputs feed, a Linear, or a norm.
@@ -48,6 +53,13 @@ struct StageSpec {
     bool late_context() const { return maps.size() > 1 && maps.back().context; }
     // There are weights from the tile of variables to the final rows.
     bool direct() const { return skip || late_context(); }
+    // The maps whose context has units of its own, in order: the maps of these units are the last ones, behind the direct weights.
+    std::vector<int> joined() const {
+        std::vector<int> result;
+        for (const MapSpec& map : maps)
+            if (map.joins != Joins::none) result.push_back(int(&map - maps.data()));
+        return result;
+    }
 };
 
 // Numbers somewhere in memory, at any alignment.

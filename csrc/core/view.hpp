@@ -11,6 +11,8 @@ constexpr bool keeps_argument(Activation a) { return a == Activation::gelu || a 
 
 enum class Law : int { exp, exp_soft, softplus, sigmoid, log_precision, clamp };
 enum class Form : int { standardize, affine };
+// How the units of a context join the sums of a map: added; their activations added; or as factors sigmoid(unit).
+enum class Joins : int { none, added, activated, gated };
 // What becomes of the outputs of a stage: parameters of a law, or of the conditionals of a base; a linear map; a norm per variable.
 enum class Output : int { transform, mixture, bernoulli, categorical, linear, norm };
 constexpr bool is_base(Output o) { return o == Output::mixture || o == Output::bernoulli || o == Output::categorical; }
@@ -48,11 +50,19 @@ template <class T>
 struct StageView {
     Output output;
     int features, context;
-    int maps;                   // those with units of their own
-    const int* rows;            // [maps] rows of each, the units that nobody reads left out
+    int maps;                   // those with units of their own, but for those of contexts, whose units lie behind
+    const int* rows;            // [maps + contexts] rows of each, the units that nobody reads left out
+    int contexts;
+    bool plain;                 // no map has anything beside its sums: no others that are added, no context of its own, no norm
     const char* activated;      // [maps]
     const int* adds;            // [maps] map whose sums are added, or -1
-    const char* raw;            // [maps] whether the sums are kept beside the activations
+    const int* const* added;    // [maps] the row of these sums that each row adds, or null: its own
+    const int* const* adders;   // [maps] the row of the adding map that adds each row of these sums, -1: none; or null: its own
+    const char* raw;            // [maps] whether the sums are kept beside the units
+    const int* context_units;   // [maps] the units of a context that join the sums, or -1
+    const Joins* joins;         // [maps]
+    const T* const* norm_scale;  // [maps] units are sum * scale + shift before they are activated; or null
+    const T* const* norm_shift;
     Activation activation;
     Law law;
     Form form;

@@ -41,6 +41,18 @@ Weights<T>::Weights(std::shared_ptr<const Plan> plan) : plan_(std::move(plan)), 
         }
         bias_.emplace_back();
         for (const Staircase& map : sorted.maps) bias_[k].emplace_back(size_t(padded_rows(map.rows())), T(0));
+        norm_scale_.emplace_back();
+        norm_shift_.emplace_back();
+        auto norm = [&](size_t m, const std::vector<double>& values) -> const T* {
+            if (values.empty()) return nullptr;
+            norms_.emplace_back();
+            for (int unit : sorted.units[m]) norms_.back().push_back(T(values[size_t(unit)]));
+            return norms_.back().data();
+        };
+        for (size_t m = 0; m < stage.maps.size(); ++m) {
+            norm_scale_[k].push_back(norm(m, stage.maps[m].norm_scale));
+            norm_shift_[k].push_back(norm(m, stage.maps[m].norm_shift));
+        }
         bias_pointers_.emplace_back();
         for (const auto& bias : bias_[k]) bias_pointers_[k].push_back(bias.data());
     }
@@ -188,10 +200,20 @@ StageView<T> Weights<T>::view(size_t k) const {
     view.output = stage.output;
     view.features = plan.features();
     view.context = plan.context();
-    view.maps = int(plan.widths(k).size());
+    view.maps = int(plan.adds(k).size());
+    view.contexts = int(plan.widths(k).size()) - view.maps;
     view.rows = plan.widths(k).data();
     view.activated = plan.activated(k).data();
     view.adds = plan.adds(k).data();
+    view.added = plan.added(k).data();
+    view.adders = plan.adders(k).data();
+    view.context_units = plan.context_units(k).data();
+    view.joins = plan.joins(k).data();
+    view.plain = view.contexts == 0;
+    for (size_t m = 0; m < plan.adds(k).size(); ++m)
+        view.plain = view.plain && plan.adds(k)[m] < 0 && (m >= stage.maps.size() || stage.maps[m].norm_scale.empty());
+    view.norm_scale = norm_scale_[k].data();
+    view.norm_shift = norm_shift_[k].data();
     view.raw = plan.raw(k).data();
     view.activation = stage.activation;
     view.law = stage.law;

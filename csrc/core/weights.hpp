@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <list>
 #include <memory>
 #include <vector>
 
@@ -73,6 +74,8 @@ private:
     double constant_ = 0;
     std::vector<std::vector<AlignedVector<T>>> bias_;  // [stage][map], with padded_rows
     std::vector<std::vector<const T*>> bias_pointers_;
+    std::list<std::vector<T>> norms_;                                     // of hidden maps, in the order of their units
+    std::vector<std::vector<const T*>> norm_scale_, norm_shift_;          // [stage][map], or null
     Lazy<Packed> packed_[3];  // by direction
 };
 

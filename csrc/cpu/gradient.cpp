@@ -525,14 +525,21 @@ private:
                     own.units = carve.take<T*>(widths.size());
                     own.raw = carve.take<T*>(widths.size());
                     own.delta = carve.take<T*>(widths.size());
+                    own.alone = carve.take<T*>(widths.size());
+                    own.whole = carve.take<T*>(widths.size());
                     for (size_t m = 0; m < widths.size(); ++m) {
                         const bool argument = m < stage.maps.size() && stage.maps[m].activated && keeps_argument(stage.activation);
                         const size_t size = size_t(widths[m]) * lanes;
                         T* const units = owner.places_[k].units[m] == kNowhere ? carve.take<T>(size) : nullptr;
-                        T* const raw = argument || plan.raw(k)[m] ? carve.take<T>(size) : nullptr;
+                        T* const raw = argument || (m < plan.raw(k).size() && plan.raw(k)[m]) ? carve.take<T>(size) : nullptr;
+                        const bool gated = m < stage.maps.size() && stage.maps[m].joins == Joins::gated;
+                        T* const alone = gated ? carve.take<T>(size) : nullptr;
+                        T* const whole = gated && stage.maps[m].adds >= 0 ? carve.take<T>(size) : nullptr;
                         if (!own.units) continue;  // measuring
                         own.units[m] = units;
                         own.raw[m] = raw;
+                        own.alone[m] = alone;
+                        own.whole[m] = whole;
                     }
                 }
                 if (trace) trace[k] = own;

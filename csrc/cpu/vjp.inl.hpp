@@ -84,10 +84,14 @@ static void forward(const StageView<T>& stage, const Trace<T>& here, const Trace
                 density_law<T>(stage, step, here.units, 0, here.x + stage.context * L, behind, vectors, log_det);
             continue;
         }
-        const int add = step.map < stage.maps && step.finish == Finish::unit ? stage.adds[step.map] : -1;
-        const T* added = add < 0 ? nullptr : here.raw[add] ? here.raw[add] : here.units[add];
-        run_panel<T>(stage, step, buffer<T>(stage, step.in, here.read, here.units), here.units[step.out],
-                     step.map < stage.maps ? here.raw[step.map] : nullptr, added, vectors, nullptr);
+        const bool complete = step.finish == Finish::unit;
+        const int add = complete ? stage.adds[step.map] : -1, context = complete ? stage.context_units[step.map] : -1;
+        Beside<T> beside{};
+        if (step.map < stage.maps) beside.raw = here.raw[step.map];
+        if (add >= 0) beside.add = here.raw[add] ? here.raw[add] : here.units[add];
+        if (context >= 0) beside.context = here.units[context], beside.alone = here.alone[step.map];
+        run_panel<T>(stage, step, buffer<T>(stage, step.in, here.read, here.units), here.units[step.out], beside.of(stage, step), vectors,
+                     nullptr);
     }
 }
 
@@ -128,6 +132,53 @@ static void backward_law(const StageView<T>& stage, const Trace<T>& here, int ve
         }
 }
 
+// Behind the panels of a step, whose rows hold the gradient in the units of a hidden map: the gradients in its sums, in the sums of its
+// weights and in the units of its context.
+template <class T>
+static void backward_units(const StageView<T>& stage, const Trace<T>& here, const Step& step, int vectors) {
+    constexpr int W = Lanes<T>::W, L = lanes_of<T>();
+    const int map = step.out, first = step.row * L;
+    T* const out = here.delta[map] + first;
+    const T* const scale = stage.norm_scale[map];
+    if (stage.activated[map]) {
+        const T* const unit = (keeps_argument(stage.activation) ? here.raw[map] : here.units[map]) + first;
+        if (scale && keeps_argument(stage.activation)) {
+            T argument[L] __attribute__((aligned(64)));
+            for (int r = 0; r < step.rows; ++r) {
+                const Vec<T> own = splat<T>(scale[step.row + r]), shift = splat<T>(stage.norm_shift[map][step.row + r]);
+                for (int j = 0; j < vectors; ++j) at(argument + j * W) = fma(at(unit + r * L + j * W), own, shift);
+                times_derivative<T>(stage.activation, out + r * L, argument, 1, vectors, L);
+            }
+        } else {
+            times_derivative<T>(stage.activation, out, unit, step.rows, vectors, L);
+        }
+    }
+    for (int r = 0; scale && r < step.rows; ++r)
+        for (int j = 0; j < vectors; ++j) at(out + r * L + j * W) *= scale[step.row + r];
+    for (int m = map + 1; m < stage.maps; ++m) {
+        if (stage.adds[m] != map) continue;
+        const T* const from = here.whole[m] ? here.whole[m] : here.delta[m];
+        for (int r = 0; r < step.rows; ++r) {
+            const int row = stage.adders[m] ? stage.adders[m][step.row + r] : step.row + r;
+            for (int j = 0; row >= 0 && j < vectors; ++j) at(out + r * L + j * W) += at(from + row * L + j * W);
+        }
+    }
+    const int context = stage.context_units[map];
+    if (context < 0) return;
+    T* const joined = here.delta[context] + first;
+    const T* const unit = here.units[context] + first;
+    const bool gated = stage.joins[map] == Joins::gated;
+    for (int r = 0; r < step.rows; ++r)
+        for (int j = 0; j < vectors; ++j) {
+            const int own = r * L + j * W;
+            const Vec<T> whole = at(out + own), gate = at(unit + own);
+            if (here.whole[map]) at(here.whole[map] + first + own) = whole;
+            at(joined + own) = gated ? whole * at(here.alone[map] + first + own) * gate * (1 - gate) : whole;
+            if (gated) at(out + own) = whole * gate;
+        }
+    if (stage.joins[map] == Joins::activated) times_derivative<T>(stage.activation, joined, unit, step.rows, vectors, L);
+}
+
 template <class T>
 static void backward(const StageView<T>& stage, const Trace<T>& here, int lanes, const T* cotangent, const T* above, T* below, int inner) {
     constexpr int W = Lanes<T>::W, L = lanes_of<T>();
@@ -154,15 +205,7 @@ static void backward(const StageView<T>& stage, const Trace<T>& here, int lanes,
         T* const out = buffer<T>(stage, step.out, below, here.delta) + step.row * L;
         panel<T>(vectors, step.width, stage.far, stage.tape + step.tape, here.delta[step.in] + step.begin * L, step.end - step.begin, step.rows,
                  step.start == Start::zero ? zeros : nullptr, false, out);
-        if (!hidden || !is_network(stage.output)) continue;
-        if (stage.activated[step.out]) {
-            const T* argument = keeps_argument(stage.activation) ? here.raw[step.out] : here.units[step.out];
-            times_derivative<T>(stage.activation, out, argument + step.row * L, step.rows, vectors, L);
-        }
-        for (int m = step.out + 1; m < stage.maps; ++m)
-            if (stage.adds[m] == step.out)
-                for (int r = 0; r < step.rows; ++r)
-                    for (int j = 0; j < vectors; ++j) at(out + r * L + j * W) += at(here.delta[m] + (step.row + r) * L + j * W);
+        if (hidden && is_network(stage.output)) backward_units<T>(stage, here, step, vectors);
     }
     for (int s = 0; clips && s < stage.features; ++s)
         for (int j = 0; j < vectors; ++j) {

@@ -78,18 +78,34 @@ FlowView<T> lay_out(Image& image, const Weights<T>& weights, Direction direction
     std::vector<int64_t> units, raw;  // rows that map m needs in any stage
     for (size_t k = 0; k < stages.size(); ++k) {
         StageView<T>& stage = stages[k];
-        const size_t maps = size_t(stage.maps);
-        units.resize(std::max(units.size(), maps), 0);
+        const size_t maps = size_t(stage.maps), all = maps + size_t(stage.contexts);
+        units.resize(std::max(units.size(), all), 0);
         raw.resize(units.size(), 0);
-        for (size_t m = 0; m < maps; ++m) {
+        for (size_t m = 0; m < all; ++m) {
             units[m] = std::max<int64_t>(units[m], stage.rows[m]);
-            if (stage.raw[m]) raw[m] = std::max<int64_t>(raw[m], stage.rows[m]);
+            if (m < maps && stage.raw[m]) raw[m] = std::max<int64_t>(raw[m], stage.rows[m]);
         }
         std::vector<const T*> bias;
         for (size_t m = 0; m < plan.sorted()[k].maps.size(); ++m)
             bias.push_back(image.put(stage.bias[m], size_t(padded_rows(plan.sorted()[k].maps[m].rows()))));
         stage.bias = image.put(bias);
-        stage.rows = image.put(stage.rows, maps);
+        if (is_network(stage.output)) {
+            std::vector<const int*> added;
+            std::vector<const T*> norm_scale, norm_shift;
+            for (size_t m = 0; m < maps; ++m) {
+                const size_t rows = size_t(stage.rows[m]);
+                added.push_back(stage.added[m] ? image.put(stage.added[m], rows) : nullptr);
+                norm_scale.push_back(stage.norm_scale[m] ? image.put(stage.norm_scale[m], rows) : nullptr);
+                norm_shift.push_back(stage.norm_shift[m] ? image.put(stage.norm_shift[m], rows) : nullptr);
+            }
+            stage.added = image.put(added);
+            stage.norm_scale = image.put(norm_scale);
+            stage.norm_shift = image.put(norm_shift);
+            stage.context_units = image.put(stage.context_units, maps);
+            stage.joins = image.put(stage.joins, maps);
+        }
+        stage.adders = nullptr;  // of gradients
+        stage.rows = image.put(stage.rows, all);
         stage.activated = image.put(stage.activated, maps);
         stage.adds = image.put(stage.adds, maps);
         stage.raw = image.put(stage.raw, maps);

@@ -17,7 +17,9 @@ namespace fastmaf {
 inline bool fits_tensor_cores(const Weights<float>& weights, size_t k) {
     const Plan& plan = weights.plan();
     const StageSpec& spec = plan.spec().stages[k];
-    if (spec.output != Output::transform || spec.direct()) return false;
+    if (spec.output != Output::transform || spec.direct() || !spec.joined().empty() || plan.wires(k)[0].first != kTile) return false;
+    for (const MapSpec& map : spec.maps)
+        if (!map.norm_scale.empty()) return false;
     for (size_t m = 0; m + 1 < plan.widths(k).size(); ++m)
         if (!plan.activated(k)[m] || plan.adds(k)[m] >= 0 || plan.raw(k)[m]) return false;
     for (size_t m = 0; m < spec.maps.size(); ++m) {

@@ -111,11 +111,16 @@ FASTMAF_FN void density_law(const StageView<T>& stage, const Step& step, T* cons
 template <class T>
 FASTMAF_INLINE void panel_step(const StageView<T>& stage, const Step& step, T* tile, T* const* units, T* const* raw, int64_t shift, int vectors,
                                const T* folded) {
-    const int add = step.finish == Finish::unit ? stage.adds[step.map] : -1;
-    const T* added = add < 0 ? nullptr : (stage.raw[add] ? raw[add] : units[add]) + shift;
-    T* kept = step.map < stage.maps && stage.raw[step.map] ? raw[step.map] + shift : nullptr;
-    run_panel<T>(stage, step, buffer<T>(stage, step.in, tile, units) + shift, buffer<T>(stage, step.out, tile, units) + shift, kept, added,
-                 vectors, folded);
+    const T* const in = buffer<T>(stage, step.in, tile, units) + shift;
+    T* const out = buffer<T>(stage, step.out, tile, units) + shift;
+    if (stage.plain) return run_panel<T>(stage, step, in, out, nullptr, vectors, folded);
+    const bool complete = step.finish == Finish::unit;
+    const int add = complete ? stage.adds[step.map] : -1, context = complete ? stage.context_units[step.map] : -1;
+    Beside<T> beside{};
+    if (step.map < stage.maps && stage.raw[step.map]) beside.raw = raw[step.map] + shift;
+    if (add >= 0) beside.add = (stage.raw[add] ? raw[add] : units[add]) + shift;
+    if (context >= 0) beside.context = units[context] + shift;
+    run_panel<T>(stage, step, in, out, beside.of(stage, step), vectors, folded);
 }
 
 }  // namespace FASTMAF_ISA

@@ -90,32 +90,86 @@ FASTMAF_INLINE P* buffer(const StageView<T>& stage, int wire, P* tile, P* const*
     return wire >= 0 ? units[wire] : wire == kTile ? tile : tile + stage.context * lanes_of<T>();
 }
 
-// A panel step of the density or the sampler. `in` holds the map's inputs and `out` takes its units; `raw` takes their sums if these are
-// kept beside the activations; `add` holds the sums that are added. `folded` as in Tile.
+// Whether a step begins with the context, so that a context that all rows share can be added to its bias.
+FASTMAF_INLINE bool folds(const Step& step) { return step.kind == Kind::panel && step.in == kTile && step.start == Start::bias && step.map == 0; }
+
+// What meets the sums of a map, from its first unit on; null where there is none.
 template <class T>
-FASTMAF_FN void run_panel(const StageView<T>& stage, const Step& step, const T* in, T* out, T* raw, const T* add, int vectors, const T* folded) {
+struct Beside {
+    T* raw;        // takes the sums, where they are kept beside the units
+    const T* add;  // the sums that are added
+    T* context;    // the units of a context that join the sums; gradients find in them what times_derivative asks for, or the gate
+    T* alone;      // takes the sums that a gate meets, for gradients
+
+    // Itself, or null where a map has nothing beside its sums.
+    FASTMAF_MEMBER const Beside* of(const StageView<T>& stage, const Step& step) const {
+        const bool complete = step.finish == Finish::unit;
+        return raw || add || context || (complete && stage.norm_scale[step.map]) ? this : nullptr;
+    }
+};
+
+// The units of a context join the rows of a step.
+template <class T>
+FASTMAF_FN void join(const StageView<T>& stage, const Step& step, T* sums, const Beside<T>& beside, int vectors) {
     constexpr int lanes = lanes_of<T>(), W = Lanes<T>::W;
-    const int skip = folded && step.in == kTile && step.start == Start::bias ? stage.context : 0;  // already in the folded bias
-    const T* bias = step.start == Start::partial ? nullptr : (skip ? folded : stage.bias[step.map]) + step.row;
-    const bool activated = step.finish == Finish::unit && stage.activated[step.map];
-    const bool rectify = activated && !raw && !add && stage.activation == Activation::relu;
-    T* const rows = out + step.row * lanes;
-    T* const sums = raw ? raw + step.row * lanes : rows;
-    panel<T>(vectors, step.width, stage.far, stage.tape + step.tape + skip * step.width, in + (step.begin + skip) * lanes,
-             step.end - step.begin - skip, step.rows, bias, rectify, sums);
-    if (step.finish == Finish::raw || rectify) return;
-    if (add || raw)
+    T* const units = beside.context + step.row * lanes;
+    auto each_unit = [&](auto f) {
         for (int r = 0; r < step.rows; ++r)
-            for (int j = 0; j < vectors; ++j) {
-                Vec<T> sum = at(sums + r * lanes + j * W);
-                if (add) at(sums + r * lanes + j * W) = sum += at(add + (step.row + r) * lanes + j * W);
-                if (raw) at(rows + r * lanes + j * W) = sum;
-            }
-    if (activated) activate<T>(stage.activation, rows, step.rows, vectors, lanes);
+            for (int j = 0; j < vectors; ++j) f(r * lanes + j * W);
+    };
+    const Joins joins = stage.joins[step.map];
+    if (joins == Joins::added) return each_unit([&](int place) { at(sums + place) += at(units + place); });
+    if (joins == Joins::gated)
+        return each_unit([&](int place) {
+            const Vec<T> gate = sigmoid<T>(at(units + place)), sum = at(sums + place);
+            at(units + place) = gate;
+            if (beside.alone) at(beside.alone + step.row * lanes + place) = sum;
+            at(sums + place) = sum * gate;
+        });
+    with_activation<T>(stage.activation, [&](auto f) {
+        each_unit([&](int place) {
+            const Vec<T> unit = f(at(units + place));
+            if (!keeps_argument(stage.activation)) at(units + place) = unit;
+            at(sums + place) += unit;
+        });
+    });
 }
 
-// Whether a step begins with the context, so that a context that all rows share can be added to its bias.
-FASTMAF_INLINE bool folds(const Step& step) { return step.kind == Kind::panel && step.in == kTile && step.start == Start::bias; }
+// What becomes of complete sums before they are activated: they meet what is beside them.
+template <class T>
+FASTMAF_FN void meet(const StageView<T>& stage, const Step& step, T* sums, T* rows, const Beside<T>& beside, int vectors) {
+    constexpr int lanes = lanes_of<T>(), W = Lanes<T>::W;
+    const T* const scale = stage.norm_scale[step.map];
+    const int* const added = stage.added[step.map];
+    if (beside.context) join<T>(stage, step, sums, beside, vectors);
+    for (int r = 0; r < step.rows; ++r) {
+        const int row = step.row + r, from = added ? added[row] : row;
+        for (int j = 0; j < vectors; ++j) {
+            Vec<T> sum = at(sums + r * lanes + j * W);
+            if (beside.add) at(sums + r * lanes + j * W) = sum += at(beside.add + from * lanes + j * W);
+            if (scale) sum = fma(sum, splat<T>(scale[row]), splat<T>(stage.norm_shift[step.map][row]));
+            if (beside.raw || scale) at(rows + r * lanes + j * W) = sum;
+        }
+    }
+}
+
+// A panel step of the density or the sampler. `in` holds the map's inputs and `out` takes its units. `beside` is null where there is
+// nothing beside the sums. `folded` as in Tile.
+template <class T>
+FASTMAF_FN void run_panel(const StageView<T>& stage, const Step& step, const T* in, T* out, const Beside<T>* beside, int vectors, const T* folded) {
+    constexpr int lanes = lanes_of<T>();
+    const int skip = folded && folds(step) ? stage.context : 0;  // already in the folded bias
+    const T* bias = step.start == Start::partial ? nullptr : (skip ? folded : stage.bias[step.map]) + step.row;
+    const bool complete = step.finish == Finish::unit, activated = complete && stage.activated[step.map];
+    const bool rectify = activated && !beside && stage.activation == Activation::relu;
+    T* const rows = out + step.row * lanes;
+    T* const sums = beside && beside->raw ? beside->raw + step.row * lanes : rows;
+    panel<T>(vectors, step.width, stage.far, stage.tape + step.tape + skip * step.width, in + (step.begin + skip) * lanes,
+             step.end - step.begin - skip, step.rows, bias, rectify, sums);
+    if (!complete || rectify) return;
+    if (beside) meet<T>(stage, step, sums, rows, *beside, vectors);
+    if (activated) activate<T>(stage.activation, rows, step.rows, vectors, lanes);
+}
 
 // One context, whose numbers lie `stride` apart, added to the biases of such a step.
 template <class T>

@@ -35,26 +35,19 @@ std::vector<Wire> wires_of(const Network& network) {
     return wires;
 }
 
-std::string missing_in(const Network& network, bool reads_noise, int64_t context_features) {
+std::string missing_in(const Network& network, bool reads_noise) {
     if (reads_noise) return "direction 'noise' of an Autoregressive layer";
-    const std::vector<const Dense*> maps = network.maps();
-    const std::vector<Wire> wires = wires_of(network);
-    for (size_t m = 0; m < maps.size(); ++m)
-        if (wires[m].adds >= 0 && *maps[m]->degrees != *maps[size_t(wires[m].adds)]->degrees)
-            return "a residual block that changes the degrees of its units";
-    std::string modes;
-    bool fits = maps[0]->context == (context_features ? "added" : "none");
-    for (size_t m = 0; m < maps.size(); ++m) {
-        if (maps[m]->norm_scale) return "an inner batch norm";
-        if (maps[m]->rows() > kWidest) return "a map of " + std::to_string(maps[m]->rows()) + " rows";
-        const bool last = m + 1 == maps.size();
-        fits = fits && (m == 0 || maps[m]->context == "none" || (last && maps[m]->context == "added"));
-        modes += (m ? ", " : "") + maps[m]->context;
-    }
-    for (const Dense* map : maps)
-        if (map->context_bias) return "a context map with a bias of its own";
-    if (!fits) return "a context that enters as " + modes + " (the core has: added, at the first map of every layer, and at the last)";
+    for (const Dense* map : network.maps())
+        if (map->rows() > kWidest) return "a map of " + std::to_string(map->rows()) + " rows";
+    if (network.maps()[0]->norm_scale) return "an inner batch norm in front of the first map";
+    const Dense& final = network.final;
+    if (final.context_bias || (final.context != "none" && final.context != "added"))
+        return "a context that enters the final map " + (final.context == "added" ? "with a bias of its own" : final.context);
     return "";
+}
+
+Joins joins_of(const std::string& context) {
+    return context == "activated" ? Joins::activated : context == "gated" ? Joins::gated : Joins::added;
 }
 
 // ((x - a) p - b) q = (x - (a + b / p)) p q, `place` telling which entry of the second belongs to each of the first.
@@ -141,7 +134,14 @@ StageSpec network_stage(const Network& network, const std::vector<int64_t>& rank
             map.degrees.assign(member->degrees.begin() + int64_t(unit), member->degrees.begin() + int64_t(unit) + map.rows);
             unit += size_t(map.rows);
         }
-        map.context = dense->context == "added";
+        const bool end = stage.maps.empty() || dense == &network.final;
+        map.context = end && dense->context == "added" && !dense->context_bias;
+        if (!map.context && dense->context != "none") map.joins = joins_of(dense->context);
+        map.context_bias = dense->context_bias.has_value();
+        if (dense->norm_scale) {  // in front of this map, behind the one before
+            stage.maps.back().norm_scale = widened(*dense->norm_scale);
+            stage.maps.back().norm_shift = widened(*dense->norm_shift);
+        }
         map.activated = wires[stage.maps.size()].activated;
         map.adds = wires[stage.maps.size()].adds;
         stage.maps.push_back(std::move(map));
@@ -189,14 +189,14 @@ bool reads_context(const Record& record) {
 
 std::string unsupported(const Record& record) {
     if (const auto* base = std::get_if<Terminal>(&record.base)) {
-        std::string missing = missing_in(base->network, false, record.context_features);
+        std::string missing = missing_in(base->network, false);
         if (!missing.empty()) return missing;
     }
     for (size_t k = front_of(record.layers); k < record.layers.size(); ++k) {
         const Layer& layer = record.layers[k];
         if (std::holds_alternative<Elementwise>(layer)) return "a Elementwise layer behind other layers";
         if (const auto* made = std::get_if<Autoregressive>(&layer)) {
-            std::string missing = missing_in(made->network, made->reads_noise, record.context_features);
+            std::string missing = missing_in(made->network, made->reads_noise);
             if (!missing.empty()) return missing;
         }
     }

@@ -723,8 +723,8 @@ def _unsupported(layer: Any, front: bool) -> str | None:
         return f"direction {layer.direction!r} of an Autoregressive layer"
     if law.kind not in ("exp", "exp_soft") or law.form != "standardize":
         return f"law {law.kind!r} in form {law.form!r}"
-    if any(block.kind == "residual" for block in net.blocks):
-        return "residual blocks"
+    if kinds := [block.kind for block in net.blocks if block.kind != "plain"]:
+        return f"{kinds[0]} blocks"
     if net.hidden and not net.final_activation:
         return "a conditioner without activation in front of its final map"
     if net.skip is not None:

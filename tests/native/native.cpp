@@ -86,6 +86,9 @@ struct Network {
     bool ties = false;   // variables share ranks
     int beyond = 0;      // degrees are below features + beyond: nobody reads those that are not below features
     bool after = false;  // an Affine follows
+    Joins joins = Joins::none;  // how the context enters the hidden maps, every second of them with a bias
+    bool grows = false;         // residual blocks end in units of other degrees
+    bool normed = false;        // behind every hidden map, but for every third
 };
 
 StageSpec network(int features, int context, const Network& n, Random& rng) {
@@ -104,8 +107,17 @@ StageSpec network(int features, int context, const Network& n, Random& rng) {
     stage.components = n.components;
     int inputs = features;
     auto add = [&](int width, std::vector<int64_t> degrees, bool activated, int adds) {
-        const bool reads_context = stage.maps.empty() || (n.late && degrees.empty());
-        stage.maps.push_back({width, inputs, std::move(degrees), reads_context && context > 0, activated, adds});
+        const bool final = degrees.empty(), reads_context = (stage.maps.empty() && n.joins == Joins::none) || (n.late && final);
+        MapSpec map{width, inputs, std::move(degrees), reads_context && context > 0, activated, adds};
+        if (!final && n.joins != Joins::none) {
+            map.joins = n.joins;
+            map.context_bias = stage.maps.size() % 2 == 0;
+        }
+        if (!final && n.normed && stage.maps.size() % 3 != 2) {
+            map.norm_scale = normals(size_t(width), rng, 1.0);
+            map.norm_shift = normals(size_t(width), rng, 0.3);
+        }
+        stage.maps.push_back(std::move(map));
         inputs = width;
     };
     auto degrees = [&](int width) {
@@ -116,7 +128,8 @@ StageSpec network(int features, int context, const Network& n, Random& rng) {
     if (n.residual) {
         add(n.hidden[0], degrees(n.hidden[0]), true, -1);
         for (size_t block = 0; block < n.hidden.size(); ++block) {
-            const std::vector<int64_t> same = stage.maps[0].degrees;
+            std::vector<int64_t> same = stage.maps.back().degrees;
+            for (int64_t& degree : same) degree += n.grows ? int64_t(rng() % 2) : 0;
             const int trunk = int(stage.maps.size()) - 1;
             add(n.hidden[block], degrees(n.hidden[block]), true, -1);
             add(n.hidden[block], same, block + 1 < n.hidden.size(), trunk);
@@ -182,7 +195,7 @@ struct Case {
 std::vector<Case> cases() {
     Random rng(1);
     std::vector<Case> all;
-    auto add = [&](const char* name, int features, int context, const std::vector<Network>& networks) {
+    auto add = [&](const std::string& name, int features, int context, const std::vector<Network>& networks) {
         std::vector<StageSpec> stages;
         for (const Network& n : networks) stages.push_back(network(features, context, n, rng));
         all.push_back({name, flow(features, context, stages, rng)});
@@ -257,6 +270,19 @@ std::vector<Case> cases() {
     stages("wide residual", 9, 2, {net(9, 2, block), net(9, 2, block)});
     block.late = true;
     stages("residual with direct weights from the context", 5, 3, {net(5, 3, block), net(5, 3, block)});
+    for (const auto& [name, joins] : {std::pair("added to the sums", Joins::added), {"activated", Joins::activated}, {"gates", Joins::gated}}) {
+        Network own;
+        own.joins = joins;
+        own.residual = own.grows = own.normed = true;
+        own.late = own.skip = joins != Joins::added;
+        own.hidden = {19, 19};
+        for (Activation activation : {Activation::relu, Activation::silu}) {
+            own.activation = activation;
+            add(std::string("a context ") + name, 6, 2, {own, own});
+        }
+        own.residual = own.normed = false;
+        add(std::string("in plain networks a context ") + name, 6, 3, {own, own});
+    }
     n.late = n.skip = true;
     n.hidden = {40, 21};
     add("direct weights from the context", 9, 2, {n, n});
@@ -311,7 +337,7 @@ int64_t parameters_of(const FlowSpec& spec, const StageSpec& stage) {
     if (stage.output == Output::norm) return stage.trainable ? 2 * n : 0;
     if (stage.output == Output::linear) return 2 * n * n + n;
     int64_t count = stage.skip ? stage.maps.back().rows * n : 0;
-    for (const MapSpec& map : stage.maps) count += int64_t(map.rows) * (map.inputs + 1 + (map.context ? spec.context : 0));
+    for (const MapSpec& map : stage.maps) count += int64_t(map.rows) * (map.inputs + 1 + (map.context || map.joins != Joins::none ? spec.context : 0) + map.context_bias);
     return count;
 }
 
@@ -439,16 +465,22 @@ Reals final_rows(const StageSpec& stage, const double* w, const Reals& x, const 
     for (const MapSpec& map : stage.maps) {
         const size_t rows = size_t(map.rows), inputs = size_t(map.inputs);
         const std::vector<int64_t>& degrees = map.degrees.empty() && rows ? below : map.degrees;
+        const bool joins = map.joins != Joins::none;
         const double *bias = w + rows * inputs, *of_context = bias + rows;
+        const double* const behind = of_context + (map.context || joins ? rows * context.size() : 0);
         Reals out(bias, bias + rows);
         for (size_t j = 0; j < rows; ++j) {
-            for (size_t c = 0; map.context && c < context.size(); ++c) out[j] += of_context[j * context.size() + c] * context[c];
+            double own = map.context_bias ? behind[j] : 0;
+            for (size_t c = 0; (map.context || joins) && c < context.size(); ++c) own += of_context[j * context.size() + c] * context[c];
             for (size_t i = 0; i < inputs; ++i)
                 if (known[i] <= degrees[j]) out[j] += w[j * inputs + i] * in[i];
+            if (map.joins == Joins::gated) out[j] /= 1 + std::exp(-own);
+            else out[j] += map.joins == Joins::activated ? activated(stage.activation, own) : own;
             if (map.adds >= 0) out[j] += sums[size_t(map.adds)][j];
         }
-        w = of_context + (map.context ? rows * context.size() : 0);
+        w = behind + (map.context_bias ? rows : 0);
         sums.push_back(out);
+        for (size_t j = 0; j < map.norm_scale.size(); ++j) out[j] = out[j] * map.norm_scale[j] + map.norm_shift[j];
         if (map.activated)
             for (double& unit : out) unit = activated(stage.activation, unit);
         in = out;
