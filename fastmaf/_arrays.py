@@ -263,8 +263,8 @@ def finite(name: str, array: Array, names: Sequence[str] | None = None) -> None:
         raise ValueError(f"{name} is not finite in {where}{rows}")
 
 
-def all_or_none(result: Array) -> Array:
-    """Make rows NaN that are not finite, in place: into which columns of a row infinity spreads is a matter of the backend.
+def all_or_none(result: Array, beside: Array | None = None) -> Array:
+    """Make rows NaN that are not finite, in place, and numbers beside them: into which columns infinity spreads is a matter of the backend.
 
     Examples
     --------
@@ -272,7 +272,10 @@ def all_or_none(result: Array) -> Array:
     [[nan, nan], [0.0, 2.0]]
     """
     if type(result) is np.ndarray and not (finite := np.isfinite(result)).all():
-        result[~finite.all(axis=-1)] = np.nan
+        lost = ~finite.all(axis=-1)
+        result[lost] = np.nan
+        if beside is not None:
+            beside[lost] = np.nan
     return result
 
 

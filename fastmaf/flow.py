@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -250,19 +250,28 @@ class Flow:
             return out
         return result if type(given) is np.ndarray else _device.native(result, given)
 
-    def to_noise(self, x: ArrayLike, context: ArrayLike | None = None) -> Array:
+    @overload
+    def to_noise(self, x: ArrayLike, context: ArrayLike | None = None, *, log_det: Literal[False] = False) -> Array: ...
+    @overload
+    def to_noise(self, x: ArrayLike, context: ArrayLike | None = None, *, log_det: bool) -> Any: ...
+    def to_noise(self, x: ArrayLike, context: ArrayLike | None = None, *, log_det: bool = False) -> Array | tuple[Array, Array]:
         """The noise that rows come from: the layers applied, the base left out.
 
         Parameters
         ----------
         x, context : arrays
             As in `log_prob`.
+        log_det : bool
+            Whether to give log|det| of the map too, from the same pass.
 
         Returns
         -------
-        (n, D) or (c, n, D) array
+        noise : (n, D) or (c, n, D) array
             Standard normal where the flow fits the data. NaN throughout in rows on or outside a bound, with NaN or infinity in them or in
             their context, and so far out that the dtype cannot follow (in arrays on a GPU it may be some infinite columns of theirs).
+        log_det : (n,) or (c, n) array
+            If asked for: log|d noise / d x|, in the dtype of the flow; finite where the noise is. Elsewhere it is what log_prob is: NaN in
+            a row with a NaN in it or in its context, -inf in all others.
 
         Raises
         ------
@@ -274,20 +283,35 @@ class Flow:
         >>> import fastmaf, numpy as np
         >>> flow = fastmaf.MAF(features=3, dtype="float64")
         >>> x = np.ones((5, 3))
-        >>> np.allclose(flow.from_noise(flow.to_noise(x)), x)
+        >>> noise, log_det = flow.to_noise(x, log_det=True)
+        >>> np.allclose(flow.from_noise(noise), x)
+        True
+        >>> np.allclose(log_det - 0.5 * (noise**2).sum(axis=1) - 1.5 * np.log(2 * np.pi), flow.log_prob(x))
         True
         """
         record, backend = self._ready()
         _check_continuous(record, "noise")
+        log_det = _words.flag("log_det", log_det)
         given = x
         x, context, shape = _arrays.rows("x", x, context, record.features, record.context_features, self.device, record.names)
         result = _empty((*shape, record.features), record.dtype, x)
+        of_map = _empty(shape, record.dtype, x) if log_det else None
         if result.size:
-            backend.to_noise(record, x, context, result)
+            backend.to_noise(record, x, context, result, of_map)
             _arrays.all_or_none(result)
-        return result if type(given) is np.ndarray else _device.native(result, given)
+        if type(given) is not np.ndarray:
+            result, of_map = _device.native(result, given), None if of_map is None else _device.native(of_map, given)
+        return result if of_map is None else (result, of_map)
 
-    def from_noise(self, u: ArrayLike, context: ArrayLike | None = None, dtype: DTypeLike | None = None) -> Array:
+    @overload
+    def from_noise(
+        self, u: ArrayLike, context: ArrayLike | None = None, dtype: DTypeLike | None = None, *, log_det: Literal[False] = False
+    ) -> Array: ...
+    @overload
+    def from_noise(self, u: ArrayLike, context: ArrayLike | None = None, dtype: DTypeLike | None = None, *, log_det: bool) -> Any: ...
+    def from_noise(
+        self, u: ArrayLike, context: ArrayLike | None = None, dtype: DTypeLike | None = None, *, log_det: bool = False
+    ) -> Array | tuple[Array, Array]:
         """The rows that noise turns into: the inverse of `to_noise`.
 
         Parameters
@@ -298,12 +322,17 @@ class Flow:
         dtype : {"float32", "float64"}, optional
             Of the rows; that of the flow if None. The layers in front compute in float64 whatever the dtype of the flow: with
             "float64" their results are kept, which columns with a large offset need.
+        log_det : bool
+            Whether to give log|det| of the map too, from the same pass.
 
         Returns
         -------
-        (n, D) or (c, n, D) array
+        x : (n, D) or (c, n, D) array
             Strictly inside the bounds, if there are any. NaN throughout in rows of which some column would not be finite (in arrays on a
             GPU it may be these columns alone).
+        log_det : (n,) or (c, n) array
+            If asked for: log|d x / d noise|, in the dtype of the flow, of the rows before they are rounded; the negative of that of
+            `to_noise`. NaN in rows that are (in arrays on a GPU it may be a number).
 
         Raises
         ------
@@ -318,13 +347,17 @@ class Flow:
         """
         record, backend = self._ready()
         _check_continuous(record, "noise")
+        log_det = _words.flag("log_det", log_det)
         given = u
         u, context, shape = _arrays.rows("u", u, context, record.features, record.context_features, self.device, record.names)
         result = _empty((*shape, record.features), record.sample_dtype(dtype), u)
+        of_map = _empty(shape, record.dtype, u) if log_det else None
         if result.size:
-            backend.from_noise(record, u, context, result)
-            _arrays.all_or_none(result)
-        return result if type(given) is np.ndarray else _device.native(result, given)
+            backend.from_noise(record, u, context, result, of_map)
+            _arrays.all_or_none(result, of_map)
+        if type(given) is not np.ndarray:
+            result, of_map = _device.native(result, given), None if of_map is None else _device.native(of_map, given)
+        return result if of_map is None else (result, of_map)
 
     def sample(
         self,

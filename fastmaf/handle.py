@@ -143,22 +143,24 @@ class Handle:
                 self._backend.log_prob(self._record, rows, contexts, result)
         return result
 
-    def to_noise(self, x: ArrayLike, context: ArrayLike | None = None) -> Array:
+    def to_noise(self, x: ArrayLike, context: ArrayLike | None = None, *, log_det: bool = False) -> Any:
         """As `Flow.to_noise`."""
-        return self._mapped("to_noise", "x", x, context)
+        return self._mapped("to_noise", "x", x, context, log_det)
 
-    def from_noise(self, u: ArrayLike, context: ArrayLike | None = None) -> Array:
+    def from_noise(self, u: ArrayLike, context: ArrayLike | None = None, *, log_det: bool = False) -> Any:
         """As `Flow.from_noise`."""
-        return self._mapped("from_noise", "u", u, context)
+        return self._mapped("from_noise", "u", u, context, log_det)
 
-    def _mapped(self, operation: str, name: str, given: ArrayLike, context: ArrayLike | None) -> Array:
+    def _mapped(self, operation: str, name: str, given: ArrayLike, context: ArrayLike | None, log_det: bool) -> Any:
         self._check_continuous()
         rows, contexts, shape = self._rows(name, given, context)
         result = np.empty((*shape, self.features), self.dtype)
+        of_map = np.empty(shape, self.dtype) if log_det else None
         if result.size:
             with self._lock:
-                getattr(self._backend, operation)(self._record, rows, contexts, result)
-        return _arrays.all_or_none(result)
+                getattr(self._backend, operation)(self._record, rows, contexts, result, of_map)
+        _arrays.all_or_none(result, of_map if operation == "from_noise" else None)
+        return result if of_map is None else (result, of_map)
 
     def sample(self, n: int, context: ArrayLike | None = None, seed: _arrays.Seed = None) -> Array:
         """As `Flow.sample`."""

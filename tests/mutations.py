@@ -55,6 +55,12 @@ MUTATIONS = {
         "for first in range(0, min(1, len(array)), step):",
         "test_train.py -k digest",
     ),
+    "log|det| is found where there is no noise": Mutation(
+        "backends/reference.py",
+        "np.where(np.isfinite(z).all(axis=1), here, -np.inf)",
+        "here",
+        "test_log_det.py -k without_noise",
+    ),
     "resample draws the same members": Mutation(
         "ensemble.py", "((seed, epoch, k) for k in", "((seed, 1, k) for k in", "test_train.py -k redrawn_members"
     ),

@@ -61,9 +61,9 @@ public:
 
     const Weights<T>& weights() const;
     void log_prob(const Batch& batch, T* out, const Place& place, const Poll& poll) const;
-    void to_noise(const Batch& batch, T* out, const Place& place, const Poll& poll) const;
+    void to_noise(const Batch& batch, T* out, const Place& place, const Poll& poll, T* log_det = nullptr) const;
     void conditional_probs(const Batch& batch, T* out, const Place& place, const Poll& poll) const;
-    void from_noise(const Batch& noise, const Samples& out, const Place& place, const Poll& poll) const;
+    void from_noise(const Batch& noise, const Samples& out, const Place& place, const Poll& poll, T* log_det = nullptr) const;
     void sample(const Draw& draw, const Samples& out, T* log_prob, const Place& place, const Poll& poll) const;
 
 private:

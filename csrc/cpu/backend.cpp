@@ -226,7 +226,8 @@ void write_probabilities(const Kernels<T>& k, const Weights<T>& weights, T* fina
 
 // Density, noise and probabilities share everything but what they write.
 template <class T>
-void evaluate(const Weights<T>& weights, const Batch& batch, T* log_prob, T* noise, T* probabilities, const Poll& poll, Workspace<T>* workspace) {
+void evaluate(const Weights<T>& weights, const Batch& batch, T* log_prob, T* noise, T* probabilities, T* map_log_det, const Poll& poll,
+              Workspace<T>* workspace) {
     const int64_t total = batch.rows();
     if (total == 0) return;
     const Call<T> call(workspace);
@@ -267,6 +268,12 @@ void evaluate(const Weights<T>& weights, const Batch& batch, T* log_prob, T* noi
                     for (int d = 0; d < features; ++d)
                         noise[(first + r) * features + d] =
                             none ? std::numeric_limits<T>::quiet_NaN() : z[plan.noise()[size_t(d)] * stride + r * step];
+                if (map_log_det) {
+                    const T* const own = noise + (first + r) * features;
+                    const T value = T(weights.log_scales() + log_det[r]);
+                    const bool all = std::isfinite(value) && std::all_of(own, own + features, [](T v) { return std::isfinite(v); });
+                    map_log_det[first + r] = all ? value : reader.lost_density<T>(plan, first + r);
+                }
             }
         };
         if (n <= kRowPath && plan.row_path()) {
@@ -312,7 +319,8 @@ void evaluate(const Weights<T>& weights, const Batch& batch, T* log_prob, T* noi
 
 // Sampling: noise from counters, or from the batch when `draw` is null.
 template <class T, class Out>
-void generate(const Weights<T>& weights, const Batch& batch, const Draw* draw, Out* out, T* log_prob, const Poll& poll, Workspace<T>* workspace) {
+void generate(const Weights<T>& weights, const Batch& batch, const Draw* draw, Out* out, T* log_prob, T* map_log_det, const Poll& poll,
+              Workspace<T>* workspace) {
     const int64_t total = batch.rows();
     if (total == 0) return;
     const Call<T> call(workspace);
@@ -367,6 +375,7 @@ void generate(const Weights<T>& weights, const Batch& batch, const Draw* draw, O
                     own[r * features + v] = x < low[c] ? low[c] : x > high[c] ? high[c] : x;
                 }
             }
+            for (int r = 0; map_log_det && r < rows; ++r) map_log_det[begin + first + r] = T(-(weights.log_scales() + log_det[r]));
             for (int r = 0; log_prob && r < rows; ++r) {
                 constexpr T infinity = std::numeric_limits<T>::infinity();
                 T density = T(weights.constant() + log_det[r]);
@@ -385,22 +394,22 @@ void generate(const Weights<T>& weights, const Batch& batch, const Draw* draw, O
 
 template <class T>
 void log_prob(const Weights<T>& weights, const Batch& batch, T* out, const Poll& poll, Workspace<T>* workspace) {
-    evaluate<T>(weights, batch, out, nullptr, nullptr, poll, workspace);
+    evaluate<T>(weights, batch, out, nullptr, nullptr, nullptr, poll, workspace);
 }
 
 template <class T>
 void conditional_probs(const Weights<T>& weights, const Batch& batch, T* out, const Poll& poll, Workspace<T>* workspace) {
-    evaluate<T>(weights, batch, nullptr, nullptr, out, poll, workspace);
+    evaluate<T>(weights, batch, nullptr, nullptr, out, nullptr, poll, workspace);
 }
 
 template <class T>
-void to_noise(const Weights<T>& weights, const Batch& batch, T* out, const Poll& poll, Workspace<T>* workspace) {
-    evaluate<T>(weights, batch, nullptr, out, nullptr, poll, workspace);
+void to_noise(const Weights<T>& weights, const Batch& batch, T* out, const Poll& poll, Workspace<T>* workspace, T* log_det) {
+    evaluate<T>(weights, batch, nullptr, out, nullptr, log_det, poll, workspace);
 }
 
 template <class T, class Out>
-void from_noise(const Weights<T>& weights, const Batch& noise, Out* out, const Poll& poll, Workspace<T>* workspace) {
-    generate<T>(weights, noise, nullptr, out, static_cast<T*>(nullptr), poll, workspace);
+void from_noise(const Weights<T>& weights, const Batch& noise, Out* out, const Poll& poll, Workspace<T>* workspace, T* log_det) {
+    generate<T>(weights, noise, nullptr, out, static_cast<T*>(nullptr), log_det, poll, workspace);
 }
 
 template <class T, class Out>
@@ -409,7 +418,7 @@ void sample(const Weights<T>& weights, const Draw& draw, Out* out, T* log_prob, 
     batch.outer = draw.contexts;
     batch.inner = draw.rows;
     batch.context = draw.context;
-    generate<T>(weights, batch, &draw, out, log_prob, poll, workspace);
+    generate<T>(weights, batch, &draw, out, log_prob, static_cast<T*>(nullptr), poll, workspace);
 }
 
 template <class T>
@@ -451,9 +460,9 @@ bool poisoned() { return poison.load(std::memory_order_relaxed); }
 #define FASTMAF_INSTANTIATE(T)                                                              \
     template void log_prob<T>(const Weights<T>&, const Batch&, T*, const Poll&, Workspace<T>*);            \
     template void conditional_probs<T>(const Weights<T>&, const Batch&, T*, const Poll&, Workspace<T>*);   \
-    template void to_noise<T>(const Weights<T>&, const Batch&, T*, const Poll&, Workspace<T>*);            \
-    template void from_noise<T>(const Weights<T>&, const Batch&, float*, const Poll&, Workspace<T>*);      \
-    template void from_noise<T>(const Weights<T>&, const Batch&, double*, const Poll&, Workspace<T>*);     \
+    template void to_noise<T>(const Weights<T>&, const Batch&, T*, const Poll&, Workspace<T>*, T*);        \
+    template void from_noise<T>(const Weights<T>&, const Batch&, float*, const Poll&, Workspace<T>*, T*);  \
+    template void from_noise<T>(const Weights<T>&, const Batch&, double*, const Poll&, Workspace<T>*, T*); \
     template void sample<T>(const Weights<T>&, const Draw&, float*, T*, const Poll&, Workspace<T>*);       \
     template void sample<T>(const Weights<T>&, const Draw&, double*, T*, const Poll&, Workspace<T>*);      \
     template Peak peak<T>(double, int);

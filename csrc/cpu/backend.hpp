@@ -39,10 +39,14 @@ void log_prob(const Weights<T>& weights, const Batch& batch, T* out, const Poll&
 template <class T>
 void conditional_probs(const Weights<T>& weights, const Batch& batch, T* out, const Poll& poll, Workspace<T>* workspace = nullptr);
 template <class T>
-void to_noise(const Weights<T>& weights, const Batch& batch, T* out, const Poll& poll, Workspace<T>* workspace = nullptr);  // out [rows][features]
+void to_noise(const Weights<T>& weights, const Batch& batch, T* out, const Poll& poll, Workspace<T>* workspace = nullptr,
+              T* log_det = nullptr);  // out [rows][features]
 // Columns leave the network in double: the dtype of `out` is the caller's choice.
 template <class T, class Out>
-void from_noise(const Weights<T>& weights, const Batch& noise, Out* out, const Poll& poll, Workspace<T>* workspace = nullptr);  // out [rows][features]
+void from_noise(const Weights<T>& weights, const Batch& noise, Out* out, const Poll& poll, Workspace<T>* workspace = nullptr,
+                T* log_det = nullptr);  // out [rows][features]
+// log_det [rows] of either: log|det| of the map in its own direction. Of to_noise: where a number of the noise is not finite, NaN for rows
+// with a NaN and -inf for others. Of from_noise: whatever the sums say.
 template <class T, class Out>
 void sample(const Weights<T>& weights, const Draw& draw, Out* out, T* log_prob, const Poll& poll,
             Workspace<T>* workspace = nullptr);  // log_prob may be null

@@ -549,9 +549,11 @@ void Flow<T>::log_prob(const Batch& batch, T* out, const Place& place, const Pol
 }
 
 template <class T>
-void Flow<T>::to_noise(const Batch& batch, T* out, const Place& place, const Poll& poll) const {
+void Flow<T>::to_noise(const Batch& batch, T* out, const Place& place, const Poll& poll, T* log_det) const {
     Job<T> job = job_of<T>(batch);
     job.out = out;
+    job.log_prob = log_det;
+    job.map = log_det != nullptr;
     job.width = weights().plan().features();
     parts_->run(cuda::Operation::evaluate, job, batch.outer, batch.inner, place, poll);
 }
@@ -566,9 +568,11 @@ void Flow<T>::conditional_probs(const Batch& batch, T* out, const Place& place, 
 }
 
 template <class T>
-void Flow<T>::from_noise(const Batch& noise, const Samples& out, const Place& place, const Poll& poll) const {
+void Flow<T>::from_noise(const Batch& noise, const Samples& out, const Place& place, const Poll& poll, T* log_det) const {
     Job<T> job = job_of<T>(noise);
     aim(job, out);
+    job.log_prob = log_det;
+    job.map = log_det != nullptr;
     job.width = weights().plan().features();
     parts_->run(cuda::Operation::generate, job, noise.outer, noise.inner, place, poll);
 }

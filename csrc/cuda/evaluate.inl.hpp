@@ -256,12 +256,12 @@ FASTMAF_INLINE void write_result(const Job<T>& job, U* p, Index offset, Vec<U> v
 // Whether a kernel computes in the dtype, or in halves: what these do not yield it leaves, as NaN, to a kernel of the first kind.
 enum class Arithmetic : int { whole, halves };
 
-// The density of the rows from `first`, from the sums. Far out and at infinity these meet inf - inf: where they say NaN or infinity the
-// density is NaN if `lost` says that a number is missing, else zero.
+// The density of the rows from `first`, or log|det| of the map to the noise, from the sums. Far out and at infinity these meet inf - inf:
+// where they say NaN or infinity the result is NaN if `lost` says that a number is missing, else -inf.
 template <Arithmetic KIND, class T, class Lost>
-FASTMAF_INLINE void write_density(const FlowView<T>& flow, const Job<T>& job, int64_t first, const double* log_det, int64_t left, Lost lost) {
+FASTMAF_INLINE void write_density(const FlowView<T>& flow, const Job<T>& job, int64_t first, D sums, int64_t left, Lost lost) {
     const T infinity = T(__builtin_inf());
-    Vec<T> density = narrow<T>(flow.constant + at(log_det));
+    Vec<T> density = narrow<T>((job.map ? flow.log_scales : flow.constant) + sums);
     if (any((density < infinity) == 0)) {
         Vec<T> other = splat<T>(T(__builtin_nan("")));
         if (KIND == Arithmetic::whole) {
@@ -271,6 +271,15 @@ FASTMAF_INLINE void write_density(const FlowView<T>& flow, const Job<T>& job, in
         density = density < infinity ? density : other;
     }
     write_result<T>(job, job.log_prob, counted(uint64_t(first), uint64_t(job.rows - 1)), density, left);
+}
+
+// NaN where a row of noise is not finite, else zero.
+template <class T>
+FASTMAF_FN D spoilt_by(const T* z, int features) {
+    constexpr int lanes = lanes_of<T>();
+    D spoilt{};
+    for (int d = 0; d < features; ++d) spoilt += 0.0 * widen(at(z + d * lanes));
+    return spoilt;
 }
 
 // NaN for rows in which a number is missing, or in their contexts.
@@ -300,8 +309,10 @@ FASTMAF_FN void write_results(const FlowView<T>& flow, const Job<T>& job, int64_
         const Index row = counted(uint64_t(first), uint64_t(job.rows - 1));
         double* const log_det = tile.log_det + j * W;
         if (job.log_prob && team.mine(j)) {
-            if (!flow.has_base) add_base(z + j * W, flow.features, log_det);
-            write_density<KIND>(flow, job, first, log_det, left, [&] { return missing_in(flow, job, first); });
+            if (!job.map && !flow.has_base) add_base(z + j * W, flow.features, log_det);
+            // Others still look at log_det.
+            const D sums = job.map ? at(log_det) + spoilt_by(z + j * W, flow.features) : D(at(log_det));
+            write_density<KIND>(flow, job, first, sums, left, [&] { return missing_in(flow, job, first); });
         }
         if (!job.out) continue;
         for (int d = 0; d < flow.features; ++d) {
@@ -320,7 +331,7 @@ FASTMAF_FN void evaluate(const FlowView<T>& flow, const Job<T>& job, int64_t beg
     const Tile<T> tile = tile_of(flow, job, scratch, team);
     load_rows(flow, job, begin, tile, team);
     load_contexts(flow, job, begin, tile, team);
-    const int count = job.log_prob || job.most ? flow.stage_count : flow.transforms;
+    const int count = (job.log_prob && !job.map) || job.most ? flow.stage_count : flow.transforms;
     for (int k = 0; k < count; ++k) density_stage(flow, k, job.vectors, tile, team);
     team.sync();
     if (job.most) return write_probabilities(flow, job, begin, tile, team);
@@ -341,7 +352,7 @@ FASTMAF_FN void begin_samples(const FlowView<T>& flow, const Job<T>& job, int64_
         for (int d = 0; d < flow.features; ++d)
             if (team.mine(d * job.vectors + j)) at(noise + flow.noise[d] * lanes + j * W) = narrow<T>(column_of(job.x, row, d));
     }
-    if (job.log_prob && !flow.has_base) {
+    if (job.log_prob && !job.map && !flow.has_base) {
         team.sync();
         for (int j = 0; j < job.vectors; ++j)
             if (team.mine(j)) add_base(noise + j * W, flow.features, tile.log_det + j * W);
@@ -376,7 +387,14 @@ FASTMAF_FN void write_samples(const FlowView<T>& flow, const Job<T>& job, int64_
                 write_sample(job, job.out, place, value, flow.low[v], flow.high[v], left);
         }
         if (!job.log_prob || !team.mine(j)) continue;
-        write_density<KIND>(flow, job, first, tile.log_det + j * W, left, [&] {
+        if (job.map) {
+            const Vec<T> inverse = narrow<T>(-(flow.log_scales + at(tile.log_det + j * W))), zero = inverse - inverse;
+            // What halves cannot do is left to the other kernel.
+            const Vec<T> own = KIND == Arithmetic::whole ? inverse : zero == 0 ? inverse : zero;
+            write_result<T>(job, job.log_prob, row, own, left);
+            continue;
+        }
+        write_density<KIND>(flow, job, first, at(tile.log_det + j * W), left, [&] {
             D missing{};
             for (int v = 0; v < flow.features; ++v) {
                 const D own = widen(at(tile.x[0] + (flow.context + v) * lanes + j * W));

@@ -55,6 +55,7 @@ FlowView<T> lay_out(Image& image, const Weights<T>& weights, Direction direction
     flow.discrete = plan.discrete();
     flow.late_context = plan.late_context();
     flow.constant = weights.constant();
+    flow.log_scales = weights.log_scales();
 
     std::vector<ColumnView> columns = views_of(plan.spec().columns);
     for (size_t v = 0; v < columns.size(); ++v) {

@@ -30,7 +30,7 @@ struct FlowView {
     int stage_count, transforms, features, context, maps;
     bool has_base, discrete, late_context;  // see Plan
     bool bounded;                           // some rows have density zero
-    double constant;
+    double constant, log_scales;            // see Weights
     const ColumnView *columns, *context_columns;
     const T *low, *high;       // [features] the range of samples
     const Other<T> *other_low, *other_high;
@@ -57,6 +57,7 @@ struct Job {
     const T* const* folded = nullptr;  // per stage, bias of its first map with the shared context added
     T *log_prob = nullptr, *out = nullptr;
     Other<T>* other = nullptr;  // takes samples in place of `out`
+    bool map = false;  // `log_prob` takes log|det| of the map between rows and noise instead of the density
     int width = 0;  // numbers in a row of `out`
     int most = 0;   // `out` takes probabilities of so many values of each variable instead of the noise
     bool fills = false;  // only what is NaN in the outputs is computed

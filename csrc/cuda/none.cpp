@@ -37,11 +37,11 @@ const Weights<T>& Flow<T>::weights() const {
 template <class T>
 void Flow<T>::log_prob(const Batch&, T*, const Place&, const Poll&) const {}
 template <class T>
-void Flow<T>::to_noise(const Batch&, T*, const Place&, const Poll&) const {}
+void Flow<T>::to_noise(const Batch&, T*, const Place&, const Poll&, T*) const {}
 template <class T>
 void Flow<T>::conditional_probs(const Batch&, T*, const Place&, const Poll&) const {}
 template <class T>
-void Flow<T>::from_noise(const Batch&, const Samples&, const Place&, const Poll&) const {}
+void Flow<T>::from_noise(const Batch&, const Samples&, const Place&, const Poll&, T*) const {}
 template <class T>
 void Flow<T>::sample(const Draw&, const Samples&, T*, const Place&, const Poll&) const {}
 

@@ -356,7 +356,7 @@ FASTMAF_FN void evaluate_halves(const FlowView<float>& flow, const TensorView& t
     const Halves halves = halves_of(tensor, shared);
     load_rows(flow, job, begin, tile, team);
     load_contexts(flow, job, begin, tile, team);
-    const int count = job.log_prob ? flow.stage_count : flow.transforms;
+    const int count = job.log_prob && !job.map ? flow.stage_count : flow.transforms;
     for (int k = 0; k < count; ++k)
         if (tensor.stages[k].maps)
             tensor_stage<MT, PARTS>(flow, tensor, k, job.vectors, tile, halves, feed, team);

@@ -142,17 +142,28 @@ void bind_cuda(py::module_& module) {
              py::arg("flow"), py::arg("device"), py::arg("precision"))
         .def("log_prob", by_rows(one_number, [poll](const auto& flow, const Batch& x, auto* out, auto at) { flow.log_prob(x, out, at, poll); }))
         .def("to_noise",
-             by_rows(all_variables, [poll](const auto& flow, const Batch& x, auto* out, auto at) { flow.to_noise(x, out, at, poll); }))
+             [poll](const PyDeviceFlow& self, const py::object& x, const py::object& context, const py::object& out, const py::object& log_det,
+                    std::optional<uintptr_t> stream) {
+                 const Batch batch = batch_at(x, context, stream.has_value());
+                 self.visit([&](const auto& flow, auto zero) {
+                     using T = decltype(zero);
+                     T* const noise = output_at<T>(out, batch.rows() * flow.weights().plan().features(), stream.has_value());
+                     T* const of_map = output_at<T>(log_det, batch.rows(), stream.has_value());
+                     Unlocked unlocked;
+                     flow.to_noise(batch, noise, place_of(stream), poll, of_map);
+                 });
+             })
         .def("conditional_probs",
              by_rows(all_probabilities, [poll](const auto& flow, const Batch& x, auto* out, auto at) { flow.conditional_probs(x, out, at, poll); }))
         .def("from_noise",
-             [poll](const PyDeviceFlow& self, const py::object& u, const py::object& context, const py::object& out,
+             [poll](const PyDeviceFlow& self, const py::object& u, const py::object& context, const py::object& out, const py::object& log_det,
                     std::optional<uintptr_t> stream, const std::string& dtype) {
                  const Batch batch = batch_at(u, context, stream.has_value());
-                 self.visit([&](const auto& flow, auto) {
+                 self.visit([&](const auto& flow, auto zero) {
+                     auto* const of_map = output_at<decltype(zero)>(log_det, batch.rows(), stream.has_value());
                      with_samples(out, batch.rows() * flow.weights().plan().features(), stream.has_value(), dtype, [&](const device::Samples& x) {
                          Unlocked unlocked;
-                         flow.from_noise(batch, x, place_of(stream), poll);
+                         flow.from_noise(batch, x, place_of(stream), poll, of_map);
                      });
                  });
              })

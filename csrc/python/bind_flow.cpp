@@ -85,14 +85,26 @@ void bind_flow(py::module_& module) {
         .def("log_prob", by_rows(one_number, [poll](const auto& weights, const Batch& x, auto* out) { log_prob(weights, x, out, poll); }))
         .def("conditional_probs",
              by_rows(all_probabilities, [poll](const auto& weights, const Batch& x, auto* out) { conditional_probs(weights, x, out, poll); }))
-        .def("to_noise", by_rows(all_variables, [poll](const auto& weights, const Batch& x, auto* out) { to_noise(weights, x, out, poll); }))
+        .def("to_noise",
+             [poll](const PackedFlow& self, const py::array& x, const py::object& context, const py::object& out, const py::object& log_det) {
+                 const Batch batch = batch_of(x, context);
+                 self.visit([&](const auto& weights) {
+                     using T = typename std::decay_t<decltype(weights)>::Value;
+                     T* const noise = output<T>(out, batch.rows() * weights.plan().features());
+                     T* const of_map = output<T>(log_det, batch.rows());
+                     Unlocked unlocked;
+                     to_noise<T>(weights, batch, noise, poll, nullptr, of_map);
+                 });
+             })
         .def("from_noise",
-             [poll](const PackedFlow& self, const py::array& u, const py::object& context, const py::object& out) {
+             [poll](const PackedFlow& self, const py::array& u, const py::object& context, const py::object& out, const py::object& log_det) {
                  const Batch batch = batch_of(u, context);
                  self.visit([&](const auto& weights) {
+                     using T = typename std::decay_t<decltype(weights)>::Value;
+                     T* const of_map = output<T>(log_det, batch.rows());
                      with_output(out, batch.rows() * weights.plan().features(), [&](auto* x) {
                          Unlocked unlocked;
-                         from_noise(weights, batch, x, poll);
+                         from_noise<T>(weights, batch, x, poll, nullptr, of_map);
                      });
                  });
              })

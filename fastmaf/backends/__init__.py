@@ -28,11 +28,11 @@ class Backend(Runner, Protocol):
     def conditional_probs(self, flow: FlowRecord, x: Any, context: Any, out: Any) -> None:
         """Fill `out`, (n, D) or (c, n, D) for Bernoulli variables, with another axis for the values of categorical ones."""
 
-    def to_noise(self, flow: FlowRecord, x: Any, context: Any, out: Any) -> None:
-        """Fill `out`, (n, D) or (c, n, D)."""
+    def to_noise(self, flow: FlowRecord, x: Any, context: Any, out: Any, log_det: Any = None) -> None:
+        """Fill `out`, (n, D) or (c, n, D), and `log_det`, (n,) or (c, n), unless it is None."""
 
-    def from_noise(self, flow: FlowRecord, u: Any, context: Any, out: Any) -> None:
-        """Fill `out`, (n, D) or (c, n, D)."""
+    def from_noise(self, flow: FlowRecord, u: Any, context: Any, out: Any, log_det: Any = None) -> None:
+        """Fill `out`, (n, D) or (c, n, D), and `log_det`, (n,) or (c, n), unless it is None: whatever it is in rows that are not finite."""
 
     def sample(
         self, flow: FlowRecord, c: int, n: int, context: Any, seed: int, offset: int, context_offset: int, out: Any, log_prob_out: Any

@@ -147,11 +147,11 @@ class _Cpu:
     def conditional_probs(self, flow: FlowRecord, x: Array, context: Array | None, out: Array) -> None:
         self._core(flow).conditional_probs(x, context, out)
 
-    def to_noise(self, flow: FlowRecord, x: Array, context: Array | None, out: Array) -> None:
-        self._core(flow).to_noise(x, context, out)
+    def to_noise(self, flow: FlowRecord, x: Array, context: Array | None, out: Array, log_det: Array | None = None) -> None:
+        self._core(flow).to_noise(x, context, out, log_det)
 
-    def from_noise(self, flow: FlowRecord, u: Array, context: Array | None, out: Array) -> None:
-        self._core(flow).from_noise(u, context, out)
+    def from_noise(self, flow: FlowRecord, u: Array, context: Array | None, out: Array, log_det: Array | None = None) -> None:
+        self._core(flow).from_noise(u, context, out, log_det)
 
     def sample(
         self,

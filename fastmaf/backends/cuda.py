@@ -67,14 +67,16 @@ class _Cuda:
     def log_prob(self, flow: FlowRecord, x: Any, context: Any, out: Any) -> None:
         self._packed(flow).log_prob(_at(x), _at(context), *_where(out, x, context))
 
-    def to_noise(self, flow: FlowRecord, x: Any, context: Any, out: Any) -> None:
-        self._packed(flow).to_noise(_at(x), _at(context), *_where(out, x, context))
+    def to_noise(self, flow: FlowRecord, x: Any, context: Any, out: Any, log_det: Any = None) -> None:
+        (noise, stream), (of_map, _) = _where(out, x, context), _where(log_det, x, context)
+        self._packed(flow).to_noise(_at(x), _at(context), noise, of_map, stream)
 
     def conditional_probs(self, flow: FlowRecord, x: Any, context: Any, out: Any) -> None:
         self._packed(flow).conditional_probs(_at(x), _at(context), *_where(out, x, context))
 
-    def from_noise(self, flow: FlowRecord, u: Any, context: Any, out: Any) -> None:
-        self._packed(flow).from_noise(_at(u), _at(context), *_where(out, u, context), out.dtype.name)
+    def from_noise(self, flow: FlowRecord, u: Any, context: Any, out: Any, log_det: Any = None) -> None:
+        (x, stream), (of_map, _) = _where(out, u, context), _where(log_det, u, context)
+        self._packed(flow).from_noise(_at(u), _at(context), x, of_map, stream, out.dtype.name)
 
     def sample(
         self, flow: FlowRecord, c: int, n: int, context: Any, seed: int, offset: int, context_offset: int, out: Any, log_prob_out: Any

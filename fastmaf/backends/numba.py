@@ -197,8 +197,8 @@ def _scatter(p: Any, k: Any, h: Any, z: Any, lanes: Any) -> None:
 
 
 @_compiled
-def _forward(p: Any, x: Any, first: Any, which: Any, noise: Any, value: Any) -> None:
-    """Noise (n, D), unless that is empty, and log-density (n,) of the rows of x."""
+def _forward(p: Any, x: Any, first: Any, which: Any, noise: Any, density: Any, value: Any) -> None:
+    """Noise (n, D), unless that is empty, and log-density (n,) of the rows of x, or log|det| of the map to the noise."""
     n, features = x.shape
     h, z = np.empty((p.height, LANES), x.dtype), np.empty((features, LANES), x.dtype)
     total, none = np.empty(LANES), np.empty((0, LANES), x.dtype)
@@ -207,12 +207,12 @@ def _forward(p: Any, x: Any, first: Any, which: Any, noise: Any, value: Any) -> 
         for b in range(lanes):
             for i in range(features):
                 z[i, b] = x[start + b, i]
-        total[:] = p.constant + p.base
+        total[:] = p.constant + (p.base if density else 0.0)
         for k in range(p.clip.size):
             _gather(p, k, z, h, lanes)
             _made(p, k, h, z, total, first, which[start:], lanes, False, none)
         _gather(p, p.clip.size, z, h, lanes)
-        for i in range(features):
+        for i in range(features if density else 0):
             for b in range(lanes):
                 total[b] -= 0.5 * h[i, b] * h[i, b]
         if noise.shape[0] > 0:
@@ -223,18 +223,19 @@ def _forward(p: Any, x: Any, first: Any, which: Any, noise: Any, value: Any) -> 
 
 
 @_compiled
-def _backward(p: Any, u: Any, first: Any, which: Any, x: Any, value: Any) -> None:
-    """Rows x (n, D) of noise u, and their log-density (n,)."""
+def _backward(p: Any, u: Any, first: Any, which: Any, x: Any, density: Any, value: Any) -> None:
+    """Rows x (n, D) of noise u, and their log-density (n,), or log|det| of the map to the noise."""
     n, features = u.shape
     h, z = np.empty((p.height, LANES), u.dtype), np.empty((features, LANES), u.dtype)
     total, none = np.empty(LANES), np.empty((0, LANES), u.dtype)
     for start in range(0, n, LANES):
         lanes = min(LANES, n - start)
-        total[:] = p.constant + p.base
+        total[:] = p.constant + (p.base if density else 0.0)
         for b in range(lanes):
             for i in range(features):
                 h[p.height - 3 * features + i, b] = u[start + b, i]
-                total[b] -= 0.5 * u[start + b, i] * u[start + b, i]
+                if density:
+                    total[b] -= 0.5 * u[start + b, i] * u[start + b, i]
         _scatter(p, p.clip.size, h, z, lanes)
         for k in range(p.clip.size - 1, -1, -1):
             _made(p, k, h, z, total, first, which[start:], lanes, True, none)
@@ -603,27 +604,31 @@ class _Numba:
         """Log-density of rows."""
         self._forward(_Call(flow, context, out.shape), x, out.reshape(-1), None)
 
-    def to_noise(self, flow: FlowRecord, x: Array, context: Array | None, out: Array) -> None:
-        """Noise of rows."""
-        self._forward(_Call(flow, context, out.shape[:-1]), x, None, out.reshape(-1, flow.features))
+    def to_noise(self, flow: FlowRecord, x: Array, context: Array | None, out: Array, log_det: Array | None = None) -> None:
+        """Noise of rows, and log|det| of the map."""
+        value = None if log_det is None else log_det.reshape(-1)
+        self._forward(_Call(flow, context, out.shape[:-1]), x, value, out.reshape(-1, flow.features))
 
     def _forward(self, call: _Call, x: Array, value: Array | None, noise: Array | None) -> None:
+        """The density, or the noise with log|det| of the map to it if there is room for that."""
+
         def work(start: int, stop: int) -> None:
             rows, (contexts, which) = call.rows(x, start, stop), call.contexts(start, stop)
             z, log_det, _ = call.enter(rows)
             total = np.empty(stop - start)
             u = np.empty((0, z.shape[1]), z.dtype) if noise is None else noise[start:stop]
-            _forward(call.packed.program, z, call.first_bias(contexts), which, u, total)
-            if value is not None:
-                value[start:stop] = _value(call.flow, total, log_det, rows, contexts[which])
+            _forward(call.packed.program, z, call.first_bias(contexts), which, u, noise is None, total)
             u[np.isneginf(log_det[: len(u)])] = np.nan
+            if value is not None:
+                total[: len(u)][~np.isfinite(u).all(axis=1)] = -np.inf
+                value[start:stop] = _value(call.flow, total, log_det, rows, contexts[which])
 
         call.tiles(work)
 
-    def from_noise(self, flow: FlowRecord, u: Array, context: Array | None, out: Array) -> None:
-        """Rows of noise."""
+    def from_noise(self, flow: FlowRecord, u: Array, context: Array | None, out: Array, log_det: Array | None = None) -> None:
+        """Rows of noise, and log|det| of the map."""
         call = _Call(flow, context, out.shape[:-1])
-        self._backward(call, lambda start, stop: np.ascontiguousarray(call.rows(u, start, stop), flow.dtype), out, None)
+        self._backward(call, lambda start, stop: np.ascontiguousarray(call.rows(u, start, stop), flow.dtype), out, None, log_det)
 
     def sample(
         self,
@@ -658,16 +663,20 @@ class _Numba:
 
         self._backward(_Call(flow, context, (len(index),)), draw, out, None)
 
-    def _backward(self, call: _Call, draw: Callable[[int, int], Array], x: Array, value: Array | None) -> None:
+    def _backward(self, call: _Call, draw: Callable[[int, int], Array], x: Array, value: Array | None, of_map: Array | None = None) -> None:
+        """Rows of noise, with their density or log|det| of the map to them, if there is room for one of these."""
         flat_x, flat_value = x.reshape(-1, call.flow.features), None if value is None else value.reshape(-1)
+        flat_map = None if of_map is None else of_map.reshape(-1)
 
         def work(start: int, stop: int) -> None:
             contexts, which = call.contexts(start, stop)
             u = draw(start, stop)
             z, total = np.empty_like(u), np.empty(stop - start)
-            _backward(call.packed.program, u, call.first_bias(contexts), which, z, total)
+            _backward(call.packed.program, u, call.first_bias(contexts), which, z, flat_map is None, total)
             rows, log_det = call.leave(z, x.dtype)
             flat_x[start:stop] = rows
+            if flat_map is not None:
+                flat_map[start:stop] = -(total + log_det)
             if flat_value is not None:
                 flat_value[start:stop] = reference._density((total + log_det).astype(call.flow.dtype), rows)
 

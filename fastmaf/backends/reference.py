@@ -707,20 +707,25 @@ class _Reference:
                 flat[rows, j, :count] = np.exp(own - _log_sum_exp(own))
 
     @np.errstate(all="ignore")
-    def to_noise(self, flow: FlowRecord, x: Array, context: Array | None, out: Array) -> None:
-        """Noise of rows; NaN for a row at or outside a bound."""
+    def to_noise(self, flow: FlowRecord, x: Array, context: Array | None, out: Array, log_det: Array | None = None) -> None:
+        """Noise of rows, NaN for a row at or outside a bound, and log|det| of the map."""
         weights = _all_weights(flow)
         for rows in _chunks(flow, out.size // flow.features):
             xs, cs = _take(x, out.shape[:-1], rows), _take(context, out.shape[:-1], rows)
-            z, log_det, *_ = _forward(flow, weights, xs, cs)
-            out.reshape(-1, flow.features)[rows] = np.where(np.isneginf(log_det)[:, None], np.nan, z)
+            z, here, c, _ = _forward(flow, weights, xs, cs)
+            out.reshape(-1, flow.features)[rows] = z = np.where(np.isneginf(here)[:, None], np.nan, z)
+            if log_det is not None:
+                value = np.where(np.isfinite(z).all(axis=1), here, -np.inf).astype(flow.dtype)
+                log_det.reshape(-1)[rows] = _density(value, xs, c)
 
     @np.errstate(all="ignore")
-    def from_noise(self, flow: FlowRecord, u: Array, context: Array | None, out: Array) -> None:
-        """Rows of noise."""
+    def from_noise(self, flow: FlowRecord, u: Array, context: Array | None, out: Array, log_det: Array | None = None) -> None:
+        """Rows of noise, and log|det| of the map."""
         for rows in _chunks(flow, out.size // flow.features):
             us, cs = _take(u, out.shape[:-1], rows), _take(context, out.shape[:-1], rows)
-            out.reshape(-1, flow.features)[rows] = _inverse(flow, us, cs, out.dtype)[0]
+            out.reshape(-1, flow.features)[rows], here = _inverse(flow, us, cs, out.dtype)
+            if log_det is not None:
+                log_det.reshape(-1)[rows] = -here
 
     @np.errstate(all="ignore")
     def sample(

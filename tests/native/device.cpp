@@ -125,12 +125,17 @@ int main() {
                 log_prob<double>(*packed, batch, expected.data(), none);
                 flow->log_prob(batch, got.data(), {}, none);
                 CHECK(same(got, expected));
-                to_noise<double>(*packed, batch, z.data(), none);
+                to_noise<double>(*packed, batch, z.data(), none, nullptr, expected.data());
                 flow->to_noise(batch, got_z.data(), {}, none);
                 CHECK(same(got_z, z));
-                from_noise<double>(*packed, batch, z.data(), none);
+                flow->to_noise(batch, got_z.data(), {}, none, got.data());
+                CHECK(same(got_z, z) && same(got, expected));
+                from_noise<double>(*packed, batch, z.data(), none, nullptr, expected.data());
                 flow->from_noise(batch, got_z.data(), {}, none);
                 CHECK(same(got_z, z));
+                flow->from_noise(batch, got_z.data(), {}, none, got.data());
+                CHECK(same(got_z, z) && same(got, expected));
+                log_prob<double>(*packed, batch, expected.data(), none);
             }
             // In place: nothing has happened until the stream is waited for.
             std::fill(got.begin(), got.end(), 0.0);
