@@ -93,6 +93,56 @@ def test_gradients_in_rows_contexts_and_weights(operation, x, context):
     assert torch.autograd.gradcheck(lambda x, c, w: call(x, c, whole(w)), (numbers(*x), numbers(*context), weights), fast_mode=True)
 
 
+@pytest.mark.parametrize("operation", ["to_noise", "from_noise"])
+@pytest.mark.parametrize(("x", "context"), SHAPES[:6])
+def test_gradients_of_log_determinants(operation, x, context):
+    flow = module(transforms=1, hidden=(5,), activation="tanh")
+    weights, whole = free_weights(flow)
+    call = as_function(flow, lambda own, x, context: getattr(own, operation)(x, context, log_det=True))
+    assert torch.autograd.gradcheck(lambda x, c, w: call(x, c, whole(w)), (numbers(*x), numbers(*context), weights), fast_mode=True)
+
+
+def test_log_determinants_without_context_and_by_halves():
+    """Of one result alone too, and with weights that need no gradient."""
+    flow = module(context_features=0, transforms=2, hidden=(4,), activation="silu", bounds=[(-9, 9), None, (-9, None)])
+    for operation in (flow.to_noise, flow.from_noise):
+        for part in (0, 1):
+            assert torch.autograd.gradcheck(lambda x, own=operation, k=part: own(x, log_det=True)[k], (numbers(4, 3),))
+
+
+def test_the_transform_is_that_of_zuko():
+    flow, context = module(), numbers(5, 2)
+    own, x = flow(context), numbers(4, 5, 3)
+    noise, log_det = own.transform.call_and_ladj(x)
+    assert noise.shape == (4, 5, 3) and log_det.shape == (4, 5)
+    torch.testing.assert_close(own.base.log_prob(noise) + log_det, own.log_prob(x))
+    assert own.base.batch_shape == (5,) and own.base.event_shape == (3,)
+    back, inverse = own.transform.inv.call_and_ladj(noise)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(inverse, -log_det)
+    torch.testing.assert_close(own.transform.inv.inv(x), noise)
+    torch.testing.assert_close(own.transform.log_abs_det_jacobian(x, noise), log_det)
+    bounded = module(context_features=0, bounds=[(0, 1)] * 3)().transform
+    assert bounded.domain.check(torch.full((2, 3), 0.5)).all() and not bounded.domain.check(torch.full((1, 3), 2.0)).any()
+    assert bounded.codomain is torch.distributions.constraints.real_vector and repr(bounded.inv).startswith("NoiseTransform(from noise")
+
+
+def test_log_determinants_in_float32():
+    flow = fastmaf.torch.MAF(features=5, context_features=2, transforms=5, hidden_features=(32, 32), seed=1)
+    x, context = torch.randn(200, 5), torch.randn(200, 2)
+    noise, log_det = flow.to_noise(x, context, log_det=True)
+    back, inverse = flow.from_noise(noise, context, log_det=True)
+    torch.testing.assert_close(back, x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(inverse, -log_det, rtol=1e-5, atol=1e-5)
+
+
+def test_a_mixture_has_no_log_determinants():
+    flow = fastmaf.torch.MAF(features=2, components=3)
+    for call in (lambda: flow.to_noise(torch.zeros(1, 2), log_det=True), lambda: flow().base):
+        with pytest.raises(NotImplementedError, match="normal"):
+            call()
+
+
 @pytest.mark.parametrize("context", [None, (2,), (3, 2), (2, 3, 2)])
 def test_gradients_of_samples(context):
     flow = module(context_features=2 if context else 0, transforms=2, hidden=(5,), activation="tanh")

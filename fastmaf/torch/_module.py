@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution, Independent, constraints
+from torch.distributions import Normal as _TorchNormal
 
 from fastmaf import _codec, _words
 from fastmaf.flow import Flow as _Flow
@@ -38,6 +39,7 @@ class _Operation(torch.autograd.Function):
 
     name: str
     rows: bool
+    columns = 0  # beside the rows
 
     @classmethod
     def on(cls, module: Flow, x: Tensor, context: Tensor | None) -> Tensor:
@@ -112,6 +114,55 @@ class _ToNoise(_Operation):
 
 class _FromNoise(_Operation):
     name, rows = "from_noise", True
+
+
+class _ToNoiseAndLogDet(_Operation):
+    """The noise, and in one more column log|det| of the map: the density without that of the noise."""
+
+    name, rows, columns = "to_noise", True, 1
+
+    @classmethod
+    def run(cls, handle: Handle, x: Array, context: Array | None) -> Array:
+        result, log_det = getattr(handle, cls.name)(x, context, log_det=True)
+        return np.concatenate([result, log_det[..., None]], axis=-1)
+
+    @classmethod
+    def gradients(
+        cls, handle: Handle, at: Array, context: Array | None, cotangent: Array, wanted: tuple[bool, ...]
+    ) -> tuple[Array | None, ...]:
+        return _of_noise_and_log_det(handle, at, context, cotangent[..., :-1], cotangent[..., -1], wanted)
+
+
+class _FromNoiseAndLogDet(_ToNoiseAndLogDet, _FromNoise):
+    """The rows, and log|det| of the map: the negative of that of the map to the noise there."""
+
+    name = "from_noise"
+
+    @classmethod
+    def gradients(
+        cls, handle: Handle, at: Array, context: Array | None, cotangent: Array, wanted: tuple[bool, ...]
+    ) -> tuple[Array | None, ...]:
+        rows = np.ascontiguousarray(at[..., :-1])
+        none, of_log_det = np.zeros_like(rows), -cotangent[..., -1]
+        first = _of_noise_and_log_det(handle, rows, context, none, of_log_det, (True, *wanted[1:]))
+        assert first[0] is not None
+        second = handle.from_noise_vjp(rows, context, cotangent[..., :-1] + first[0], dparameters=wanted[2])
+        return (second[0], *map(_sum, first[1:], second[1:]))
+
+
+def _of_noise_and_log_det(
+    handle: Handle, x: Array, context: Array | None, of_noise: Array, of_log_det: Array, wanted: tuple[bool, ...]
+) -> tuple[Array | None, ...]:
+    """Gradients of to_noise and its log|det|, which is log_prob + |noise|^2 / 2 + constant."""
+    noise = handle.to_noise(x, context)
+    pulled = of_noise + np.where(np.isfinite(noise), noise, 0) * of_log_det[..., None]
+    first = handle.vjp(x, context, np.ascontiguousarray(of_log_det), dx=wanted[0], dcontext=wanted[1], dparameters=wanted[2])
+    second = handle.to_noise_vjp(x, context, pulled, dparameters=wanted[2])
+    return tuple(map(_sum, first, second))
+
+
+def _sum(a: Array | None, b: Array | None) -> Array | None:
+    return None if a is None or b is None else a + b
 
 
 class _Drawn(_FromNoise):
@@ -279,22 +330,29 @@ class Flow(nn.Module):
         return self._call(_LogProb, "x", x, context)
 
     @torch.compiler.disable
-    def to_noise(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def to_noise(self, x: Tensor, context: Tensor | None = None, *, log_det: bool = False) -> Any:
         """The noise that rows come from; its gradient costs two of log_prob.
 
         Parameters
         ----------
         x, context : tensors
             As in `log_prob`.
+        log_det : bool
+            Whether to give log|det| of the map too, from the same pass; the gradient of both costs four of log_prob.
 
         Returns
         -------
-        (*shape, D) tensor
+        noise : (*shape, D) tensor
+        log_det : (*shape,) tensor
+            If asked for; see `fastmaf.Flow.to_noise`.
         """
-        return self._call(_ToNoise, "x", x, context)
+        if not _words.flag("log_det", log_det):
+            return self._call(_ToNoise, "x", x, context)
+        both = self._call(self._with_base(_ToNoiseAndLogDet), "x", x, context)
+        return both[..., :-1], both[..., -1]
 
     @torch.compiler.disable
-    def from_noise(self, u: Tensor, context: Tensor | None = None) -> Tensor:
+    def from_noise(self, u: Tensor, context: Tensor | None = None, *, log_det: bool = False) -> Any:
         """The rows that noise turns into; their gradient, by the implicit rule, costs D + 3 of log_prob.
 
         Parameters
@@ -302,12 +360,24 @@ class Flow(nn.Module):
         u : (*shape, D) tensor
         context : tensor, optional
             As in `log_prob`.
+        log_det : bool
+            Whether to give log|det| of the map too, from the same pass.
 
         Returns
         -------
-        (*shape, D) tensor
+        x : (*shape, D) tensor
+        log_det : (*shape,) tensor
+            If asked for; see `fastmaf.Flow.from_noise`.
         """
-        return self._call(_FromNoise, "u", u, context)
+        if not _words.flag("log_det", log_det):
+            return self._call(_FromNoise, "u", u, context)
+        both = self._call(self._with_base(_FromNoiseAndLogDet), "u", u, context)
+        return both[..., :-1], both[..., -1]
+
+    def _with_base(self, operation: type[_Operation]) -> type[_Operation]:
+        if not isinstance(self._flow.base, Normal):
+            raise NotImplementedError("log_det needs a normal base in fastmaf.torch: its gradient is that of the density")
+        return operation
 
     def _call(self, operation: type[_Operation], name: str, x: Tensor, context: Tensor | None) -> Tensor:
         self._check(name, x, self.features)
@@ -315,7 +385,7 @@ class Flow(nn.Module):
         if context is not None:
             shape = _broadcast(name, shape, context.shape[:-1])
         result = operation.on(self, *_aligned(x, context, shape))
-        return result.reshape(*shape, self.features) if operation.rows else result.reshape(shape)
+        return result.reshape(*shape, self.features + operation.columns) if operation.rows else result.reshape(shape)
 
     @torch.compiler.disable
     def _sample(self, shape: torch.Size, context: Tensor | None, gradient: bool) -> Tensor:
@@ -465,6 +535,25 @@ class NormalizingFlow(Distribution):
         context = self._context
         return NormalizingFlow(self._flow, None if context is None else context.expand(*shape, context.shape[-1]), shape)
 
+    @property
+    def transform(self) -> NoiseTransform:
+        """The map from rows to noise, as in zuko."""
+        return NoiseTransform(self._flow, self._context)
+
+    @property
+    def base(self) -> Distribution:
+        """The distribution of the noise, as in zuko.
+
+        Raises
+        ------
+        NotImplementedError
+            If it is not normal.
+        """
+        if not isinstance(self._flow._flow.base, Normal):
+            raise NotImplementedError("the base is no standard normal, which is the only one that torch has a distribution for")
+        zero = self._flow.weight.new_zeros((*self.batch_shape, self._flow.features))
+        return Independent(_TorchNormal(zero, torch.ones_like(zero), validate_args=False), 1, validate_args=False)
+
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density, in nats; see `Flow.log_prob`."""
         result = self._flow.log_prob(value, self._context)
@@ -497,6 +586,62 @@ class NormalizingFlow(Distribution):
 
     def __repr__(self) -> str:
         return f"NormalizingFlow(batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"
+
+
+class NoiseTransform:
+    """The map from rows to noise under contexts, or its inverse; what zuko's transforms are asked for.
+
+    Parameters
+    ----------
+    flow : Flow
+    context : (*batch, C) tensor, optional
+    inverse : bool
+
+    Examples
+    --------
+    >>> import fastmaf.torch, torch
+    >>> transform = fastmaf.torch.MAF(features=3)().transform
+    >>> noise, log_det = transform.call_and_ladj(torch.zeros(5, 3))
+    >>> bool(torch.allclose(transform.inv(noise), torch.zeros(5, 3), atol=1e-5))
+    True
+    """
+
+    bijective = True
+
+    def __init__(self, flow: Flow, context: Tensor | None = None, inverse: bool = False) -> None:
+        self._flow, self._context, self._inverse = flow, context, inverse
+
+    @property
+    def inv(self) -> NoiseTransform:
+        """The inverse."""
+        return NoiseTransform(self._flow, self._context, not self._inverse)
+
+    @property
+    def domain(self) -> Any:
+        """Where it may begin."""
+        return constraints.real_vector if self._inverse else self._flow(self._context).support
+
+    @property
+    def codomain(self) -> Any:
+        """Where it may end."""
+        return self.inv.domain
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(*shape, D), of a tensor (*shape, D)."""
+        result: Tensor = (self._flow.from_noise if self._inverse else self._flow.to_noise)(x, self._context)
+        return result
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The result (*shape, D), and log|det| (*shape,) of the Jacobian, from one pass."""
+        result, log_det = (self._flow.from_noise if self._inverse else self._flow.to_noise)(x, self._context, log_det=True)
+        return result, log_det
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """log|det| (*shape,) of the Jacobian at x; the result y is not needed."""
+        return self.call_and_ladj(x)[1]
+
+    def __repr__(self) -> str:
+        return f"NoiseTransform({'from' if self._inverse else 'to'} noise, features={self._flow.features})"
 
 
 def _support(kind: str, lower: Tensor, upper: Tensor) -> Any:
