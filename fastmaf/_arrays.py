@@ -21,6 +21,7 @@ __all__ = [
     "LAYOUTS",
     "NATIVE",
     "Seed",
+    "by_column",
     "contexts",
     "count",
     "cotangents",
@@ -430,6 +431,29 @@ def names(value: Any, features: int) -> tuple[str, ...] | None:
     if twice:
         raise ValueError(f"names has {_words.shown(twice[0])} twice; they must differ")
     return tuple(map(str, listed))
+
+
+def by_column(name: str, value: Any, features: int, names: Sequence[str] | None) -> list[Any]:
+    """One entry for each column, from a sequence of them or from a mapping by name, None for columns that this leaves out.
+
+    Examples
+    --------
+    >>> by_column("bounds", {"g": (0, 1)}, 2, ["u", "g"])
+    [None, (0, 1)]
+    """
+    if isinstance(value, Mapping):
+        if names is None:
+            raise ValueError(f"{name} goes by name, but names is None; give names, or one entry for each column")
+        unknown = [_words.shown(key) for key in value if key not in names]
+        if unknown:
+            raise ValueError(f"{name} has {_words.named(unknown)}; names has no such")
+        return [value.get(key) for key in names]
+    if not np.iterable(value):
+        raise ValueError(f"{name} is {_words.shown(value)}; it must be a sequence")
+    entries = list(value)
+    if len(entries) != features:
+        raise ValueError(f"{name} has {len(entries)} entries; the flow has {features} features")
+    return entries
 
 
 def float_dtype(dtype: DTypeLike) -> np.dtype[Any]:

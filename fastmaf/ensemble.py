@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, NoReturn
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastmaf import _arrays, _codec, _device, _files, _random, _tables, _words, backends, masks
+from fastmaf import _arrays, _codec, _device, _files, _random, _tables, _within, _words, backends, masks
 from fastmaf import layers as _layers
 from fastmaf._networks import masked, rebuilt
 from fastmaf.flow import Flow, _check_continuous
@@ -270,12 +270,15 @@ class Ensemble:
         context_offset: int = 0,
         out: Array | None = None,
         dtype: DTypeLike | None = None,
+        *,
+        within: _within.Within | None = None,
+        max_tries: int = 1000,
     ) -> Array:
         """Draw from the ensemble: each row from a member drawn for it.
 
         Parameters
         ----------
-        n, context, seed, offset, context_offset, out, dtype
+        n, context, seed, offset, context_offset, out, dtype, within, max_tries
             As in `Flow.sample`, splits by offset included.
 
         Returns
@@ -285,7 +288,7 @@ class Ensemble:
         Raises
         ------
         ValueError
-            If a shape, dtype, seed or offset does not fit.
+            If a shape, dtype, seed or offset does not fit; if too few rows lie within.
 
         Examples
         --------
@@ -294,28 +297,69 @@ class Ensemble:
         >>> np.array_equal(ensemble.sample(10, seed=1)[6:], ensemble.sample(4, seed=1, offset=6))
         True
         """
+        record = self._flow.record
+        if type(max_tries) is not int or max_tries < 1:
+            max_tries = _words.count("max_tries", max_tries, 1)
+        if within is not None:
+            return _within.sample(record, self._drawing, n, context, seed, offset, context_offset, out, dtype, within, max_tries)
         n = _arrays.count("n", n)
         given = context
-        context, c = _arrays.contexts(context, self.context_features, usual=self._flow.record.usual_contexts)
+        context, c = _arrays.contexts(context, self.context_features, usual=record.usual_contexts)
         seed, offset, context_offset = _arrays.seed_and_offsets(seed, offset, context_offset, n, c)
         shape = (c, n) if context is not None and context.ndim == 2 else (n,)
-        dtype = self._flow.record.sample_dtype(dtype, out)
+        dtype = record.sample_dtype(dtype, out)
         shape = (*shape, self.features)
         samples = _arrays.empty(shape, dtype) if out is None else _arrays.output(out, shape, dtype, context)
-        rows_of_all = samples.reshape(c * n, self.features)
-        chosen = self._choices(c, n, seed, offset, context_offset).reshape(-1)
-        for k, member in enumerate(self._shared.members()):
-            own = np.flatnonzero(chosen == k)
-            if not own.size:
-                continue
-            group, index = np.divmod(own, n)
-            rows = None if context is None else np.broadcast_to(context, (c, self.context_features))[group]
-            drawn = np.empty((own.size, self.features), dtype)
-            counters = (index.astype(np.uint64) + np.uint64(offset), group.astype(np.uint64) + np.uint64(context_offset))
-            record, backend = member._ready()
-            backend.sample_rows(record, *counters, rows, seed, drawn)
-            rows_of_all[own] = drawn
+        draw, rows = self._drawing(context, seed, context_offset, dtype), samples.reshape(c * n, self.features)
+        group, index = np.divmod(np.arange(c * n), n) if n else 2 * (np.empty(0, np.int64),)
+        draw(index.astype(np.uint64) + np.uint64(offset), group, rows)
         return out if out is not None else _device.native(samples, given)
+
+    def acceptance(
+        self, within: _within.Within, context: ArrayLike | None = None, n: int = 10_000, seed: Seed = None, context_offset: int = 0
+    ) -> Any:
+        """The share of samples that lie in a box.
+
+        Parameters
+        ----------
+        within, context, n, seed, context_offset
+            As in `Flow.acceptance`.
+
+        Returns
+        -------
+        float, or (c,) array under contexts (c, C)
+
+        Raises
+        ------
+        ValueError
+            If a shape, seed or offset does not fit.
+
+        Examples
+        --------
+        >>> import fastmaf
+        >>> fastmaf.MADE(features=3, masks=4).acceptance([None, None, None])
+        1.0
+        """
+        return _within.acceptance(self._flow.record, self._drawing, within, context, n, seed, context_offset)
+
+    def _drawing(self, context: Array | None, seed: int, context_offset: int, dtype: np.dtype[Any]) -> Callable[..., Array]:
+        """Draws samples of the counted stream under some of the contexts."""
+
+        def draw(index: Array, group: Array, out: Array | None = None) -> Array:
+            rows = np.empty((len(index), self.features), dtype) if out is None else out
+            index, row = index.astype(np.uint64), group.astype(np.uint64) + np.uint64(context_offset)
+            chosen = self._choices(index, row, seed)
+            for k, member in enumerate(self._shared.members()):
+                own = np.flatnonzero(chosen == k)
+                if own.size:
+                    contexts = context if context is None or context.ndim == 1 else context[group[own]]
+                    drawn = np.empty((own.size, self.features), dtype)
+                    record, backend = member._ready()
+                    backend.sample_rows(record, index[own], row[own], contexts, seed, drawn)
+                    rows[own] = drawn
+            return rows
+
+        return draw
 
     def sample_and_log_prob(
         self,
@@ -355,9 +399,8 @@ class Ensemble:
         samples = self.sample(n, context, seed, offset, context_offset, dtype=dtype)
         return samples, self.log_prob(samples, context)
 
-    def _choices(self, c: int, n: int, seed: int, offset: int, context_offset: int) -> Array:
-        """The member (c, n) of each row: a number of the stream of components in the column behind the last variable."""
-        index, row = np.uint64(offset) + np.arange(n, dtype=np.uint64), np.uint64(context_offset) + np.arange(c, dtype=np.uint64)[:, None]
+    def _choices(self, index: Array, row: Array, seed: int) -> Array:
+        """The member of each row: a number of the stream of components in the column behind the last variable."""
         return _random.choices(seed, index, row, self.features, len(self))
 
     # Parameters

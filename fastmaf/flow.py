@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastmaf import _arrays, _codec, _device, _files, _gradients, _networks, _partial, _tables, _words, backends
+from fastmaf import _arrays, _codec, _device, _files, _gradients, _networks, _partial, _tables, _within, _words, backends
 from fastmaf import layers as _layers
 from fastmaf.layers import Affine, Autoregressive, Elementwise, Normal, Terminal
 from fastmaf.record import FlowRecord, trainable, width_of
@@ -368,6 +369,9 @@ class Flow:
         context_offset: int = 0,
         out: Array | None = None,
         dtype: DTypeLike | None = None,
+        *,
+        within: _within.Within | None = None,
+        max_tries: int = 1000,
     ) -> Array:
         """Draw from the flow.
 
@@ -389,6 +393,14 @@ class Flow:
         dtype : {"float32", "float64"}, optional
             Of the samples; if None that of `out`, or of the flow. Samples of both dtypes are the same but for rounding; float64 from a
             float32 flow resolves columns with a large offset, such as times in seconds.
+        within : sequence or mapping, optional
+            Keep what lies in a box, its edges included: for each column None, or a pair (low, high) of which one may be None; or a
+            mapping from the names of the columns that have such a pair. Row k is then the k-th number of its stream that lies inside, so
+            that ``sample(n)`` begins ``sample(n + 1)``, contexts can still be split by `context_offset`, and `offset` has no meaning.
+            Each context is drawn from until it has its n rows; `acceptance` says beforehand how many it takes.
+        max_tries : int
+            With `within`, most rows to draw for each row that is wanted under a context, and for each of 100 if fewer are wanted. Without
+            one inside among ``100 * max_tries`` a context is given up too.
 
         Returns
         -------
@@ -404,7 +416,8 @@ class Flow:
         Raises
         ------
         ValueError
-            If a shape, dtype, seed or offset does not fit, or the context is not finite (one on a GPU gives NaN).
+            If a shape, dtype, seed or offset does not fit, or the context is not finite (one on a GPU gives NaN); if too few rows lie
+            within, under some context; if `within` goes with an `offset`, or with a context or `out` on a GPU.
 
         Examples
         --------
@@ -412,8 +425,53 @@ class Flow:
         >>> flow = fastmaf.MAF(features=3)
         >>> np.array_equal(flow.sample(10, seed=1)[6:], flow.sample(4, seed=1, offset=6))
         True
+        >>> flow.sample(1000, seed=1, within=[(0, 1), None, (None, 2)]).shape
+        (1000, 3)
         """
+        if type(max_tries) is not int or max_tries < 1:
+            max_tries = _words.count("max_tries", max_tries, 1)
+        if within is not None:
+            record, backend = self._ready()
+            draw = functools.partial(_drawing, record, backend)
+            return _within.sample(record, draw, n, context, seed, offset, context_offset, out, dtype, within, max_tries, self.device)
         return self._sample(n, context, seed, offset, context_offset, out, dtype, False)[0]
+
+    def acceptance(
+        self, within: _within.Within, context: ArrayLike | None = None, n: int = 10_000, seed: Seed = None, context_offset: int = 0
+    ) -> Any:
+        """The share of samples that lie in a box: an estimate of the probability that the flow gives it.
+
+        Its logarithm turns log_prob into the density within the box. It is drawn, not integrated: a share p is off by about
+        ``sqrt(p * (1 - p) / n)``.
+
+        Parameters
+        ----------
+        within, context, seed, context_offset
+            As in `sample`.
+        n : int
+            Rows to draw under each context; with the same seed those that ``sample(n)`` draws.
+
+        Returns
+        -------
+        float, or (c,) array under contexts (c, C)
+            In float64.
+
+        Raises
+        ------
+        ValueError
+            If a shape, seed or offset does not fit, the context is not finite, or it is on a GPU.
+
+        Examples
+        --------
+        >>> import fastmaf
+        >>> flow = fastmaf.Flow([], features=2)
+        >>> bool(abs(flow.acceptance([(0, None), None], seed=1) - 0.5) < 0.02)
+        True
+        """
+        record, backend = self._ready()
+        return _within.acceptance(
+            record, functools.partial(_drawing, record, backend), within, context, n, seed, context_offset, self.device
+        )
 
     def sample_and_log_prob(
         self,
@@ -1106,6 +1164,25 @@ def _impossible(x: Array, base: Terminal) -> Array | None:
         if (x == np.floor(x)).all() and x.min() >= 0 and (x.reshape(-1, x.shape[-1]).max(axis=0) < counts).all():
             return None
         return np.asarray(~((x >= 0) & (x < counts) & (x == np.floor(x))))
+
+
+def _drawing(
+    record: FlowRecord, backend: backends.Backend, context: Array | None, seed: int, context_offset: int, dtype: np.dtype[Any]
+) -> _within.Draw:
+    """Draws samples of the counted stream under some of the contexts."""
+
+    def draw(index: Array, group: Array) -> Array:
+        rows = np.empty((len(index), record.features), dtype)
+        if group[0] == group[-1] and index[-1] - index[0] == len(index) - 1:  # one context, which is folded in once
+            own = context if context is None or context.ndim == 1 else context[group[0]]
+            backend.sample(record, 1, len(index), own, seed, int(index[0]), int(group[0]) + context_offset, rows[None], None)
+            return rows
+        own = None if context is None else context if context.ndim == 1 else context[group]
+        counters = index.astype(np.uint64), group.astype(np.uint64) + np.uint64(context_offset)
+        backend.sample_rows(record, *counters, own, seed, rows)
+        return rows
+
+    return draw
 
 
 def _check_continuous(record: FlowRecord, what: str) -> None:

@@ -209,11 +209,11 @@ class Elementwise(_Record):
             raise ValueError(f"{column} has bounds {bounds}, between which {dtype} has no number; widen them{wider}")
 
     @classmethod
-    def from_bounds(cls, bounds: Any, names: Sequence[str] | None = None) -> Elementwise:
+    def from_bounds(cls, bounds: Any, names: Sequence[str] | None = None, name: str = "bounds") -> Elementwise:
         """From one entry per column: ``None``, or a pair (lower, upper) in which either may be ``None`` or infinite; names for messages."""
         kinds, lower, upper = [], [], []
         for j, bound in enumerate(bounds):
-            where = f"bounds[{j if names is None else _words.shown(names[j])}]"
+            where = f"{name}[{j if names is None else _words.shown(names[j])}]"
             try:
                 low, high = (None, None) if bound is None else bound
                 low = -math.inf if low is None else _words.number(where, low)

@@ -198,13 +198,7 @@ class Draft:
         layers: list[FlowLayer] = []
         if bounds is not None:
             names = _arrays.names(names, self.features)
-            if isinstance(bounds, Mapping):
-                bounds = _by_name(bounds, names)
-            _iterable("bounds", bounds)
-            entries = list(bounds)
-            if len(entries) != self.features:
-                raise ValueError(f"bounds has {len(entries)} entries; the flow has {self.features} features")
-            layers.append(Elementwise.from_bounds(entries, names))
+            layers.append(Elementwise.from_bounds(_arrays.by_column("bounds", bounds, self.features, names), names))
         return [*layers, _identity(self.features)]
 
     def network(self, rows: int | Sequence[int]) -> Conditioner:
@@ -267,16 +261,6 @@ def _most_parameters() -> int:
     except (AttributeError, ValueError, OSError):
         memory = 2**63
     return int(min(memory // 32, 2**31))
-
-
-def _by_name(bounds: Mapping[str, Any], names: Sequence[str] | None) -> list[Any]:
-    """The bounds of each column, None for those that are not named."""
-    if names is None:
-        raise ValueError("bounds goes by name, but names is None; give names, or one entry for each column")
-    unknown = [_words.shown(name) for name in bounds if name not in names]
-    if unknown:
-        raise ValueError(f"bounds has {_words.named(unknown)}; names has no such")
-    return [bounds.get(name) for name in names]
 
 
 def _iterable(name: str, value: Any) -> None:

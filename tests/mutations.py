@@ -55,6 +55,15 @@ MUTATIONS = {
         "for first in range(0, min(1, len(array)), step):",
         "test_train.py -k digest",
     ),
+    "rows within are not the first ones of their stream": Mutation(
+        "_within.py",
+        "np.repeat(drawn[group] - begin, wanted)",
+        "np.repeat(2 * drawn[group] - begin, wanted)",
+        "test_within.py -k bits_depend",
+    ),
+    "every context is drawn from as the worst needs": Mutation(
+        "_within.py", "np.sqrt(lacking) - 1) / share", "np.sqrt(lacking) - 1) / share.min()", "test_within.py -k no_context"
+    ),
     "log|det| is found where there is no noise": Mutation(
         "backends/reference.py",
         "np.where(np.isfinite(z).all(axis=1), here, -np.inf)",

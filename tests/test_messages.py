@@ -93,6 +93,8 @@ CALLS = {
     "to_noise": (flow().to_noise, {"x": X, "context": CONTEXT}),
     "from_noise": (flow().from_noise, {"u": X, "context": CONTEXT}),
     "sample": (flow().sample, {"n": 2, "context": CONTEXT, "seed": 1}),
+    "sample within": (flow().sample, {"n": 2, "context": CONTEXT, "seed": 1, "within": {"u": (-9, 9)}, "max_tries": 2}),
+    "acceptance": (flow().acceptance, {"within": [None] * 3, "context": CONTEXT, "n": 2, "seed": 1}),
     "sample_and_log_prob": (flow().sample_and_log_prob, {"n": 2, "context": CONTEXT, "seed": 1}),
     "log_prob_and_grad": (flow().log_prob_and_grad, {"x": X, "context": CONTEXT}),
     "vjp": (flow().vjp, {"x": X, "context": CONTEXT, "cotangent": np.ones(5)}),

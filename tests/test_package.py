@@ -46,7 +46,7 @@ _core _words
 _device _files _random _tables layers masks data
 _arrays _container _networks
 record plot
-_codec
+_codec _within
 backends
 backends.cpu backends.reference config
 backends.cuda backends.numba _gradients _partial train.data
