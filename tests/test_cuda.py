@@ -279,6 +279,11 @@ def test_arrays_of_a_device_are_used_in_place(framework, dtype):
     noise = there.to_noise(of_x, of_context)
     assert_close("to_noise", dtype, framework.get(noise), flow.to_noise(x, context).astype("float64"))
     assert_close("round trip", dtype, framework.get(there.from_noise(noise, of_context)), x, factor=20)
+    for mine, own, at in ((there.to_noise, flow.to_noise, of_x), (there.from_noise, flow.from_noise, noise)):
+        results, expected = mine(at, of_context, log_det=True), own(framework.get(at), context, log_det=True)
+        assert type(results[1]) is type(of_x)
+        for result, right in zip(results, expected, strict=True):
+            assert_close("round trip", dtype, framework.get(result), right.astype("float64"))
     one = framework.put(context[0])
     assert_close("log_prob", dtype, framework.get(there.log_prob(of_x, one)), flow.log_prob(x, context[0]).astype("float64"))
     groups = framework.put(context[:4, None])
