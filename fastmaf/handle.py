@@ -238,7 +238,13 @@ class Handle:
         return of_rows, of_contexts, weights
 
     def to_noise_vjp(
-        self, x: ArrayLike, context: ArrayLike | None, cotangent: ArrayLike, *, dparameters: Wanted = True
+        self,
+        x: ArrayLike,
+        context: ArrayLike | None,
+        cotangent: ArrayLike,
+        *,
+        log_det: ArrayLike | None = None,
+        dparameters: Wanted = True,
     ) -> tuple[Array, Array | None, Array | None]:
         """Gradients of ``sum(cotangent * to_noise(x, context))``, at the cost of two of log_prob.
 
@@ -248,6 +254,8 @@ class Handle:
             As in `Flow.to_noise`.
         cotangent : (n, D) or (c, n, D) array
             Of the shape of the noise.
+        log_det : (n,) or (c, n) array, optional
+            Cotangents of log|det| of the map, where that is a result too; it costs one gradient of log_prob more.
         dparameters : array, bool or None
             As in `vjp`.
 
@@ -268,10 +276,16 @@ class Handle:
         >>> handle.to_noise_vjp(np.zeros((5, 3)), None, np.ones((5, 3)))[0].shape
         (5, 3)
         """
-        return self._noise_vjp("to_noise", x, context, cotangent, dparameters)
+        return self._noise_vjp("to_noise", x, context, cotangent, log_det, dparameters)
 
     def from_noise_vjp(
-        self, x: ArrayLike, context: ArrayLike | None, cotangent: ArrayLike, *, dparameters: Wanted = True
+        self,
+        x: ArrayLike,
+        context: ArrayLike | None,
+        cotangent: ArrayLike,
+        *,
+        log_det: ArrayLike | None = None,
+        dparameters: Wanted = True,
     ) -> tuple[Array, Array | None, Array | None]:
         """Gradients of ``sum(cotangent * x)``, x = from_noise(u, context), in u, the context and the parameters: those of samples.
 
@@ -281,7 +295,7 @@ class Handle:
         ----------
         x : (n, D) or (c, n, D) array
             The rows that came out, not the noise.
-        context, cotangent, dparameters
+        context, cotangent, log_det, dparameters
             As in `to_noise_vjp`; the cotangent has the shape of the rows.
 
         Returns
@@ -302,16 +316,23 @@ class Handle:
         >>> handle.from_noise_vjp(x, None, np.ones((5, 3)))[0].shape
         (5, 3)
         """
-        return self._noise_vjp("from_noise", x, context, cotangent, dparameters)
+        return self._noise_vjp("from_noise", x, context, cotangent, log_det, dparameters)
 
     def _noise_vjp(
-        self, operation: str, x: ArrayLike, context: ArrayLike | None, cotangent: ArrayLike, dparameters: Wanted
+        self,
+        operation: str,
+        x: ArrayLike,
+        context: ArrayLike | None,
+        cotangent: ArrayLike,
+        log_det: ArrayLike | None,
+        dparameters: Wanted,
     ) -> tuple[Array, Array | None, Array | None]:
         self._check_continuous()
         given = None if context is None else _arrays.real("context", context)
         rows, contexts, shape = self._rows("x", x, given)
         factor = _arrays.cotangents(cotangent, (*shape, self.features), operation)
-        weights = _wanted("dparameters", dparameters, (self.size,), self.dtype, [rows, contexts, factor])
+        of_map = None if log_det is None else _arrays.cotangents(log_det, shape, f"log|det| of {operation}")
+        weights = _wanted("dparameters", dparameters, (self.size,), self.dtype, [rows, contexts, factor, of_map])
         flat = np.broadcast_to(rows, (*shape, self.features)).reshape(-1, self.features)
         beside = None
         if contexts is not None:
@@ -322,14 +343,47 @@ class Handle:
             if self._noise_version != self.version:
                 self._noise.set_parameters(self._parameters)
                 self._noise_version = self.version
-            of_rows, of_contexts = getattr(self._noise, operation)(flat, beside, factor.reshape(-1, self.features), weights)
-        if weights is not None and not factor.size:
-            weights[:] = 0
+            of_rows, of_contexts, of_weights = self._pulled(
+                operation,
+                flat,
+                beside,
+                factor.reshape(-1, self.features),
+                None if of_map is None else of_map.reshape(-1),
+                weights is not None,
+            )
+        assert of_rows is not None
+        if weights is not None:
+            weights[:] = of_weights if factor.size else 0
         dx = _summed(of_rows.reshape(*shape, self.features), rows.shape).astype(self.dtype)
-        if contexts is None or given is None:
+        if of_contexts is None or contexts is None or given is None:
             return dx, None, weights
         own = _summed(of_contexts.reshape(*shape, self.context_features), contexts.shape)
         return dx, own.reshape(given.shape).astype(self.dtype), weights
+
+    def _pulled(
+        self, operation: str, x: Array, context: Array | None, cotangent: Array, log_det: Array | None, weighed: bool
+    ) -> tuple[Array | None, ...]:
+        """Gradients of a map, and of log|det| of it if that has cotangents, in rows, contexts and weights.
+
+        log|det| of the map to the noise is log_prob + |noise|^2 / 2 + constant; that of the map from it is the negative of this at x.
+        """
+        noise = self._noise
+        assert noise is not None
+        if log_det is None:
+            weights = np.empty(self.size, self.dtype) if weighed else None
+            return *getattr(noise, operation)(x, context, cotangent, weights), weights
+        if operation == "from_noise":
+            of_map = self._pulled("to_noise", x, context, np.zeros_like(cotangent), -log_det, weighed)
+            du, *rest = self._pulled("from_noise", x, context, cotangent + of_map[0], None, weighed)
+            return du, *map(_sum, rest, of_map[1:])
+        weights = np.empty(self.size, self.dtype) if weighed else None
+        factor = np.ascontiguousarray(log_det, self.dtype)
+        _, dx, dcontext = _gradients.backward(self._backend, self._record, x, context, factor.shape, factor, weights)
+        at = np.empty(x.shape, self.dtype)
+        if at.size:
+            self._backend.to_noise(self._record, x, context, at)
+        pulled = cotangent + np.where(np.isfinite(at), at, 0) * factor[:, None]
+        return tuple(map(_sum, (dx, dcontext, weights), self._pulled("to_noise", x, context, pulled, None, weighed)))
 
     def _rows(self, name: str, x: ArrayLike, context: ArrayLike | None) -> tuple[Array, Array | None, tuple[int, ...]]:
         record = self._record
@@ -338,6 +392,10 @@ class Handle:
     def _check_continuous(self) -> None:
         if self._record.discrete:
             raise ValueError(f"a flow with a {self._record.discrete} base has no noise")
+
+
+def _sum(a: Array | None, b: Array | None) -> Array | None:
+    return None if a is None or b is None else a + b
 
 
 def _wanted(name: str, wanted: Wanted, shape: tuple[int, ...], dtype: np.dtype[Any], inputs: list[Array | None]) -> Array | None:

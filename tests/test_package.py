@@ -57,7 +57,7 @@ flow
 ensemble export handle interop._common maf
 interop._made interop._torch interop.flowjax io made presets torch._module
 interop._zuko_parts interop.nflows interop.pyro torch._sbi
-interop.normflows interop.zuko torch
+interop.normflows interop.zuko jax torch
 interop.sbi
 interop
 __init__
@@ -198,23 +198,22 @@ def test_a_notebook_with_widgets_gets_their_bar(tmp_path):
     assert "tqdm.notebook" in result.stdout, result.stderr
 
 
-def test_what_needs_torch_says_so_where_it_is_absent(tmp_path):
-    code = """
+@pytest.mark.parametrize(("module", "name"), [("torch", "PyTorch"), ("jax", "JAX")])
+def test_what_needs_another_library_says_so_where_it_is_absent(tmp_path, module, name):
+    code = f"""
 import sys
-sys.modules["torch"] = None
+sys.modules["{module}"] = None
 import fastmaf
-assert "torch" not in dir(fastmaf)
+assert "{module}" not in dir(fastmaf)
 try:
-    fastmaf.torch
+    fastmaf.{module}
 except ImportError as error:
     print(error)
 """
     result = run(code, tmp_path, PYTHONPATH=str(PACKAGE.parent))
-    assert result.stdout == "fastmaf.torch needs PyTorch, which is not installed: pip install torch\n", result.stderr
+    assert result.stdout == f"fastmaf.{module} needs {name}, which is not installed: pip install {module}\n", result.stderr
 
 
-def test_torch_is_not_imported_before_it_is_asked_for(tmp_path):
-    code = (
-        "import sys, fastmaf; fastmaf.Handle; print([name for name in sys.modules if name.startswith('fastmaf.torch') or name == 'torch'])"
-    )
+def test_torch_and_jax_are_not_imported_before_it_is_asked_for(tmp_path):
+    code = "import sys, fastmaf; fastmaf.Handle; print([name for name in sys.modules if name.split('.')[-1] in ('torch', 'jax')])"
     assert run(code, tmp_path, PYTHONPATH=str(PACKAGE.parent)).stdout == "[]\n"

@@ -130,39 +130,16 @@ class _ToNoiseAndLogDet(_Operation):
     def gradients(
         cls, handle: Handle, at: Array, context: Array | None, cotangent: Array, wanted: tuple[bool, ...]
     ) -> tuple[Array | None, ...]:
-        return _of_noise_and_log_det(handle, at, context, cotangent[..., :-1], cotangent[..., -1], wanted)
+        rows = np.ascontiguousarray(at[..., : cotangent.shape[-1] - 1])
+        pull = getattr(handle, f"{cls.name}_vjp")
+        result: tuple[Array | None, ...] = pull(rows, context, cotangent[..., :-1], log_det=cotangent[..., -1], dparameters=wanted[2])
+        return result
 
 
 class _FromNoiseAndLogDet(_ToNoiseAndLogDet, _FromNoise):
     """The rows, and log|det| of the map: the negative of that of the map to the noise there."""
 
     name = "from_noise"
-
-    @classmethod
-    def gradients(
-        cls, handle: Handle, at: Array, context: Array | None, cotangent: Array, wanted: tuple[bool, ...]
-    ) -> tuple[Array | None, ...]:
-        rows = np.ascontiguousarray(at[..., :-1])
-        none, of_log_det = np.zeros_like(rows), -cotangent[..., -1]
-        first = _of_noise_and_log_det(handle, rows, context, none, of_log_det, (True, *wanted[1:]))
-        assert first[0] is not None
-        second = handle.from_noise_vjp(rows, context, cotangent[..., :-1] + first[0], dparameters=wanted[2])
-        return (second[0], *map(_sum, first[1:], second[1:]))
-
-
-def _of_noise_and_log_det(
-    handle: Handle, x: Array, context: Array | None, of_noise: Array, of_log_det: Array, wanted: tuple[bool, ...]
-) -> tuple[Array | None, ...]:
-    """Gradients of to_noise and its log|det|, which is log_prob + |noise|^2 / 2 + constant."""
-    noise = handle.to_noise(x, context)
-    pulled = of_noise + np.where(np.isfinite(noise), noise, 0) * of_log_det[..., None]
-    first = handle.vjp(x, context, np.ascontiguousarray(of_log_det), dx=wanted[0], dcontext=wanted[1], dparameters=wanted[2])
-    second = handle.to_noise_vjp(x, context, pulled, dparameters=wanted[2])
-    return tuple(map(_sum, first, second))
-
-
-def _sum(a: Array | None, b: Array | None) -> Array | None:
-    return None if a is None or b is None else a + b
 
 
 class _Drawn(_FromNoise):
