@@ -23,7 +23,7 @@ with warnings.catch_warnings():
     from sbi.neural_nets.net_builders.flow import build_zuko_maf
     from sbi.utils import BoxUniform
 
-from fastmaf.torch import sbi_maf
+from fastmaf.torch import sbi_fit, sbi_maf
 from fastmaf.torch._sbi import Estimator
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of sbi and what it stands on
@@ -195,9 +195,53 @@ def test_likelihoods_of_a_linear_gaussian():
     np.testing.assert_allclose(theta.grad, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_fit_in_place_of_the_trainer():
+    prior, theta, x = simulated()
+    trainer = NPE(prior, density_estimator=sbi_maf(hidden_features=24, num_transforms=2), **QUIET).append_simulations(theta, x)
+    estimator = sbi_fit(trainer, max_epochs=60)
+    is_posterior(trainer.build_posterior().sample((4000,), x=OBSERVED, **QUIET))
+    is_posterior(trainer.build_posterior(estimator).sample((4000,), x=OBSERVED, **QUIET))
+    summary = trainer.summary
+    epochs = summary["epochs_trained"][-1]
+    assert 0 < epochs <= 60 and all(len(summary[name]) == epochs for name in ("training_loss", "validation_loss", "epoch_durations_sec"))
+    assert summary["best_validation_loss"] == [min(summary["validation_loss"])]
+    likelihood = NLE(prior, density_estimator=sbi_maf(likelihood=True, hidden_features=24, num_transforms=2), **QUIET)
+    fitted = sbi_fit(likelihood.append_simulations(theta, x), max_epochs=60)
+    with torch.no_grad():
+        expected = torch.distributions.Normal(theta[:500], NOISE).log_prob(x[:500]).sum(1)
+        assert abs(fitted.log_prob(x[:500], theta[:500])[0].mean() - expected.mean()) < 0.1
+
+
+def test_the_same_seed_of_torch_gives_the_same_fit():
+    prior, theta, x = simulated(300)
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        trainer = NPE(prior, density_estimator=sbi_maf(hidden_features=8, num_transforms=1), **QUIET).append_simulations(theta, x)
+        found.append(sbi_fit(trainer, max_epochs=2).net.weight.detach())
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+def test_what_only_the_loop_of_sbi_does():
+    prior, theta, x = simulated(100)
+    with pytest.raises(ValueError, match="trainer is of type NPE_C; it must be one of sbi, made with"):
+        sbi_fit(NPE(prior, density_estimator="maf").append_simulations(theta, x))
+    with pytest.raises(ValueError, match="trainer is of type int"):
+        sbi_fit(3)
+    network = torch.nn.Linear(C, 3)
+    with pytest.raises(NotImplementedError, match="trainer.train()"):
+        sbi_fit(NPE(prior, density_estimator=sbi_maf(embedding_net=network)).append_simulations(theta, x))
+    trainer = NPE(prior, density_estimator=sbi_maf(hidden_features=8)).append_simulations(theta, x)
+    sbi_fit(trainer, max_epochs=1)
+    proposal = trainer.build_posterior().set_default_x(OBSERVED)
+    with pytest.raises(NotImplementedError, match="later rounds"):
+        sbi_fit(trainer.append_simulations(theta, x, proposal=proposal))
+
+
 def test_the_doctest_and_the_snippet_of_the_page_run():
-    for example in doctest.DocTestFinder().find(sbi_maf, "sbi_maf"):
+    for example in [*doctest.DocTestFinder().find(sbi_maf, "sbi_maf"), *doctest.DocTestFinder().find(sbi_fit, "sbi_fit")]:
         assert not doctest.DocTestRunner().run(example).failed
     page = (pathlib.Path(__file__).parents[1] / "docs" / "torch.md").read_text()
-    (block,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "sbi" in code]
-    exec(compile("import torch, fastmaf.torch\n" + block, "docs/torch.md", "exec"), {})
+    blocks = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "sbi" in code]
+    assert len(blocks) == 2
+    exec(compile("import torch, fastmaf.torch\n" + "\n".join(blocks), "docs/torch.md", "exec"), {})

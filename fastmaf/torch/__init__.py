@@ -19,7 +19,7 @@ except ImportError:
 
 from fastmaf.torch._module import MAF, Flow, NormalizingFlow
 
-__all__ = ["MAF", "Flow", "NormalizingFlow", "sbi_maf"]
+__all__ = ["MAF", "Flow", "NormalizingFlow", "sbi_fit", "sbi_maf"]
 
 
 def sbi_maf(
@@ -73,3 +73,47 @@ def sbi_maf(
 
     net = _torch.nn.Identity() if embedding_net is None else embedding_net
     return Builder(likelihood, z_score_theta, z_score_x, hidden_features, num_transforms, net, x_dist, options)
+
+
+def sbi_fit(trainer: Any, **options: Any) -> Any:
+    """Train what a trainer of sbi was given, by `fastmaf.Flow.fit` in place of ``trainer.train()``: the same loss, several times faster.
+
+    Batches, learning rate, clipping, the share of validation rows and the patience are those of sbi unless named.
+
+    Parameters
+    ----------
+    trainer : NPE or NLE of sbi
+        Made with ``density_estimator=sbi_maf(...)``, and with simulations appended.
+    **options
+        Of `fastmaf.Flow.fit`, except ``standardize``. By default ``batch_size=200, lr=5e-4, validation=0.1, patience=20, clip_norm=5.0``,
+        epochs without limit, and a seed drawn from torch.
+
+    Returns
+    -------
+    ConditionalDensityEstimator
+        That of the best epoch, which ``trainer.build_posterior()`` takes from now on. ``trainer.summary`` has the losses. It is trained from
+        new weights in each call.
+
+    Raises
+    ------
+    ValueError
+        If the trainer was made with another density estimator.
+    NotImplementedError
+        For what only sbi's own loop does: an embedding with weights, and later rounds of NPE.
+
+    Examples
+    --------
+    >>> import torch, fastmaf.torch
+    >>> from sbi.inference import NPE
+    >>> prior = torch.distributions.MultivariateNormal(torch.zeros(2), torch.eye(2))
+    >>> theta = prior.sample((500,))
+    >>> trainer = NPE(prior, density_estimator=fastmaf.torch.sbi_maf(hidden_features=16))
+    >>> trainer = trainer.append_simulations(theta, theta + torch.randn(500, 2))
+    >>> estimator = fastmaf.torch.sbi_fit(trainer, max_epochs=3, progress=False)
+    >>> trainer.build_posterior().sample((10,), x=torch.zeros(2), show_progress_bars=False).shape
+    torch.Size([10, 2])
+    """
+    from fastmaf.torch._sbi import fit
+
+    usual = {"batch_size": 200, "lr": 5e-4, "validation": 0.1, "patience": 20, "clip_norm": 5.0, "max_epochs": 2**31 - 1}
+    return fit(trainer, usual | options)

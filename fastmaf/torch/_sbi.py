@@ -16,7 +16,7 @@ from fastmaf.flow import Flow as _Flow
 from fastmaf.layers import Affine, Elementwise
 from fastmaf.torch._module import MAF, Flow
 
-__all__ = ["Builder", "Estimator"]
+__all__ = ["Builder", "Estimator", "fit"]
 
 UNCONSTRAINED = "transform_to_unconstrained"
 
@@ -149,3 +149,36 @@ def _bounds(x_dist: Any, features: int) -> list[tuple[float | None, float | None
     ends = [np.broadcast_to(np.asarray(end, np.float64), (features,)) for end in (low, high)]
     pairs = [tuple(float(end) if np.isfinite(end) else None for end in pair) for pair in zip(*ends, strict=True)]
     return [None if pair == (None, None) else (pair[0], pair[1]) for pair in pairs]
+
+
+def fit(trainer: Any, options: dict[str, Any]) -> Estimator:
+    """Train by `fastmaf.Flow.fit` what sbi's trainer would; see `fastmaf.torch.sbi_fit`."""
+    builder = getattr(trainer, "_build_neural_net", None)
+    if not isinstance(builder, Builder):
+        raise ValueError(
+            f"trainer is of type {type(trainer).__name__}; it must be one of sbi, made with density_estimator=fastmaf.torch.sbi_maf()"
+        )
+    if max(getattr(trainer, "_data_round_index", None) or [0]) and not builder.likelihood:
+        raise NotImplementedError("simulations of later rounds need the loss of sbi: trainer.train()")
+    theta, x, _ = trainer.get_simulations()
+    estimator = builder(theta, x)
+    if any(parameter.requires_grad for parameter in estimator.embedding_net.parameters()):
+        raise NotImplementedError("an embedding_net with weights is trained in torch: trainer.train()")
+    inputs, conditions = (x, theta) if builder.likelihood else (theta, x)
+    with torch.no_grad():
+        contexts = estimator._context(conditions)
+    flow = estimator.net.to_flow()
+    progress = None if getattr(trainer, "_show_progress_bars", True) else False
+    options = {"seed": int(torch.empty((), dtype=torch.int64).random_()), "progress": progress} | options
+    history = flow.fit(inputs, contexts, standardize=False, **options)
+    fitted = Estimator(Flow(flow), estimator.embedding_net, estimator.input_shape, estimator.condition_shape)
+    trainer._neural_net = fitted
+    for name, values in (
+        ("training_loss", [-value for value in history.train]),
+        ("validation_loss", [-value for value in history.validation]),
+        ("epochs_trained", [len(history.train)]),
+        ("best_validation_loss", [-max(history.validation, default=float("nan"))]),
+        ("epoch_durations_sec", np.diff(history.seconds, prepend=0).tolist()),
+    ):
+        trainer.summary[name] += values
+    return fitted
