@@ -83,6 +83,8 @@ def real(name: str, value: Any, device: str = "cpu", names: Sequence[str] | None
     if value.dtype in NATIVE:
         return cast("Array", value)
     if value.dtype.kind not in "fiub":
+        if value.ndim == 0 and value.dtype.kind == "O":
+            raise ValueError(f"{name} is {_words.shown(value.item())}; it must be an array of real numbers")
         remedy = f": {name}.astype(float), if they are" if value.dtype.kind == "O" else ""
         raise ValueError(f"{name} has dtype {_words.cut(str(value.dtype))}; it must hold real numbers{remedy}")
     return cast("Array", value.astype(np.float64 if value.dtype.kind == "f" else value.dtype.newbyteorder("=")))
@@ -109,6 +111,8 @@ def _foreign(name: str, value: Any, device: str, names: Sequence[str] | None) ->
             return np.from_dlpack(value)
         return np.asarray(value)
     except (TypeError, RuntimeError, BufferError, OverflowError) as error:
+        if "bfloat16" in str(getattr(value, "dtype", "")):
+            raise ValueError(f"{name} has dtype bfloat16, which NumPy lacks: {name}.float()") from None
         raise ValueError(f"{name} is not an array: {_words.cut(str(error), 120)}") from None
     except ValueError as error:
         if str(error).startswith(f"{name} "):  # ours

@@ -141,7 +141,7 @@ def test_what_no_backend_reads_is_converted(dtype, native):
         (np.zeros((2, 3), "M8[s]"), "x has dtype datetime64[s]"),
         (np.zeros((2, 3), [("a", "f8")]), "x has dtype [('a', '<f8')]"),
         ([["a", "b", "c"]], "x has dtype <U1"),
-        (None, "x has dtype object"),
+        (None, "x is None; it must be an array of real numbers"),
         ([[1.0, 2.0, 3.0], [1.0]], "x is not an array"),
         (CudaArray(), "x is a CUDA array"),
         (np.ma.masked_array(np.zeros((1, 3)), [[True, False, False]]), "x has masked entries"),

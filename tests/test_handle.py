@@ -267,3 +267,35 @@ def test_rows_outside_the_bounds_have_no_gradient_of_the_noise():
         dx, _, dparameters = vjp(x, None, np.ones_like(x))
         assert dx[0].all() and not dx[1:].any() and np.isfinite(dparameters).all()
         np.testing.assert_allclose(dparameters, vjp(x[:1], None, np.ones((1, 2)))[2])
+
+
+@pytest.mark.parametrize("operation", ["to_noise", "from_noise"])
+def test_gradients_with_the_log_determinant(core, operation):
+    """Against differences of the map and its log|det| together, in rows, contexts and weights."""
+    flow = make.flow(4, (9, 8), 2, context_features=2, activation="tanh", dtype="float64")
+    handle, rng = fastmaf.Handle(flow), np.random.default_rng(0)
+    at, context, factor, of_map = (rng.normal(size=shape) for shape in ((3, 4), (3, 2), (3, 4), (3,)))
+    x = at if operation == "to_noise" else handle.from_noise(at, context)
+    free = np.flatnonzero(flow.record.free_parameters())[::7]
+
+    def total(at, context, weights=None):
+        if weights is not None:
+            handle.set_parameters(weights)
+        result, log_det = getattr(handle, operation)(at, context, log_det=True)
+        handle.set_parameters(flow.parameters())
+        return (factor * result).sum() + (of_map * log_det).sum()
+
+    def slopes(function, array, places):
+        found = []
+        for place in places:
+            step = np.zeros(array.size)
+            step[place] = 1e-6
+            found.append((function(array + step.reshape(array.shape)) - function(array - step.reshape(array.shape))) / 2e-6)
+        return np.array(found)
+
+    dx, dcontext, dweights = getattr(handle, f"{operation}_vjp")(x, context, factor, log_det=of_map)
+    np.testing.assert_allclose(dx.ravel(), slopes(lambda a: total(a, context), at, range(at.size)), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(dcontext.ravel(), slopes(lambda c: total(at, c), context, range(context.size)), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(dweights[free], slopes(lambda w: total(at, context, w), flow.parameters(), free), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="cotangent has shape"):
+        getattr(handle, f"{operation}_vjp")(x, context, factor, log_det=np.ones(4))

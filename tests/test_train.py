@@ -1098,6 +1098,11 @@ def test_scales_that_float64_cannot_hold_are_named():
         linear(dtype="float64", names=("a", "b")).fit(x * [1, 1e-310])
 
 
+def test_a_callable_takes_the_number_of_the_epoch(x):
+    with pytest.raises(ValueError, match="x is a function that cannot be called with one argument, the number of the epoch"):
+        fastmaf.MAF(x.shape[1]).fit(lambda: x)
+
+
 def test_a_callable_that_uses_one_array_again(x):
     buffer, fresh, reused = x.copy(), linear(), linear()
 

@@ -91,8 +91,8 @@ def sbi_fit(trainer: Any, **options: Any) -> Any:
     Returns
     -------
     ConditionalDensityEstimator
-        That of the best epoch, which ``trainer.build_posterior()`` takes from now on. ``trainer.summary`` has the losses. It is trained from
-        new weights in each call.
+        That of the best epoch, which ``trainer.build_posterior()`` takes from now on; ``trainer.summary`` has the losses. Each call trains
+        new weights.
 
     Raises
     ------

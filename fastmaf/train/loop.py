@@ -6,6 +6,7 @@ checkpoint needs no more than the engine's state at the end of an epoch.
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import time
@@ -240,7 +241,7 @@ def fit(
         raise NotImplementedError(f'training on {where} is to come: flow = flow.to("cpu"), or flow.fit(..., device="cpu")')
     record, backend = (flow if flow.device == "cpu" else flow.to("cpu"))._ready()
 
-    first_x = x(0) if callable(x) else x
+    first_x = _first_of(x) if callable(x) else x
     train, held = data.split(record, first_x, context, weights, held_out, settings["seed"], callable(x))
     apart = held if settings["validation"] == "given" else None
     start, notes = data.standardised(record, train, settings["standardize"], apart)
@@ -294,6 +295,19 @@ def fit(
     for note in run.complaints():
         warnings.warn(note, FitWarning, stacklevel=3)
     return run.history
+
+
+def _first_of(draw: Callable[[int], ArrayLike]) -> ArrayLike:
+    """The rows of epoch 0."""
+    try:
+        signature = inspect.signature(draw)
+    except ValueError:  # of what is written in C
+        return draw(0)
+    try:
+        signature.bind(0)
+    except TypeError:
+        raise ValueError("x is a function that cannot be called with one argument, the number of the epoch: lambda epoch: x") from None
+    return draw(0)
 
 
 class _Run:
