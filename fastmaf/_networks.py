@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,9 +13,39 @@ from numpy.typing import NDArray
 from fastmaf import _words, masks
 from fastmaf.layers import Autoregressive, Conditioner, Dense, Terminal
 
-__all__ = ["free", "masked", "rebuilt"]
+__all__ = ["drawn", "free", "masked", "rebuilt"]
 
 Array = NDArray[Any]
+
+SMALL = 1e-3
+"""Bound of the first weights of the second map of a residual block, which makes the block nearly the identity."""
+
+
+def drawn(net: Conditioner, features: int, rng: np.random.Generator, components: int = 0) -> Conditioner:
+    """The network with new weights and biases from U(-b, b), b = 1 / sqrt(inputs), context included, without masks; norms are forgotten.
+
+    With `components` it is that of a mixture: means apart from each other, raw log-scales and logits around zero.
+    """
+    small = {id(block.maps[1]) for block in net.blocks if block.residual}
+
+    def new(dense: Dense) -> Dense:
+        contexts = 0 if dense.context_weight is None else dense.context_weight.shape[1]
+        bound = SMALL if id(dense) in small else 1 / math.sqrt(dense.weight.shape[1] + contexts)
+        arrays = {name: getattr(dense, name) for name in ("weight", "bias", "context_weight", "context_bias")}
+        fresh = {name: rng.uniform(-bound, bound, array.shape) for name, array in arrays.items() if array is not None}
+        if dense.norm_scale is not None:
+            fresh |= {"norm_scale": np.ones(dense.weight.shape[1]), "norm_shift": np.zeros(dense.weight.shape[1])}
+        return replace(dense, **fresh)
+
+    net = rebuilt(net, new)
+    if net.skip is not None:
+        bound = 1 / math.sqrt(features)
+        net = replace(net, skip=0.01 * rng.uniform(-bound, bound, net.skip.shape))
+    if components:
+        bias = np.zeros((features, 3, components))
+        bias[:, 1] = rng.normal(size=(features, components))
+        net = replace(net, final=replace(net.final, bias=bias.ravel()))
+    return net
 
 
 def masked(net: Conditioner, ranks: Array, categories: Sequence[int] = ()) -> Conditioner:

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastmaf import _arrays, _codec, _device, _files, _random, _tables, _within, _words, backends, masks
 from fastmaf import layers as _layers
-from fastmaf._networks import masked, rebuilt
+from fastmaf._networks import drawn, masked, rebuilt
 from fastmaf.flow import Flow, _check_continuous
 from fastmaf.layers import Autoregressive, Conditioner, Dense, Terminal
 from fastmaf.record import FlowRecord
@@ -488,6 +488,34 @@ class Ensemble:
         return self._with(dtype=_arrays.float_dtype(dtype))
 
     # Training
+
+    def reset(self, seed: Seed = None) -> None:
+        """Start anew, in place, with new shared weights; the masks of the members stay.
+
+        Parameters
+        ----------
+        seed : int, numpy.random.Generator or SeedSequence, optional
+            As in `Flow.reset`.
+
+        Raises
+        ------
+        ValueError
+            If the seed is out of range.
+
+        Examples
+        --------
+        >>> import fastmaf, numpy as np
+        >>> ensemble = fastmaf.MADE(features=3, masks=4, seed=1)
+        >>> before = ensemble.parameters()
+        >>> ensemble.reset(seed=2)
+        >>> ensemble.reset(seed=1)
+        >>> np.array_equal(ensemble.parameters(), before)
+        True
+        """
+        record, base = self._flow.record.anew(_arrays.seed_or_fresh(seed)), self.base
+        components = base.components if isinstance(base, Terminal) and base.conditional == "mixture" else 0
+        net = drawn(self.conditioner, self.features, np.random.default_rng(record.training["init_seed"]), components)
+        self._shared = _Shared(self._flow._holding(record), net, self.ranks, self.degrees)
 
     def fit(
         self,

@@ -904,6 +904,35 @@ class Flow:
 
     # Training
 
+    def reset(self, seed: Seed = None) -> None:
+        """Start anew, in place: the flow as it was before it was ever fitted, with new weights.
+
+        Weights and biases are those that `fastmaf.MAF` or `fastmaf.MADE` draws for this seed. Standardisation and the statistics of batch
+        norms are forgotten: every `Affine` and `Linear` is the identity, so that the next fit standardises; and so is all that `training`
+        tells. Architecture, orders (those that were drawn too), bounds, names, dtype and device stay, and what was saved.
+
+        Parameters
+        ----------
+        seed : int, numpy.random.Generator or SeedSequence, optional
+            Of the weights; None draws one. It is found in ``flow.training["init_seed"]``.
+
+        Raises
+        ------
+        ValueError
+            If the seed is out of range.
+
+        Examples
+        --------
+        >>> import fastmaf, numpy as np
+        >>> x = np.random.default_rng(0).normal([1.0, -2.0], [0.5, 3.0], (500, 2))
+        >>> flow = fastmaf.MAF(2, transforms=1, hidden_features=(8,), seed=1)
+        >>> history = flow.fit(x, max_epochs=3)
+        >>> flow.reset(seed=1)
+        >>> np.array_equal(flow.log_prob(x), fastmaf.MAF(2, transforms=1, hidden_features=(8,), seed=1).log_prob(x))
+        True
+        """
+        self._record = self._record.anew(_arrays.seed_or_fresh(seed))
+
     def fit(
         self,
         x: ArrayLike | Callable[[int], ArrayLike],

@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike, NDArray
 from fastmaf import _arrays, _words, masks
 from fastmaf import layers as _layers
 from fastmaf._arrays import Seed
-from fastmaf._networks import masked
+from fastmaf._networks import drawn, masked
 from fastmaf.flow import Flow
 from fastmaf.layers import Affine, Autoregressive, BatchNorm, Block, Conditioner, Dense, Elementwise, FlowLayer, Law, Linear, Terminal
 
@@ -30,9 +30,6 @@ INPUT_CLIP = 5.0
 
 TOTAL = 10.0
 """Bound of the log-scales of all transforms of a variable together; measured in ``docs/defaults.md``."""
-
-SMALL = 1e-3
-"""Bound of the first weights of the second map of a residual block, which makes the block nearly the identity."""
 
 
 def MAF(
@@ -201,43 +198,36 @@ class Draft:
             layers.append(Elementwise.from_bounds(_arrays.by_column("bounds", bounds, self.features, names), names))
         return [*layers, _identity(self.features)]
 
-    def network(self, rows: int | Sequence[int]) -> Conditioner:
+    def network(self, rows: int | Sequence[int], components: int = 0) -> Conditioner:
         """A network without its masks, the context added at its first map; `rows` of the final map for each variable."""
         outputs = rows * self.features if isinstance(rows, int) else sum(rows)
         self._check_size(outputs)
         width = [self.features, *self.widths]
         hidden = [self._dense(width[1], width[0], True)] if self.widths else []
         if self.residual:
-            for _ in self.widths:
-                hidden += [self._dense(width[1], width[1]), self._dense(width[1], width[1], bound=SMALL)]
+            hidden += [self._dense(width[1], width[1]) for _ in self.widths for _ in range(2)]
         else:
             hidden += [self._dense(*pair) for pair in zip(width[2:], width[1:-1], strict=True)]
         final = self._dense(outputs, width[-1], not self.widths, final=True)
         step = 1 + self.residual
         kind = "residual" if self.residual else "plain"
         blocks = tuple(Block(kind, tuple(hidden[first : first + step])) for first in range(1, len(hidden), step))
-        bound = 1 / math.sqrt(self.features)
-        skip = 0.01 * self.rng.uniform(-bound, bound, (outputs, self.features)) if self.direct else None
+        skip = np.zeros((outputs, self.features)) if self.direct else None
         last = bool(self.widths) and not self.residual
-        return Conditioner(hidden[0] if hidden else None, blocks, final, self.activation, last, skip, self.input_clip)
+        net = Conditioner(hidden[0] if hidden else None, blocks, final, self.activation, last, skip, self.input_clip)
+        return drawn(net, self.features, self.rng, components)
 
     def mixture(self, components: int) -> Conditioner:
-        """A network of a mixture without its masks: means apart from each other, raw log-scales and logits around zero."""
-        net = self.network(3 * components)
-        bias = np.zeros((self.features, 3, components))
-        bias[:, 1] = self.rng.normal(size=(self.features, components))
-        return replace(net, final=replace(net.final, bias=bias.ravel()))
+        """A network of a mixture without its masks."""
+        return self.network(3 * components, components)
 
-    def _dense(self, rows: int, inputs: int, first: bool = False, bound: float | None = None, final: bool = False) -> Dense:
-        """A map with weights from U(-b, b), b = 1 / sqrt(inputs), context included."""
-        context_features = self.context_features if first else 0
-        bound = bound or 1 / math.sqrt(inputs + context_features)
+    def _dense(self, rows: int, inputs: int, first: bool = False, final: bool = False) -> Dense:
+        """A map of zeros, context included."""
         degrees = None if final else masks.hidden_degrees(rows, self.features, self.context_features > 0)
-        weight = self.rng.uniform(-bound, bound, (rows, inputs))
-        bias = self.rng.uniform(-bound, bound, (rows,))
-        if not context_features:
+        weight, bias = np.zeros((rows, inputs)), np.zeros(rows)
+        if not (first and self.context_features):
             return Dense(weight, bias, degrees)
-        return Dense(weight, bias, degrees, "added", self.rng.uniform(-bound, bound, (rows, context_features)))
+        return Dense(weight, bias, degrees, "added", np.zeros((rows, self.context_features)))
 
     def flow(self, layers: Iterable[FlowLayer], base: Terminal | None, dtype: DTypeLike, names: Sequence[str] | None) -> Flow:
         """The flow of these parts."""

@@ -181,6 +181,19 @@ class FlowRecord:
                 met = met | (np.arange(met.size) == j)
         return [int(j) for j in np.flatnonzero(met)]
 
+    def anew(self, seed: int) -> FlowRecord:
+        """The record before all training: see `Flow.reset`.
+
+        Examples
+        --------
+        >>> FlowRecord([Affine([3.0], [2.0])]).anew(0).layers[0] == Affine([0.0], [1.0])
+        True
+        """
+        rng = np.random.default_rng(seed)
+        layers, base = [_anew(layer, rng) for layer in self.layers], _anew(self.base, rng)
+        context_layers = [_anew(layer, rng) for layer in self.context_layers]
+        return self.replaced(layers=layers, base=base, context_layers=context_layers, training={"init_seed": seed})
+
     # What backends make of it
 
     def approve(self, backend: Runner) -> None:
@@ -368,6 +381,22 @@ def trainable(record: Any) -> Iterator[Array]:
                     yield array
         if record.skip is not None:
             yield record.skip
+
+
+def _anew(record: Any, rng: np.random.Generator) -> Any:
+    """The layer or base with the weights of a new one, drawn from `rng`, and without anything that comes from data."""
+    zero = np.zeros(0 if isinstance(record, Normal) else record.features if isinstance(record, Terminal) else width_of("", record))
+    if isinstance(record, Affine):
+        return Affine(zero, zero + 1)
+    if isinstance(record, BatchNorm):
+        return replace(record, log_gamma=zero, beta=zero, mean=zero, var=zero + 1)
+    if isinstance(record, Linear):
+        return Linear(np.eye(zero.size), np.eye(zero.size), zero)
+    if isinstance(record, (Autoregressive, Terminal)):
+        components = record.components if isinstance(record, Terminal) and record.conditional == "mixture" else 0
+        net = _networks.drawn(record.conditioner, zero.size, rng, components)
+        return replace(record, conditioner=_networks.masked(net, record.ranks, getattr(record, "categories", ())))
+    return record
 
 
 def _refill(record: Any, take: Callable[[Array | None], Any]) -> Any:
