@@ -101,6 +101,7 @@ CALLS = {
     "with_parameters": (flow().with_parameters, {}),
     "astype": (flow().astype, {}),
     "to": (flow().to, {"device": "cpu"}),
+    "reset": (flow().reset, {}),
     "prefix": (made().prefix, {}),
     "sample_given": (made().sample_given, {"x": np.zeros(1), "context": CONTEXT[0]}),
     "conditional_probs": (made(conditional="bernoulli").conditional_probs, {"x": X, "context": CONTEXT}),
@@ -109,6 +110,7 @@ CALLS = {
     "ensemble log_prob": (made(masks=2).log_prob, {"x": X, "context": CONTEXT}),
     "ensemble log_prob_and_grad": (made(masks=2).log_prob_and_grad, {"x": X, "context": CONTEXT}),
     "ensemble sample": (made(masks=2).sample, {"n": 2, "context": CONTEXT, "seed": 1}),
+    "ensemble reset": (made(masks=2).reset, {}),
     "ensemble with_parameters": (made(masks=2).with_parameters, {}),
     "fit": (flow().fit, {"x": np.eye(3)[np.arange(12) % 3], "context": np.eye(2)[np.arange(12) % 2], "max_epochs": 1, "progress": False}),
     "ensemble fit": (

@@ -55,7 +55,7 @@ train.loop
 train
 flow
 ensemble export handle interop._common maf
-interop._made interop._torch interop.flowjax io made presets torch._module
+interop._made interop._torch interop.flowjax io made presets sklearn torch._module
 interop._zuko_parts interop.nflows interop.pyro torch._sbi
 interop.normflows interop.zuko jax torch
 interop.sbi
@@ -198,22 +198,33 @@ def test_a_notebook_with_widgets_gets_their_bar(tmp_path):
     assert "tqdm.notebook" in result.stdout, result.stderr
 
 
-@pytest.mark.parametrize(("module", "name"), [("torch", "PyTorch"), ("jax", "JAX")])
-def test_what_needs_another_library_says_so_where_it_is_absent(tmp_path, module, name):
+OPTIONAL = {
+    "torch": "fastmaf.torch needs PyTorch, which is not installed: pip install torch",
+    "jax": "fastmaf.jax needs JAX, which is not installed: pip install jax",
+    "sklearn": "fastmaf.sklearn needs scikit-learn, which is not installed: pip install 'fastmaf[sklearn]'",
+}
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_what_needs_another_package_says_so_where_it_is_absent(name, tmp_path):
     code = f"""
 import sys
-sys.modules["{module}"] = None
+sys.modules["{name}"] = None
 import fastmaf
-assert "{module}" not in dir(fastmaf)
+assert "{name}" not in dir(fastmaf)
 try:
-    fastmaf.{module}
+    fastmaf.{name}
 except ImportError as error:
     print(error)
 """
     result = run(code, tmp_path, PYTHONPATH=str(PACKAGE.parent))
-    assert result.stdout == f"fastmaf.{module} needs {name}, which is not installed: pip install {module}\n", result.stderr
+    assert result.stdout == f"{OPTIONAL[name]}\n", result.stderr
 
 
-def test_torch_and_jax_are_not_imported_before_it_is_asked_for(tmp_path):
-    code = "import sys, fastmaf; fastmaf.Handle; print([name for name in sys.modules if name.split('.')[-1] in ('torch', 'jax')])"
+def test_other_packages_are_not_imported_before_they_are_asked_for(tmp_path):
+    code = f"""
+import sys, fastmaf
+fastmaf.Handle
+print([name for name in sys.modules for other in {list(OPTIONAL)} if name in (other, "fastmaf." + other)])
+"""
     assert run(code, tmp_path, PYTHONPATH=str(PACKAGE.parent)).stdout == "[]\n"

@@ -106,7 +106,7 @@ def rows_of(record: FlowRecord, prefix: str, x: ArrayLike, context: ArrayLike | 
     if contexts is None and record.context_features:
         remedy = "; pass validation=(x, context)" * bool(prefix)
         raise ValueError(f"{prefix}context is missing; the flow has {record.context_features} context features{remedy}")
-    shares = None if weights is None else _weights(f"{prefix}weights", weights)
+    shares = None if weights is None else weights_of(f"{prefix}weights", weights)
     for name, array in (("context", contexts), ("weights", shares)):
         if array is not None and len(array) != len(rows):
             raise ValueError(f"{prefix}{name} has {len(array)} rows; {prefix}x has {len(rows)}")
@@ -115,7 +115,7 @@ def rows_of(record: FlowRecord, prefix: str, x: ArrayLike, context: ArrayLike | 
     return Rows(rows, contexts, shares, np.arange(len(rows)) if shares is None else np.flatnonzero(shares))
 
 
-def _weights(name: str, value: ArrayLike) -> NDArray[np.float64]:
+def weights_of(name: str, value: ArrayLike) -> NDArray[np.float64]:
     weights: NDArray[np.float64] = _arrays.real(name, value).astype(np.float64)
     if weights.ndim != 1:
         raise ValueError(f"{name} has shape {_words.shapes(weights.shape)}; it must have one number per row")

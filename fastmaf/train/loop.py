@@ -252,7 +252,7 @@ def fit(
     if apart is not None and (few := data.uneven("validation weights", apart.weights)):
         notes.append(few)
     for note in notes:
-        warnings.warn(note, FitWarning, stacklevel=3)
+        _words.warn(note, FitWarning)
     if _of_batch(record.layers) and settings["batch_size"] < 2:
         raise ValueError(f"batch_size is {batch_size}; the statistics of a batch norm need at least 2 rows")
     store, saved = None, {}
@@ -293,7 +293,7 @@ def fit(
     run.at_end = run.glance()
     run.install()
     for note in run.complaints():
-        warnings.warn(note, FitWarning, stacklevel=3)
+        _words.warn(note, FitWarning)
     return run.history
 
 
