@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,12 @@ from numpy.typing import NDArray
 
 from fastmaf import _words
 
-__all__ = ["check_rows", "column", "has_other_labels", "is_column", "is_table", "labels", "matrix", "names_of"]
+__all__ = ["check_rows", "column", "framer", "has_other_labels", "is_column", "is_table", "labels", "matrix", "names_of"]
 
 Array = NDArray[Any]
+
+FRAMES = ("pandas", "polars", "pyarrow")
+"""Libraries whose frames can be had."""
 
 
 def is_table(value: Any) -> bool:
@@ -101,6 +105,35 @@ def column(name: str, value: Any) -> Array:
     return result
 
 
+def framer(name: str, kind: Any, names: Sequence[str] | None, features: int) -> Callable[[Any], Any]:
+    """What makes a frame of rows (n, D): of `names`, or of x0, x1, ... where there are none.
+
+    Raises
+    ------
+    ValueError
+        If `kind` is none of `FRAMES`.
+    ImportError
+        If that library is not installed.
+    """
+    if not isinstance(kind, str) or kind not in FRAMES:
+        raise ValueError(_words.one_of(name, kind, FRAMES))
+    try:
+        library = importlib.import_module(kind)
+    except ImportError:
+        raise ImportError(f"{name} is {kind!r}, which is not installed: pip install {kind}") from None
+    labels = [f"x{j}" for j in range(features)] if names is None else list(names)
+
+    def frame(rows: Any) -> Any:
+        rows = np.asarray(rows)
+        if kind == "pandas":
+            return library.DataFrame(rows, columns=labels)
+        if kind == "polars":
+            return library.DataFrame(rows, schema=labels, orient="row")
+        return library.table([np.ascontiguousarray(column) for column in rows.T], names=labels)
+
+    return frame
+
+
 def _lazy(table: Any) -> str:
     """The method that computes a table which is only planned."""
     return next((method for method in ("collect", "compute") if hasattr(type(table), method)), "")
@@ -130,16 +163,22 @@ def _column(table: Any, label: Any, place: int) -> Any:
 def _numbers(values: Any) -> Array | str | None:
     """The numbers of a column; None if some are missing, the dtype if it holds none."""
     dtype = getattr(values, "dtype", None)
+    word = str(getattr(values, "type", None) or dtype)
     if isinstance(dtype, np.dtype):
         array = np.asarray(values.to_numpy())
     elif (missing := getattr(values, "null_count", None)) is not None:  # polars, pyarrow
         if missing() if callable(missing) else missing:
             return None
-        array = np.asarray(values if hasattr(values, "__array__") else values.to_numpy())  # pyarrow's to_numpy refuses booleans
+        try:
+            array = np.asarray(values if hasattr(values, "__array__") else values.to_numpy())  # pyarrow's to_numpy refuses booleans
+        except Exception:  # what NumPy has no type for, which polars says in a class of its own
+            return _words.cut(word, 20)
+        if array.dtype.kind == "O" and word.lower().startswith("decimal"):
+            array = array.astype(np.float64)
     else:  # extension dtypes of pandas
-        if getattr(dtype, "kind", "O") not in "fiub":
-            return _words.cut(str(dtype), 20)
+        if getattr(dtype, "kind", "O") not in "fiub" and not word.startswith("decimal"):
+            return _words.cut(word, 20)
         if values.isna().any():
             return None
-        array = np.asarray(values.to_numpy(dtype=getattr(dtype, "numpy_dtype", np.float64)))
-    return array if array.dtype.kind in "fiub" else _words.cut(str(getattr(values, "type", None) or dtype), 20)
+        array = np.asarray(values.to_numpy(dtype=np.float64 if word.startswith("decimal") else getattr(dtype, "numpy_dtype", np.float64)))
+    return array if array.dtype.kind in "fiub" and array.ndim == 1 else _words.cut(word, 20)

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import IO, TYPE_CHECKING, Any, Literal, NoReturn
+from typing import IO, TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from fastmaf import _arrays, _codec, _device, _files, _random, _tables, _within, _words, backends, masks
 from fastmaf import layers as _layers
 from fastmaf._networks import drawn, masked, rebuilt
-from fastmaf.flow import Flow, _check_continuous
+from fastmaf.flow import Flow, _check_continuous, _framed
 from fastmaf.layers import Autoregressive, Conditioner, Dense, Terminal
 from fastmaf.record import FlowRecord
 
@@ -261,6 +261,7 @@ class Ensemble:
         dx, dcontext = (gradient.astype(self.dtype) for gradient in gradients)
         return _device.native(value, given), _device.native(dx, given), None if context is None else _device.native(dcontext, beside)
 
+    @overload
     def sample(
         self,
         n: int,
@@ -273,17 +274,47 @@ class Ensemble:
         *,
         within: _within.Within | None = None,
         max_tries: int = 1000,
-    ) -> Array:
+        as_frame: None = None,
+    ) -> Array: ...
+    @overload
+    def sample(
+        self,
+        n: int,
+        context: ArrayLike | None = None,
+        seed: Seed = None,
+        offset: int = 0,
+        context_offset: int = 0,
+        out: Array | None = None,
+        dtype: DTypeLike | None = None,
+        *,
+        within: _within.Within | None = None,
+        max_tries: int = 1000,
+        as_frame: str,
+    ) -> Any: ...
+    def sample(
+        self,
+        n: int,
+        context: ArrayLike | None = None,
+        seed: Seed = None,
+        offset: int = 0,
+        context_offset: int = 0,
+        out: Array | None = None,
+        dtype: DTypeLike | None = None,
+        *,
+        within: _within.Within | None = None,
+        max_tries: int = 1000,
+        as_frame: str | None = None,
+    ) -> Any:
         """Draw from the ensemble: each row from a member drawn for it.
 
         Parameters
         ----------
-        n, context, seed, offset, context_offset, out, dtype, within, max_tries
+        n, context, seed, offset, context_offset, out, dtype, within, max_tries, as_frame
             As in `Flow.sample`, splits by offset included.
 
         Returns
         -------
-        (n, D) or (c, n, D) array
+        (n, D) or (c, n, D) array, or a data frame
 
         Raises
         ------
@@ -300,6 +331,8 @@ class Ensemble:
         record = self._flow.record
         if type(max_tries) is not int or max_tries < 1:
             max_tries = _words.count("max_tries", max_tries, 1)
+        if as_frame is not None:
+            return _framed(self, as_frame, out, n, context, seed, offset, context_offset, dtype, within, max_tries)
         if within is not None:
             return _within.sample(record, self._drawing, n, context, seed, offset, context_offset, out, dtype, within, max_tries)
         n = _arrays.count("n", n)

@@ -360,6 +360,7 @@ class Flow:
             result, of_map = _device.native(result, given), None if of_map is None else _device.native(of_map, given)
         return result if of_map is None else (result, of_map)
 
+    @overload
     def sample(
         self,
         n: int,
@@ -372,7 +373,37 @@ class Flow:
         *,
         within: _within.Within | None = None,
         max_tries: int = 1000,
-    ) -> Array:
+        as_frame: None = None,
+    ) -> Array: ...
+    @overload
+    def sample(
+        self,
+        n: int,
+        context: ArrayLike | None = None,
+        seed: Seed = None,
+        offset: int = 0,
+        context_offset: int = 0,
+        out: Array | None = None,
+        dtype: DTypeLike | None = None,
+        *,
+        within: _within.Within | None = None,
+        max_tries: int = 1000,
+        as_frame: str,
+    ) -> Any: ...
+    def sample(
+        self,
+        n: int,
+        context: ArrayLike | None = None,
+        seed: Seed = None,
+        offset: int = 0,
+        context_offset: int = 0,
+        out: Array | None = None,
+        dtype: DTypeLike | None = None,
+        *,
+        within: _within.Within | None = None,
+        max_tries: int = 1000,
+        as_frame: str | None = None,
+    ) -> Any:
         """Draw from the flow.
 
         Every number depends only on the seed, on its place and on its column: for one seed, ``sample(n)`` equals
@@ -401,10 +432,12 @@ class Flow:
         max_tries : int
             With `within`, most rows to draw for each row that is wanted under a context, and for each of 100 if fewer are wanted. Without
             one inside among ``100 * max_tries`` a context is given up too.
+        as_frame : {"pandas", "polars", "pyarrow"}, optional
+            Give a data frame (a table, of pyarrow) with the names of the flow, or x0, x1, ... if it has none; under one context at most.
 
         Returns
         -------
-        (n, D) array, or (c, n, D) under contexts (c, C)
+        (n, D) array, or (c, n, D) under contexts (c, C); or a data frame of n rows
             The contexts come first (in zuko and sbi the samples do). NaN under a context at or outside a bound, or so far out that the
             dtype of the flow cannot follow.
 
@@ -417,7 +450,10 @@ class Flow:
         ------
         ValueError
             If a shape, dtype, seed or offset does not fit, or the context is not finite (one on a GPU gives NaN); if too few rows lie
-            within, under some context; if `within` goes with an `offset`, or with a context or `out` on a GPU.
+            within, under some context; if `within` goes with an `offset`, or with a context or `out` on a GPU; if `as_frame` goes with
+            several contexts, a context on a GPU or `out`.
+        ImportError
+            If the library that `as_frame` names is not installed.
 
         Examples
         --------
@@ -430,6 +466,8 @@ class Flow:
         """
         if type(max_tries) is not int or max_tries < 1:
             max_tries = _words.count("max_tries", max_tries, 1)
+        if as_frame is not None:
+            return _framed(self, as_frame, out, n, context, seed, offset, context_offset, dtype, within, max_tries)
         if within is not None:
             record, backend = self._ready()
             draw = functools.partial(_drawing, record, backend)
@@ -1181,6 +1219,37 @@ def _revived(data: bytes, device: str, precision: str) -> Flow:
 def _empty(shape: tuple[int, ...], dtype: np.dtype[Any], like: Any) -> Any:
     """Room for results, where the arrays that came in lie."""
     return like.empty(shape, dtype) if type(like) is _device.DeviceArray else _arrays.empty(shape, dtype)
+
+
+def _framed(
+    flow: Any,
+    as_frame: str,
+    out: Any,
+    n: int,
+    context: Any,
+    seed: Seed,
+    offset: int,
+    context_offset: int,
+    dtype: DTypeLike | None,
+    within: _within.Within | None,
+    max_tries: int,
+) -> Any:
+    """Samples of a flow or an ensemble as a data frame."""
+    frame = _tables.framer("as_frame", as_frame, flow.names, flow.features)
+    if out is not None:
+        raise ValueError("as_frame makes a frame of its own, and out is given; leave one of them out")
+    if context is not None:
+        if _device.is_on_device("context", context):
+            raise ValueError("context is a CUDA array; as_frame is for samples on the host: copy the context there first")
+        context = _arrays.real("context", context)
+        if context.ndim == 2 and len(context) == 1:
+            context = context[0]
+        if context.ndim == 2:
+            raise ValueError(
+                f"context has shape {_words.shapes(context.shape)}; a frame holds samples under one context, ({flow.context_features},): "
+                "leave as_frame out, or draw under one after another"
+            )
+    return frame(flow.sample(n, context, seed, offset, context_offset, dtype=dtype, within=within, max_tries=max_tries))
 
 
 def _impossible(x: Array, base: Terminal) -> Array | None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import decimal
+import importlib
+import sys
+import types
+
 import make
 import numpy as np
 import pytest
@@ -276,6 +281,107 @@ def test_a_lazy_table_is_refused_with_the_remedy():
         named().log_prob(Lazy(data()))
     with pytest.raises(ValueError, match=r"x is a lazy table"):
         fastmaf.MAF(3).fit(Lazy(data()))
+
+
+LIBRARIES = ("pandas", "polars", "pyarrow")
+
+
+def made(library, data):
+    """A frame of a library itself."""
+    module = pytest.importorskip(library)
+    return module.table(data) if library == "pyarrow" else module.DataFrame(data)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_frames_of_the_libraries_themselves(library):
+    columns, flow = data(), named()
+    x = np.column_stack(list(columns.values()))
+    np.testing.assert_array_equal(flow.log_prob(made(library, permuted(columns))), flow.log_prob(x))
+    other = {"r": [0.5, 1.5], "z": np.array([True, False]), "m": [decimal.Decimal("1.25"), decimal.Decimal(-2)]}
+    if library != "pandas":  # which makes objects of them
+        np.testing.assert_array_equal(flow.log_prob(made(library, other)), flow.log_prob([[1, 1.25, 0.5], [0, -2, 1.5]]))
+    with pytest.raises(ValueError, match="x lacks columns 'z', 'r'"):
+        flow.log_prob(made(library, {"m": [1.0], "zed": [2.0]}))
+    with pytest.raises(ValueError, match=r"x must hold real numbers; it has columns 'z' \(.*\), 'r' \(.*\)"):
+        flow.log_prob(made(library, {"z": ["a"], "m": [1], "r": [[1.0, 2.0]]}))
+
+
+def test_columns_that_numpy_has_no_type_for():
+    class Odd(Series):
+        dtype = "Int128"
+
+        def __init__(self):
+            super().__init__([1, 2])
+            self.dtype = "Int128"
+
+        def to_numpy(self):
+            raise ArithmeticError("cannot convert i128 to NumPy")
+
+    with pytest.raises(ValueError, match=r"x must hold real numbers; it has columns 'z' \(Int128\), 'r' \(Polarsfloat64\)"):
+        named().log_prob(Frame({"z": Odd(), "m": [1.0, 2.0], "r": np.zeros((2, 2))}))
+    exact = Series(np.array([decimal.Decimal("0.1"), decimal.Decimal(3)], object))
+    exact.dtype = "Decimal(precision=38, scale=1)"
+    table = Frame({"z": exact, "m": [1.0, 2.0], "r": [0.5, 1.5]})
+    np.testing.assert_array_equal(named().log_prob(table), named().log_prob([[0.1, 1, 0.5], [3, 2, 1.5]]))
+
+
+def in_arrays(frame):
+    """Names and columns of a frame of any of the libraries."""
+    labels = list(getattr(frame, "column_names", None) or frame.columns)
+    return labels, np.column_stack([np.asarray(frame[label]) for label in labels])
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_samples_as_a_frame(library):
+    module = pytest.importorskip(library)
+    flow, single = named(), fastmaf.MAF(3, 2, transforms=1, hidden_features=(4,), seed=1)
+    frame = flow.sample(5, seed=1, offset=2, as_frame=library)
+    assert isinstance(frame, module.Table if library == "pyarrow" else module.DataFrame)
+    labels, rows = in_arrays(frame)
+    assert labels == NAMES
+    np.testing.assert_array_equal(rows, flow.sample(5, seed=1, offset=2), strict=True)
+    np.testing.assert_array_equal(flow.log_prob(frame), flow.log_prob(rows))
+    assert in_arrays(flow.sample(5, dtype="float32", as_frame=library))[1].dtype == np.float32
+    boxed = in_arrays(flow.sample(5, seed=1, within={"z": (0, None)}, as_frame=library))[1]
+    np.testing.assert_array_equal(boxed, flow.sample(5, seed=1, within={"z": (0, None)}))
+    for context in ([0.5, 1.0], [[0.5, 1.0]]):
+        labels, rows = in_arrays(single.sample(5, context, seed=1, as_frame=library))
+        assert labels == ["x0", "x1", "x2"]
+        np.testing.assert_array_equal(rows, single.sample(5, [0.5, 1.0], seed=1))
+    assert len(flow.sample(0, as_frame=library)) == 0
+    masked = fastmaf.MADE(3, masks=2, hidden_features=(4,), names=NAMES)
+    np.testing.assert_array_equal(in_arrays(masked.sample(5, seed=1, as_frame=library))[1], masked.sample(5, seed=1))
+
+
+def test_frames_of_samples_without_the_libraries(monkeypatch):
+    fakes = {
+        "pandas": types.SimpleNamespace(DataFrame=lambda rows, columns: dict(zip(columns, rows.T, strict=True))),
+        "polars": types.SimpleNamespace(DataFrame=lambda rows, schema, orient: dict(zip(schema, rows.T, strict=orient == "row"))),
+        "pyarrow": types.SimpleNamespace(table=lambda columns, names: dict(zip(names, columns, strict=True))),
+    }
+    flow = named()
+    for library, fake in fakes.items():
+        monkeypatch.setitem(sys.modules, library, fake)
+        assert importlib.import_module(library) is fake
+        frame = flow.sample(4, seed=1, as_frame=library)
+        assert list(frame) == NAMES
+        np.testing.assert_array_equal(np.column_stack(list(frame.values())), flow.sample(4, seed=1))
+        monkeypatch.setitem(sys.modules, library, None)
+        with pytest.raises(ImportError, match=f"as_frame is '{library}', which is not installed: pip install {library}"):
+            flow.sample(4, as_frame=library)
+
+
+def test_frames_of_samples_that_cannot_be(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", types.SimpleNamespace())
+    flow = fastmaf.MAF(3, 2, transforms=1, hidden_features=(4,), seed=1)
+    with pytest.raises(ValueError, match="as_frame is 'arrow'; it must be one of 'pandas', 'polars', 'pyarrow'"):
+        flow.sample(4, [0, 0], as_frame="arrow")
+    with pytest.raises(ValueError, match=r"context has shape \(4, 2\); a frame holds samples under one context, \(2,\)"):
+        flow.sample(4, np.zeros((4, 2)), as_frame="pandas")
+    with pytest.raises(ValueError, match="out is given; leave one of them out"):
+        flow.sample(4, [0, 0], out=np.empty((4, 3), "f4"), as_frame="pandas")
+    with pytest.raises(ValueError, match="context is missing"):
+        flow.sample(4, as_frame="pandas")
 
 
 def test_pictures_take_frames(kind):
