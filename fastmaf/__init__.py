@@ -70,7 +70,7 @@ __all__ = [
 __version__ = version()
 
 _MODULES = ("data", "interop", "plot", "train")
-_OPTIONAL = ("jax", "sklearn", "torch")  # which import other packages
+_OPTIONAL = ("dask", "jax", "sklearn", "torch")  # which import other packages
 _IMPORTERS = tuple(name for name in __all__ if name.startswith("from_"))
 
 

@@ -78,7 +78,8 @@ def matrix(name: str, table: Any, names: Sequence[str] | None = None) -> Array:
         If a name is missing or there twice, or a column has missing values or holds no real numbers; all such columns are named.
     """
     if method := _lazy(table):
-        raise ValueError(f"{name} is a lazy table, {_words.shown(table)}; hand over {name}.{method}()")
+        lazily = f", or {name}[names].to_dask_array()" if hasattr(type(table), "to_dask_array") else ""
+        raise ValueError(f"{name} is a lazy table, {_words.shown(table)}; hand over {name}.{method}(){lazily}")
     found = labels(table)
     places = range(len(found)) if names is None else _places(name, found, names)
     columns = [_numbers(_column(table, found[j], j)) for j in places]

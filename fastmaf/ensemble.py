@@ -6,12 +6,12 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import IO, TYPE_CHECKING, Any, Literal, NoReturn, overload
+from typing import IO, TYPE_CHECKING, Any, Literal, NoReturn, cast, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastmaf import _arrays, _codec, _device, _files, _random, _tables, _within, _words, backends, masks
+from fastmaf import _arrays, _codec, _dask, _device, _files, _random, _tables, _within, _words, backends, masks
 from fastmaf import layers as _layers
 from fastmaf._networks import drawn, masked, rebuilt
 from fastmaf.flow import Flow, _check_continuous, _framed
@@ -174,6 +174,12 @@ class Ensemble:
         """
         return self._shared.member(_arrays.count("k", k, limit=len(self)))
 
+    def _still(self) -> Ensemble:
+        """As in `Flow`."""
+        still = Ensemble.__new__(Ensemble)
+        still._shared = self._shared
+        return still
+
     def _with(self, conditioner: Conditioner | None = None, **changes: Any) -> Ensemble:
         return Ensemble(self._flow._with(**changes), conditioner or self.conditioner, self.ranks, self.degrees)
 
@@ -208,6 +214,10 @@ class Ensemble:
         (5,)
         """
         given = x
+        if _dask.among(x, context):
+            if out is not None:
+                raise ValueError("out is given, but x or context is an array of dask, of which only an array of dask comes; leave out out")
+            return cast("Array", _dask.mapped(self._still(), "log_prob", "x", x, context, self.dtype, 0))
         x, context, shape = _arrays.rows("x", x, context, self.features, self.context_features, names=self.names)
         result = _arrays.empty(shape, self.dtype) if out is None else _arrays.output(out, shape, self.dtype, x, context)
         total, members = np.full(shape, -np.inf), self._shared.members()

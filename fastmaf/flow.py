@@ -6,12 +6,12 @@ import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import IO, TYPE_CHECKING, Any, Literal, overload
+from typing import IO, TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastmaf import _arrays, _codec, _device, _files, _gradients, _networks, _partial, _tables, _within, _words, backends
+from fastmaf import _arrays, _codec, _dask, _device, _files, _gradients, _networks, _partial, _tables, _within, _words, backends
 from fastmaf import layers as _layers
 from fastmaf.layers import Affine, Autoregressive, Elementwise, Normal, Terminal
 from fastmaf.record import FlowRecord, trainable, width_of
@@ -193,6 +193,10 @@ class Flow:
         """The flow of another record, in the same place."""
         return Flow._of(record, self._placement)
 
+    def _still(self) -> Flow:
+        """The flow as it is now, in the hands of nobody else."""
+        return self._holding(self._record)
+
     def _with(self, **changes: Any) -> Flow:
         return self._holding(self._record.replaced(**changes))
 
@@ -216,7 +220,8 @@ class Flow:
         context : array or data frame, optional
             (C,), one for all rows; for x (n, D): (n, C), one for each row, or (c, 1, C), the n rows under each of c contexts, or (c, n, C);
             for x (c, n, D): (c, C) or (c, 1, C), one for each group of n rows, or (c, n, C), one for each row. Axes of length 1 fit any
-            length. The columns of a data frame are taken from left to right, whatever their names.
+            length. The columns of a data frame are taken from left to right, whatever their names. If it or x is an array of dask, so is
+            the result, and nothing is computed yet.
         out : (n,) or (c, n) array, optional
             Filled and returned; C-contiguous, in the dtype of the flow.
 
@@ -240,6 +245,10 @@ class Flow:
         """
         record, backend = self._ready()
         given = x
+        if (type(x) is not np.ndarray or (context is not None and type(context) is not np.ndarray)) and _dask.among(x, context):
+            if out is not None:
+                raise ValueError("out is given, but x or context is an array of dask, of which only an array of dask comes; leave out out")
+            return cast("Array", _dask.mapped(self._still(), "log_prob", "x", x, context, record.dtype, 0))
         x, context, shape = _arrays.rows("x", x, context, record.features, record.context_features, self._placement[0], record.names)
         if out is not None:
             result = _arrays.output(out, shape, record.dtype, x, context, device=self.device)
@@ -294,6 +303,8 @@ class Flow:
         _check_continuous(record, "noise")
         log_det = _words.flag("log_det", log_det)
         given = x
+        if _dask.among(x, context):
+            return cast("Array", _dask.mapped(self._still(), "to_noise", "x", x, context, record.dtype, record.features, log_det=log_det))
         x, context, shape = _arrays.rows("x", x, context, record.features, record.context_features, self.device, record.names)
         result = _empty((*shape, record.features), record.dtype, x)
         of_map = _empty(shape, record.dtype, x) if log_det else None
@@ -350,6 +361,10 @@ class Flow:
         _check_continuous(record, "noise")
         log_det = _words.flag("log_det", log_det)
         given = u
+        if _dask.among(u, context):
+            own = record.sample_dtype(dtype)
+            made = _dask.mapped(self._still(), "from_noise", "u", u, context, own, record.features, dtype=own.name, log_det=log_det)
+            return cast("Array", made)
         u, context, shape = _arrays.rows("u", u, context, record.features, record.context_features, self.device, record.names)
         result = _empty((*shape, record.features), record.sample_dtype(dtype), u)
         of_map = _empty(shape, record.dtype, u) if log_det else None

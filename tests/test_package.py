@@ -45,6 +45,7 @@ FLOORS = """
 _core _words
 _device _files _random _tables layers masks data
 _arrays _container _networks
+_dask
 record plot
 _codec _within
 backends
@@ -55,7 +56,7 @@ train.loop
 train
 flow
 ensemble export handle interop._common maf
-interop._made interop._torch interop.flowjax io made presets sklearn torch._module
+dask interop._made interop._torch interop.flowjax io made presets sklearn torch._module
 interop._zuko_parts interop.nflows interop.pyro torch._sbi
 interop.normflows interop.zuko jax torch
 interop.sbi
@@ -201,6 +202,7 @@ def test_a_notebook_with_widgets_gets_their_bar(tmp_path):
 OPTIONAL = {
     "torch": "fastmaf.torch needs PyTorch, which is not installed: pip install torch",
     "jax": "fastmaf.jax needs JAX, which is not installed: pip install jax",
+    "dask": "fastmaf.dask needs dask and its arrays, which are not installed: pip install 'fastmaf[dask]'",
     "sklearn": "fastmaf.sklearn needs scikit-learn, which is not installed: pip install 'fastmaf[sklearn]'",
 }
 

@@ -282,6 +282,12 @@ def test_a_lazy_table_is_refused_with_the_remedy():
     with pytest.raises(ValueError, match=r"x is a lazy table"):
         fastmaf.MAF(3).fit(Lazy(data()))
 
+    class Dask(Frame):
+        compute = to_dask_array = None
+
+    with pytest.raises(ValueError, match=r"hand over x.compute\(\), or x\[names\].to_dask_array\(\)"):
+        named().log_prob(Dask(data()))
+
 
 LIBRARIES = ("pandas", "polars", "pyarrow")
 
