@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fastmaf import _words
 
-__all__ = ["check_rows", "column", "framer", "has_other_labels", "is_column", "is_table", "labels", "matrix", "names_of"]
+__all__ = ["check_rows", "column", "framer", "has_other_labels", "is_column", "is_table", "is_weighted", "labels", "matrix", "names_of"]
 
 Array = NDArray[Any]
 
@@ -52,8 +52,16 @@ def check_rows(name: str, rows: Any, other_name: str, other: Any) -> None:
 
 
 def labels(table: Any) -> list[Any]:
-    """The labels of its columns."""
-    return list(table.column_names if hasattr(type(table), "column_names") else table.columns)
+    """The labels of its columns; those of chains of anesthetic without what stands beside them in pictures."""
+    found = list(table.column_names if hasattr(type(table), "column_names") else table.columns)
+    if hasattr(type(table), "drop_labels") and all(isinstance(label, tuple) and len(label) == 2 for label in found):
+        return [label for label, _ in found]
+    return found
+
+
+def is_weighted(value: Any) -> bool:
+    """Whether this is a data frame that carries weights of its rows with it, as chains of anesthetic do."""
+    return is_table(value) and hasattr(type(value), "isweighted") and hasattr(type(value), "get_weights") and bool(value.isweighted())
 
 
 def names_of(value: Any) -> tuple[str, ...] | None:

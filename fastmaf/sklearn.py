@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastmaf import _arrays, _words, maf
+from fastmaf import _arrays, _tables, _words, maf
 from fastmaf.train import data
 
 try:
@@ -165,6 +165,10 @@ class MAFDensity(DensityMixin, BaseEstimator):
         fastmaf.FitWarning
             As in `fastmaf.Flow.fit`.
         """
+        if sample_weight is None and _tables.is_weighted(X):
+            _words.warn(
+                "X has weights of its own, which a fit takes only if they are given: sample_weight=X.get_weights()", data.FitWarning
+            )
         X = validate_data(self, X, dtype=_DTYPES, ensure_min_samples=2)
         weights = None if sample_weight is None else data.weights_of("sample_weight", sample_weight)
         if weights is not None and len(weights) != len(X):

@@ -118,6 +118,22 @@ def test_names_of_a_data_frame():
     assert density.flow_.names is None and not hasattr(density, "feature_names_in_")
 
 
+def test_a_frame_with_weights_of_its_own():
+    pandas = pytest.importorskip("pandas")
+
+    class Chain(pandas.DataFrame):
+        def isweighted(self):
+            return True
+
+        def get_weights(self):
+            return np.ones(len(self))
+
+    chain = Chain(data(), columns=["z", "m"])
+    with pytest.warns(FitWarning, match=r"X has weights of its own, .*: sample_weight=X.get_weights\(\)"):
+        MAFDensity(**SMALL, random_state=0).fit(chain)
+    MAFDensity(**SMALL, random_state=0).fit(chain, sample_weight=chain.get_weights())
+
+
 @pytest.mark.filterwarnings("ignore::fastmaf.FitWarning")
 @pytest.mark.parametrize(("n", "validation", "held"), [(2, 0.1, 1), (4, 0.1, 1), (4, 0.5, 2), (14, 0.1, 1), (16, 0.1, 2), (5, 0, 0)])
 def test_a_fraction_of_few_rows_holds_out_one_at_least(n, validation, held):

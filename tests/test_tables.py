@@ -241,6 +241,47 @@ def test_labels_that_are_no_names(labels):
         named().fit(Labelled(dict(enumerate(columns))), **options)
 
 
+class Chain(Labelled):
+    """A data frame of weighted rows, as anesthetic has it."""
+
+    drop_labels = None
+
+    def isweighted(self):
+        return True
+
+    def get_weights(self):
+        return np.ones(len(self))
+
+
+def check_chain(chain, x):
+    flow, options = fastmaf.MAF(3, transforms=1, hidden_features=(4,), seed=0), {"max_epochs": 1, "progress": False, "seed": 1}
+    with pytest.warns(FitWarning, match=r"x has weights of its own, .*: weights=x.get_weights\(\), or np.ones\(len\(x\)\)") as notes:
+        flow.fit(chain, **options)
+    assert len(notes) == 1 and notes[0].filename == __file__
+    assert flow.names == tuple(NAMES)
+    flow.fit(chain, weights=chain.get_weights(), **options)  # and says nothing
+    np.testing.assert_array_equal(flow.log_prob(chain), flow.log_prob(x))
+    moved = fastmaf.MAF(2, transforms=1, hidden_features=(4,), seed=0, names=["r", "z"])
+    np.testing.assert_array_equal(moved.log_prob(chain), moved.log_prob(x[:, [2, 0]]))
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_chains(labels):
+    columns = data(300)
+    chain = Chain({(name, f"${name}$") if labels else name: column for name, column in columns.items()})
+    check_chain(chain, np.column_stack(list(columns.values())))
+
+
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning")
+def test_chains_of_anesthetic(labels):
+    anesthetic = pytest.importorskip("anesthetic")
+    x = np.column_stack(list(data(300).values()))
+    weights = np.random.default_rng(1).uniform(size=300)
+    shown = {"labels": [f"${name}$" for name in NAMES]} if labels else {}
+    check_chain(anesthetic.MCMCSamples(data=x, columns=NAMES, weights=weights, **shown), x)
+
+
 def test_labels_of_pandas():
     pandas = pytest.importorskip("pandas")
     x = np.random.default_rng(0).normal(size=(200, 3))

@@ -249,6 +249,8 @@ def fit(
         notes.append(
             "x has column labels that cannot be names (text, all different), so that columns go by place: rename them, or x.to_numpy()"
         )
+    if weights is None and _tables.is_weighted(x):
+        notes.append("x has weights of its own, which a fit takes only if they are given: weights=x.get_weights(), or np.ones(len(x))")
     if apart is not None and (few := data.uneven("validation weights", apart.weights)):
         notes.append(few)
     for note in notes:
