@@ -233,7 +233,7 @@ def test_workers_get_the_flow_once():
     flow, n = conditional(), 2000
     context = [0.5, 1.0]
     with (
-        distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster,
         distributed.Client(cluster) as client,
     ):
         client.run(count_arrivals)
