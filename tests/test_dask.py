@@ -240,14 +240,13 @@ def test_workers_get_the_flow_once():
         samples = fastmaf.dask.sample(flow, n, 50, seed=1, context=context)
         both = da.hstack([samples, flow.log_prob(samples, context)[:, None], flow.to_noise(samples, context)])
         result = client.compute(both).result()
-        counts = dict(count for count in client.run(arrivals).values())
-        workers = dict.fromkeys(pid for _, pid in client.run(arrivals).values())
+        counts, workers = zip(*client.run(arrivals).values(), strict=True)
     expected, log_prob = flow.sample(n, context, seed=1), flow.log_prob(flow.sample(n, context, seed=1), context)
     np.testing.assert_array_equal(result[:, :3], expected)
     np.testing.assert_array_equal(result[:, 3], log_prob)
     np.testing.assert_array_equal(result[:, 4:], flow.to_noise(expected, context))
-    assert len(workers) == 2 and os.getpid() not in workers
-    assert list(counts) == [1], counts
+    assert len({*workers, os.getpid()}) == 3
+    assert max(counts) == 1, counts  # on a busy machine one of them may do everything
 
 
 def test_the_page_runs(capsys):
