@@ -17,7 +17,7 @@ import fastmaf.dask
 def main(path: str, n: int) -> None:
     """Print the entropy of a flow with its standard error, and the first sample of its stream, which is the same for any cluster."""
     flow = fastmaf.load(path)
-    with LocalCluster(dashboard_address=None) as cluster, Client(cluster):  # of a batch system: dask_jobqueue.SLURMCluster(...)
+    with LocalCluster(dashboard_address=":0") as cluster, Client(cluster):  # of a batch system: dask_jobqueue.SLURMCluster(...)
         samples = fastmaf.dask.sample(flow, n, chunks=100_000, seed=1)  # nothing is drawn yet
         log_prob = flow.log_prob(samples).astype("float64")
         mean, deviation, first = dask.compute(log_prob.mean(), log_prob.std(), samples[0])
