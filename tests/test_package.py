@@ -57,7 +57,7 @@ train
 flow
 ensemble export handle interop._common maf
 dask interop._made interop._torch interop.flowjax io made presets sklearn torch._module
-interop._zuko_parts interop.nflows interop.pyro torch._sbi
+interop._zuko_parts interop.nflows interop.pyro torch._samplers torch._sbi
 interop.normflows interop.zuko jax torch
 interop.sbi
 interop

@@ -19,7 +19,7 @@ except ImportError:
 
 from fastmaf.torch._module import MAF, Flow, NormalizingFlow
 
-__all__ = ["MAF", "Flow", "NormalizingFlow", "sbi_fit", "sbi_maf"]
+__all__ = ["MAF", "Flow", "NormalizingFlow", "as_zuko", "nessai_maf", "sbi_fit", "sbi_maf"]
 
 
 def sbi_maf(
@@ -73,6 +73,61 @@ def sbi_maf(
 
     net = _torch.nn.Identity() if embedding_net is None else embedding_net
     return Builder(likelihood, z_score_theta, z_score_x, hidden_features, num_transforms, net, x_dist, options)
+
+
+def as_zuko(flow: Flow) -> Any:
+    """Make a `zuko.flows.Flow` of a flow, for what asks for that class: ``pocomc.Sampler(..., flow=as_zuko(MAF(10)))``.
+
+    Parameters
+    ----------
+    flow : fastmaf.torch.Flow
+
+    Returns
+    -------
+    zuko.flows.Flow
+        Its ``flow`` is the one given, with the same weights.
+
+    Raises
+    ------
+    ImportError
+        If zuko is not installed.
+    ValueError
+        If this is no flow of `fastmaf.torch`.
+
+    Examples
+    --------
+    >>> import torch, fastmaf.torch
+    >>> flow = fastmaf.torch.as_zuko(fastmaf.torch.MAF(3))
+    >>> flow().sample((5,)).shape
+    torch.Size([5, 3])
+    """
+    from fastmaf.torch import _samplers
+
+    return _samplers.as_zuko(flow)
+
+
+def nessai_maf(**options: Any) -> Any:
+    """Make a class of flows for nessai: ``FlowSampler(..., flow_config=dict(flow=nessai_maf(), n_blocks=4, n_neurons=32, n_layers=2))``.
+
+    Parameters
+    ----------
+    **options
+        Of `fastmaf.MAF`. By default nessai's ``n_blocks`` is the number of transforms, ``n_neurons`` and ``n_layers`` are the width and the
+        number of hidden layers of each.
+
+    Returns
+    -------
+    class
+        A subclass of nessai's `BaseFlow`.
+
+    Raises
+    ------
+    ImportError
+        If nessai is not installed.
+    """
+    from fastmaf.torch import _samplers
+
+    return _samplers.nessai_maf(options)
 
 
 def sbi_fit(trainer: Any, **options: Any) -> Any:
