@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import IO
 
 from fastmaf import _words
 
-__all__ = ["read", "save", "write"]
+__all__ = ["read", "save", "write", "writing"]
 
 
 def read(name: str, path: str | os.PathLike[str]) -> bytes:
@@ -51,9 +52,6 @@ def save(data: bytes, path_or_file: str | os.PathLike[str] | IO[bytes]) -> None:
 def write(path: str | os.PathLike[str], data: bytes, name: str = "path") -> None:
     """Put bytes into a file that holds either all of them or what it held before.
 
-    They go to a temporary file beside it, which is locked until it has its name: what lies there unlocked was left by a writer that was
-    killed, and is swept away.
-
     Examples
     --------
     >>> import os, tempfile
@@ -62,14 +60,50 @@ def write(path: str | os.PathLike[str], data: bytes, name: str = "path") -> None
     ...     os.listdir(folder)
     ['x']
     """
-    with _opening(name, path):
-        target = os.path.realpath(path)
-        with _temporary(target) as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, target)
-    _sweep(target)
+    with writing(path, name) as file:
+        file.write(data)
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str], name: str = "path") -> Iterator[IO[bytes]]:
+    """A file to write, which takes the place of what was there at the end of the block, unless that ends with an exception.
+
+    What is written goes to a temporary file beside it, which is locked until it has its name: what lies there unlocked was left by a
+    writer that was killed, and is swept away. What is no regular file (a pipe, a device) is written as it is.
+
+    Examples
+    --------
+    >>> import os, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with writing(os.path.join(folder, "x")) as file:
+    ...         _ = file.write(b"123")
+    ...     os.listdir(folder)
+    ['x']
+    """
+    with _naming(path), ExitStack() as stack:
+        with _opening(name, path):
+            target = os.path.realpath(path)
+            regular = os.path.isfile(target) or not os.path.exists(target)
+            file = stack.enter_context(_temporary(target) if regular else open(target, "wb"))  # noqa: SIM115
+        yield file
+        file.flush()
+        if regular:
+            with _opening(name, path):
+                os.fsync(file.fileno())
+                os.replace(file.name, target)
+    if regular:
+        _sweep(target)
+
+
+@contextmanager
+def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Where a file is written: when there is no room for it, the error says for what."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or error.filename is not None:
+            raise
+        raise type(error)(error.errno, error.strerror, _words.cut(os.fsdecode(path), 200)) from None
 
 
 @contextmanager

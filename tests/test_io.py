@@ -8,9 +8,11 @@ import json
 import os
 import pickle
 import re
+import stat
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import make
@@ -649,3 +651,26 @@ def test_a_flipped_bit_in_the_record_or_the_weights_is_noticed(mark, after):
     data[place] ^= 1
     with pytest.raises(ValueError, match="it is damaged: the CRC-32 of its contents is"):
         fastmaf.load(bytes(data))
+
+
+def test_what_is_no_regular_file_is_written_and_stays_what_it_is(tmp_path):
+    """A pipe gets the bytes; it is not replaced by a file of its name."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()))
+    got = []
+    reader.start()
+    fastmaf.MAF(2, seed=0).save(pipe)
+    reader.join(30)
+    assert stat.S_ISFIFO(os.stat(pipe).st_mode) and os.listdir(tmp_path) == ["pipe"]
+    assert fastmaf.load(got[0]).features == 2
+
+
+def test_a_block_that_fails_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"before")
+    with pytest.raises(FileNotFoundError) as caught, files.writing(path) as file:
+        file.write(b"after")
+        raise FileNotFoundError(2, "gone", "another")
+    assert caught.value.filename == "another"  # no error of this file
+    assert path.read_bytes() == b"before" and os.listdir(tmp_path) == ["x"]
