@@ -96,7 +96,7 @@ def unmasked_weights(flow: Any) -> int:
     --------
     >>> import fastmaf
     >>> unmasked_weights(fastmaf.MAF(2, transforms=1, hidden_features=(3,)))
-    6
+    9
     """
     count = 0
     for record in (*flow.layers, flow.base):
