@@ -27,6 +27,10 @@ CODES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"
 OTHERS = frozenset(["BOOL", "U8", "I8", "I16", "U16", "F16", "BF16", "I32", "U32", "U64", "F8_E4M3", "F8_E5M2"])
 """Other dtypes of the format."""
 
+_FOREIGN = {"BOOL": "?", "U8": "u1", "I8": "i1", "I16": "<i2", "U16": "<u2", "F16": "<f2", "I32": "<i4", "U32": "<u4", "U64": "<u8"}
+FOREIGN: dict[str, np.dtype[Any]] = {code: np.dtype(kind) for code, kind in _FOREIGN.items()}
+"""Dtypes that NumPy has too, which files of other libraries hold."""
+
 METADATA = "__metadata__"
 OURS = "fastmaf"
 """How the keys of our metadata begin; other packages may add theirs."""
@@ -96,8 +100,8 @@ def _digest(pieces: Mapping[str, Array], metadata: Mapping[str, str]) -> str:
     return f"{crc:08x}"
 
 
-def read(data: bytes) -> tuple[dict[str, Array], dict[str, str]]:
-    """The tensors of a file, which are read-only views of its bytes, and its metadata.
+def read(data: bytes, foreign: bool = False) -> tuple[dict[str, Array], dict[str, str]]:
+    """The tensors of a file, which are read-only views of its bytes, and its metadata; with `foreign` also tensors of those dtypes.
 
     Raises
     ------
@@ -111,7 +115,7 @@ def read(data: bytes) -> tuple[dict[str, Array], dict[str, str]]:
             raise ValueError("its metadata is not text by name")
         tensors, ranges = {}, []
         for name, entry in header.items():
-            dtype, shape, first, last = _entry(name, entry, len(data) - begin)
+            dtype, shape, first, last = _entry(name, entry, len(data) - begin, CODES | FOREIGN if foreign else CODES)
             ranges.append((first, last))
             tensors[name] = np.frombuffer(data, dtype, math.prod(shape), begin + first).reshape(shape)
         end = 0
@@ -192,14 +196,14 @@ def _is_unicode(value: Any) -> bool:
     return True
 
 
-def _entry(name: str, entry: Any, size: int) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:
+def _entry(name: str, entry: Any, size: int, codes: Mapping[str, np.dtype[Any]]) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:
     """Dtype, shape and range of a tensor whose numbers lie within `size` bytes."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError("a tensor lacks its dtype, shape or data_offsets")
     code = entry["dtype"]
-    if isinstance(code, str) and code in OTHERS:
-        raise _OtherDtypeError(f"tensor {_words.shown(name)} has dtype {code}; it must be one of {', '.join(CODES)}")
-    dtype = CODES.get(code) if isinstance(code, str) else None
+    if isinstance(code, str) and code in OTHERS and code not in codes:
+        raise _OtherDtypeError(f"tensor {_words.shown(name)} has dtype {code}; it must be one of {', '.join(codes)}")
+    dtype = codes.get(code) if isinstance(code, str) else None
     if dtype is None:
         raise ValueError("a tensor has a dtype that the format does not know")
     shape, offsets = entry["shape"], entry["data_offsets"]

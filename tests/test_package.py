@@ -43,8 +43,9 @@ def source(tree, tmp_path_factory):
 
 FLOORS = """
 _core _words
-_device _files _random _tables layers masks data
-_arrays _container _networks
+_device _files _random _tables data._text layers masks
+data._sink data._source
+_arrays _container _networks data
 _dask
 record plot
 _codec _within
@@ -62,6 +63,8 @@ interop.normflows interop.zuko jax torch
 interop.sbi
 interop
 __init__
+cli._common cli._demo
+cli._bench cli._convert cli._evaluate cli._fit cli._show
 cli
 __main__
 """

@@ -1,11 +1,10 @@
-"""The command ``fastmaf``: a demonstration on real data, flows as C source, and what this installation consists of."""
+"""``fastmaf demo``: a demonstration on real data."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from fastmaf.flow import Flow
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["main"]
+__all__ = ["add"]
 
 Array = NDArray[Any]
 T = TypeVar("T")
@@ -36,58 +35,8 @@ EDGES = np.linspace(0.0, 2.4, 201)
 """Borders of the grid of redshifts; the density is evaluated in the middle of each cell."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Parameters
-    ----------
-    argv : sequence of str, optional
-        The arguments; those of the process if None.
-
-    Returns
-    -------
-    int
-        The exit status: 0, 1 after an error, 130 after Ctrl-C.
-
-    Examples
-    --------
-    >>> main(["info"])  # doctest: +ELLIPSIS
-    fastmaf ...
-    0
-    """
-    arguments = _parser().parse_args(argv)
-    try:
-        status: int = arguments.run(arguments)
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f"fastmaf: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("fastmaf: interrupted", file=sys.stderr)
-        return 130
-    return status
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fastmaf", description="Masked autoregressive flows at the speed of the hardware.")
-    parser.add_argument("--version", action="version", version=f"fastmaf {fastmaf.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="command")
-
-    info = commands.add_parser("info", help="what was built, what runs, and why the rest is absent")
-    info.set_defaults(run=_info)
-
-    config = commands.add_parser("config", help="where the library for C, C++ and Fortran lies, for compilers and build systems")
-    for option, (_, text) in _CONFIG.items():
-        config.add_argument(f"--{option}", action="append_const", dest="wanted", const=option, help=text)
-    config.set_defaults(run=_config)
-
-    export = commands.add_parser("export", help="write a flow as C source that needs no library")
-    export.add_argument("flow", type=Path, help="a .safetensors file")
-    export.add_argument("--c", type=Path, required=True, metavar="FILE", help="the C file; its header is written beside it")
-    export.add_argument("--gradient", action="store_true", help="with a function for the gradients of the log-density")
-    export.add_argument("--dtype", choices=("float", "double"), help="of the arithmetic and of all arrays (default: that of the flow)")
-    export.add_argument("--prefix", metavar="NAME", help="what all names begin with (default: the name of the C file)")
-    export.set_defaults(run=_export)
-
+def add(commands: Any) -> None:
+    """Add the command."""
     demo = commands.add_parser("demo", help="fit, score, sample and picture 60,000 galaxies, in under two minutes")
     demo.add_argument("--output", type=Path, default=Path("fastmaf-demo.png"), metavar="FILE", help="the figure (default: %(default)s)")
     demo.add_argument("--save", type=Path, metavar="FILE", help="write the fitted flow to a .safetensors file")
@@ -95,40 +44,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="of weights, training and samples (default: %(default)s)")
     demo.add_argument("--threads", type=int, help="default: all CPUs of this process")
     demo.add_argument("--quick", action="store_true", help="two epochs on a tenth of everything: shows that all parts work, not how well")
-    demo.set_defaults(run=_demo)
-    return parser
+    demo.set_defaults(run=run)
 
 
-def _info(arguments: argparse.Namespace) -> int:
-    print(fastmaf.show_config())
-    return 0
-
-
-_CONFIG: dict[str, tuple[str, str]] = {
-    "cflags": ("-I{0}/include", "options of the compiler"),
-    "libs": ("-L{0}/lib -lfastmaf -Wl,-rpath,{0}/lib", "options of the linker"),
-    "cmake-dir": ("{0}/lib/cmake/fastmaf", "for -Dfastmaf_DIR="),
-    "fortran": ("{0}/include/fastmaf.f90", "source of the Fortran module"),
-}
-
-
-def _config(arguments: argparse.Namespace) -> int:
-    home = Path(fastmaf.__file__).parent
-    if not list((home / "lib").glob("*fastmaf*")):
-        raise RuntimeError("this installation has no library for C: it runs from its sources or without the core; pip install fastmaf")
-    wanted = arguments.wanted or [*_CONFIG]
-    print(*(_CONFIG[option][0].format(home) for option in wanted), sep=" " if arguments.wanted else "\n")
-    return 0
-
-
-def _export(arguments: argparse.Namespace) -> int:
-    dtype = {"float": "float32", "double": "float64", None: None}[arguments.dtype]
-    flow = fastmaf.load(arguments.flow)
-    fastmaf.export_c(flow, arguments.c, gradient=arguments.gradient, dtype=dtype, prefix=arguments.prefix)
-    return 0
-
-
-def _demo(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
     if arguments.seconds <= 0:
         raise ValueError(f"--seconds is {arguments.seconds:g}; it must be positive")
     for path in (arguments.output, arguments.save):

@@ -1,0 +1,287 @@
+"""``fastmaf fit``: from a file of columns to a flow in a file."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+import fastmaf
+from fastmaf import _words
+from fastmaf.cli import _common
+from fastmaf.cli._common import UsageError, labels, listed, note, whole
+from fastmaf.data._source import Table
+from fastmaf.data._source import whole as read_whole
+
+__all__ = ["add"]
+
+Array = NDArray[Any]
+
+EXAMPLES = """\
+  fastmaf fit galaxies.csv -o flow.safetensors
+  fastmaf fit galaxies.csv --columns z --context u,g,r,i,z --bounds z=0: -o photoz.safetensors
+  fastmaf fit table.parquet --weights w --missing drop --seconds 600 -o flow.safetensors
+  fastmaf fit chains/run1 --burn-in 0.3 -o posterior.safetensors
+  gunzip -c big.csv.gz | fastmaf fit - --columns x,y -o flow.safetensors"""
+
+BLOCK = 1 << 18
+"""Rows of a mapped file looked at together."""
+
+SECONDS = 10.0
+"""Between two lines of progress without a terminal."""
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "fit",
+        help="fit a flow to a file of columns",
+        description="Fit a masked autoregressive flow to the columns of a file, and write it to a .safetensors file.",
+        examples=EXAMPLES,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("data", metavar="DATA", help=".npy, .npz, .csv, .parquet, the root of a chain, or - for stdin")
+    parser.add_argument("-o", "--output", required=True, metavar="FLOW", help="the .safetensors file to write, or - for stdout")
+    parser.add_argument("--columns", type=labels, metavar="NAMES", help="the variables (default: all columns that nothing else names)")
+    parser.add_argument("--context", type=labels, default=[], metavar="NAMES", help="columns that the density is conditioned on")
+    parser.add_argument("--weights", metavar="NAME", help="column with the weights of the rows (default: that of a chain)")
+    parser.add_argument(
+        "--bounds", type=_common.bound, action="append", default=[], metavar="NAME=LOW:HIGH", help="where a variable lives; may be repeated"
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("--start", metavar="FLOW", help="go on from the weights of this flow; no other option of the model then")
+    for option, kind, meta, text in _MODEL:
+        model.add_argument(option, type=kind, metavar=meta, help=text)
+    model.add_argument("--batch-norm", action="store_true", default=None, help="batch norm behind every MADE")
+    model.add_argument("--linear", action="store_true", default=None, help="a linear layer in front of every MADE")
+    model.add_argument("--residual", action="store_true", default=None, help="residual networks")
+    training = parser.add_argument_group("training")
+    training.add_argument("--validation", metavar="SHARE|DATA", help="of the rows to hold out, or a file of others (default: 0.1)")
+    for option, kind, meta, text in _TRAINING:
+        training.add_argument(option, type=kind, metavar=meta, help=text)
+    training.add_argument("--seed", type=whole, metavar="N", help="of weights, validation rows and batches (default: drawn)")
+    training.add_argument("--checkpoint", metavar="FILE", help="written after every epoch, to go on from")
+    training.add_argument("--resume", action="store_true", help="go on from --checkpoint, if it is there")
+    _common.add_table(parser, ("refuse", "drop"))
+    _common.add_run(parser, device=False)
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    return tuple(whole(word) for word in text.split(","))
+
+
+_MODEL: list[tuple[str, Any, str, str]] = [
+    ("--transforms", whole, "N", "MADEs in a row (default: 5)"),
+    ("--hidden", _widths, "N,N", "units in the hidden layers of each (default: 100,100)"),
+    ("--activation", str, "NAME", "relu, tanh, elu, gelu or silu (default: relu)"),
+    ("--components", whole, "N", "Gaussians of each variable in the base (default: 1; a lone variable needs more)"),
+    ("--order", str, "NAME", "of the variables: reverse, sequential or random (default: reverse)"),
+    ("--dtype", str, "NAME", "float32 or float64 (default: float32)"),
+]
+
+_TRAINING: list[tuple[str, Any, str, str]] = [
+    ("--epochs", whole, "N", "at most so many (default: 1000)"),
+    ("--seconds", float, "T", "stop at the first end of an epoch behind them"),
+    ("--patience", whole, "N", "stop after so many epochs without a better one (default: 30)"),
+    ("--batch-size", whole, "N", "rows in a step (default: 256)"),
+    ("--lr", float, "RATE", "learning rate (default: 1e-3)"),
+    ("--schedule", str, "NAME", "of the learning rate: constant, or cosine, which falls to 0 over --epochs (default: constant)"),
+    ("--clip-norm", float, "NORM", "largest norm of a gradient"),
+    ("--weight-decay", float, "RATE", "decoupled, of AdamW"),
+    ("--l2", float, "FACTOR", "of the squared weights in the loss"),
+]
+
+_NAMES = {"hidden": "hidden_features", "epochs": "max_epochs", "seconds": "max_seconds"}
+
+
+def _given(arguments: argparse.Namespace, options: Sequence[tuple[str, Any, str, str]], *flags: str) -> dict[str, Any]:
+    """The options that were given, as arguments of Python."""
+    found = [option.removeprefix("--").replace("-", "_") for option, *_ in options] + list(flags)
+    return {_NAMES.get(name, name): getattr(arguments, name) for name in found if getattr(arguments, name) is not None}
+
+
+class _Rows(NamedTuple):
+    x: Array
+    context: Array | None
+    weights: Array | None
+    dropped: int
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    _common.start(arguments)
+    _check_output(arguments.output)
+    if arguments.resume and arguments.checkpoint is None:
+        raise UsageError("--resume needs --checkpoint")
+    model = _given(arguments, _MODEL, "batch_norm", "linear", "residual")
+    if arguments.start is not None and (model or arguments.bounds):
+        option = "--bounds" if arguments.bounds else "--" + next(iter(model)).replace("_", "-").replace("hidden-features", "hidden")
+        raise UsageError(f"{option} does not go with --start, whose flow has a model already")
+    start = None if arguments.start is None else fastmaf.load(arguments.start)
+    with _common.open_data(arguments) as table:
+        features, context, weights = _columns(arguments, table, start)
+        rows = _read(table, features, context, weights, arguments)
+        named = table.named
+    dropped = f"; {rows.dropped:,} rows with missing values are left out" if rows.dropped else ""
+    words = [f"{len(rows.x):,} rows of {listed(features) if named else f'{len(features)} columns'}"]
+    words += [f"context {listed(context)}"] * bool(context) + [f"weights {weights}"] * (weights is not None)
+    note(f"{table.name}: {', '.join(words)}{dropped}", arguments.quiet)
+    held = _held_out(arguments, features, context, weights)
+    flow = start or _new(arguments, features, context, named, model)
+    columns = {"features": [*features], "context": [*context], "named": named}
+    flow.training = {**flow.training, _common.COLUMNS: columns}
+
+    before = flow.record
+    history = flow.fit(
+        rows.x,
+        rows.context,
+        rows.weights,
+        seed=arguments.seed,
+        checkpoint=arguments.checkpoint,
+        resume=arguments.resume,
+        on_interrupt="return",
+        progress=False if arguments.quiet else None,
+        callback=None if arguments.quiet or sys.stderr.isatty() else _lines(),
+        **_given(arguments, _TRAINING),
+        **({} if held is None else {"validation": held}),
+    )
+    interrupted = history.stopped == "interrupted"
+    if interrupted and flow.record is before:
+        note("interrupted before anything was learned: nothing is written")
+        return 130
+    where = _save(flow, arguments.output)
+    note(f"{_summed_up(history)}: {where}", arguments.quiet and not interrupted)
+    return 130 if interrupted else 0
+
+
+def _check_output(target: str) -> None:
+    """Find out before hours of training what cannot be written behind them."""
+    if target == "-":
+        if sys.stdout.isatty():
+            raise UsageError("a flow is not written to a terminal: name a file, -o flow.safetensors")
+        return
+    folder = os.path.dirname(os.path.realpath(target))
+    if not os.path.isdir(folder):
+        raise ValueError(f"{_words.cut(target, 100)} cannot be written: there is no folder {_words.cut(folder, 80)}")
+    if os.path.isdir(target):
+        raise ValueError(f"{_words.cut(target, 100)} is a folder; name a file")
+    if not os.access(target if os.path.exists(target) and not os.path.isfile(target) else folder, os.W_OK):
+        raise PermissionError(13, "Permission denied", target)
+
+
+def _columns(arguments: argparse.Namespace, table: Table, start: Any) -> tuple[tuple[str, ...], tuple[str, ...], str | None]:
+    """Variables, context and weights."""
+    weights = arguments.weights if arguments.weights is not None else table.weights
+    taken = table.choose([weights])[0] if weights is not None else None
+    if start is not None:
+        return *_common.columns_of(start, table, argparse.Namespace(**{**vars(arguments), "context": arguments.context or None})), taken
+    context = table.choose(arguments.context)
+    wanted = arguments.columns
+    if wanted is None:
+        wanted = [label for label in table.usual if label not in context and label != taken]
+    features = table.choose(wanted)
+    if not features:
+        raise ValueError(f"{table.name} has no column left for the variables")
+    both = [label for label in features if label in context or label == taken]
+    if both:
+        raise UsageError(f"{_words.named([_words.shown(label) for label in both])}: a variable cannot be context or weight too")
+    return features, context, taken
+
+
+def _read(table: Table, features: tuple[str, ...], context: tuple[str, ...], weights: str | None, arguments: argparse.Namespace) -> _Rows:
+    """The rows, as they lie in their file where that can be."""
+    groups = [group for group in (features, context, (weights,) if weights is not None else ()) if group]
+    views = [table.view(group) for group in groups]
+    if all(view is not None for view in views) and not any(_has_missing(view) for view in views if view is not None):
+        arrays = iter(view for view in views if view is not None)
+        return _Rows(next(arrays), next(arrays) if context else None, next(arrays)[:, 0] if weights is not None else None, 0)
+    columns = [label for group in groups for label in group]
+    complete = _common.complete(table, columns, arguments)
+    both, dropped = read_whole(complete, columns, table.rows), complete.missing
+    if not len(both):
+        raise ValueError(f"{table.name} has no rows" + " without missing values" * bool(dropped))
+    width, end = len(features), len(features) + len(context)
+    return _Rows(both[:, :width], both[:, width:end] if context else None, both[:, end] if weights is not None else None, dropped)
+
+
+def _has_missing(view: Array) -> bool:
+    return view.dtype.kind == "f" and any(np.isnan(view[first : first + BLOCK]).any() for first in range(0, len(view), BLOCK))
+
+
+def _held_out(arguments: argparse.Namespace, features: tuple[str, ...], context: tuple[str, ...], weights: str | None) -> Any:
+    if arguments.validation is None:
+        return None
+    try:
+        return float(arguments.validation)
+    except ValueError:
+        pass
+    with _common.open_data(arguments, arguments.validation) as table:
+        chosen = [*features, *context, *([weights] if weights is not None else [])]
+        rows = _read(table, table.choose(features), table.choose(context), table.choose(chosen)[-1] if weights else None, arguments)
+    return rows[:3]
+
+
+def _new(arguments: argparse.Namespace, features: Sequence[str], context: Sequence[str], named: bool, model: dict[str, Any]) -> Any:
+    places = {label: k for k, label in enumerate(features)}
+    bounds: list[Any] = [None] * len(features)
+    for label, ends in arguments.bounds:
+        if label not in places:
+            raise UsageError(f"--bounds {label}=...: no variable has this name; the variables are {listed(features)}")
+        bounds[places[label]] = ends
+    return fastmaf.MAF(
+        len(features),
+        len(context),
+        bounds=bounds if arguments.bounds else None,
+        names=features if named else None,
+        seed=arguments.seed,
+        **model,
+    )
+
+
+def _lines() -> Callable[[Any], None]:
+    """A line about an epoch from time to time."""
+    last = 0.0
+
+    def line(epoch: Any) -> None:
+        nonlocal last
+        if epoch["epoch"] == 1 or time.perf_counter() - last >= SECONDS:
+            last = time.perf_counter()
+            held = "" if epoch["validation"] is None else f", validation {epoch['validation']:.4f}"
+            note(f"epoch {epoch['epoch']}: train {epoch['train']:.4f}{held} nats, {epoch['seconds']:.0f} s")
+
+    return line
+
+
+def _summed_up(history: Any) -> str:
+    epochs, best = len(history.train), history.best_epoch
+    words = f"{epochs} epoch{'s' * (epochs != 1)} in {history.seconds[-1] if history.seconds else 0:.0f} s"
+    if best:
+        words += f", best {best}: train {history.train[best - 1]:.4f}"
+        words += f", validation {history.validation[best - 1]:.4f}" if history.validation else ""
+        words += " nats"
+    return f"{words} ({history.stopped})"
+
+
+def _save(flow: Any, target: str) -> str:
+    """Write the flow, elsewhere where there is no room: it may have taken hours."""
+    if target == "-":
+        flow.save(sys.stdout.buffer)
+        return "stdout"
+    try:
+        flow.save(target)
+    except OSError as error:
+        try:
+            handle, path = tempfile.mkstemp(".safetensors", "fastmaf-")
+            os.close(handle)
+            flow.save(path)
+        except OSError:
+            raise error from None
+        raise OSError(error.errno, f"{error.strerror}; the flow is in {path}", target) from None
+    return target

@@ -1,0 +1,733 @@
+"""The command as a shell drives it: files of every format, pipes, bad files, a full disk, little memory, Ctrl-C."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pathlib
+import random
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+import warnings
+
+import numpy as np
+import pytest
+
+import fastmaf
+from fastmaf import cli
+
+resource = pytest.importorskip("resource", reason="there are no limits of memory here")
+
+NAMES = ("z", "u g", "r")
+HOME = os.path.dirname(os.path.dirname(fastmaf.__file__))
+
+
+def environment(**more):
+    path = os.pathsep.join(filter(None, [HOME, os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "FASTMAF_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **more}
+
+
+def fastmaf_command(*arguments, **options):
+    """Run the command in a process of its own; its output as text unless bytes are asked for."""
+    given = {"capture_output": True, "text": True, "timeout": 120, "check": False, "env": environment(), **options}
+    return subprocess.run([sys.executable, "-m", "fastmaf", *map(str, arguments)], **given)
+
+
+@pytest.fixture
+def call(capfd):
+    """The command in this process, which is quicker; with what it says."""
+
+    def run(*arguments):
+        capfd.readouterr()
+        try:
+            status = cli.main([*map(str, arguments)])
+        except SystemExit as error:
+            status = error.code
+        out, err = capfd.readouterr()
+        return subprocess.CompletedProcess(arguments, status, out, err)
+
+    return run
+
+
+def said(result, status, *words):
+    """The process ended so, with one line on stderr that has these words."""
+    assert result.returncode == status, result.stderr
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("fastmaf"), result.stderr
+    for word in words:
+        assert word in result.stderr, result.stderr
+    assert len(result.stderr) < 320
+
+
+@pytest.fixture(scope="module")
+def rows():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(600, 3)) @ np.array([[1.0, 0.5, 0.0], [0.0, 1.0, 0.5], [0.0, 0.0, 1.0]])
+    x[:, 0] = np.exp(x[:, 0])
+    return x
+
+
+@pytest.fixture(scope="module")
+def table(rows, tmp_path_factory):
+    """A CSV with a row index, numbers in another order, text, weights, and two rows with missing values."""
+    path = tmp_path_factory.mktemp("table") / "table.csv"
+    lines = [',r,z,name,"u g",w']
+    for k, (z, u, r) in enumerate(rows.tolist()):
+        lines.append(f'{k},{"NA" if k == 7 else repr(r)},{z!r},"a, ""b""",{"" if k == 99 else repr(u)},{1 + k % 3}')
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def flow(tmp_path_factory):
+    """The file of a flow with names and a bound."""
+    path = tmp_path_factory.mktemp("flow") / "flow.safetensors"
+    fastmaf.MAF(3, transforms=2, hidden_features=(8,), names=NAMES, bounds={"z": (0, None)}, seed=1).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def conditional(table, tmp_path_factory):
+    """The file of a conditional flow that the command has fitted."""
+    path = tmp_path_factory.mktemp("flow") / "conditional.safetensors"
+    model = ("--hidden", "8", "--transforms", "1", "--components", "2", "--epochs", "2", "--seed", "3")
+    result = fastmaf_command("fit", table, "--columns", "z", "--context", "u g,r", "--missing", "drop", "-o", path, *model)
+    assert result.returncode == 0, result.stderr
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(flow, rows):
+    """Log-densities of the rows of the table, NaN where values are missing."""
+    result = fastmaf.load(flow).log_prob(rows)
+    result[[7, 99]] = np.nan
+    return result
+
+
+# A user's way
+
+
+def test_from_a_table_to_samples(table, rows, tmp_path):
+    out = tmp_path / "flow.safetensors"
+    arguments = ["--columns", "z,u g,r", "--weights", "w", "--bounds", "z=0:", "--missing", "drop", "--seed", "5", "--epochs", "3"]
+    result = fastmaf_command("fit", table, "-o", out, *arguments, "--hidden", "16,16", "--transforms", "2", "--lr", "2e-3")
+    assert result.returncode == 0 and result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert lines[0].endswith("table.csv: 598 rows of z, u g, r, weights w; 2 rows with missing values are left out")
+    assert lines[1].startswith("fastmaf: epoch 1: train ") and ", validation " in lines[1]
+    assert lines[-1].startswith("fastmaf: 3 epochs in ") and lines[-1].endswith(f"nats (max_epochs): {out}")
+
+    own = fastmaf.MAF(3, transforms=2, hidden_features=(16, 16), names=NAMES, bounds={"z": (0, None)}, seed=5)
+    kept = np.delete(np.arange(600), [7, 99])
+    own.fit(rows[kept], weights=1.0 + kept % 3, max_epochs=3, seed=5, lr=2e-3)
+    fitted = fastmaf.load(out)
+    assert fitted.names == NAMES and fitted.context_features == 0
+    assert np.array_equal(fitted.parameters(), own.parameters())
+
+    shown = fastmaf_command("info", out).stdout
+    assert "variables       z, u g, r" in shown and "bounds          z in (0, inf)" in shown and "epochs          3" in shown
+    drawn = fastmaf_command("sample", out, "-n", "200", "--seed", "1").stdout.splitlines()
+    assert drawn[0] == "z,u g,r" and len(drawn) == 201
+    read = np.array([line.split(",") for line in drawn[1:]], np.float64)
+    assert np.array_equal(read.astype(np.float32), fitted.sample(200, seed=1))
+    mean = fastmaf_command("log-prob", out, "-", "--mean", input="\n".join(drawn)).stdout
+    log_prob = fitted.log_prob(read)
+    assert mean == f"{log_prob.mean(dtype=float):.6f} ± {log_prob.std(ddof=1, dtype=float) / 200**0.5:.6f} nats per row, 200 rows\n"
+
+
+def test_a_picture(call, table, flow, conditional, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    picture = tmp_path / "corner.png"
+    result = call("plot", flow, table, "-o", picture, "--missing", "drop", "--show", "z,r", "--rows", "300", "--weights", "w")
+    assert result.returncode == 0 and picture.read_bytes().startswith(b"\x89PNG")
+    result = fastmaf_command("plot", conditional, table, "-o", "-", "--missing", "drop", "--noise", "--quiet", text=False)
+    assert result.returncode == 0 and result.stdout.startswith(b"\x89PNG") and result.stderr == b""
+    said(call("plot", flow, table, "-o", "corner.xyz"), 2, "corner.xyz ends in none of .png, .pdf, .svg")
+
+
+def test_going_on_from_a_flow_and_from_a_checkpoint(call, table, flow, tmp_path):
+    out, again, checkpoint = tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "state.safetensors"
+    fit = ["fit", table, "--missing", "drop", "--seed", "1", "--quiet"]
+    result = call(*fit, "--start", flow, "--epochs", "1", "-o", out, "--checkpoint", checkpoint)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert fastmaf.load(out).training["epochs"] == 1 and fastmaf.load(out).names == NAMES
+    assert call(*fit, "--start", flow, "--epochs", "2", "-o", again, "--checkpoint", checkpoint, "--resume").returncode == 0
+    assert fastmaf.load(again).training["epochs"] == 2
+    said(call(*fit, "--start", flow, "--hidden", "9", "-o", out), 2, "--hidden does not go with --start")
+    said(call(*fit, "--start", flow, "-o", out, "--resume"), 2, "--resume needs --checkpoint")
+
+
+def test_validation_rows_of_their_own(call, table, tmp_path):
+    out = tmp_path / "flow.safetensors"
+    arguments = ["--columns", "r", "--context", "z", "--missing", "drop", "--components", "2", "--hidden", "4", "--epochs", "1", "-o", out]
+    assert call("fit", table, "--validation", table, *arguments).returncode == 0
+    training = fastmaf.load(out).training
+    assert training["rows"] == training["validation_rows"] == 599 and training["settings"]["validation"] == "given"
+
+
+# Formats
+
+
+def files_of(rows, folder):
+    """The same numbers in every format that takes no other package."""
+    a = rows.astype(np.float32)
+    np.save(folder / "c.npy", a)
+    np.save(folder / "f.npy", np.asfortranarray(a))
+    np.save(folder / "fields.npy", np.rec.fromarrays([a[:, 2], a[:, 0], a[:, 1]], names=["r", "z", "u g"]))
+    np.savez(folder / "one.npz", x=a)
+    np.savez(folder / "names.npz", x=a, names=np.array(NAMES))
+    np.savez_compressed(folder / "columns.npz", **{"r": a[:, 2], "z": a[:, 0], "u g": a[:, 1], "other": np.arange(5)})
+    text = [",".join(map(repr, row)) for row in a.astype(np.float64).tolist()]
+    (folder / "plain.csv").write_text("\n".join(text))
+    (folder / "windows.csv").write_bytes(("\ufeffz,u g,r\r\n" + "\r\n".join(text) + "\r\n").encode())
+    (folder / "tabs.tsv").write_text("z\tu g\tr\n" + "\n".join(text).replace(",", "\t") + "\n\n")
+    (folder / "semicolons.csv").write_text("# made by hand\nz;u g;r\n" + "\n".join(text).replace(",", ";") + "\n")
+    (folder / "spaces.txt").write_text("# a table\n" + "\n".join(text).replace(",", "   ") + "\n")
+    import gzip
+
+    (folder / "packed.csv.gz").write_bytes(gzip.compress(("z,u g,r\n" + "\n".join(text) + "\n").encode()))
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_every_format_says_the_same(rows, flow, tmp_path):
+    names = files_of(rows, tmp_path)
+    assert len(names) == 12
+    truth = fastmaf.load(flow).log_prob(rows.astype(np.float32))
+    with pytest.raises(ValueError, match="different numbers of rows: 600 in 'u g', 5 in 'other'; choose columns"):
+        fastmaf.data.read(tmp_path / "columns.npz")
+    tables = {name: fastmaf.data.read(tmp_path / name, NAMES if name == "columns.npz" else None) for name in names}
+    for name, (x, found) in tables.items():
+        if "z" in found:
+            x = x[:, [found.index(label) for label in NAMES]]
+        assert np.array_equal(x, rows.astype(np.float32)), name
+    for name in ("fields.npy", "columns.npz", "packed.csv.gz", "f.npy"):
+        with open(tmp_path / name, "rb") as file:  # as a pipe would give it
+            result = fastmaf_command("log-prob", flow, "-", "--to", "npy", text=False, input=file.read())
+        assert result.returncode == 0, result.stderr
+        (tmp_path / "out.npy").write_bytes(result.stdout)
+        assert np.allclose(np.load(tmp_path / "out.npy"), truth, atol=1e-5), name
+
+
+def test_output_formats_hold_the_same_numbers(call, flow, tmp_path):
+    truth = fastmaf.load(flow).sample(1500, seed=4, dtype="float64")
+    arguments = ["sample", flow, "-n", "1.5e3", "--seed", "4", "--dtype", "float64"]
+    for name in ("x.npy", "x.csv"):
+        result = call(*arguments, "-o", tmp_path / name)
+        assert result.returncode == 0 and result.stderr.startswith("fastmaf: 1,500 rows in ")
+        x, names = fastmaf.data.read(tmp_path / name)
+        assert np.array_equal(x, truth) and names == (NAMES if name == "x.csv" else ("0", "1", "2"))
+    said(call(*arguments, "-o", tmp_path / "x.fits"), 2, "ends in none of .csv, .npy, .parquet: name a format, --to")
+    rest = fastmaf_command("sample", flow, "-n", "500", "--seed", "4", "--offset", "1000", "--to", "npy", text=False).stdout
+    assert np.array_equal(np.frombuffer(rest[128:], np.float32).reshape(500, 3), truth[1000:].astype(np.float32))
+
+
+def test_parquet(table, flow, expected, tmp_path):
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from pyarrow import csv, parquet
+
+    parquet.write_table(csv.read_csv(table), tmp_path / "table.parquet")
+    out = tmp_path / "out.parquet"
+    result = fastmaf_command("log-prob", flow, tmp_path / "table.parquet", "--missing", "keep", "-o", out)
+    assert result.returncode == 0, result.stderr
+    found = parquet.read_table(out)
+    assert found.column_names == ["log_prob"]
+    assert np.allclose(found["log_prob"].to_numpy(), expected, equal_nan=True, atol=1e-5)
+    said(fastmaf_command("log-prob", flow, tmp_path / "table.parquet"), 1, "missing values in 2 of 600 rows (columns 'u g', 'r')")
+    said(fastmaf_command("fit", tmp_path / "table.parquet", "-o", tmp_path / "f"), 1, "has string in column 'name'")
+    piped = fastmaf_command("sample", flow, "-n", "10", "--seed", "1", "--to", "parquet", text=False).stdout
+    again = fastmaf_command("log-prob", flow, "-", "--mean", input=piped, text=False)
+    assert again.returncode == 0 and again.stdout.endswith(b"10 rows\n")
+
+
+def test_parquet_needs_pyarrow(flow, tmp_path):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1" + bytes(100))
+    (tmp_path / "pyarrow.py").write_text("raise ImportError")  # as if it were not installed
+    absent = {"env": environment(PYTHONPATH=os.pathsep.join([str(tmp_path), HOME]))}
+    said(fastmaf_command("log-prob", flow, tmp_path / "x.parquet", **absent), 1, "pip install 'fastmaf[tables]'")
+    said(fastmaf_command("sample", flow, "-n", "3", "-o", tmp_path / "y.parquet", **absent), 1, "pip install 'fastmaf[tables]'")
+    assert sorted(os.listdir(tmp_path)) == ["pyarrow.py", "x.parquet"] or "__pycache__" in os.listdir(tmp_path)
+
+
+def test_chains(call, tmp_path):
+    """Of GetDist, with names and derived parameters in a file, and of Cobaya, with names in the first line."""
+    rng = np.random.default_rng(1)
+    body = np.column_stack([rng.integers(1, 4, 300), rng.random(300), rng.normal(size=(300, 3))])
+    for k in (1, 2):
+        np.savetxt(tmp_path / f"run_{k}.txt", body[k - 1 :: 2])
+        np.savetxt(tmp_path / f"cob.{k}.txt", body[k - 1 :: 2], header="weight minuslogpost ns h chi2__cmb")
+    (tmp_path / "run.paramnames").write_text("ns  n_s\nh  h\nH0*  H_0\n")
+    for root in ("run", "cob"):
+        with fastmaf.data.open_table(tmp_path / root) as table:
+            assert table.usual == ("ns", "h") and table.weights == "weight"
+            assert np.allclose(np.vstack([*table.chunks()]), np.vstack([body[::2], body[1::2]])[:, 2:4], atol=0)
+        x, _ = fastmaf.data.read(tmp_path / root, ["weight", "ns"], burn_in=0.3)
+        assert np.array_equal(x, np.vstack([body[::2][45:], body[1::2][45:]])[:, [0, 2]])
+        out = tmp_path / f"{root}.safetensors"
+        result = call("fit", tmp_path / root, "-o", out, "--epochs", "1", "--hidden", "4")
+        assert "300 rows of ns, h, weights weight" in result.stderr
+        assert fastmaf.load(out).names == ("ns", "h")
+    with pytest.raises(ValueError, match="run is a chain without names"):
+        os.remove(tmp_path / "run.paramnames")
+        fastmaf.data.open_table(tmp_path / "run")
+    said(call("fit", tmp_path / "rum", "-o", tmp_path / "x"), 1, "rum: No such file or directory")
+
+
+@pytest.mark.parametrize("rows_in_a_block", [1, 7, 100])
+def test_blocks_of_text_are_read_alike_by_all_readers(rows_in_a_block, monkeypatch):
+    """What NumPy and pyarrow make of a block is what the careful reader makes of it; where lines are cut does not matter."""
+    import io
+
+    from fastmaf.data import _text
+
+    rng = np.random.default_rng(rows_in_a_block)
+    x = rng.normal(size=(40, 3)) * 10.0 ** rng.integers(-300, 300, (40, 3))
+    lines = [",".join(map(repr, row)) for row in x.tolist()]
+    plain = "\n".join(lines).encode() + b"\n"
+    quoted = b"\n".join(f'{line},"two\nlines, and ""quotes"""'.encode() for line in lines) + b"\n"
+    for text, width in ((plain, 3), (quoted, 4)):
+        layout = _text.Layout(tuple("abcd"[:width]), True, ",", 0)
+        monkeypatch.setattr(_text, "BLOCK", rows_in_a_block * 30)
+        for readers in ((), ("_numpy",), ("_arrow",)):
+            for name in ("_numpy", "_arrow"):
+                if name not in readers:
+                    monkeypatch.setattr(_text, name, lambda *_: None)
+            parts = [_text.parse(block, n, layout, [2, 0], "x") for n, block in _text.blocks(io.BytesIO(text), b"", 0)]
+            monkeypatch.undo()
+            monkeypatch.setattr(_text, "BLOCK", rows_in_a_block * 30)
+            assert np.array_equal(np.vstack(parts), x[:, [2, 0]]), readers
+            assert rows_in_a_block == 100 or len(parts) > 1
+
+
+FIELDS = [
+    "1",
+    "-2.5e3",
+    "NA",
+    "nan",
+    "inf",
+    "-inf",
+    "1e400",
+    "1e-400",
+    "True",
+    "1_0",
+    "0x10",
+    "+5",
+    ".5",
+    "5.",
+    "1e",
+    "--1",
+    "NULL",
+    "-",
+    "n/a",
+    "#N/A",
+    "-nan",
+    "1d5",
+    "1,5",
+    "9007199254740993",
+    "FALSE",
+]
+
+
+def test_odd_fields_are_read_alike_by_all_readers():
+    """A quick reader leaves a block to the careful one, or finds the same."""
+    from fastmaf.data import _text
+
+    rng, taken = random.Random(1), 0
+    odd = [*FIELDS, "", " 3 ", '"4"', '""', "  ", '"a\nb"', "1 2", "\u0661"]
+    for _ in range(3000):
+        width, mark = rng.choice([1, 2, 3]), rng.choice([",", ";", None])
+        lines = [(mark or " ").join(rng.choice(odd if rng.random() < 0.1 else ["1", "-0.1"]) for _ in range(width)) for _ in range(3)]
+        layout, block = _text.Layout(tuple("abc"[:width]), True, mark, 0), "\n".join(lines).encode().rstrip(b"\n")
+        if b"#" in block or not block.strip():
+            continue
+        for quick in (_text._arrow, _text._numpy):
+            if (found := quick(block, layout, range(width))) is not None:
+                assert np.array_equal(found, _text._careful(block, 1, layout, range(width), "x"), equal_nan=True), block
+                taken += 1
+    assert taken > 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "labels", "named"),
+    [
+        ("1,2\n3,4\n", ("0", "1"), False),
+        ("a,b\n3,4\n", ("a", "b"), True),
+        ("0,1,2\n3,4,5\n", ("0", "1", "2"), False),
+        (",0,1\n3,4,5\n", ("", "0", "1"), False),
+        ("# a b\n1 2\n", ("a", "b"), True),
+        ("# by me, today\n1 2\n", ("0", "1"), False),
+        ("x\n1\n2\n", ("x",), True),
+        ('"a;b",c\n1,2\n', None, None),
+        ("NA,1\n2,3\n", ("0", "1"), False),
+        ("True,1\nFalse,0\n", ("0", "1"), False),
+    ],
+)
+def test_headers(text, labels, named):
+    from fastmaf.data import _text
+
+    if labels is not None:
+        found = _text.sniff(text.encode(), "x.csv")
+        assert (found.labels, found.named) == (labels, named)
+    found = _text.sniff(text.encode(), "x.csv", ",", header=True)
+    assert found.skip == 1 + text.startswith("#")
+
+
+# Columns
+
+
+def test_names_decide_and_places_only_where_there_are_no_names(call, table, flow, expected, rows, tmp_path):
+    result = call("log-prob", flow, table, "--missing", "keep")
+    found = np.array(result.stdout.split()[1:], np.float64)
+    assert np.allclose(found, expected, equal_nan=True, atol=1e-5)
+    np.savetxt(tmp_path / "renamed.csv", rows, delimiter=",", header="z,ug,r", comments="")
+    said(call("log-prob", flow, tmp_path / "renamed.csv"), 1, "lacks column 'u g'; did you mean 'ug'?")
+    chosen = call("log-prob", flow, tmp_path / "renamed.csv", "--columns", "z,ug,r", "--mean").stdout
+    assert float(chosen.split()[0]) == pytest.approx(fastmaf.load(flow).log_prob(rows).mean(dtype=float), abs=1e-5)
+    np.save(tmp_path / "wide.npy", np.hstack([rows, rows]))
+    said(call("log-prob", flow, tmp_path / "wide.npy"), 1, "6 columns without names; the flow has 3", "--columns")
+    turned = call("log-prob", flow, tmp_path / "wide.npy", "--columns", "3,1,5", "--mean").stdout
+    assert turned == chosen
+    said(call("log-prob", flow, tmp_path / "wide.npy", "--columns", "3,1,6"), 1, "lacks column '6'; it has 6 without names")
+    said(call("log-prob", flow, table, "--columns", "z,r"), 1, "2 columns are chosen, and the flow has 3")
+    said(call("log-prob", flow, table, "--context", "z"), 2, "the flow has no context")
+
+
+def test_a_flow_of_chosen_places_does_not_guess(call, rows, tmp_path):
+    np.save(tmp_path / "x.npy", rows)
+    out = tmp_path / "flow.safetensors"
+    few = ["--hidden", "4", "--epochs", "1", "--quiet"]
+    assert call("fit", tmp_path / "x.npy", "--columns", "2,0", "--context", "1", "-o", out, *few).returncode == 0
+    result = call("log-prob", out, tmp_path / "x.npy")
+    said(result, 1, "3 columns without names", "--columns and --context (the flow was fitted to 2,0 and 1)")
+    given = call("log-prob", out, tmp_path / "x.npy", "--columns", "2,0", "--context", "1", "--mean")
+    truth = fastmaf.load(out).log_prob(rows[:, [2, 0]], rows[:, [1]]).mean(dtype=float)
+    assert float(given.stdout.split()[0]) == pytest.approx(truth, abs=1e-5)
+
+
+def test_contexts_by_name(call, conditional, table, rows, tmp_path):
+    flow = fastmaf.load(conditional)
+    assert flow.names == ("z",)
+    kept = np.delete(np.arange(600), [7, 99])
+    result = call("log-prob", conditional, table, "--missing", "drop")
+    assert "2 of 600 rows have missing values and are left out" in result.stderr
+    truth = flow.log_prob(rows[kept, :1], rows[kept, 1:])
+    assert np.allclose(np.array(result.stdout.split()[1:], float), truth, atol=1e-5)
+
+    one = call("sample", conditional, "-n", "5", "--given", "r=0.25", "--given", "u g=-1", "--seed", "2").stdout.splitlines()
+    assert one[0] == "z,u g,r"
+    assert np.allclose(np.array([line.split(",") for line in one[1:]], float)[:, :1], flow.sample(5, [-1, 0.25], seed=2))
+    many = tmp_path / "many.npy"
+    assert call("sample", conditional, "-n", "4", "--contexts", table, "--missing", "drop", "--seed", "2", "-o", many).returncode == 0
+    found = np.load(many).reshape(598, 4, 3)
+    assert np.array_equal(found[..., :1], flow.sample(4, rows[kept, 1:], seed=2))
+    assert np.array_equal(found[:, 3, 1:], rows[kept, 1:].astype(np.float32))
+    closed = call("log-prob", conditional, many, "--mean")
+    assert closed.returncode == 0 and "2,392 rows" in closed.stdout
+
+    said(call("sample", conditional, "-n", "5"), 2, "2 context features, u g, r: name their values, --given or --contexts")
+    said(call("sample", conditional, "-n", "5", "--given", "r=1"), 2, "u g is missing")
+    said(call("sample", conditional, "-n", "5", "--given", "q=1"), 2, "no context is named q")
+    said(call("sample", conditional, "-n", "5", "--given", "q"), 2, "must be NAME=NUMBER")
+
+
+def test_chunks_do_not_show(conditional, table, monkeypatch, capfd):
+    """Results of many small chunks are those of one."""
+    from fastmaf.cli import _evaluate
+    from fastmaf.data import _source
+
+    commands = [
+        ["sample", str(conditional), "-n", "7", "--contexts", str(table), "--missing", "drop", "--seed", "1"],
+        ["sample", str(conditional), "-n", "700", "--given", "r=0", "--given", "u g=0", "--seed", "1", "--offset", "5"],
+        ["log-prob", str(conditional), str(table), "--missing", "keep"],
+        ["log-prob", str(conditional), str(table), "--missing", "drop", "--mean"],
+    ]
+
+    def outputs():
+        for command in commands:
+            assert cli.main(command) == 0
+        return capfd.readouterr().out
+
+    whole = outputs()
+    for numbers in (1, 20, 50):
+        monkeypatch.setattr(_evaluate, "CHUNK", numbers)
+        monkeypatch.setattr(_source.Table.chunks, "__defaults__", (None, numbers))
+        few = outputs()
+        assert few.split("\n")[:-2] == whole.split("\n")[:-2]
+        assert few.split()[-7:-4] != [] and few.split("±")[0][-10:] == whole.split("±")[0][-10:]
+
+
+# What goes wrong
+
+
+def test_bad_files_and_columns_end_in_a_line(call, table, flow, rows, tmp_path):
+    out = tmp_path / "out.safetensors"
+    said(call("fit", table, "-o", out), 1, "has text in column 'name', line 2", "columns")
+    said(call("fit", table, "--columns", "z,r", "-o", out), 1, "missing values in 1 of 600 rows (column 'r'); --missing drop")
+    said(call("fit", table, "--columns", "z,R", "-o", out), 1, "lacks column 'R'; did you mean 'r'?")
+    said(call("fit", table, "--columns", "z,r", "--context", "z", "-o", out), 2, "a variable cannot be context or weight too")
+    said(call("fit", table, "--columns", "z", "--bounds", "z=0", "-o", out), 2, "must be NAME=LOW:HIGH")
+    said(call("fit", table, "-o", tmp_path / "no" / "x"), 1, "there is no folder")
+    said(call("fit", tmp_path / "no.csv", "-o", out), 1, "no.csv: No such file or directory")
+    said(call("fit", tmp_path, "-o", out), 1, "Is a directory")
+    said(call("log-prob", table, table), 1, "cannot be read as a flow")
+    said(call("log-prob", flow, flow), 1, "neither text nor a file of a known format")
+    said(call("sample", flow, "-n", "3.5"), 2, "must be a whole number")
+    said(call("nothing"), 2, "invalid choice")
+    bad = {
+        "empty.csv": (b"", "holds no rows"),
+        "ragged.csv": (b"z,u g,r\n1,2,3\n1,2\n", "2 fields in line 3, and 3 columns"),
+        "wide.csv": (b"z,u g,r\n1,2,3\n1,2,3,4\n", "4 fields in line 3, and 3 columns"),
+        "text.csv": (b"z,u g,r\n1,2,3\n\n1,b,3\n", "text in column 'u g', line 4"),
+        "twice.csv": (b"z,r,u g,r\n1,2,3,4\n", "several columns 'r'"),
+        "old.npy": (b"\x93NUMPY\1\0\x10\0{'descr': 'O'}  \n", "damaged, or no .npy file"),
+        "zip.npz": (b"PK\3\4" + bytes(50), "damaged, or no .npz file"),
+    }
+    for name, (data, words) in bad.items():
+        (tmp_path / name).write_bytes(data)
+        said(call("log-prob", flow, tmp_path / name), 1, name, words)
+    np.save(tmp_path / "whole.npy", rows)
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "whole.npy").read_bytes()[:-8])
+    said(call("log-prob", flow, tmp_path / "cut.npy", "-o", tmp_path / "y.csv"), 1, "cut.npy is cut off")
+    said(call("fit", tmp_path / "cut.npy", "-o", out), 1, "cut.npy is cut off")
+    np.save(tmp_path / "objects.npy", np.array([[1, "a"]], object), allow_pickle=True)
+    said(call("log-prob", flow, tmp_path / "objects.npy", "--columns", "0,0,1"), 1)
+    assert not out.exists() and not (tmp_path / "y.csv").exists()
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
+
+
+def test_a_reader_that_goes_away_ends_it_quietly(flow):
+    command = [sys.executable, "-m", "fastmaf", "sample", str(flow), "-n", "1e9"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as process:
+        assert process.stdout.readline() == b"z,u g,r\n"
+        process.stdout.close()
+        assert process.wait(60) == 141
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_a_full_disk_loses_nothing(table, flow, tmp_path):
+    before = os.stat("/dev/full").st_mode
+    with open("/dev/full", "w") as full:
+        for arguments in (["info"], ["sample", flow, "-n", "3"], ["sample", flow, "-n", "300000"]):
+            result = fastmaf_command(*arguments, capture_output=False, stdout=full, stderr=subprocess.PIPE)
+            said(result, 1, "stdout: No space left on device")
+    for name in ("npy", "csv"):
+        said(fastmaf_command("sample", flow, "-n", "3", "-o", "/dev/full", "--to", name), 1, "/dev/full: No space left on device")
+    few = ["--columns", "z,u g", "--missing", "drop", "--hidden", "4", "--epochs", "1", "--quiet"]
+    result = fastmaf_command("fit", table, *few, "-o", "/dev/full", env=environment(TMPDIR=str(tmp_path)))
+    said(result, 1, f"/dev/full: No space left on device; the flow is in {tmp_path}")
+    assert fastmaf.load(result.stderr.split()[-1]).training["epochs"] == 1
+    assert stat.S_ISCHR(os.stat("/dev/full").st_mode) and os.stat("/dev/full").st_mode == before
+
+
+def test_what_was_there_stays_if_there_is_no_room_for_all(flow, tmp_path):
+    """A limit on the size of files stands for the disk."""
+    out = tmp_path / "samples.npy"
+    out.write_bytes(b"before")
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+    said(fastmaf_command("sample", flow, "-n", "1e6", "-o", out, preexec_fn=limit), 1, f"{out}: File too large")
+    assert os.listdir(tmp_path) == ["samples.npy"] and out.read_bytes() == b"before"
+
+
+MEASURED = """
+import sys
+from fastmaf.cli import main
+status = main(sys.argv[1:])
+print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmPeak")][0])
+raise SystemExit(status)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs the address space of a process from /proc")
+@pytest.mark.parametrize("kind", ["c.npy", "f.npy", "csv", "sample.csv", "sample.npy"])
+def test_files_larger_than_the_memory(kind, tmp_path):
+    """Address space for a small file and a little more is enough for a large one, of which a part would not fit."""
+    path, flow = tmp_path / "flow.safetensors", fastmaf.MAF(64, transforms=1, hidden_features=(4,), seed=0)
+    if kind == "csv":
+        flow = fastmaf.MAF(2, transforms=1, hidden_features=(4,), seed=0)
+    flow.save(path)
+    large = tmp_path / "large"
+    rows = 4_000_000 if kind == "csv" else 1_200_000  # 64 MB once read; 307 MB, of which the disk holds none
+
+    def arguments(n):
+        if kind.startswith("sample"):
+            return [
+                "sample",
+                path,
+                "-n",
+                n // (5 if kind.endswith("npy") else 6),
+                "-o",
+                large,
+                "--to",
+                kind.removeprefix("sample."),
+                "--quiet",
+            ]
+        if kind == "csv":
+            large.write_bytes(b"0,1\n" * n)
+        else:
+            np.lib.format.open_memmap(large, "w+", np.float32, (n, 64), fortran_order=kind == "f.npy")
+        return ["log-prob", path, large, "-o", os.devnull, "--to", "npy", "--quiet"]
+
+    def measured(n, **options):
+        command = [sys.executable, "-c", MEASURED, *map(str, arguments(n))]
+        return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120, check=False, **options)
+
+    small = measured(30_000)
+    assert small.returncode == 0, small.stderr
+    room = (int(small.stdout) + (40 << 10)) << 10
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, (room, room))
+
+    found = measured(rows, preexec_fn=limit)
+    assert found.returncode == 0, found.stderr
+
+
+def started(*arguments):
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "fastmaf", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    return process
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_fit_keeps_what_was_learned(number, status, table, tmp_path):
+    out = tmp_path / "flow.safetensors"
+    process = started("fit", table, "--columns", "z,u g,r", "--missing", "drop", "--patience", "100000", "--epochs", "100000", "-o", out)
+    with process:
+        lines = [process.stderr.readline(), process.stderr.readline()]
+        assert lines[1].startswith("fastmaf: epoch 1: ")
+        process.send_signal(number)
+        rest = process.stderr.read()
+        assert process.wait(60) == status
+    assert rest.count("\n") == 1 and f"(interrupted): {out}" in rest
+    assert fastmaf.load(out).training["stopped"] == "interrupted" and fastmaf.load(out).training["epochs"] >= 1
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_output_leaves_nothing(number, status, flow, tmp_path):
+    with started("sample", flow, "-n", "1e9", "-o", tmp_path / "x.npy") as process:
+        end = time.monotonic() + 60
+        while not os.listdir(tmp_path) and time.monotonic() < end:
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.stderr.read() == "fastmaf: interrupted\n"
+        assert process.wait(60) == status
+    assert os.listdir(tmp_path) == []
+
+
+# The rest
+
+
+def test_warnings_are_lines(tmp_path):
+    x = np.random.default_rng(0).normal(size=(400, 2)).astype(np.float32)
+    x[:, 1] += 1e7  # float32 cannot resolve it
+    np.save(tmp_path / "x.npy", x)
+    result = fastmaf_command("fit", tmp_path / "x.npy", "--hidden", "4", "--epochs", "1", "-o", tmp_path / "flow")
+    assert result.returncode == 0
+    assert [line for line in result.stderr.splitlines() if line.startswith("fastmaf: warning: ")]
+    assert "site-packages" not in result.stderr and "Warning" not in result.stderr
+
+
+def test_a_flow_goes_through_a_pipe(table, flow):
+    few = ["--columns", "z,u g,r", "--missing", "drop", "--hidden", "4", "--epochs", "1", "--quiet"]
+    made = fastmaf_command("fit", "-", "-o", "-", *few, input=table.read_bytes(), text=False)
+    assert made.returncode == 0, made.stderr
+    shown = fastmaf_command("info", "-", input=made.stdout, text=False).stdout.decode()
+    assert "z, u g, r" in shown
+    result = fastmaf_command("log-prob", "-", "-", input=made.stdout, text=False)
+    assert result.returncode == 2 and b"cannot both come from stdin" in result.stderr
+
+
+def test_bench(flow):
+    lines = fastmaf_command("bench", flow, "--rows", "50", "--threads", "2").stdout.splitlines()
+    assert "50 rows in a call, 72 multiply-adds in a row" in lines[1]  # two MADEs: 4 + 8 into the units, 2 (4 + 8) out of them
+    if fastmaf.get_backend() == "cpu":
+        assert [line.split()[0] for line in lines[-3:]] == ["threads", "1", "2"] and len(lines[-1].split()) == 6
+
+
+def test_convert(call, tmp_path):
+    weights = {"order": np.array([0, 1]), "hyper.0.mask": np.array([[True, False]]), "hyper.2.mask": np.array([[0], [0], [1], [1]], bool)}
+    weights |= {
+        "hyper.0.weight": np.ones((1, 2)),
+        "hyper.0.bias": np.zeros(1),
+        "hyper.2.weight": np.ones((4, 1)),
+        "hyper.2.bias": np.zeros(4),
+    }
+    state = {f"transform.transforms.0.{key}": value for key, value in weights.items()}
+    numpy = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
+    numpy.save_file(state, tmp_path / "weights.safetensors")
+    out = tmp_path / "flow.safetensors"
+    command = ["convert", tmp_path / "weights.safetensors", "--from"]
+    result = call(*command, "zuko", "--activation", "tanh", "--slope", "1e-4", "-o", out)
+    assert result.returncode == 0, result.stderr
+    truth = fastmaf.from_zuko(state_dict=state, activation="tanh", slope=1e-4)
+    x = np.array([[0.5, -1.0]])
+    assert np.array_equal(fastmaf.load(out).log_prob(x), truth.log_prob(x))
+    said(call(*command, "zuko", "-o", out), 2, "do not say the activation")
+    said(call(*command, "nflows", "--activation", "relu", "-o", out), 1, "state_dict has no keys")
+    (tmp_path / "model.pt").write_bytes(b"\x80\x02cos\nsystem\n(S'touch " + str(tmp_path).encode() + b"/run'\ntR.")
+    refused = call("convert", tmp_path / "model.pt", "--from", "zuko", "--activation", "relu", "-o", out)
+    assert refused.returncode == 1 and not (tmp_path / "run").exists()
+    assert "needs torch" in refused.stderr or "fastmaf.from_zuko(torch.load(" in refused.stderr
+
+
+def test_help_has_examples(call):
+    commands = ("fit", "log-prob", "sample", "info", "plot", "convert", "bench", "export")
+    for command in commands:
+        result = call(command, "--help")
+        assert result.returncode == 0 and "examples:\n  fastmaf " in result.stdout, command
+    parser = cli._parser()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text = parser.format_help()
+    assert all(f"    {command} " in text for command in commands)
+
+
+def test_reading_in_python(table, rows):
+    x, names = fastmaf.data.read(table, ["r", "z"], missing="keep")
+    assert names == ("r", "z") and np.array_equal(np.isnan(x), np.arange(1200).reshape(600, 2) == 14)
+    assert np.array_equal(np.delete(x, 7, 0), np.delete(rows, 7, 0)[:, [2, 0]])
+    with pytest.raises(ValueError, match=r"missing values in 1 of 600 rows \(column 'r'\); missing=\"drop\" leaves them out"):
+        fastmaf.data.read(table, ["r"])
+    with pytest.raises(ValueError, match="missing is 'no'"):
+        fastmaf.data.read(table, ["r"], missing="no")
+    with pytest.raises(ValueError, match="burn_in is 1"):
+        fastmaf.data.open_table(table, burn_in=1)
+    with pytest.raises(ValueError, match="no chain"):
+        fastmaf.data.open_table(table, burn_in=0.5)
+    with pytest.raises(ValueError, match="column 'z' is named twice"):
+        fastmaf.data.read(table, ["z", "z"])
+
+
+@pytest.mark.parametrize(("page", "wanted"), [("docs/command-line.md", 8), ("README.md", 4)])
+def test_the_pages_run(page, wanted, call, tmp_path, monkeypatch):
+    """The commands of a page in order, with little data and one epoch, and the Python of the guide."""
+    path = pathlib.Path(__file__).parents[1] / page
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    shells = "".join(block for language, block in blocks if not language)
+    commands = [line for line in shells.splitlines() if line.startswith("fastmaf ")]
+    assert len(commands) == wanted
+    monkeypatch.chdir(tmp_path)
+    x, names = fastmaf.data.galaxies()
+    np.savetxt("galaxies.csv", x[:500], delimiter=",", header=",".join(names), comments="")
+    np.savetxt("table.csv", np.abs(x[:500, :5]), delimiter=",", header="w,z,u,g,r", comments="")
+    absent = {word: importlib.util.find_spec(name) is None for word, name in ((" plot ", "matplotlib"), (".parquet", "pyarrow"))}
+    for command in commands:
+        if not any(missing and word in command for word, missing in absent.items()):
+            words = command.replace("1e6", "1e3").replace("-n 100 ", "-n 2 ").split()[1:]
+            result = call(*words, *["--epochs", "1", "--hidden", "8"] * (words[0] == "fit"))
+            assert result.returncode == 0, (command, result.stderr)
+    if page.startswith("docs"):
+        for code in (block for language, block in blocks if language == "python"):
+            exec(compile(code, page, "exec"), {})
