@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../ops/tile.hpp"
+#include "../ops/trace.hpp"
 
 namespace fastmaf {
 
@@ -15,19 +16,6 @@ struct Crew {
 constexpr int kCrewPanels = 4;            // panels in a group
 constexpr int kCrewGroups = 0xffff;       // most groups of a map
 constexpr uint64_t kCrewOver = ~0ull << 32;  // the claims that send the others home
-
-// Everything that gradients keep of one stage, for one tile.
-template <class T>
-struct Trace {
-    T* x;          // [context + features][lanes]
-    T* read;       // what the maps read of it: x itself, or a copy with clipped variables
-    T** units;     // [maps]
-    T** raw;       // [maps] sums, where they are kept beside the activations: for the maps that add them, or for act'
-    T* scaled;     // dz/ds [features][lanes] but for its sign, then e^-s, then ds/dr; see ops/laws. Later d/dx by the law, if read is not x
-    T** delta;     // [maps] d(sum of cotangent * log_prob) / d(output of map m before its activation, and before a gate)
-    T** alone;     // [maps] sums that a gate meets, or null
-    T** whole;     // [maps] gradient behind the gate, where the map adds sums; or null
-};
 
 // Numbers of a row whose units lie in lanes, with room for whole vectors and for whole pairs of them that begin at any of its numbers.
 constexpr int row_size(int numbers) { return (numbers + 15) / 16 * 16 + 16; }

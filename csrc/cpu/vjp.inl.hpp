@@ -1,10 +1,4 @@
-// Gradients of log_prob. Forward keeps of every stage its variables, units and law; backward runs the transposed staircases, from the
-// last map to the first, with the same panels: delta of a map's inputs = W^T delta of its outputs, times act'. A map that adds the sums
-// of another one passes its delta on to them.
-//
-// With g the cotangent of a row, gz that of z and s as in ops/laws:  dx = gz e^-s + W_1^T delta_1,  dr = ds (ds/dr), and
-//     standardize  dm = -gz e^-s,  ds = -gz z - g          affine  dm = gz,  ds = -gz x e^-s - g
-// A norm z = (x - mean) scale + beta has no weights; its delta is that of log_gamma, gz (x - mean) scale + g, and that of beta, gz.
+// Gradients of log_prob: the stages of a tile forward and backward, and what a batch of tiles gives the weights; see ops/vjp.
 //
 // Weight gradients: rows of the batch are the inner index, and delta is read where backward left it. There are two ways, by the map:
 //     wide     inputs lie in lanes, which needs them transposed; the sum runs over rows in index order
@@ -13,58 +7,11 @@
 // so bits depend neither on threads nor on tiles.
 #pragma once
 
-#include "../ops/log_prob.inl.hpp"
+#include "../ops/vjp.inl.hpp"
 #include "tile.hpp"
 
 namespace fastmaf {
 namespace FASTMAF_ISA {
-
-// The law of a transform as backward needs it; see Trace.
-template <class T>
-struct TracedLaw {
-    Vec<T> z, log_scale, scaled, inverse_scale, slope;
-
-    FASTMAF_MEMBER TracedLaw(const StageView<T>& stage, Vec<T> x, Vec<T> m, Vec<T> raw)
-        : log_scale(FASTMAF_ISA::log_scale<T>(stage, raw)), inverse_scale(scale_of<T>(-log_scale)), slope(log_scale_slope<T>(stage, raw)) {
-        z = to_z<T>(stage, x, m, log_scale);
-        scaled = stage.form == Form::affine ? x * inverse_scale : z;
-    }
-};
-
-// The gradients in m, r and, beside the network, x; gz that in z.
-template <class T>
-struct LawGradient {
-    Vec<T> dm, dr, dx;
-
-    FASTMAF_MEMBER LawGradient(const StageView<T>& stage, Vec<T> g, Vec<T> gz, Vec<T> scaled, Vec<T> inverse_scale, Vec<T> slope) {
-        dx = gz * inverse_scale;
-        dm = stage.form == Form::affine ? gz : -dx;
-        dr = (-gz * scaled - g) * slope;
-    }
-};
-
-template <class T>
-static void forward_transform(const StageView<T>& stage, const Trace<T>& here, T* next, int vectors, double* log_det) {
-    constexpr int W = Lanes<T>::W, L = lanes_of<T>();
-    const T* parameters = here.units[stage.maps - 1];
-    const T* x = here.x + stage.context * L;
-    T* const inverse_scale = here.scaled + stage.features * L;
-    T* const slope = inverse_scale + stage.features * L;
-    for (int j = 0; j < vectors; ++j) {
-        typename Lanes<T>::Wide sum{};
-        for (int s = 0; s < stage.features; ++s) {
-            const int own = s * L + j * W;
-            const T* row = parameters + 2 * s * L + j * W;
-            const TracedLaw<T> law(stage, at(x + own), at(row), at(row + L));
-            at(here.scaled + own) = law.scaled;
-            at(inverse_scale + own) = law.inverse_scale;
-            at(slope + own) = law.slope;
-            at(next + stage.next[s] * L + j * W) = stage.scale ? (law.z - stage.loc[s]) * stage.scale[s] : law.z;
-            sum -= widen(law.log_scale);
-        }
-        add_to<T>(log_det + j * W, sum);
-    }
-}
 
 template <class T>
 static void forward(const StageView<T>& stage, const Trace<T>& here, const Trace<T>& next, int lanes, double* log_det) {
@@ -77,106 +24,11 @@ static void forward(const StageView<T>& stage, const Trace<T>& here, const Trace
     }
     for (int i = 0; i < stage.step_count; ++i) {
         const Step& step = stage.steps[i];
-        if (step.kind == Kind::law) {
-            if (stage.output == Output::transform)
-                forward_transform<T>(stage, here, behind, vectors, log_det);
-            else
-                density_law<T>(stage, step, here.units, 0, here.x + stage.context * L, behind, vectors, log_det);
-            continue;
-        }
-        const bool complete = step.finish == Finish::unit;
-        const int add = complete ? stage.adds[step.map] : -1, context = complete ? stage.context_units[step.map] : -1;
-        Beside<T> beside{};
-        if (step.map < stage.maps) beside.raw = here.raw[step.map];
-        if (add >= 0) beside.add = here.raw[add] ? here.raw[add] : here.units[add];
-        if (context >= 0) beside.context = here.units[context], beside.alone = here.alone[step.map];
-        run_panel<T>(stage, step, buffer<T>(stage, step.in, here.read, here.units), here.units[step.out], beside.of(stage, step), vectors,
-                     nullptr);
+        if (step.kind == Kind::law)
+            traced_law<T>(stage, step, here, behind, 0, vectors, log_det);
+        else
+            traced_panel<T>(stage, step, here, vectors);
     }
-}
-
-// The gradient in the outputs of the last map, and what x has of it beside the network.
-template <class T>
-static void backward_law(const StageView<T>& stage, const Trace<T>& here, int vectors, const T* cotangent, const T* above, T* below) {
-    constexpr int W = Lanes<T>::W, L = lanes_of<T>();
-    const int features = stage.features;
-    const T* const x = here.x + stage.context * L;
-    T* const dx = below + stage.context * L;
-    T* const delta = here.delta[stage.maps - 1];
-    for (int s = 0; s < features; ++s)
-        for (int j = 0; j < vectors; ++j) {
-            const int own = s * L + j * W;
-            const Vec<T> g = at(cotangent + j * W);
-            if (is_base(stage.output)) {
-                const int first = stage.first[s] * L + j * W;
-                const Conditional<T> p{stage, here.units[stage.maps - 1] + first, stage.first[s + 1] - stage.first[s]};
-                at(dx + own) = conditional_gradient<T>(p, at(x + own), g, delta + first);
-                continue;
-            }
-            Vec<T> gz = at(above + (stage.context + stage.next[s]) * L + j * W);
-            if (stage.output == Output::linear) {
-                at(delta + own) = at(here.delta[0] + own) = gz;
-            } else if (stage.output == Output::norm) {
-                at(dx + own) = gz * stage.scale[s];
-                if (!stage.trainable) continue;
-                at(delta + own) = fma(gz, (at(x + own) - stage.loc[s]) * stage.scale[s], g);
-                at(delta + features * L + own) = gz;
-            } else {
-                if (stage.scale) gz *= stage.scale[s];
-                const T* const inverse_scale = here.scaled + features * L + own;
-                const LawGradient<T> law(stage, g, gz, at(here.scaled + own), at(inverse_scale), at(inverse_scale + features * L));
-                at(delta + 2 * s * L + j * W) = law.dm;
-                at(delta + (2 * s + 1) * L + j * W) = law.dr;
-                at(dx + own) = law.dx;
-            }
-        }
-}
-
-// Behind the panels of a step, whose rows hold the gradient in the units of a hidden map: the gradients in its sums, in the sums of its
-// weights and in the units of its context.
-template <class T>
-static void backward_units(const StageView<T>& stage, const Trace<T>& here, const Step& step, int vectors) {
-    constexpr int W = Lanes<T>::W, L = lanes_of<T>();
-    const int map = step.out, first = step.row * L;
-    T* const out = here.delta[map] + first;
-    const T* const scale = stage.norm_scale[map];
-    if (stage.activated[map]) {
-        const T* const unit = (keeps_argument(stage.activation) ? here.raw[map] : here.units[map]) + first;
-        if (scale && keeps_argument(stage.activation)) {
-            T argument[L] __attribute__((aligned(64)));
-            for (int r = 0; r < step.rows; ++r) {
-                const Vec<T> own = splat<T>(scale[step.row + r]), shift = splat<T>(stage.norm_shift[map][step.row + r]);
-                for (int j = 0; j < vectors; ++j) at(argument + j * W) = fma(at(unit + r * L + j * W), own, shift);
-                times_derivative<T>(stage.activation, out + r * L, argument, 1, vectors, L);
-            }
-        } else {
-            times_derivative<T>(stage.activation, out, unit, step.rows, vectors, L);
-        }
-    }
-    for (int r = 0; scale && r < step.rows; ++r)
-        for (int j = 0; j < vectors; ++j) at(out + r * L + j * W) *= scale[step.row + r];
-    for (int m = map + 1; m < stage.maps; ++m) {
-        if (stage.adds[m] != map) continue;
-        const T* const from = here.whole[m] ? here.whole[m] : here.delta[m];
-        for (int r = 0; r < step.rows; ++r) {
-            const int row = stage.adders[m] ? stage.adders[m][step.row + r] : step.row + r;
-            for (int j = 0; row >= 0 && j < vectors; ++j) at(out + r * L + j * W) += at(from + row * L + j * W);
-        }
-    }
-    const int context = stage.context_units[map];
-    if (context < 0) return;
-    T* const joined = here.delta[context] + first;
-    const T* const unit = here.units[context] + first;
-    const bool gated = stage.joins[map] == Joins::gated;
-    for (int r = 0; r < step.rows; ++r)
-        for (int j = 0; j < vectors; ++j) {
-            const int own = r * L + j * W;
-            const Vec<T> whole = at(out + own), gate = at(unit + own);
-            if (here.whole[map]) at(here.whole[map] + first + own) = whole;
-            at(joined + own) = gated ? whole * at(here.alone[map] + first + own) * gate * (1 - gate) : whole;
-            if (gated) at(out + own) = whole * gate;
-        }
-    if (stage.joins[map] == Joins::activated) times_derivative<T>(stage.activation, joined, unit, step.rows, vectors, L);
 }
 
 template <class T>
@@ -186,33 +38,20 @@ static void backward(const StageView<T>& stage, const Trace<T>& here, int lanes,
     const T zeros[8] = {};
     for (int i = 0; i < stage.context; ++i)
         for (int j = 0; j < vectors; ++j) at(below + i * L + j * W) = at(above + i * L + j * W);
-    backward_law<T>(stage, here, vectors, cotangent, above, below);
-    T* const dx = below + stage.context * L;
+    for (int s = 0; s < stage.features; ++s)
+        for (int j = 0; j < vectors; ++j) law_gradient<T>(stage, here, s, j * W, at(cotangent + j * W), above, below);
     const bool clips = here.read != here.x && inner < 2;
     for (int s = 0; clips && s < stage.features; ++s)
-        for (int j = 0; j < vectors; ++j) {
-            at(here.scaled + s * L + j * W) = at(dx + s * L + j * W);
-            at(dx + s * L + j * W) = Vec<T>{};
-        }
+        for (int j = 0; j < vectors; ++j) part_clipped<T>(stage, here, s, j * W, below);
     for (int i = 0; i < stage.step_count; ++i) {
         const Step& step = stage.steps[i];
-        if (step.kind == Kind::law) {
+        if (step.kind == Kind::law)
             flip<T>(here.delta[0], stage.features, vectors);
-            continue;
-        }
-        const bool hidden = step.out >= 0;
-        if (!hidden && (inner == 2 || (inner == 1 && step.out == kTile && step.row < stage.context))) continue;
-        T* const out = buffer<T>(stage, step.out, below, here.delta) + step.row * L;
-        panel<T>(vectors, step.width, stage.far, stage.tape + step.tape, here.delta[step.in] + step.begin * L, step.end - step.begin, step.rows,
-                 step.start == Start::zero ? zeros : nullptr, false, out);
-        if (hidden && is_network(stage.output)) backward_units<T>(stage, here, step, vectors);
+        else
+            gradient_panel<T>(stage, step, here, zeros, below, inner, vectors);
     }
     for (int s = 0; clips && s < stage.features; ++s)
-        for (int j = 0; j < vectors; ++j) {
-            const int own = s * L + j * W, row = own + stage.context * L;
-            const Vec<T> through = at(here.x + row) == at(here.read + row) ? at(dx + own) : Vec<T>{};
-            at(dx + own) = at(here.scaled + own) + through;
-        }
+        for (int j = 0; j < vectors; ++j) join_clipped<T>(stage, here, s, j * W, below);
 }
 
 // One stage of a transpose: swap the off-diagonal blocks of size B of a W x W matrix held in W vectors.

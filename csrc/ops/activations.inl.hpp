@@ -32,26 +32,31 @@ FASTMAF_FN void activate(Activation activation, T* p, int rows, int vectors, int
     with_activation<T>(activation, [&](auto f) { each<T>(p, rows, vectors, stride, f); });
 }
 
-// delta *= derivative; `unit` holds values or arguments, see keeps_argument.
-template <class T>
-FASTMAF_FN void times_derivative(Activation activation, T* delta, const T* unit, int rows, int vectors, int stride) {
+// use(f), f the derivative as a function of values or of arguments, see keeps_argument.
+template <class T, class F>
+FASTMAF_INLINE void with_derivative(Activation activation, F use) {
     using V = Vec<T>;
-    auto apply = [&](auto derivative) {
-        for (int r = 0; r < rows; ++r)
-            for (int j = 0; j < vectors; ++j) at(delta + r * stride + j * Lanes<T>::W) *= derivative(at(unit + r * stride + j * Lanes<T>::W));
-    };
     switch (activation) {
-        case Activation::relu: return apply([](V h) { return h > 0 ? splat<T>(1) : V{}; });
-        case Activation::tanh: return apply([](V h) { return fma(-h, h, splat<T>(1)); });
-        case Activation::elu: return apply([](V h) { return h > 0 ? splat<T>(1) : h + 1; });
+        case Activation::relu: return use([](V h) { return h > 0 ? splat<T>(1) : V{}; });
+        case Activation::tanh: return use([](V h) { return fma(-h, h, splat<T>(1)); });
+        case Activation::elu: return use([](V h) { return h > 0 ? splat<T>(1) : h + 1; });
         case Activation::gelu:
-            return apply([](V x) { return fma(x, T(0.39894228040143268) * exp<T>(T(-0.5) * x * x), normal_cdf<T>(x)); });
+            return use([](V x) { return fma(x, T(0.39894228040143268) * exp<T>(T(-0.5) * x * x), normal_cdf<T>(x)); });
         case Activation::silu:
-            return apply([](V x) {
+            return use([](V x) {
                 const V s = sigmoid<T>(x);
                 return s * fma(x, 1 - s, splat<T>(1));
             });
     }
+}
+
+// delta *= derivative at `unit`.
+template <class T>
+FASTMAF_FN void times_derivative(Activation activation, T* delta, const T* unit, int rows, int vectors, int stride) {
+    with_derivative<T>(activation, [&](auto derivative) {
+        for (int r = 0; r < rows; ++r)
+            for (int j = 0; j < vectors; ++j) at(delta + r * stride + j * Lanes<T>::W) *= derivative(at(unit + r * stride + j * Lanes<T>::W));
+    });
 }
 
 }  // namespace FASTMAF_ISA
