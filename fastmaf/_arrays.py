@@ -92,6 +92,8 @@ def real(name: str, value: Any, device: str = "cpu", names: Sequence[str] | None
 
 def _foreign(name: str, value: Any, device: str, names: Sequence[str] | None) -> Any:
     """What is no plain ndarray, as one, or as a `_device.DeviceArray`; without a copy where that can be."""
+    if isinstance(value, _device.DeviceArray):
+        return value
     if np.ma.is_masked(value):
         raise ValueError(f"{name} has masked entries; fill or drop them first")
     try:
@@ -405,9 +407,9 @@ def output(out: Any, shape: Shape, dtype: np.dtype[Any], *inputs: Array | None, 
     return out
 
 
-def cotangents(cotangent: Any, shape: Shape, operation: str = "log_prob") -> Array:
+def cotangents(cotangent: Any, shape: Shape, operation: str = "log_prob", device: str = "cpu") -> Array:
     """Cotangents of the result of an operation, as they are."""
-    array = real("cotangent", cotangent)
+    array = real("cotangent", cotangent, device)
     if array.shape != shape:
         raise ValueError(f"cotangent has shape {_words.shapes(array.shape)}; {operation} has shape {shape}")
     return array

@@ -78,6 +78,18 @@ class DeviceFlow:
         dtype: str,
         /,
     ) -> None: ...
+    def vjp(
+        self,
+        x: Any,
+        context: Any,
+        cotangent: Any,
+        value: Any,
+        d_x: Any,
+        d_context: Any,
+        d_parameters: Any,
+        stream: int | None,
+        /,
+    ) -> None: ...
     def sample_rows(self, index: Array, group: Array, context: Array | None, seed: int, out: Array, /) -> None: ...
 
 class Trainer:

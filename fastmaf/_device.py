@@ -218,10 +218,10 @@ def wrap(name: str, value: Any, device: str, native: frozenset[np.dtype[Any]]) -
     return array
 
 
-def together(name: str, x: Any, context: Any) -> None:
+def together(name: str, x: Any, other: Any, beside: str = "context") -> None:
     """Refuse an array of a GPU beside one of the host."""
-    if context is not None and isinstance(x, DeviceArray) != isinstance(context, DeviceArray):
-        first, second = (name, "context") if isinstance(x, DeviceArray) else ("context", name)
+    if other is not None and isinstance(x, DeviceArray) != isinstance(other, DeviceArray):
+        first, second = (name, beside) if isinstance(x, DeviceArray) else (beside, name)
         raise ValueError(f"{first} is a CUDA array and {second} is not; both must lie in one place")
 
 

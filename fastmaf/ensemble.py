@@ -264,7 +264,7 @@ class Ensemble:
             total = np.logaddexp.reduce(values)
             for member, value in zip(members, values, strict=True):
                 share = np.where(total == -np.inf, 0.0, _exp(value - total))  # of the member in the density of the row
-                for gradient, part in zip(gradients, member._backward(*member._ready(), x, context, share, None)[1:], strict=True):
+                for gradient, part in zip(gradients, member._backward(*member._ready(), x, context, share, False)[1:3], strict=True):
                     if part is not None:
                         gradient[...] += part
         value = (total - math.log(len(members))).astype(self.dtype)

@@ -785,7 +785,7 @@ class Flow:
         """
         record, backend = self._ready()
         _check_continuous(record, "gradient in x")
-        value, dx, dcontext = self._backward(record, backend, x, context, None, None)
+        value, dx, dcontext, _ = self._backward(record, backend, x, context, None, False)
         assert dx is not None
         return value, dx, dcontext
 
@@ -804,8 +804,9 @@ class Flow:
         dx, dcontext
             As in `log_prob_and_grad`; dx is None where the variables are discrete.
         dparameters : (p,) array
-            In the order of `parameters`; exactly zero for masked weights. The statistics of a `BatchNorm` are constants here. Rows
-            whose log_prob is -inf have no part in it; those that are only just finite may be too much for the dtype.
+            In the order of `parameters`, on the GPU where x lies there; exactly zero for masked weights. The statistics of a `BatchNorm`
+            are constants here. Rows whose log_prob is -inf have no part in it; those that are only just finite may be too much for the
+            dtype.
 
         Raises
         ------
@@ -821,8 +822,7 @@ class Flow:
         True
         """
         record, backend = self._ready()
-        dparameters = np.zeros(sum(array.size for array in record.parameter_arrays()), record.dtype)
-        _, dx, dcontext = self._backward(record, backend, x, context, cotangent, dparameters)
+        _, dx, dcontext, dparameters = self._backward(record, backend, x, context, cotangent, True)
         return dx, dcontext, dparameters
 
     def _backward(
@@ -832,20 +832,33 @@ class Flow:
         x: ArrayLike,
         context: ArrayLike | None,
         cotangent: ArrayLike | None,
-        dparameters: Array | None,
-    ) -> tuple[Array, Array | None, Array | None]:
-        if self.device != "cpu":
-            raise NotImplementedError(f"gradients on {self.device} are to come; they run on the cpu: flow.to('cpu')")
-        given, beside = x, context
-        own = None if context is None else _arrays.real("context", context)
-        x, context, shape = _arrays.rows("x", x, own, record.features, record.context_features, names=record.names)
-        factor = None if cotangent is None else _arrays.cotangents(cotangent, shape)
-        value, dx, dcontext = _gradients.backward(backend, record, x, context, shape, factor, dparameters)
-        if dcontext is not None and own is not None:
-            dcontext = _device.native(dcontext.reshape(own.shape), beside)
+        parameters: bool,
+    ) -> tuple[Any, Array | None, Array | None, Any]:
+        given, beside, dtype, device = x, context, record.dtype, self._placement[0]
+        own = None if context is None else _arrays.real("context", context, device)
+        x, context, shape = _arrays.rows("x", x, own, record.features, record.context_features, device, record.names)
+        factor = None if cotangent is None else _arrays.cotangents(cotangent, shape, device=device)
+        _device.together("x", x, factor, "cotangent")
+        count = sum(array.size for array in record.parameter_arrays()) if parameters else 0
+        value: Any
+        dparameters: Any
+        if type(x) is _device.DeviceArray:
+            dparameters = x.empty((count,), dtype) if parameters else None
+            value = x.empty(shape, dtype) if factor is None else None
+            dx = None if record.discrete else x.empty(x.shape, dtype)
+            dcontext = None if own is None else _empty(own.shape, dtype, own)
+            backend.vjp(record, x, context, factor, value, dx, dcontext, dparameters)
+            dparameters = None if dparameters is None else _device.native(dparameters, given)
+        else:
+            dparameters = np.zeros(count, dtype) if parameters else None
+            value, dx, dcontext = _gradients.backward(backend, record, x, context, shape, factor, dparameters)
+            dcontext = None if dcontext is None or own is None else dcontext.reshape(own.shape)
+        if dcontext is not None:
+            dcontext = _device.native(dcontext, beside)
         if type(given) is np.ndarray:
-            return value, dx, dcontext
-        return _device.native(value, given), None if dx is None else _device.native(dx, given), dcontext
+            return value, dx, dcontext, dparameters
+        value, dx = (None if result is None else _device.native(result, given) for result in (value, dx))
+        return value, dx, dcontext, dparameters
 
     # Parameters
 

@@ -237,20 +237,110 @@ def test_rows_beyond_halves_are_computed_as_without(precision):
 
 
 @needs_device
-def test_gradients_and_training_say_where_they_run():
+def test_training_says_where_it_runs():
     flow = fastmaf.MAF(features=2).to("cuda")
-    x = np.zeros((100, 2))
-    for call in (lambda: flow.vjp(x, None, np.ones(100)), lambda: flow.log_prob_and_grad(x)):
-        with pytest.raises(NotImplementedError, match=r"cuda:0 .* on the cpu: flow.to\('cpu'\)"):
-            call()
+    x = np.random.default_rng(0).normal(size=(100, 2))
     with pytest.raises(
         NotImplementedError, match=r'training on cuda:0 is to come: flow = flow.to\("cpu"\), or flow.fit\(..., device="cpu"\)'
     ):
         flow.fit(x)
-    x = np.random.default_rng(0).normal(size=(100, 2))
     before = flow.log_prob(x)
     flow.fit(x, device="cpu", max_epochs=2, validation=0)
     assert flow.device == "cuda:0" and flow.training["epochs"] == 2 and not np.array_equal(flow.log_prob(x), before)
+
+
+FORMS = [
+    ((9, 7), (1,)),
+    ((9, 7), (9, 1)),
+    ((9, 7), (5, 1, 1)),
+    ((5, 9, 7), (1,)),
+    ((5, 9, 7), (5, 1)),
+    ((5, 9, 7), (5, 1, 1)),
+    ((5, 9, 7), (5, 9, 1)),
+    ((1, 7), (5, 1, 1)),
+    ((5, 1, 7), (5, 1, 1)),
+    ((1, 7), (9, 1)),
+    ((0, 7), (5, 1, 1)),
+    ((0, 7), (1,)),
+    ((2, 7), (700, 1, 1)),
+    ((700, 7), (2, 1, 1)),
+]
+
+
+@needs_device
+@pytest.mark.parametrize(("x_shape", "context_shape"), FORMS)
+def test_gradients_of_arrays_of_a_device(framework, dtype, x_shape, context_shape):
+    """They have the shapes of x and of the context; over what is shared they are sums."""
+    flow = make.case("7 (17, 5) 1", dtype).flow
+    there, rng = flow.to("cuda"), np.random.default_rng(0)
+    x, context = rng.normal(size=x_shape).astype(dtype), rng.normal(size=context_shape)
+    g = rng.integers(-3, 4, flow.log_prob(x, context).shape).astype("int8")
+    of_x, of_context, of_g = framework.put(x), framework.put(context), framework.put(g)
+    with make.reference():
+        exact = flow.astype("float64")
+        expected = *exact.log_prob_and_grad(x, context), *exact.vjp(x, context, g)
+    results = *there.log_prob_and_grad(of_x, of_context), *there.vjp(of_x, of_context, of_g)
+    operations = ("log_prob", "gradient", "gradient", "gradient", "gradient", "parameters")
+    for operation, result, right in zip(operations, results, expected, strict=True):
+        assert type(result) is type(of_x) and framework.get(result).dtype == dtype
+        assert_close(operation, dtype, framework.get(result), right)
+    again = there.vjp(of_x, of_context, of_g)
+    assert all(np.array_equal(framework.get(a), framework.get(b)) for a, b in zip(again, results[3:], strict=True))
+    for result, right in zip(there.vjp(x, context, g), expected[3:], strict=True):  # the same weights, rows of the host
+        assert_close("parameters", dtype, result, right)
+
+
+@needs_device
+@pytest.mark.parametrize("name", ["front", "mixture softplus", "bernoulli", "no context"])
+def test_gradients_of_odd_arrays_of_a_device(framework, name):
+    if name == "bernoulli":
+        flow = fastmaf.MADE(5, "bernoulli", seed=1)
+        x, context = np.random.default_rng(0).integers(2, size=(70, 5)), None
+    elif name == "no context":
+        flow = fastmaf.MAF(5, seed=1)
+        x, context = np.random.default_rng(0).normal(size=(70, 5)), None
+    else:
+        case = make.case(name, "float32")
+        flow, x, context = case.flow, case.x, case.context
+    there, g = flow.to("cuda"), np.random.default_rng(1).normal(size=len(x))
+    turned = [None if array is None else framework.put(array[::-1]) for array in (x, context, g)]
+    expected = flow.astype("float64").vjp(*(None if array is None else array[::-1] for array in (x, context, g)))
+    for operation, result, right in zip(("gradient", "gradient", "parameters"), there.vjp(*turned), expected, strict=True):
+        assert (result is None) == (right is None)
+        if right is not None:
+            assert_close(operation, "float32", framework.get(result), right, factor=3)
+    if name != "bernoulli":
+        value, dx, dcontext = there.log_prob_and_grad(turned[0], turned[1])
+        right = flow.astype("float64").log_prob_and_grad(x[::-1], None if context is None else context[::-1])
+        assert_close("log_prob", "float32", framework.get(value), right[0])
+        assert_close("gradient", "float32", framework.get(dx), right[1])
+        assert (dcontext is None) == (context is None)
+
+
+@needs_device
+def test_cotangents_lie_with_the_rows(framework):
+    there, (x, context) = conditional().to("cuda"), rows(5)
+    g = np.ones(5)
+    with pytest.raises(ValueError, match="x is a CUDA array and cotangent is not; both must lie in one place"):
+        there.vjp(framework.put(x), framework.put(context), g)
+    with pytest.raises(ValueError, match="cotangent is a CUDA array and x is not"):
+        there.vjp(x, context, framework.put(g))
+    with pytest.raises(ValueError, match=r"cotangent has shape \(4,\); log_prob has shape \(5,\)"):
+        there.vjp(framework.put(x), framework.put(context), framework.put(g[:4]))
+    with pytest.raises(ValueError, match="cotangent is a CUDA array; this flow computes on the CPU"):
+        conditional().vjp(x, context, framework.put(g))
+
+
+@needs_device
+@pytest.mark.parametrize("n", [1, 33, 3000])
+def test_gradients_of_rows_of_the_host_are_streamed(n, dtype):
+    flow, (x, context) = conditional(dtype), rows(n)
+    there, exact, g = flow.to("cuda"), flow.astype("float64"), np.random.default_rng(2).normal(size=n)
+    for given in (context, context[0], context[:3, None]):
+        weights = g if given.ndim < 3 else np.broadcast_to(g, (len(given), n))
+        for result, right in zip(there.vjp(x, given, weights), exact.vjp(x, given, weights), strict=True):
+            assert type(result) is np.ndarray and result.dtype == dtype
+            assert_close("parameters", dtype, result, right, factor=10)
 
 
 @needs_device

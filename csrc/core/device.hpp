@@ -48,6 +48,19 @@ struct Samples {
     double* wide = nullptr;
 };
 
+// Over which axes of a batch the gradient in an array is a sum, since rows share what lies there.
+struct Summed {
+    bool outer = false, inner = false;
+};
+
+// Where gradients go; each may be null. Those in rows and contexts are (outer, inner, width), without the axes that are summed over; of
+// arrays of the host none is. Sums of the float gradients are made in double, and their order does not depend on the device.
+template <class T>
+struct Gradients {
+    T *value = nullptr, *x = nullptr, *context = nullptr, *parameters = nullptr;
+    Summed of_x, of_context;
+};
+
 // Weights with their copy on one device, made when first needed and freed with it. Results are those of the functions in cpu/backend.hpp.
 template <class T>
 class Flow {
@@ -65,6 +78,8 @@ public:
     void conditional_probs(const Batch& batch, T* out, const Place& place, const Poll& poll) const;
     void from_noise(const Batch& noise, const Samples& out, const Place& place, const Poll& poll, T* log_det = nullptr) const;
     void sample(const Draw& draw, const Samples& out, T* log_prob, const Place& place, const Poll& poll) const;
+    // cotangent: (outer, inner) numbers of any dtype; without data they are ones.
+    void vjp(const Batch& batch, const Rows& cotangent, const Gradients<T>& out, const Place& place, const Poll& poll) const;
 
 private:
     struct Parts;

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <vector>
@@ -15,6 +16,7 @@
 
 #include "../core/floats.hpp"
 #include "draw_image.hpp"
+#include "gradient_image.hpp"
 #include "kernels.hpp"
 
 #ifndef FASTMAF_CUDA_CHUNK
@@ -223,6 +225,36 @@ struct Station {
     }
 };
 
+// Memory of the device for the time of a scope, in the order of a stream.
+class Lent {
+public:
+    Lent(const Station& station, cudaStream_t stream) : station_(station), stream_(stream) {}
+    Lent(const Lent&) = delete;
+    Lent& operator=(const Lent&) = delete;
+    ~Lent() { static_cast<void>(release()); }
+    // False if there is not so much; other errors are thrown.
+    bool take(int64_t bytes, const char* what) {
+        const cudaError_t error = station_.allocate(&memory_, bytes, stream_);
+        if (error == cudaErrorMemoryAllocation) {
+            cudaGetLastError();
+            return false;
+        }
+        check(error, "allocating " + size_of(double(bytes)) + " of " + what);
+        return true;
+    }
+    char* at(int64_t byte) const { return static_cast<char*>(memory_) + byte; }
+    cudaError_t release() {
+        void* const memory = memory_;
+        memory_ = nullptr;
+        return memory ? station_.release(memory, stream_) : cudaSuccess;
+    }
+
+private:
+    const Station& station_;
+    const cudaStream_t stream_;
+    void* memory_ = nullptr;
+};
+
 int64_t size_of(DType dtype) {
     switch (dtype) {
         case DType::f64:
@@ -282,7 +314,6 @@ struct Flow<T>::Parts {
         FlowView<T> view;
         TensorView tensor;
         DrawView draws;
-        char* memory = nullptr;
     };
 
     std::shared_ptr<const Weights<T>> weights;
@@ -290,15 +321,41 @@ struct Flow<T>::Parts {
     Precision precision = Precision::highest;
     std::mutex mutex;
     std::unique_ptr<Copy> copies[2];
+    std::unique_ptr<GradientView<T>> gradients;
+    std::unique_ptr<WeightsView<T>> tasks;
+    std::vector<void*> placed;  // where they lie
 
     ~Parts() {
         int before = 0;
         if (!station || station->process != getpid() || cudaGetDevice(&before) != cudaSuccess) return;
         cudaSetDevice(station->device);
         cudaDeviceSynchronize();  // a caller's stream may still read the copies
-        for (auto& copy : copies)
-            if (copy) cudaFree(copy->memory);
+        for (void* memory : placed) cudaFree(memory);
         cudaSetDevice(before);
+    }
+
+    // What fill(image) lays out, where it will lie; it gets there before this returns.
+    template <class Fill>
+    void put(Fill fill) {
+        Image measure;
+        fill(measure);
+        const int64_t bytes = int64_t(measure.bytes().size());
+        void* memory = nullptr;
+        const cudaError_t error = cudaMalloc(&memory, size_t(bytes));
+        if (error == cudaErrorMemoryAllocation) out_of_memory(bytes, "the weights of a flow");
+        check(error, "allocating " + size_of(double(bytes)) + " for the weights of a flow");
+        try {
+            Image image(static_cast<char*>(memory));
+            fill(image);
+            const Stream stream;
+            const char* const attempt = "copying the weights of a flow";
+            check(cudaMemcpyAsync(memory, image.bytes().data(), size_t(bytes), cudaMemcpyHostToDevice, stream), attempt);
+            check(cudaStreamSynchronize(stream), attempt);
+            placed.push_back(memory);
+        } catch (...) {
+            cudaFree(memory);
+            throw;
+        }
     }
 
     const Copy& copy_for(Direction direction) {
@@ -314,36 +371,35 @@ struct Flow<T>::Parts {
                 else
                     draws = fit_draws(*weights, precision, cuda::tensor_warps(), station->shared);
             }
-        auto fill = [&](Image& image, Copy& made) {
-            made.view = lay_out(image, *weights, direction, kLanes);
-            if constexpr (std::is_same_v<T, float>) {
-                if (shape.rows) made.tensor = lay_out_tensor(image, *weights, shape);
-                if (draws.groups) made.draws = lay_out_draws(image, *weights, draws.parts, draws.groups);
-            }
-        };
-        Image measure;
-        Copy measured;
-        fill(measure, measured);
-        const int64_t bytes = int64_t(measure.bytes().size());
-        void* memory = nullptr;
-        const cudaError_t error = cudaMalloc(&memory, size_t(bytes));
-        if (error == cudaErrorMemoryAllocation) out_of_memory(bytes, "the weights of a flow");
-        check(error, "allocating " + size_of(double(bytes)) + " for the weights of a flow");
         auto made = std::make_unique<Copy>();
-        made->memory = static_cast<char*>(memory);
-        try {
-            Image image(made->memory);
-            fill(image, *made);
-            const Stream stream;
-            const char* const attempt = "copying the weights of a flow";
-            check(cudaMemcpyAsync(memory, image.bytes().data(), size_t(bytes), cudaMemcpyHostToDevice, stream), attempt);
-            check(cudaStreamSynchronize(stream), attempt);
-        } catch (...) {
-            cudaFree(memory);
-            throw;
-        }
+        put([&](Image& image) {
+            made->view = lay_out(image, *weights, direction, kLanes);
+            if constexpr (std::is_same_v<T, float>) {
+                if (shape.rows) made->tensor = lay_out_tensor(image, *weights, shape);
+                if (draws.groups) made->draws = lay_out_draws(image, *weights, draws.parts, draws.groups);
+            }
+        });
         copy = std::move(made);
         return *copy;
+    }
+
+    const GradientView<T>& gradient_view() {
+        const FlowView<T>& flow = copy_for(Direction::density).view;
+        std::lock_guard<std::mutex> lock(mutex);
+        if (gradients) return *gradients;
+        auto made = std::make_unique<GradientView<T>>();
+        put([&](Image& image) { *made = lay_out_gradients(image, *weights, flow, kLanes); });
+        gradients = std::move(made);
+        return *gradients;
+    }
+
+    const WeightsView<T>& weights_view() {
+        std::lock_guard<std::mutex> lock(mutex);
+        if (tasks) return *tasks;
+        auto made = std::make_unique<WeightsView<T>>();
+        put([&](Image& image) { *made = lay_out_weights(image, *weights); });
+        tasks = std::move(made);
+        return *tasks;
     }
 
     // The widest tile that leaves no multiprocessor without one and fits in the cache with its neighbours.
@@ -417,20 +473,38 @@ struct Flow<T>::Parts {
         check(freed, "freeing scratch");
     }
 
-    // Rows of the host, in chunks: while one is computed, its neighbours travel. `job` holds host arrays.
-    void stream_rows(cuda::Operation operation, const Job<T>& job, bool shared, const Poll& poll) {
-        const Plan& plan = weights->plan();
-        const int features = plan.features(), context = plan.context();
-        const bool reads = !job.draws, scattered = job.index != nullptr;
-        const int64_t x_row = reads ? features * size_of(job.x.rows.dtype) : 0, context_row = context * size_of(job.context.rows.dtype);
-        const int64_t out_row = job.out ? job.width * int64_t(sizeof(T)) : job.other ? job.width * int64_t(sizeof(Other<T>)) : 0;
-        const int64_t density_row = job.log_prob ? int64_t(sizeof(T)) : 0;
-        const int64_t row = x_row + (shared ? 0 : context_row) + (scattered ? 16 : 0) + out_row + density_row;
-        const int64_t chunk = std::min(job.rows, std::max<int64_t>(kLanes, kChunk / std::max<int64_t>(1, row) / kLanes * kLanes));
-        auto padded = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
-        const int64_t of_context = padded(chunk * x_row), of_index = of_context + padded((shared ? 1 : chunk) * context_row);
-        const int64_t of_group = of_index + (scattered ? padded(chunk * 8) : 0), in_size = of_group + (scattered ? padded(chunk * 8) : 0);
-        const int64_t of_density = padded(chunk * out_row), out_size = of_density + padded(chunk * density_row);
+    // Rows of the host on their way in: `width` numbers each, or one row for all; and on their way out, so many bytes each.
+    struct Input {
+        Source source;
+        int width;
+        bool once;
+        int64_t row() const { return width * size_of(source.rows.dtype); }
+    };
+    struct Output {
+        char* rows;  // null: none are wanted
+        int64_t row;
+    };
+    static constexpr int64_t padded(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+
+    // Rows of the host, in chunks of a multiple of `together`: while one is computed, its neighbours travel; or one after the other,
+    // `slots_used` being 1. launch(inputs, outputs, begin, count, stream) gets them where they are on the device.
+    template <class Launch>
+    void stream_rows(int64_t rows, const std::vector<Input>& inputs, const std::vector<Output>& outputs, int64_t together, int slots_used,
+                     const Poll& poll, Launch launch) {
+        int64_t row = 0;
+        for (const Input& input : inputs) row += input.once ? 0 : input.row();
+        for (const Output& output : outputs) row += output.rows ? output.row : 0;
+        const int64_t chunk = std::min(rows, std::max<int64_t>(together, kChunk / std::max<int64_t>(1, row) / together * together));
+        std::vector<int64_t> of_input, of_output;
+        int64_t in_size = 0, out_size = 0;
+        for (const Input& input : inputs) {
+            of_input.push_back(in_size);
+            in_size += padded((input.once ? 1 : chunk) * input.row());
+        }
+        for (const Output& output : outputs) {
+            of_output.push_back(out_size);
+            out_size += output.rows ? padded(chunk * output.row) : 0;
+        }
 
         struct Settled {  // nothing is under way when a call ends, however it ends
             Station& station;
@@ -447,77 +521,279 @@ struct Flow<T>::Parts {
             if (waiting[s] < 0) return;
             Slot& slot = slots.at(s);
             check(cudaStreamSynchronize(slot.stream), "computing rows " + std::to_string(waiting[s]) + " and on");
-            const int64_t count = std::min(chunk, job.rows - waiting[s]);
+            const int64_t count = std::min(chunk, rows - waiting[s]);
             const char* const results = slot.host_out.at_least(out_size);
-            char* const out = job.out ? reinterpret_cast<char*>(job.out) : reinterpret_cast<char*>(job.other);
-            if (out) std::memcpy(out + waiting[s] * out_row, results, size_t(count * out_row));
-            if (job.log_prob) std::memcpy(job.log_prob + waiting[s], results + of_density, size_t(count * density_row));
+            for (size_t i = 0; i < outputs.size(); ++i)
+                if (outputs[i].rows)
+                    std::memcpy(outputs[i].rows + waiting[s] * outputs[i].row, results + of_output[i], size_t(count * outputs[i].row));
             waiting[s] = -1;
         };
         int s = 0;
-        for (int64_t begin = 0; begin < job.rows; begin += chunk, s = 1 - s) {
+        for (int64_t begin = 0; begin < rows; begin += chunk, s = (s + 1) % slots_used) {
             if (poll) poll();
             Slot& slot = slots.at(s);
             collect(s);
-            const int64_t count = std::min(chunk, job.rows - begin);
+            const int64_t count = std::min(chunk, rows - begin);
             char *const host = slot.host_in.at_least(in_size), *const in = slot.in.at_least(in_size);
             char *const results = slot.host_out.at_least(out_size), *const out = slot.out.at_least(out_size);
-            Job<T> part = job;
-            part.rows = count;
-            part.begin = uint64_t(begin);
-            auto placed = [&](const Source& source, int64_t at, int64_t width, bool once) {
-                Source moved = source;
-                moved.rows.data = in + at;
-                moved.rows.column = size_of(source.rows.dtype);
-                moved.rows.inner = once ? 0 : width;
-                moved.rows.outer = 0;
-                moved.inner = count;
-                return moved;
-            };
-            if (reads) {
-                gather_rows(job.x, begin, count, features, host);
-                part.x = placed(job.x, 0, x_row, false);
-            }
-            if (context) {
-                gather_rows(job.context, shared ? 0 : begin, shared ? 1 : count, context, host + of_context);
-                part.context = placed(job.context, of_context, context_row, shared);
-            }
-            if (scattered) {
-                std::memcpy(host + of_index, job.index + begin, size_t(count * 8));
-                std::memcpy(host + of_group, job.group + begin, size_t(count * 8));
-                part.index = reinterpret_cast<const uint64_t*>(in + of_index);
-                part.group = reinterpret_cast<const uint64_t*>(in + of_group);
-            }
             auto travel = [&](char* to, const char* from, int64_t bytes, cudaMemcpyKind kind) {
                 if (bytes) check(cudaMemcpyAsync(to, from, size_t(bytes), kind, slot.stream), "copying rows to the device or from it");
             };
-            travel(in, host, count * x_row, cudaMemcpyHostToDevice);
-            travel(in + of_context, host + of_context, (shared ? 1 : count) * context_row, cudaMemcpyHostToDevice);
-            travel(in + of_index, host + of_index, scattered ? count * 8 : 0, cudaMemcpyHostToDevice);
-            travel(in + of_group, host + of_group, scattered ? count * 8 : 0, cudaMemcpyHostToDevice);
-            part.out = job.out ? reinterpret_cast<T*>(out) : nullptr;
-            part.other = job.other ? reinterpret_cast<Other<T>*>(out) : nullptr;
-            part.log_prob = job.log_prob ? reinterpret_cast<T*>(out + of_density) : nullptr;
-            launch(operation, part, shared, slot.stream);
-            travel(results, out, count * out_row, cudaMemcpyDeviceToHost);
-            travel(results + of_density, out + of_density, count * density_row, cudaMemcpyDeviceToHost);
+            std::vector<Source> there;
+            for (size_t i = 0; i < inputs.size(); ++i) {
+                const Input& input = inputs[i];
+                const int64_t here = input.once ? 1 : count;
+                Source moved = input.source;
+                moved.rows.column = size_of(moved.rows.dtype);
+                moved.rows.inner = input.once ? 0 : input.row();
+                moved.rows.outer = 0;
+                moved.inner = count;
+                if (moved.rows.data) {
+                    gather_rows(input.source, input.once ? 0 : begin, here, input.width, host + of_input[i]);
+                    travel(in + of_input[i], host + of_input[i], here * input.row(), cudaMemcpyHostToDevice);
+                    moved.rows.data = in + of_input[i];
+                }
+                there.push_back(moved);
+            }
+            std::vector<char*> back;
+            for (size_t i = 0; i < outputs.size(); ++i) back.push_back(outputs[i].rows ? out + of_output[i] : nullptr);
+            launch(there, back, begin, count, cudaStream_t(slot.stream));
+            for (size_t i = 0; i < outputs.size(); ++i)
+                if (back[i]) travel(results + of_output[i], back[i], count * outputs[i].row, cudaMemcpyDeviceToHost);
             waiting[s] = begin;
         }
         collect(s);
         collect(1 - s);
     }
 
-    void run(cuda::Operation operation, const Job<T>& job, int64_t outer, int64_t inner, const Place& place, const Poll& poll) {
-        if (job.rows == 0) return;
+    // An evaluation of arrays of the host, which `job` holds.
+    void stream_job(cuda::Operation operation, const Job<T>& job, bool shared, const Poll& poll) {
+        const Plan& plan = weights->plan();
+        auto numbers = [](const uint64_t* data) {
+            Source source;
+            source.rows = {reinterpret_cast<const char*>(data), DType::u64, 0, 8, 8};
+            source.inner = std::numeric_limits<int64_t>::max();
+            return source;
+        };
+        const std::vector<Input> inputs = {{job.x, job.draws ? 0 : plan.features(), false},
+                                           {job.context, plan.context(), shared},
+                                           {numbers(job.index), job.index ? 1 : 0, false},
+                                           {numbers(job.group), job.index ? 1 : 0, false}};
+        const std::vector<Output> outputs = {{reinterpret_cast<char*>(job.out), job.width * int64_t(sizeof(T))},
+                                             {reinterpret_cast<char*>(job.other), job.width * int64_t(sizeof(Other<T>))},
+                                             {reinterpret_cast<char*>(job.log_prob), int64_t(sizeof(T))}};
+        stream_rows(job.rows, inputs, outputs, kLanes, 2, poll,
+                    [&](const std::vector<Source>& in, const std::vector<char*>& out, int64_t begin, int64_t count, cudaStream_t stream) {
+                        Job<T> part = job;
+                        part.rows = count;
+                        part.begin = uint64_t(begin);
+                        part.x = in[0];
+                        part.context = in[1];
+                        part.index = reinterpret_cast<const uint64_t*>(in[2].rows.data);
+                        part.group = reinterpret_cast<const uint64_t*>(in[3].rows.data);
+                        part.out = reinterpret_cast<T*>(out[0]);
+                        part.other = reinterpret_cast<Other<T>*>(out[1]);
+                        part.log_prob = reinterpret_cast<T*>(out[2]);
+                        launch(operation, part, shared, stream);
+                    });
+    }
+
+    // Gradients of arrays of the device. Parts of the rows follow each other where sums need what they leave: those of weights, into `sums`
+    // [master and one more], which go on unless they begin here, and those over rows that share a row or a context.
+    void launch_gradients(const Batch& batch, const Rows& cotangent, const Gradients<T>& out, double* sums, bool begins,
+                          cudaStream_t stream) {
+        const GradientView<T>& view = gradient_view();
+        const WeightsView<T>* const of_weights = sums ? &weights_view() : nullptr;
+        const int64_t outer = batch.outer, inner = batch.inner, all = outer * inner, master = sums ? of_weights->size + 1 : 0;
+        struct Part {
+            T* out;
+            Summed summed;
+            int64_t width, rows, slices, each;  // rows, slices, each: where in the memory; `each`: the gradients by row
+        } parts[2] = {{out.x, out.of_x, view.flow.features, 0, 0, 0}, {out.context, out.of_context, view.flow.context, 0, 0, 0}};
+        auto own_rows = [&](const Part& part) { return (part.summed.outer ? 1 : outer) * (part.summed.inner ? 1 : inner); };
+        const int vectors = all >= int64_t(128) * station->processors ? 4 : all >= int64_t(64) * station->processors ? 2 : 1;
+        const int64_t width = 32 * vectors;
+        int64_t per_row = sums ? view.scratch / width + master * int64_t(sizeof(T)) / kGroup + 1 : 0;
+        for (Part& part : parts) {
+            if (!part.out) part.summed = {};
+            if (part.summed.outer || part.summed.inner) per_row += part.width * int64_t(sizeof(T) + sizeof(double));
+        }
+        int resident = 0;
+        check(cuda::resident_gradient_blocks<T>(&resident), "preparing a kernel");
+        const int64_t at_once = int64_t(std::max(1, resident)) * station->processors;
+        int64_t most_blocks = std::min(at_once, std::max<int64_t>(1, kScratch / view.scratch));
+        int64_t most = per_row ? std::max<int64_t>(kGroup, std::min(all, kScratch / per_row)) : all;
+
+        constexpr int64_t slice = 256;
+        Lent memory(*station, stream);
+        int64_t groups_of_rows = 0, length = 0, blocks = 0, partial = 0, of_weights_size = 0;
+        for (;; most = std::max<int64_t>(kGroup, most / 2), most_blocks = std::max<int64_t>(1, most_blocks / 2)) {
+            // As many groups of inner rows as may go together, or a part of one.
+            groups_of_rows = inner <= most ? std::min(outer, most / inner) : 1;
+            length = inner <= most ? inner : most / kGroup * kGroup;
+            const int64_t rows = groups_of_rows * length, tiles = (rows + width - 1) / width;
+            blocks = std::min(tiles, most_blocks);
+            Room room;
+            room.take((sums ? tiles : blocks) * view.scratch);
+            of_weights_size = (rows + kGroup - 1) / kGroup * master * int64_t(sizeof(T));
+            partial = room.take(of_weights_size);
+            for (Part& part : parts) {
+                if (!part.summed.outer && !part.summed.inner) continue;
+                part.each = room.take(rows * part.width * int64_t(sizeof(T)));
+                part.slices = room.take((rows / slice + std::max(groups_of_rows, length)) * part.width * int64_t(sizeof(double)));
+                part.rows = room.take(own_rows(part) * part.width * int64_t(sizeof(double)));
+            }
+            if (memory.take(room.size(), "scratch")) break;
+            if ((!per_row || most <= kGroup) && most_blocks <= 1) out_of_memory(room.size(), "the scratch of gradients");
+        }
+        auto real = [&](int64_t byte) { return reinterpret_cast<T*>(memory.at(byte)); };
+        auto wide = [&](int64_t byte) { return reinterpret_cast<double*>(memory.at(byte)); };
+        cudaError_t error = cudaSuccess;
+        auto then = [&](auto call) {
+            if (error == cudaSuccess) error = call();
+        };
+        // No task writes units that nobody reads.
+        if (sums) then([&] { return cudaMemsetAsync(real(partial), 0, size_t(of_weights_size), stream); });
+        for (const Part& part : parts) {
+            if (!part.summed.outer && !part.summed.inner) continue;
+            const size_t bytes = size_t(own_rows(part) * part.width) * sizeof(double);
+            then([&] { return cudaMemsetAsync(wide(part.rows), 0, bytes, stream); });
+        }
+        for (int64_t i = 0; i < inner; i += length)
+            for (int64_t o = 0; o < outer; o += groups_of_rows) {
+                const int64_t count = std::min(groups_of_rows, outer - o), here = std::min(length, inner - i), rows = count * here;
+                auto moved = [&](const Rows& given) {
+                    Source source{given, here};
+                    if (given.data) source.rows.data += o * given.outer + i * given.inner;
+                    return source;
+                };
+                GradientJob<T> job;
+                job.rows.rows = rows;
+                job.rows.vectors = vectors;
+                job.rows.x = moved(batch.x);
+                job.rows.context = moved(batch.context);
+                job.rows.scratch = memory.at(0);
+                job.rows.log_prob = out.value ? out.value + o * inner + i : nullptr;
+                job.cotangent = moved(cotangent);
+                job.keeps = sums != nullptr;
+                auto target = [&](const Part& part) {
+                    if (part.summed.outer || part.summed.inner) return real(part.each);
+                    return part.out ? part.out + (o * inner + i) * part.width : nullptr;
+                };
+                job.d_x = target(parts[0]);
+                job.d_context = target(parts[1]);
+                then([&] { return cuda::launch_gradient<T>(view, job, int(std::min(blocks, (rows + width - 1) / width)), stream); });
+                for (const Part& part : parts) {
+                    if (!part.summed.outer && !part.summed.inner) continue;
+                    const bool both = part.summed.outer && part.summed.inner;
+                    const int64_t a = both || part.summed.outer ? 1 : count, b = both ? rows : part.summed.outer ? count : here;
+                    const int64_t c = part.width * (part.summed.inner ? 1 : here), slices = (b + slice - 1) / slice;
+                    double* const total = wide(part.rows) + part.width * (both ? 0 : part.summed.outer ? i : o);
+                    then([&] { return cuda::launch_sum<T>({real(part.each), wide(part.slices), a, b, c, slice, false}, stream); });
+                    then([&] { return cuda::launch_sum<double>({wide(part.slices), total, a, slices, c, slices, true}, stream); });
+                }
+                if (!sums) continue;
+                const int64_t groups = (rows + kGroup - 1) / kGroup;
+                then([&] { return cuda::launch_weights<T>(view, *of_weights, memory.at(0), rows, vectors, real(partial), stream); });
+                then([&] { return cuda::launch_sum<T>({real(partial), sums, 1, groups, master, groups, !begins || i + o > 0}, stream); });
+            }
+        for (const Part& part : parts) {
+            if (!part.summed.outer && !part.summed.inner) continue;
+            then([&] { return cuda::launch_narrow<T>(wide(part.rows), part.out, own_rows(part) * part.width, stream); });
+        }
+        check(error, "launching a kernel");
+        check(memory.release(), "freeing scratch");
+    }
+
+    // What rows without any, or sums over them, have: zeros.
+    void no_gradients(const Batch& batch, const Gradients<T>& out, const Place& place) const {
+        const Plan& plan = weights->plan();
+        auto zero = [&](T* values, int64_t count) {
+            if (!values || count == 0) return;
+            if (place.on_device)
+                check(cudaMemsetAsync(values, 0, size_t(count) * sizeof(T), reinterpret_cast<cudaStream_t>(place.stream)),
+                      "setting gradients to zero");
+            else
+                std::fill_n(values, count, T(0));
+        };
+        auto own = [&](const Summed& summed) { return (summed.outer ? 1 : batch.outer) * (summed.inner ? 1 : batch.inner); };
+        zero(out.x, own(out.of_x) * plan.features());
+        zero(out.context, own(out.of_context) * plan.context());
+        zero(out.parameters, plan.parameter_count());
+    }
+
+    void differentiate(const Batch& batch, const Rows& cotangent, const Gradients<T>& out, const Place& place, const Poll& poll) {
+        check_process();
+        const Current current(station->device);
+        const PlainFloats floats;
+        const int64_t rows = batch.rows(), parameters = weights->plan().parameter_count();
+        if (rows == 0) return no_gradients(batch, out, place);
+        auto finish = [&](const double* sums, T* to, cudaStream_t stream) {
+            check(cudaMemsetAsync(to, 0, size_t(parameters) * sizeof(T), stream), "setting gradients to zero");
+            check(cuda::launch_parameters<T>(weights_view(), sums, to, stream), "launching a kernel");
+        };
+        auto sums_of = [&](Lent& memory, bool outside) {
+            if (!out.parameters || parameters == 0) return static_cast<double*>(nullptr);
+            const int64_t bytes = padded((weights_view().size + 1) * int64_t(sizeof(double)));
+            const int64_t all = bytes + (outside ? 0 : parameters * int64_t(sizeof(T)));
+            if (!memory.take(all, "sums")) out_of_memory(all, "the sums of gradients");
+            return reinterpret_cast<double*>(memory.at(0));
+        };
+        if (place.on_device) {
+            const cudaStream_t stream = reinterpret_cast<cudaStream_t>(place.stream);
+            Lent memory(*station, stream);
+            double* const sums = sums_of(memory, true);
+            launch_gradients(batch, cotangent, out, sums, true, stream);
+            if (sums) finish(sums, out.parameters, stream);
+            return check(memory.release(), "freeing scratch");
+        }
+        const Plan& plan = weights->plan();
+        const bool shared = plan.context() > 0 && shares_context(batch.context, batch.outer, batch.inner);
+        const std::vector<Input> inputs = {{{batch.x, batch.inner}, plan.features(), false},
+                                           {{batch.context, batch.inner}, plan.context(), shared},
+                                           {{cotangent, batch.inner}, cotangent.data ? 1 : 0, false}};
+        const std::vector<Output> outputs = {{reinterpret_cast<char*>(out.value), int64_t(sizeof(T))},
+                                             {reinterpret_cast<char*>(out.x), plan.features() * int64_t(sizeof(T))},
+                                             {reinterpret_cast<char*>(out.context), plan.context() * int64_t(sizeof(T))}};
+        const Stream own;
+        Lent memory(*station, own);
+        double* const sums = sums_of(memory, false);
+        check(cudaStreamSynchronize(own), "allocating memory");
+        T* const results = sums ? reinterpret_cast<T*>(memory.at(padded((weights_view().size + 1) * int64_t(sizeof(double))))) : nullptr;
+        stream_rows(rows, inputs, outputs, kGroup, sums ? 1 : 2, poll,
+                    [&](const std::vector<Source>& in, const std::vector<char*>& back, int64_t begin, int64_t count, cudaStream_t stream) {
+                        Batch part;
+                        part.inner = count;
+                        part.x = in[0].rows;
+                        part.context = in[1].rows;
+                        Gradients<T> own_part;
+                        own_part.value = reinterpret_cast<T*>(back[0]);
+                        own_part.x = reinterpret_cast<T*>(back[1]);
+                        own_part.context = reinterpret_cast<T*>(back[2]);
+                        launch_gradients(part, in[2].rows, own_part, sums, begin == 0, stream);
+                        if (!sums || begin + count < rows) return;
+                        finish(sums, results, stream);
+                        check(cudaMemcpyAsync(out.parameters, results, size_t(parameters) * sizeof(T), cudaMemcpyDeviceToHost, stream),
+                              "copying gradients from the device");
+                    });
+    }
+
+    // Before anything is asked of the device.
+    void check_process() const {
         if (station->process != getpid())
             throw Error("CUDA does not survive a fork: this process was forked after a flow was used on a GPU; spawn it instead");
+    }
+
+    void run(cuda::Operation operation, const Job<T>& job, int64_t outer, int64_t inner, const Place& place, const Poll& poll) {
+        if (job.rows == 0) return;
+        check_process();
         const Current current(station->device);
         const PlainFloats floats;
         const bool shared = weights->plan().context() > 0 && shares_context(job.context.rows, outer, inner);
         if (place.on_device)
             launch(operation, job, shared, reinterpret_cast<cudaStream_t>(place.stream));
         else
-            stream_rows(operation, job, shared, poll);
+            stream_job(operation, job, shared, poll);
     }
 };
 
@@ -593,6 +869,11 @@ void Flow<T>::sample(const Draw& draw, const Samples& out, T* log_prob, const Pl
     job.index = draw.index;
     job.group = draw.group;
     parts_->run(cuda::Operation::generate, job, draw.contexts, draw.rows, place, poll);
+}
+
+template <class T>
+void Flow<T>::vjp(const Batch& batch, const Rows& cotangent, const Gradients<T>& out, const Place& place, const Poll& poll) const {
+    parts_->differentiate(batch, cotangent, out, place, poll);
 }
 
 State state() {

@@ -42,6 +42,69 @@ inline std::vector<ColumnView> views_of(const Columns& columns) {
     return views;
 }
 
+// The stages of a direction with everything that they point to.
+template <class T>
+const StageView<T>* put_stages(Image& image, const Weights<T>& weights, Direction direction) {
+    const Plan& plan = weights.plan();
+    const size_t features = size_t(plan.features());
+    const T* const tape = image.put(weights.tape(direction));
+    std::vector<StageView<T>> stages = weights.views(direction);
+    for (size_t k = 0; k < stages.size(); ++k) {
+        StageView<T>& stage = stages[k];
+        const size_t maps = size_t(stage.maps), all = maps + size_t(stage.contexts);
+        std::vector<const T*> bias;
+        for (size_t m = 0; m < plan.sorted()[k].maps.size(); ++m)
+            bias.push_back(image.put(stage.bias[m], size_t(padded_rows(plan.sorted()[k].maps[m].rows()))));
+        stage.bias = image.put(bias);
+        if (is_network(stage.output)) {
+            std::vector<const int*> added, adders;
+            std::vector<const T*> norm_scale, norm_shift;
+            for (size_t m = 0; m < maps; ++m) {
+                const size_t rows = size_t(stage.rows[m]);
+                added.push_back(stage.added[m] ? image.put(stage.added[m], rows) : nullptr);
+                adders.push_back(stage.adders[m] ? image.put(stage.adders[m], size_t(stage.rows[stage.adds[m]])) : nullptr);
+                norm_scale.push_back(stage.norm_scale[m] ? image.put(stage.norm_scale[m], rows) : nullptr);
+                norm_shift.push_back(stage.norm_shift[m] ? image.put(stage.norm_shift[m], rows) : nullptr);
+            }
+            stage.added = image.put(added);
+            stage.adders = image.put(adders);
+            stage.norm_scale = image.put(norm_scale);
+            stage.norm_shift = image.put(norm_shift);
+            stage.context_units = image.put(stage.context_units, maps);
+            stage.joins = image.put(stage.joins, maps);
+        } else {
+            stage.adders = nullptr;
+        }
+        stage.rows = image.put(stage.rows, all);
+        stage.activated = image.put(stage.activated, maps);
+        stage.adds = image.put(stage.adds, maps);
+        stage.raw = image.put(stage.raw, maps);
+        if (is_network(stage.output)) stage.first = image.put(stage.first, features + 1);
+        stage.next = image.put(stage.next, features);
+        if (stage.scale) {
+            stage.loc = image.put(stage.loc, features);
+            stage.scale = image.put(stage.scale, features);
+        }
+        stage.steps = image.put(stage.steps, size_t(stage.step_count));
+        stage.tape = tape;
+    }
+    return image.put(stages);
+}
+
+// Bytes of a tile's scratch, handed out from the front.
+class Room {
+public:
+    int64_t take(int64_t bytes) {
+        const int64_t begin = size_;
+        size_ += (bytes + 127) / 128 * 128;
+        return begin;
+    }
+    int64_t size() const { return size_; }
+
+private:
+    int64_t size_ = 0;
+};
+
 // `lanes`: rows of the widest tile.
 template <class T>
 FlowView<T> lay_out(Image& image, const Weights<T>& weights, Direction direction, int lanes) {
@@ -73,68 +136,29 @@ FlowView<T> lay_out(Image& image, const Weights<T>& weights, Direction direction
     flow.first = image.put(plan.first());
     flow.noise = image.put(plan.noise());
 
-    const size_t features = size_t(flow.features);
-    const T* const tape = image.put(weights.tape(direction));
-    std::vector<StageView<T>> stages = weights.views(direction);
+    flow.stages = put_stages(image, weights, direction);
     std::vector<int64_t> units, raw;  // rows that map m needs in any stage
-    for (size_t k = 0; k < stages.size(); ++k) {
-        StageView<T>& stage = stages[k];
-        const size_t maps = size_t(stage.maps), all = maps + size_t(stage.contexts);
-        units.resize(std::max(units.size(), all), 0);
+    for (size_t k = 0; k < plan.stages(); ++k) {
+        const std::vector<int>& widths = plan.widths(k);
+        units.resize(std::max(units.size(), widths.size()), 0);
         raw.resize(units.size(), 0);
-        for (size_t m = 0; m < all; ++m) {
-            units[m] = std::max<int64_t>(units[m], stage.rows[m]);
-            if (m < maps && stage.raw[m]) raw[m] = std::max<int64_t>(raw[m], stage.rows[m]);
+        for (size_t m = 0; m < widths.size(); ++m) {
+            units[m] = std::max<int64_t>(units[m], widths[m]);
+            if (m < plan.raw(k).size() && plan.raw(k)[m]) raw[m] = std::max<int64_t>(raw[m], widths[m]);
         }
-        std::vector<const T*> bias;
-        for (size_t m = 0; m < plan.sorted()[k].maps.size(); ++m)
-            bias.push_back(image.put(stage.bias[m], size_t(padded_rows(plan.sorted()[k].maps[m].rows()))));
-        stage.bias = image.put(bias);
-        if (is_network(stage.output)) {
-            std::vector<const int*> added;
-            std::vector<const T*> norm_scale, norm_shift;
-            for (size_t m = 0; m < maps; ++m) {
-                const size_t rows = size_t(stage.rows[m]);
-                added.push_back(stage.added[m] ? image.put(stage.added[m], rows) : nullptr);
-                norm_scale.push_back(stage.norm_scale[m] ? image.put(stage.norm_scale[m], rows) : nullptr);
-                norm_shift.push_back(stage.norm_shift[m] ? image.put(stage.norm_shift[m], rows) : nullptr);
-            }
-            stage.added = image.put(added);
-            stage.norm_scale = image.put(norm_scale);
-            stage.norm_shift = image.put(norm_shift);
-            stage.context_units = image.put(stage.context_units, maps);
-            stage.joins = image.put(stage.joins, maps);
-        }
-        stage.adders = nullptr;  // of gradients
-        stage.rows = image.put(stage.rows, all);
-        stage.activated = image.put(stage.activated, maps);
-        stage.adds = image.put(stage.adds, maps);
-        stage.raw = image.put(stage.raw, maps);
-        if (is_network(stage.output)) stage.first = image.put(stage.first, features + 1);
-        stage.next = image.put(stage.next, features);
-        if (stage.scale) {
-            stage.loc = image.put(stage.loc, features);
-            stage.scale = image.put(stage.scale, features);
-        }
-        stage.steps = image.put(stage.steps, size_t(stage.step_count));
-        stage.tape = tape;
     }
     flow.maps = int(units.size());
-    flow.stages = image.put(stages);
 
-    auto take = [&](int64_t bytes) {
-        const int64_t begin = flow.scratch;
-        flow.scratch += (bytes + 127) / 128 * 128;
-        return begin;
-    };
+    Room room;
     const int64_t row = lanes * int64_t(sizeof(T));
-    flow.pointers = take(2 * flow.maps * int64_t(sizeof(T*)));
-    flow.log_det = take(lanes * int64_t(sizeof(double)));
-    for (int64_t& x : flow.x) x = take((flow.features + flow.context) * row);
-    flow.read = plan.clips() ? take((flow.features + flow.context) * row) : 0;
-    flow.uniform = flow.has_base ? take(flow.features * row) : 0;
-    for (int64_t& rows : units) rows = take(rows * row);
-    for (int64_t& rows : raw) rows = rows ? take(rows * row) : -1;
+    flow.pointers = room.take(2 * flow.maps * int64_t(sizeof(T*)));
+    flow.log_det = room.take(lanes * int64_t(sizeof(double)));
+    for (int64_t& x : flow.x) x = room.take((flow.features + flow.context) * row);
+    flow.read = plan.clips() ? room.take((flow.features + flow.context) * row) : 0;
+    flow.uniform = flow.has_base ? room.take(flow.features * row) : 0;
+    for (int64_t& rows : units) rows = room.take(rows * row);
+    for (int64_t& rows : raw) rows = rows ? room.take(rows * row) : -1;
+    flow.scratch = room.size();
     std::vector<int64_t> folded;
     for (size_t k = 0; k < plan.stages(); ++k) {
         folded.push_back(flow.folded_size);

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "draw.hpp"
+#include "gradient.hpp"
 
 namespace fastmaf {
 namespace cuda {
@@ -18,6 +19,23 @@ cudaError_t launch(Operation operation, const FlowView<T>& flow, const Job<T>& j
 // room: [stages][context][32]; table: [stages] pointers into `folded`.
 template <class T>
 cudaError_t launch_fold(const FlowView<T>& flow, const Job<T>& job, T* room, T* folded, const T** table, cudaStream_t stream);
+
+// Blocks of launch_gradient that one multiprocessor holds at a time.
+template <class T>
+cudaError_t resident_gradient_blocks(int* blocks);
+template <class T>
+cudaError_t launch_gradient(const GradientView<T>& view, const GradientJob<T>& job, int blocks, cudaStream_t stream);
+// From what a launch of `rows` rows has kept, by tile: out [groups of rows][master and one more].
+template <class T>
+cudaError_t launch_weights(const GradientView<T>& view, const WeightsView<T>& weights, const char* tiles, int64_t rows, int vectors, T* out,
+                           cudaStream_t stream);
+template <class From>
+cudaError_t launch_sum(const Sum<From>& sum, cudaStream_t stream);
+// sums [master and one more] to the parameters.
+template <class T>
+cudaError_t launch_parameters(const WeightsView<T>& weights, const double* sums, T* out, cudaStream_t stream);
+template <class T>
+cudaError_t launch_narrow(const double* in, T* out, int64_t count, cudaStream_t stream);
 
 // Whether the current device runs code that was compiled for tensor cores.
 bool has_tensor_cores();

@@ -44,6 +44,8 @@ template <class T>
 void Flow<T>::from_noise(const Batch&, const Samples&, const Place&, const Poll&, T*) const {}
 template <class T>
 void Flow<T>::sample(const Draw&, const Samples&, T*, const Place&, const Poll&) const {}
+template <class T>
+void Flow<T>::vjp(const Batch&, const Rows&, const Gradients<T>&, const Place&, const Poll&) const {}
 
 template class Flow<float>;
 template class Flow<double>;

@@ -195,6 +195,18 @@ template <class T>
 FASTMAF_INLINE void scatter(T* p, Index offset, Vec<T> v, int64_t n) {
     if (lane() < n) p[offset] = v;
 }
+// The sum over the lanes, as a tree: the same in all of them.
+template <class T>
+FASTMAF_INLINE T lane_sum(T v) {
+    FASTMAF_UNROLL(5)
+    for (int step = 16; step > 0; step /= 2) v += __shfl_xor_sync(0xFFFFFFFFu, v, step);
+    return v;
+}
+// What all lanes have alike.
+template <class T>
+FASTMAF_INLINE void store_one(T* p, T v) {
+    if (lane() == 0) *p = v;
+}
 
 }  // namespace FASTMAF_ISA
 }  // namespace fastmaf

@@ -55,7 +55,8 @@ template <class T>
 FASTMAF_FN void times_derivative(Activation activation, T* delta, const T* unit, int rows, int vectors, int stride) {
     with_derivative<T>(activation, [&](auto derivative) {
         for (int r = 0; r < rows; ++r)
-            for (int j = 0; j < vectors; ++j) at(delta + r * stride + j * Lanes<T>::W) *= derivative(at(unit + r * stride + j * Lanes<T>::W));
+            for (int j = 0; j < vectors; ++j)
+                at(delta + r * stride + j * Lanes<T>::W) *= derivative(at(unit + r * stride + j * Lanes<T>::W));
     });
 }
 

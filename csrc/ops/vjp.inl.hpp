@@ -1,6 +1,6 @@
-// Gradients of log_prob, the part that units and variables have in them. Forward keeps of every stage its variables, units and law; backward
-// runs the transposed staircases, from the last map to the first, with the same panels: delta of a map's inputs = W^T delta of its outputs,
-// times act'. A map that adds the sums of another one passes its delta on to them.
+// Gradients of log_prob, the part that units and variables have in them. Forward keeps of every stage its variables, units and law;
+// backward runs the transposed staircases, from the last map to the first, with the same panels: delta of a map's inputs = W^T delta of
+// its outputs, times act'. A map that adds the sums of another one passes its delta on to them.
 //
 // With g the cotangent of a row, gz that of z and s as in ops/laws:  dx = gz e^-s + W_1^T delta_1,  dr = ds (ds/dr), and
 //     standardize  dm = -gz e^-s,  ds = -gz z - g          affine  dm = gz,  ds = -gz x e^-s - g
@@ -65,7 +65,8 @@ FASTMAF_FN void traced_transform(const StageView<T>& stage, const Trace<T>& here
 
 // A law step of the density; `next`: the variables of the next tile, from the first of these vectors on.
 template <class T>
-FASTMAF_FN void traced_law(const StageView<T>& stage, const Step& step, const Trace<T>& here, T* next, int64_t shift, int vectors, double* log_det) {
+FASTMAF_FN void traced_law(const StageView<T>& stage, const Step& step, const Trace<T>& here, T* next, int64_t shift, int vectors,
+                           double* log_det) {
     if (stage.output == Output::transform) return traced_transform<T>(stage, here, next, shift, vectors, log_det);
     density_law<T>(stage, step, here.units, shift, here.x + stage.context * lanes_of<T>() + shift, next, vectors, log_det);
 }
@@ -79,13 +80,15 @@ FASTMAF_INLINE void traced_panel(const StageView<T>& stage, const Step& step, co
     if (step.map < stage.maps) beside.raw = here.raw[step.map];
     if (add >= 0) beside.add = here.raw[add] ? here.raw[add] : here.units[add];
     if (context >= 0) beside.context = here.units[context], beside.alone = here.alone[step.map];
-    run_panel<T>(stage, step, buffer<T>(stage, step.in, here.read, here.units), here.units[step.out], beside.of(stage, step), vectors, nullptr);
+    run_panel<T>(stage, step, buffer<T>(stage, step.in, here.read, here.units), here.units[step.out], beside.of(stage, step), vectors,
+                 nullptr);
 }
 
-// Of the s-th variable: the gradient in the outputs of the last map, and what x has of it beside the network. `above`, `below`: the gradients
-// in the next tile and in this one.
+// Of the s-th variable: the gradient in the outputs of the last map, and what x has of it beside the network. `above`, `below`: the
+// gradients in the next tile and in this one.
 template <class T>
-FASTMAF_INLINE void law_gradient(const StageView<T>& stage, const Trace<T>& here, int s, int64_t shift, Vec<T> g, const T* above, T* below) {
+FASTMAF_INLINE void law_gradient(const StageView<T>& stage, const Trace<T>& here, int s, int64_t shift, Vec<T> g, const T* above,
+                                 T* below) {
     constexpr int L = lanes_of<T>();
     const int features = stage.features;
     const int64_t own = s * L + shift;
@@ -177,8 +180,8 @@ FASTMAF_FN void unit_gradients(const StageView<T>& stage, const Trace<T>& here, 
     if (stage.joins[map] == Joins::activated) times_derivative<T>(stage.activation, joined, unit, step.rows, vectors, L);
 }
 
-// A panel step of backward, of a whole tile. `zeros`: eight of them. `inner` leaves out rows that nobody asked for: 1 the context, 2 the whole
-// tile.
+// A panel step of backward, of a whole tile. `zeros`: eight of them. `inner` leaves out rows that nobody asked for: 1 the context, 2 the
+// whole tile.
 template <class T>
 FASTMAF_INLINE void gradient_panel(const StageView<T>& stage, const Step& step, const Trace<T>& here, const T* zeros, T* below, int inner,
                                    int vectors) {

@@ -73,6 +73,30 @@ Batch batch_at(const py::object& x, const py::object& context, bool on_device) {
     return batch;
 }
 
+// The extents of the axes of rows that an array of the device has, 1 where it has none.
+std::pair<int64_t, int64_t> extents_of(const py::object& array) {
+    int64_t outer = 1, inner = 1;
+    if (!array.is_none()) rows_at(array.cast<Description>(), outer, inner);
+    return {outer, inner};
+}
+
+// Numbers of the device, one a row: (n,) or (c, n); none are ones.
+Rows numbers_at(const py::object& array) {
+    Rows rows;
+    if (array.is_none()) return rows;
+    auto [address, dtype, shape, strides] = array.cast<Description>();
+    shape.push_back(1);
+    strides.push_back(0);
+    int64_t outer = 1, inner = 1;
+    return rows_at({address, dtype, shape, strides}, outer, inner);
+}
+
+// Over which axes of the rows a gradient in an array is a sum.
+device::Summed summed(const py::object& array, const Batch& batch) {
+    const auto [outer, inner] = extents_of(array);
+    return {outer != batch.outer, inner != batch.inner};
+}
+
 // An output of `count` contiguous elements: an array of the host, or an address that Python answers for.
 template <class T>
 T* output_at(const py::object& out, int64_t count, bool on_device) {
@@ -185,6 +209,37 @@ void bind_cuda(py::module_& module) {
                          Unlocked unlocked;
                          flow.sample(draw, x, density, place_of(stream), poll);
                      });
+                 });
+             })
+        // Arrays of the host are as for Flow.vjp. Gradients of the device have the shapes of x and of the context; its cotangents may be
+        // None, for ones.
+        .def("vjp",
+             [poll](const PyDeviceFlow& self, const py::object& x, const py::object& context, const py::object& cotangent,
+                    const py::object& value, const py::object& d_x, const py::object& d_context, const py::object& d_parameters,
+                    std::optional<uintptr_t> stream) {
+                 const bool on_device = stream.has_value();
+                 const Batch batch = batch_at(x, context, on_device);
+                 self.visit([&](const auto& flow, auto zero) {
+                     using T = decltype(zero);
+                     const Plan& plan = flow.weights().plan();
+                     Rows g;
+                     device::Gradients<T> out;
+                     if (on_device) {
+                         g = numbers_at(cotangent);
+                         out.of_x = summed(x, batch);
+                         out.of_context = summed(context, batch);
+                     } else {
+                         g.data = reinterpret_cast<const char*>(input<T>(cotangent, batch.rows()));
+                         g.dtype = sizeof(T) == 4 ? DType::f32 : DType::f64;
+                         g.inner = sizeof(T);
+                         g.outer = batch.inner * g.inner;
+                     }
+                     out.value = output_at<T>(value, batch.rows(), on_device);
+                     out.x = output_at<T>(d_x, batch.rows() * plan.features(), on_device);
+                     out.context = output_at<T>(d_context, batch.rows() * plan.context(), on_device);
+                     out.parameters = output_at<T>(d_parameters, plan.parameter_count(), on_device);
+                     Unlocked unlocked;
+                     flow.vjp(batch, g, out, place_of(stream), poll);
                  });
              })
         .def("sample_rows", [poll](const PyDeviceFlow& self, const py::array_t<uint64_t, py::array::c_style>& index,

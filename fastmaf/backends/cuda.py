@@ -1,7 +1,7 @@
 """The CUDA kernels as a backend: flows are packed as for the compiled core, and copied to a device when first used there.
 
 Arrays of the host are streamed; arrays of a device are used in place, on the caller's stream.  Densities in float32 multiply halves on
-tensor cores unless the precision is "highest"; gradients and training are left to the cpu.
+tensor cores unless the precision is "highest", gradients never; training is left to the cpu.
 """
 
 from __future__ import annotations
@@ -88,7 +88,12 @@ class _Cuda:
         self._packed(flow).sample_rows(index, group, context, seed, out)
 
     def vjp(self, flow: FlowRecord, x: Any, context: Any, cotangent: Any, value: Any, dx: Any, dcontext: Any, dparameters: Any) -> None:
-        raise NotImplementedError("the cuda backend has no gradients yet; the cpu has: flow.to('cpu')")
+        """Of arrays of the device the gradients have the shapes of x and of the context; no cotangents are ones."""
+        outs = [out.address if isinstance(out, DeviceArray) else out for out in (value, dx, dcontext, dparameters)]
+        stream = _where(x, context, cotangent, dcontext)[1]
+        self._packed(flow).vjp(_at(x), _at(context), _at(cotangent), outs[0], outs[1], outs[2], outs[3], stream)
+        if stream is not None and isinstance(dcontext, DeviceArray) and dcontext.stream != stream:  # where the caller looks for it
+            _core.synchronize(self._device, stream)
 
     def trainer(self, flow: FlowRecord, **options: Any) -> Any:
         raise NotImplementedError("the cuda backend has no training yet; it runs on the cpu: flow.fit(..., device='cpu')")

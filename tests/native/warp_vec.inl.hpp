@@ -178,6 +178,19 @@ template <class T>
 FASTMAF_INLINE void scatter(T* p, Index offset, Vec<T> v, int64_t n) {
     for (int r = 0; r < 32 && r < n; ++r) p[offset[r]] = v[r];
 }
+template <class T>
+FASTMAF_INLINE T lane_sum(Vec<T> v) {
+    for (int step = 16; step > 0; step /= 2) {
+        Vec<T> other;
+        for (int l = 0; l < 32; ++l) other[l] = v[l ^ step];
+        v += other;
+    }
+    return v[0];
+}
+template <class T>
+FASTMAF_INLINE void store_one(T* p, T v) {
+    *p = v;
+}
 
 }  // namespace FASTMAF_ISA
 }  // namespace fastmaf
