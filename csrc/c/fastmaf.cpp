@@ -75,7 +75,7 @@ struct State {
     std::shared_ptr<const device::Flow<T>> gpu;  // null where the CPU computes
     int device = 0;
     uintptr_t stream = 0;
-    device::Place where;  // of the arrays of the call
+    device::Place where;          // of the arrays of the call
     AlignedVector<T> results[3];  // of a piece: what has another dtype or other strides than its output
     AlignedVector<float> single;
     AlignedVector<double> twice, sums, total;
@@ -178,7 +178,8 @@ int64_t size_of(int32_t dtype) { return dtype == FASTMAF_FLOAT32 ? 4 : 8; }
 // An array of the caller, checked.
 Rows rows_of(const char* name, const fastmaf_array* array, int64_t groups, int64_t rows) {
     if (!array || (!array->data && groups * rows > 0)) refuse(std::string(name) + " is a null pointer");
-    if (array->dtype != FASTMAF_FLOAT32 && array->dtype != FASTMAF_FLOAT64) refuse(std::string(name) + ": its dtype is none of fastmaf_dtype");
+    if (array->dtype != FASTMAF_FLOAT32 && array->dtype != FASTMAF_FLOAT64)
+        refuse(std::string(name) + ": its dtype is none of fastmaf_dtype");
     const int64_t size = size_of(array->dtype);
     return {static_cast<const char*>(array->data), array->dtype == FASTMAF_FLOAT32 ? DType::f32 : DType::f64, array->group_stride * size,
             array->row_stride * size, array->column_stride * size};
@@ -186,7 +187,8 @@ Rows rows_of(const char* name, const fastmaf_array* array, int64_t groups, int64
 
 void check_output(const char* name, const fastmaf_output* output, int64_t total) {
     if (!output || (!output->data && total > 0)) refuse(std::string(name) + " is a null pointer");
-    if (output->dtype != FASTMAF_FLOAT32 && output->dtype != FASTMAF_FLOAT64) refuse(std::string(name) + ": its dtype is none of fastmaf_dtype");
+    if (output->dtype != FASTMAF_FLOAT32 && output->dtype != FASTMAF_FLOAT64)
+        refuse(std::string(name) + ": its dtype is none of fastmaf_dtype");
 }
 
 // Whether a backend that writes numbers of T, `width` in a row, can write to an output itself.
@@ -287,13 +289,16 @@ void refuse_discrete(const Plan& plan, const char* what) {
 template <class T>
 void refuse_ensemble(const State<T>& state, const char* what) {
     if (state.ensemble)
-        throw Failure(FASTMAF_UNSUPPORTED, std::string("an ensemble has no ") + what + ", since each member has an order of its own: save a member, ensemble.member(k)");
+        throw Failure(FASTMAF_UNSUPPORTED, std::string("an ensemble has no ") + what +
+                                               ", since each member has an order of its own: save a member, ensemble.member(k)");
 }
 
 // An array of a call; without data where there is none.
 struct Named {
-    Named(const char* name, const fastmaf_array* array) : name(name), data(array ? array->data : nullptr), size(array ? size_of(array->dtype) : 1) {}
-    Named(const char* name, const fastmaf_output* array) : name(name), data(array ? array->data : nullptr), size(array ? size_of(array->dtype) : 1) {}
+    Named(const char* name, const fastmaf_array* array)
+        : name(name), data(array ? array->data : nullptr), size(array ? size_of(array->dtype) : 1) {}
+    Named(const char* name, const fastmaf_output* array)
+        : name(name), data(array ? array->data : nullptr), size(array ? size_of(array->dtype) : 1) {}
     const char* name;
     const void* data;
     int64_t size;
@@ -417,7 +422,8 @@ void draw_member(State<T>& state, size_t k, const Draw& draw, int64_t rows, Out*
     own.index = state.index.data();
     own.group = state.group.data();
     if (const int64_t width = state.plan().context())
-        own.context = {reinterpret_cast<const char*>(state.contexts.data()), DType::f64, 0, width * int64_t(sizeof(double)), sizeof(double)};
+        own.context = {reinterpret_cast<const char*>(state.contexts.data()), DType::f64, 0, width * int64_t(sizeof(double)),
+                       sizeof(double)};
     sample<T>(*state.members[k].weights, own, out, static_cast<T*>(nullptr), kNoPoll, &state.members[k].workspace);
 }
 
@@ -435,9 +441,11 @@ void mixed_sample(State<T>& state, const Draw& draw, Out* out) {
         index[i] = draw.offset + uint64_t(row % draw.rows);
         group[i] = draw.context_offset + uint64_t(g);
         place[i] = row;
-        for (int64_t c = 0; c < width; ++c) contexts[i * width + c] = read(moved(draw.context, g, 0).data + c * draw.context.column, draw.context.dtype);
+        for (int64_t c = 0; c < width; ++c)
+            contexts[i * width + c] = read(moved(draw.context, g, 0).data + c * draw.context.column, draw.context.dtype);
     };
-    for (size_t k = 0; !state.drew && k < state.members.size(); ++k) {  // what a member needs is there before a row happens to be drawn from it
+    // What a member needs is there before a row happens to be drawn from it.
+    for (size_t k = 0; !state.drew && k < state.members.size(); ++k) {
         take(0, 0);
         draw_member(state, k, draw, 1, drawn);
     }
@@ -453,8 +461,8 @@ void mixed_sample(State<T>& state, const Draw& draw, Out* out) {
 
 // A method whose only output has `width` numbers in a row.
 template <class T, class F>
-void evaluate(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array* x, const fastmaf_array* context, const fastmaf_output* output,
-              const char* name, int64_t width, F call) {
+void evaluate(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array* x, const fastmaf_array* context,
+              const fastmaf_output* output, const char* name, int64_t width, F call) {
     const Batch batch = batch_of(state.plan(), groups, rows, "x", x, context);
     check_output(name, output, batch.rows());
     Target<T> target(output, batch.rows(), width, state.results[0]);
@@ -468,9 +476,10 @@ void evaluate(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array
 }
 
 template <class T>
-void gradient(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array* x, const fastmaf_array* context, const fastmaf_output* value,
-              const fastmaf_output* d_x, const fastmaf_output* d_context) {
-    if (state.gpu) throw Failure(FASTMAF_UNSUPPORTED, "gradients are not computed on a GPU, but by an evaluator of the CPU: fastmaf_evaluator_create");
+void gradient(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array* x, const fastmaf_array* context,
+              const fastmaf_output* value, const fastmaf_output* d_x, const fastmaf_output* d_context) {
+    if (state.gpu)
+        throw Failure(FASTMAF_UNSUPPORTED, "gradients are not computed on a GPU, but by an evaluator of the CPU: fastmaf_evaluator_create");
     const Plan& plan = state.plan();
     const Batch batch = batch_of(plan, groups, rows, "x", x, context);
     const int64_t total = batch.rows(), width = plan.context();
@@ -542,51 +551,53 @@ void gradient(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array
 }
 
 template <class T, class Out>
-void draw_into(State<T>& state, int64_t groups, int64_t rows, const Draw& whole, const fastmaf_output& samples, const fastmaf_output* log_prob,
-               AlignedVector<Out>& buffer) {
+void draw_into(State<T>& state, int64_t groups, int64_t rows, const Draw& whole, const fastmaf_output& samples,
+               const fastmaf_output* log_prob, AlignedVector<Out>& buffer) {
     Target<Out> x(&samples, groups * rows, state.plan().features(), buffer);
     Target<T> value(log_prob, groups * rows, 1, state.results[0]);
     check_direct<Out>(state.where, "samples", x.direct(), state.plan().features());
     check_direct<T>(state.where, "log_prob", value.direct(), 1);
-    each_piece(groups, rows, x.direct() && value.direct() && !state.ensemble ? kAll : state.piece(), [&](int64_t g, int64_t gs, int64_t r, int64_t rs) {
-        const int64_t begin = g * rows + r, count = gs * rs;
-        Draw draw = whole;
-        draw.contexts = gs;
-        draw.rows = rs;
-        draw.offset += uint64_t(r);
-        draw.context_offset += uint32_t(g);
-        draw.context = moved(whole.context, g, 0);
-        Out* const own = x.at(begin, count);
-        T* const own_value = value.at(begin, count);
-        if (state.ensemble) {
-            mixed_sample(state, draw, own);
-            constexpr int64_t size = sizeof(Out);
-            const int64_t width = state.plan().features() * size;
-            Batch drawn;
-            drawn.outer = gs;
-            drawn.inner = rs;
-            drawn.x = {reinterpret_cast<const char*>(own), size == 4 ? DType::f32 : DType::f64, rs * width, width, size};
-            drawn.context = draw.context;
-            if (own_value) mix(state, drawn, own_value);
-        } else if (state.gpu) {
-            state.gpu->sample(draw, own, own_value, state.where, kNoPoll);
-        } else {
-            sample<T>(state.weights(), draw, own, own_value, kNoPoll, &state.members[0].workspace);
-        }
-        x.done(begin, count);
-        value.done(begin, count);
-    });
+    each_piece(groups, rows, x.direct() && value.direct() && !state.ensemble ? kAll : state.piece(),
+               [&](int64_t g, int64_t gs, int64_t r, int64_t rs) {
+                   const int64_t begin = g * rows + r, count = gs * rs;
+                   Draw draw = whole;
+                   draw.contexts = gs;
+                   draw.rows = rs;
+                   draw.offset += uint64_t(r);
+                   draw.context_offset += uint32_t(g);
+                   draw.context = moved(whole.context, g, 0);
+                   Out* const own = x.at(begin, count);
+                   T* const own_value = value.at(begin, count);
+                   if (state.ensemble) {
+                       mixed_sample(state, draw, own);
+                       constexpr int64_t size = sizeof(Out);
+                       const int64_t width = state.plan().features() * size;
+                       Batch drawn;
+                       drawn.outer = gs;
+                       drawn.inner = rs;
+                       drawn.x = {reinterpret_cast<const char*>(own), size == 4 ? DType::f32 : DType::f64, rs * width, width, size};
+                       drawn.context = draw.context;
+                       if (own_value) mix(state, drawn, own_value);
+                   } else if (state.gpu) {
+                       state.gpu->sample(draw, own, own_value, state.where, kNoPoll);
+                   } else {
+                       sample<T>(state.weights(), draw, own, own_value, kNoPoll, &state.members[0].workspace);
+                   }
+                   x.done(begin, count);
+                   value.done(begin, count);
+               });
 }
 
 template <class T>
-void draw(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array* context, uint64_t seed, uint64_t offset, uint32_t context_offset,
-          const fastmaf_output* samples, const fastmaf_output* log_prob) {
+void draw(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array* context, uint64_t seed, uint64_t offset,
+          uint32_t context_offset, const fastmaf_output* samples, const fastmaf_output* log_prob) {
     check_counts(groups, rows);
     const int64_t total = groups * rows;
     check_output("samples", samples, total);
     if (log_prob) check_output("log_prob", log_prob, total);
     if (rows && offset > std::numeric_limits<uint64_t>::max() - uint64_t(rows - 1)) refuse("offset + rows is too large");
-    if (groups && uint64_t(context_offset) + uint64_t(groups - 1) > std::numeric_limits<uint32_t>::max()) refuse("context_offset + groups is too large");
+    if (groups && uint64_t(context_offset) + uint64_t(groups - 1) > std::numeric_limits<uint32_t>::max())
+        refuse("context_offset + groups is too large");
     Draw whole;
     whole.seed = seed;
     whole.offset = offset;
@@ -605,7 +616,8 @@ void draw(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array* co
 }
 
 template <class T>
-void back(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array* noise, const fastmaf_array* context, const fastmaf_output* x) {
+void back(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array* noise, const fastmaf_array* context,
+          const fastmaf_output* x) {
     refuse_discrete(state.plan(), "noise");
     refuse_ensemble(state, "noise");
     const Batch batch = batch_of(state.plan(), groups, rows, "noise", noise, context);
@@ -675,7 +687,8 @@ device::Precision precision_of(int32_t precision) {
 
 // The weights on a GPU, which all evaluators of the model there share.
 template <class T>
-std::shared_ptr<const device::Flow<T>> copy_of(const Inner& inner, const std::shared_ptr<Weights<T>>& weights, int device, device::Precision precision) {
+std::shared_ptr<const device::Flow<T>> copy_of(const Inner& inner, const std::shared_ptr<Weights<T>>& weights, int device,
+                                               device::Precision precision) {
     if constexpr (std::is_same_v<T, double>) precision = device::Precision::highest;  // there is no other one
     const std::lock_guard<std::mutex> lock(making());
     auto& copy = std::get<Copies<T>>(inner.copies)[{device, precision}];
@@ -727,34 +740,28 @@ fastmaf_status fastmaf_model_open(const char* path, fastmaf_model** model, char*
             *model = new fastmaf_model{inner_of(bytes.data(), bytes.size())};
         } catch (const record::Error& error) {
             throw record::Error(std::string(path) + ": " + error.what());
-        } catch (const Failure& failure) {
-            throw Failure(failure.status, std::string(path) + ": " + failure.what());
-        }
+        } catch (const Failure& failure) { throw Failure(failure.status, std::string(path) + ": " + failure.what()); }
     });
 }
 
 void fastmaf_model_free(fastmaf_model* model) { delete model; }
 
-int64_t fastmaf_model_features(const fastmaf_model* model) {
-    return model ? model->inner->plan().features() : -1;
-}
-int64_t fastmaf_model_context_features(const fastmaf_model* model) {
-    return model ? model->inner->plan().context() : -1;
-}
+int64_t fastmaf_model_features(const fastmaf_model* model) { return model ? model->inner->plan().features() : -1; }
+int64_t fastmaf_model_context_features(const fastmaf_model* model) { return model ? model->inner->plan().context() : -1; }
 int64_t fastmaf_model_layers(const fastmaf_model* model) { return model ? model->inner->layers : -1; }
 int64_t fastmaf_model_members(const fastmaf_model* model) {
     if (!model) return -1;
     return model->inner->ensemble ? std::visit([](const auto& all) { return int64_t(all.size()); }, model->inner->weights) : 0;
 }
-int64_t fastmaf_model_parameters(const fastmaf_model* model) {
-    return model ? model->inner->plan().parameter_count() : -1;
-}
+int64_t fastmaf_model_parameters(const fastmaf_model* model) { return model ? model->inner->plan().parameter_count() : -1; }
 int64_t fastmaf_model_most_values(const fastmaf_model* model) {
     if (!model) return -1;
     const Plan& plan = model->inner->plan();
     return plan.discrete() ? plan.most_values() : 0;
 }
-fastmaf_dtype fastmaf_model_dtype(const fastmaf_model* model) { return model && model->inner->weights.index() == 0 ? FASTMAF_FLOAT32 : FASTMAF_FLOAT64; }
+fastmaf_dtype fastmaf_model_dtype(const fastmaf_model* model) {
+    return model && model->inner->weights.index() == 0 ? FASTMAF_FLOAT32 : FASTMAF_FLOAT64;
+}
 const char* fastmaf_model_name(const fastmaf_model* model, int64_t feature) {
     if (!model || feature < 0 || feature >= int64_t(model->inner->names.size())) return nullptr;
     return model->inner->names[size_t(feature)].c_str();
@@ -770,7 +777,8 @@ size_t fastmaf_model_memory(const fastmaf_model* model) {
     return bytes;
 }
 
-fastmaf_status fastmaf_evaluator_create(const fastmaf_model* model, int32_t threads, fastmaf_evaluator** evaluator, char* message, size_t size) {
+fastmaf_status fastmaf_evaluator_create(const fastmaf_model* model, int32_t threads, fastmaf_evaluator** evaluator, char* message,
+                                        size_t size) {
     return with_buffer(message, size, [&] {
         if (!evaluator) refuse("evaluator is a null pointer");
         *evaluator = nullptr;
@@ -790,8 +798,8 @@ int32_t fastmaf_devices(char* message, size_t size) {
     return count;
 }
 
-fastmaf_status fastmaf_evaluator_create_on_device(const fastmaf_model* model, int32_t device, int32_t precision, fastmaf_evaluator** evaluator,
-                                                  char* message, size_t size) {
+fastmaf_status fastmaf_evaluator_create_on_device(const fastmaf_model* model, int32_t device, int32_t precision,
+                                                  fastmaf_evaluator** evaluator, char* message, size_t size) {
     return with_buffer(message, size, [&] {
         if (!evaluator) refuse("evaluator is a null pointer");
         *evaluator = nullptr;
@@ -799,7 +807,8 @@ fastmaf_status fastmaf_evaluator_create_on_device(const fastmaf_model* model, in
         if (device < 0) refuse("device is negative");
         const device::Precision asked = precision_of(precision);
         if (model->inner->ensemble)
-            throw Failure(FASTMAF_UNSUPPORTED, "an ensemble is not computed on a GPU: save a member, ensemble.member(k), or take fastmaf_evaluator_create");
+            throw Failure(FASTMAF_UNSUPPORTED,
+                          "an ensemble is not computed on a GPU: save a member, ensemble.member(k), or take fastmaf_evaluator_create");
         auto made = evaluator_of(*model, 1);
         std::visit(
             [&](auto& state) {
@@ -820,12 +829,15 @@ fastmaf_status fastmaf_evaluator_set_stream(fastmaf_evaluator* evaluator, void* 
 
 void fastmaf_evaluator_free(fastmaf_evaluator* evaluator) { delete evaluator; }
 
-const char* fastmaf_message(const fastmaf_evaluator* evaluator) { return evaluator ? evaluator->message.c_str() : "evaluator is a null pointer"; }
+const char* fastmaf_message(const fastmaf_evaluator* evaluator) {
+    return evaluator ? evaluator->message.c_str() : "evaluator is a null pointer";
+}
 
-fastmaf_status fastmaf_log_prob(fastmaf_evaluator* evaluator, int64_t groups, int64_t rows, const fastmaf_array* x, const fastmaf_array* context,
-                                const fastmaf_output* log_prob) {
+fastmaf_status fastmaf_log_prob(fastmaf_evaluator* evaluator, int64_t groups, int64_t rows, const fastmaf_array* x,
+                                const fastmaf_array* context, const fastmaf_output* log_prob) {
     return run(evaluator, [&](auto& state) {
-        evaluate(state, groups, rows, x, context, log_prob, "log_prob", 1, [&](const Batch& batch, auto* out) { density(state, batch, out); });
+        evaluate(state, groups, rows, x, context, log_prob, "log_prob", 1,
+                 [&](const Batch& batch, auto* out) { density(state, batch, out); });
     });
 }
 
@@ -835,13 +847,13 @@ fastmaf_status fastmaf_log_prob_and_grad(fastmaf_evaluator* evaluator, int64_t g
     return run(evaluator, [&](auto& state) { gradient(state, groups, rows, x, context, log_prob, d_x, d_context); });
 }
 
-fastmaf_status fastmaf_sample(fastmaf_evaluator* evaluator, int64_t groups, int64_t rows, const fastmaf_array* context, uint64_t seed, uint64_t offset,
-                              uint32_t context_offset, const fastmaf_output* samples, const fastmaf_output* log_prob) {
+fastmaf_status fastmaf_sample(fastmaf_evaluator* evaluator, int64_t groups, int64_t rows, const fastmaf_array* context, uint64_t seed,
+                              uint64_t offset, uint32_t context_offset, const fastmaf_output* samples, const fastmaf_output* log_prob) {
     return run(evaluator, [&](auto& state) { draw(state, groups, rows, context, seed, offset, context_offset, samples, log_prob); });
 }
 
-fastmaf_status fastmaf_to_noise(fastmaf_evaluator* evaluator, int64_t groups, int64_t rows, const fastmaf_array* x, const fastmaf_array* context,
-                                const fastmaf_output* noise) {
+fastmaf_status fastmaf_to_noise(fastmaf_evaluator* evaluator, int64_t groups, int64_t rows, const fastmaf_array* x,
+                                const fastmaf_array* context, const fastmaf_output* noise) {
     return run(evaluator, [&](auto& state) {
         refuse_discrete(state.plan(), "noise");
         refuse_ensemble(state, "noise");
@@ -852,15 +864,16 @@ fastmaf_status fastmaf_to_noise(fastmaf_evaluator* evaluator, int64_t groups, in
     });
 }
 
-fastmaf_status fastmaf_from_noise(fastmaf_evaluator* evaluator, int64_t groups, int64_t rows, const fastmaf_array* noise, const fastmaf_array* context,
-                                  const fastmaf_output* x) {
+fastmaf_status fastmaf_from_noise(fastmaf_evaluator* evaluator, int64_t groups, int64_t rows, const fastmaf_array* noise,
+                                  const fastmaf_array* context, const fastmaf_output* x) {
     return run(evaluator, [&](auto& state) { back(state, groups, rows, noise, context, x); });
 }
 
 fastmaf_status fastmaf_conditional_probs(fastmaf_evaluator* evaluator, int64_t groups, int64_t rows, const fastmaf_array* x,
                                          const fastmaf_array* context, const fastmaf_output* probabilities) {
     return run(evaluator, [&](auto& state) {
-        if (!state.plan().discrete()) throw Failure(FASTMAF_UNSUPPORTED, "the variables are continuous: their values have no probabilities");
+        if (!state.plan().discrete())
+            throw Failure(FASTMAF_UNSUPPORTED, "the variables are continuous: their values have no probabilities");
         refuse_ensemble(state, "probabilities");
         const int64_t width = state.plan().features() * int64_t(state.plan().most_values());
         evaluate(state, groups, rows, x, context, probabilities, "probabilities", width, [&](const Batch& batch, auto* out) {

@@ -79,7 +79,11 @@ void write_density(Writer writer, const StageSpec& stage, const Sorted& sorted, 
 class NetworkSampler {
 public:
     NetworkSampler(Writer& writer, const StageSpec& stage, const Sorted& sorted, int context)
-        : writer_(writer), stage_(stage), sorted_(sorted), context_(context), final_(int(stage.maps.size()) - 1),
+        : writer_(writer),
+          stage_(stage),
+          sorted_(sorted),
+          context_(context),
+          final_(int(stage.maps.size()) - 1),
           groups_(int(sorted.groups.size()) - 1) {}
 
     void write() {
@@ -196,8 +200,7 @@ void write_backward(Writer writer, const StageSpec& stage, const Sorted& sorted,
 
 }  // namespace
 
-Layout::Layout(const Plan& plan, Direction direction)
-    : transposed_(direction == Direction::backward), master_size_(plan.index().size()) {
+Layout::Layout(const Plan& plan, Direction direction) : transposed_(direction == Direction::backward), master_size_(plan.index().size()) {
     for (size_t k = 0; k < plan.stages(); ++k) {
         const StageSpec& stage = plan.spec().stages[k];
         const Sorted& sorted = plan.sorted()[k];

@@ -18,8 +18,7 @@ std::mutex& making() {
 
 namespace {
 
-[[maybe_unused]] const int fork_waits =
-    pthread_atfork([] { making().lock(); }, [] { making().unlock(); }, [] { making().unlock(); });
+[[maybe_unused]] const int fork_waits = pthread_atfork([] { making().lock(); }, [] { making().unlock(); }, [] { making().unlock(); });
 
 // What each map of a stage reads and writes.
 std::vector<std::pair<int, int>> wires_of(const StageSpec& stage, int context) {
@@ -62,7 +61,8 @@ void Plan::shape_stage(const StageSpec& stage) {
     std::vector<int> widths, adds;
     std::vector<char> activated;
     for (const auto& known : sorted.known) widths.push_back(known.back());
-    if (is_network(stage.output)) widths.push_back(sorted.first.back());
+    if (is_network(stage.output))
+        widths.push_back(sorted.first.back());
     else
         for (const Staircase& map : sorted.maps) widths.push_back(map.rows());
     for (size_t m = 0; m < widths.size(); ++m) {
@@ -157,11 +157,14 @@ void Plan::index_parameters() {
         const int64_t begin = parameter_count_, n = features;
         auto none = [](int) { return int64_t(0); };
         if (stage.output == Output::norm) {
-            add(0, [](int, int) { return int64_t(0); }, [&](int j) { return begin + j; });
+            add(
+                0, [](int, int) { return int64_t(0); }, [&](int j) { return begin + j; });
             parameter_count_ += stage.trainable ? 2 * n : 0;
         } else if (stage.output == Output::linear) {  // the user has L, U and the bias; U is sorted from its last row and column
-            add(0, [&](int j, int i) { return begin + n * n + (n - 1 - j) * n + (n - 1 - i); }, none);
-            add(1, [&](int j, int i) { return begin + j * n + i; }, [&](int j) { return begin + 2 * n * n + j; });
+            add(
+                0, [&](int j, int i) { return begin + n * n + (n - 1 - j) * n + (n - 1 - i); }, none);
+            add(
+                1, [&](int j, int i) { return begin + j * n + i; }, [&](int j) { return begin + 2 * n * n + j; });
             parameter_count_ += 2 * n * n + n;
         } else {
             // The user's final rows in the order of the sorted variables, those of one variable together.
@@ -178,7 +181,8 @@ void Plan::index_parameters() {
                 const int skip = m == 0 && map.context ? context : 0;
                 const int64_t weight = parameter_count_, bias = weight + int64_t(map.rows) * map.inputs, of_context = bias + map.rows;
                 of_contexts.push_back(of_context);
-                parameter_count_ = of_context + (map.context || joins ? int64_t(map.rows) * context : 0) + (map.context_bias ? map.rows : 0);
+                parameter_count_ =
+                    of_context + (map.context || joins ? int64_t(map.rows) * context : 0) + (map.context_bias ? map.rows : 0);
                 auto row_of = [&](int j) { return final ? final_rows[size_t(j)] : int64_t(sorted.units[m][size_t(j)]); };
                 auto at = [&](int j, int i) {
                     if (i < skip) return of_context + row_of(j) * context + i;
@@ -199,7 +203,8 @@ void Plan::index_parameters() {
             for (int m : stage.joined()) {
                 const int64_t weight = of_contexts[size_t(m)], bias = weight + int64_t(stage.maps[size_t(m)].rows) * context;
                 const std::vector<int>& units = sorted.units[size_t(m)];
-                add(weight_offset.size(), [&](int j, int i) { return weight + int64_t(units[size_t(j)]) * context + i; },
+                add(
+                    weight_offset.size(), [&](int j, int i) { return weight + int64_t(units[size_t(j)]) * context + i; },
                     [&](int j) { return bias + units[size_t(j)]; });
             }
         }

@@ -38,7 +38,7 @@ public:
     int context() const { return spec_.context; }
     size_t stages() const { return sorted_.size(); }
     bool has_base() const { return has_base_; }
-    size_t transforms() const { return stages() - has_base_; }  // stages between data and noise
+    size_t transforms() const { return stages() - has_base_; }        // stages between data and noise
     const std::vector<int>& first() const { return place_.front(); }  // [features] row of the first tile that takes variable v
     const std::vector<int>& noise() const { return noise_; }          // [features] row of the last tile before the base with noise column i
     // [features] row of the next tile that takes the s-th variable
@@ -50,7 +50,7 @@ public:
     const std::vector<char>& activated(size_t stage) const { return activated_[stage]; }  // whether its units are activated
     const std::vector<char>& raw(size_t stage) const { return raw_[stage]; }              // whether its sums are kept beside its units
     size_t written(size_t stage, size_t map) const { return size_t(wires_[stage][map].second); }
-    const std::vector<int>& context_units(size_t stage) const { return context_units_[stage]; }   // that join the sums of each map, or -1
+    const std::vector<int>& context_units(size_t stage) const { return context_units_[stage]; }  // that join the sums of each map, or -1
     const std::vector<Joins>& joins(size_t stage) const { return joins_[stage]; }
     // Which row each row adds, and is added by, where it is not its own; see StageView.
     const std::vector<const int*>& added(size_t stage) const { return added_[stage]; }

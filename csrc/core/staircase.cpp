@@ -31,9 +31,7 @@ int count_up_to(const std::vector<int64_t>& sorted, int64_t bound) {
 
 }  // namespace
 
-int Staircase::first_reader(int input) const {
-    return int(std::upper_bound(limit.begin(), limit.end(), input) - limit.begin());
-}
+int Staircase::first_reader(int input) const { return int(std::upper_bound(limit.begin(), limit.end(), input) - limit.begin()); }
 
 Sorted sort_stage(const StageSpec& stage, int context) {
     Sorted sorted;

@@ -19,29 +19,31 @@ struct MapSpec {
     int rows = 0;
     int inputs = 0;
     std::vector<int64_t> degrees;
-    bool context = false;    // of the first and the final map: reads the context too; its weights (rows, C) follow the bias in the flat parameters
+    // Of the first and the final map: reads the context too; its weights (rows, C) follow the bias in the flat parameters.
+    bool context = false;
     bool activated = false;  // the next map reads activations
     int adds = -1;           // the hidden map whose sums are added to those of this one, unit by unit; its units have no higher degrees
     // Of a hidden map: units of their own take what the context gives, which then joins the sums; (rows, C) weights and, if there are any,
     // biases follow the bias of the map.
     Joins joins = Joins::none;
     bool context_bias = false;
-    std::vector<double> norm_scale{}, norm_shift{};  // of a hidden map, or none: its units are sum * scale + shift, or the activation of that
+    // Of a hidden map, or none: its units are sum * scale + shift, or the activation of that.
+    std::vector<double> norm_scale{}, norm_shift{};
 };
 
 // One step of the flow: a masked network with what its outputs feed, a Linear, or a norm.
 struct StageSpec {
     Output output = Output::transform;
-    std::vector<int> variable;     // [features] which variable of the data each coordinate carries
-    std::vector<int64_t> ranks;    // [features] of each coordinate
-    std::vector<MapSpec> maps;     // hidden maps, then the final one with rows[i] rows for coordinate i
+    std::vector<int> variable;   // [features] which variable of the data each coordinate carries
+    std::vector<int64_t> ranks;  // [features] of each coordinate
+    std::vector<MapSpec> maps;   // hidden maps, then the final one with rows[i] rows for coordinate i
     std::vector<int> rows;
-    bool skip = false;             // direct weights from variables to final rows, behind all maps in the flat parameters
+    bool skip = false;  // direct weights from variables to final rows, behind all maps in the flat parameters
     Activation activation = Activation::relu;
     Law law = Law::exp_soft;
     Form form = Form::affine;
-    double constant[2] = {1, 0};   // of the law, see ops/laws
-    double input_clip = 0;         // variables beyond +-input_clip are read as it by the maps; 0: all as they are
+    double constant[2] = {1, 0};     // of the law, see ops/laws
+    double input_clip = 0;           // variables beyond +-input_clip are read as it by the maps; 0: all as they are
     int components = 1;              // of a mixture: rows are logits, means, raw log-scales
     std::vector<double> loc, scale;  // transform: an Affine after it, by coordinate, or none. norm: (x - loc) scale if not trainable
     bool trainable = false;          // norm: (x - mean) e^log_gamma / sqrt(var + eps) + beta

@@ -21,7 +21,7 @@ enum class Bijection : int { identity, logit, log_above, log_below };
 enum class DType : int { f16, f32, f64, i8, i16, i32, i64, u8, u16, u32, u64, boolean };
 
 enum class Start : uint8_t { bias, partial, zero };  // what the sum begins with; partial: what lies in the output rows
-enum class Finish : uint8_t { raw, unit };       // whether the rows are complete
+enum class Finish : uint8_t { raw, unit };           // whether the rows are complete
 enum class Kind : uint8_t { panel, law };
 
 // Biases have room for a panel of eight that begins at any row.
@@ -37,11 +37,11 @@ struct Step {
     Kind kind;
     Start start;
     Finish finish;
-    uint8_t width;    // rows held by the tape: 8, 4 or 2
+    uint8_t width;  // rows held by the tape: 8, 4 or 2
     int map;
-    int row, rows;    // rows of what is written; law: variables [row, row + rows), or the part `row` of a Linear
-    int begin, end;   // rows of what is read
-    int64_t tape;     // where the weights of input `begin` lie
+    int row, rows;   // rows of what is written; law: variables [row, row + rows), or the part `row` of a Linear
+    int begin, end;  // rows of what is read
+    int64_t tape;    // where the weights of input `begin` lie
     int in, out;
 };
 
@@ -50,31 +50,31 @@ template <class T>
 struct StageView {
     Output output;
     int features, context;
-    int maps;                   // those with units of their own, but for those of contexts, whose units lie behind
-    const int* rows;            // [maps + contexts] rows of each, the units that nobody reads left out
+    int maps;         // those with units of their own, but for those of contexts, whose units lie behind
+    const int* rows;  // [maps + contexts] rows of each, the units that nobody reads left out
     int contexts;
-    bool plain;                 // no map has anything beside its sums: no others that are added, no context of its own, no norm
-    const char* activated;      // [maps]
-    const int* adds;            // [maps] map whose sums are added, or -1
-    const int* const* added;    // [maps] the row of these sums that each row adds, or null: its own
-    const int* const* adders;   // [maps] the row of the adding map that adds each row of these sums, -1: none; or null: its own
-    const char* raw;            // [maps] whether the sums are kept beside the units
-    const int* context_units;   // [maps] the units of a context that join the sums, or -1
-    const Joins* joins;         // [maps]
+    bool plain;                  // no map has anything beside its sums: no others that are added, no context of its own, no norm
+    const char* activated;       // [maps]
+    const int* adds;             // [maps] map whose sums are added, or -1
+    const int* const* added;     // [maps] the row of these sums that each row adds, or null: its own
+    const int* const* adders;    // [maps] the row of the adding map that adds each row of these sums, -1: none; or null: its own
+    const char* raw;             // [maps] whether the sums are kept beside the units
+    const int* context_units;    // [maps] the units of a context that join the sums, or -1
+    const Joins* joins;          // [maps]
     const T* const* norm_scale;  // [maps] units are sum * scale + shift before they are activated; or null
     const T* const* norm_shift;
     Activation activation;
     Law law;
     Form form;
-    T constant[2];              // of the law, see ops/laws
-    T input_clip;               // where what the maps read of the variables ends, or 0
+    T constant[2];  // of the law, see ops/laws
+    T input_clip;   // where what the maps read of the variables ends, or 0
     int components;
-    bool trainable;             // of a norm: its biases are log_gamma, then beta
-    const int* first;           // [features + 1] first final row of the s-th variable
-    const int* next;            // [features] row of the next tile that takes the s-th variable (of a Linear: the s-th coordinate)
-    const T* loc;               // [features] the Affine that follows or the norm, or null
+    bool trainable;    // of a norm: its biases are log_gamma, then beta
+    const int* first;  // [features + 1] first final row of the s-th variable
+    const int* next;   // [features] row of the next tile that takes the s-th variable (of a Linear: the s-th coordinate)
+    const T* loc;      // [features] the Affine that follows or the norm, or null
     const T* scale;
-    const T* const* bias;       // per map, with padded_rows
+    const T* const* bias;  // per map, with padded_rows
     const Step* steps;
     int step_count;
     const T* tape;

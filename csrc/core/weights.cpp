@@ -274,8 +274,7 @@ auto Weights<T>::packed(Direction direction) const -> const Packed& {
 template <class T>
 void Weights<T>::repack() {
     for (Direction direction : {Direction::density, Direction::backward})
-        if (Packed* const packed = packed_[int(direction)].get())
-            plan_->layout(direction).gather<T>(master_.data(), packed->tape.data());
+        if (Packed* const packed = packed_[int(direction)].get()) plan_->layout(direction).gather<T>(master_.data(), packed->tape.data());
     for (size_t k = 0; k < plan_->stages(); ++k)
         for (size_t m = 0; m < plan_->sorted()[k].maps.size(); ++m) copy_bias(k, m, 0, plan_->sorted()[k].maps[m].rows());
     finish_step();

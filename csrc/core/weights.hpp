@@ -23,7 +23,7 @@ public:
     Weights& operator=(const Weights&) = delete;
 
     const Plan& plan() const { return *plan_; }
-    double constant() const { return constant_; }  // of log_prob: the normal's, and log|det| of all scales that rows share
+    double constant() const { return constant_; }      // of log_prob: the normal's, and log|det| of all scales that rows share
     double log_scales() const { return log_scales_; }  // the latter alone: the constant of log|det| of the map to the noise
 
     // Views of all stages for one direction; tapes are packed on first use.
@@ -75,9 +75,9 @@ private:
     double constant_ = 0, log_scales_ = 0;
     std::vector<std::vector<AlignedVector<T>>> bias_;  // [stage][map], with padded_rows
     std::vector<std::vector<const T*>> bias_pointers_;
-    std::list<std::vector<T>> norms_;                                     // of hidden maps, in the order of their units
-    std::vector<std::vector<const T*>> norm_scale_, norm_shift_;          // [stage][map], or null
-    Lazy<Packed> packed_[3];  // by direction
+    std::list<std::vector<T>> norms_;                             // of hidden maps, in the order of their units
+    std::vector<std::vector<const T*>> norm_scale_, norm_shift_;  // [stage][map], or null
+    Lazy<Packed> packed_[3];                                      // by direction
 };
 
 extern template class Weights<float>;

@@ -39,8 +39,8 @@ int subtiles(const Weights<T>& weights, Direction direction) {
 template <class T>
 struct Room {
     Tile<T> tile;
-    double* column;      // [kColumns][lanes of all sub-tiles]
-    uint64_t* index;     // [lanes] counters of one sub-tile
+    double* column;   // [kColumns][lanes of all sub-tiles]
+    uint64_t* index;  // [lanes] counters of one sub-tile
     uint32_t* context;
 
     Room(Carver& carve, const Plan& plan, int lanes, int subtiles) {
@@ -109,8 +109,8 @@ void each_subtile(int64_t n, int lanes, F f) {
 // Loads the variables of rows [begin, begin + n) into x[0]. log_det gets those of their bijections, and -inf where a discrete variable has
 // a value that it cannot have, unless it is `free` to have any.
 template <class T>
-void load_variables(const Kernels<T>& k, const Plan& plan, const RowReader& reader, int64_t begin, int64_t n, bool free,
-                    double* block, Tile<T>& tile) {
+void load_variables(const Kernels<T>& k, const Plan& plan, const RowReader& reader, int64_t begin, int64_t n, bool free, double* block,
+                    Tile<T>& tile) {
     const Columns& columns = plan.spec().columns;
     const int lanes = 3 * k.width, features = plan.features();
     const int64_t stride = int64_t(lanes) * tile.subtiles;
@@ -136,8 +136,7 @@ void load_variables(const Kernels<T>& k, const Plan& plan, const RowReader& read
 
 // Loads the contexts of rows [begin, begin + n) into the top of both tiles.
 template <class T>
-void load_contexts(const Kernels<T>& k, const Plan& plan, const RowReader& reader, int64_t begin, int64_t n, double* block,
-                   Tile<T>& tile) {
+void load_contexts(const Kernels<T>& k, const Plan& plan, const RowReader& reader, int64_t begin, int64_t n, double* block, Tile<T>& tile) {
     const Columns& columns = plan.spec().context_columns;
     const int lanes = 3 * k.width, context = plan.context();
     const int64_t stride = int64_t(lanes) * tile.subtiles;
@@ -148,7 +147,8 @@ void load_contexts(const Kernels<T>& k, const Plan& plan, const RowReader& reade
         each_subtile(n, lanes, [&](int64_t s, int64_t first, int count) {
             double of_bound[48] = {};
             T* const lane = tile.x[0] + s * tile.stride + i * lanes;
-            k.load(values + first, count, columns.kind[c], columns.lower[c], columns.upper[c], columns.loc[c], columns.scale[c], lane, of_bound);
+            k.load(values + first, count, columns.kind[c], columns.lower[c], columns.upper[c], columns.loc[c], columns.scale[c], lane,
+                   of_bound);
             spoil_outside(of_bound, count, lane);
             std::fill(lane + count, lane + round_up(count, k.width), lane[count - 1]);
             std::copy_n(lane, round_up(count, k.width), tile.x[1] + s * tile.stride + i * lanes);
@@ -285,7 +285,8 @@ void evaluate(const Weights<T>& weights, const Batch& batch, T* log_prob, T* noi
                 for (int i = 0; i < context + features; ++i) tile.x[0][i] = tile.x[0][i * lanes];
                 for (int i = 0; i < context; ++i) tile.x[1][i] = tile.x[1][i * lanes];
                 if (together > 1) shared_row = tile;
-                const int at = k.to_noise_row(views.data(), count, tile.x, tile.read, tile.units, tile.log_det, tile.folded, together > 1 ? &crew : nullptr);
+                const int at = k.to_noise_row(views.data(), count, tile.x, tile.read, tile.units, tile.log_det, tile.folded,
+                                              together > 1 ? &crew : nullptr);
                 const T* z = tile.x[at] + context;
                 if (log_prob) k.base(z, features, 1, 1, tile.log_det);
                 write(begin + r, 1, z, 0, 1, tile.log_det);
@@ -457,14 +458,14 @@ std::atomic<bool> poison{false};
 void set_poison(bool on) { poison = on; }
 bool poisoned() { return poison.load(std::memory_order_relaxed); }
 
-#define FASTMAF_INSTANTIATE(T)                                                              \
-    template void log_prob<T>(const Weights<T>&, const Batch&, T*, const Poll&, Workspace<T>*);            \
-    template void conditional_probs<T>(const Weights<T>&, const Batch&, T*, const Poll&, Workspace<T>*);   \
-    template void to_noise<T>(const Weights<T>&, const Batch&, T*, const Poll&, Workspace<T>*, T*);        \
-    template void from_noise<T>(const Weights<T>&, const Batch&, float*, const Poll&, Workspace<T>*, T*);  \
+#define FASTMAF_INSTANTIATE(T) \
+    template void log_prob<T>(const Weights<T>&, const Batch&, T*, const Poll&, Workspace<T>*); \
+    template void conditional_probs<T>(const Weights<T>&, const Batch&, T*, const Poll&, Workspace<T>*); \
+    template void to_noise<T>(const Weights<T>&, const Batch&, T*, const Poll&, Workspace<T>*, T*); \
+    template void from_noise<T>(const Weights<T>&, const Batch&, float*, const Poll&, Workspace<T>*, T*); \
     template void from_noise<T>(const Weights<T>&, const Batch&, double*, const Poll&, Workspace<T>*, T*); \
-    template void sample<T>(const Weights<T>&, const Draw&, float*, T*, const Poll&, Workspace<T>*);       \
-    template void sample<T>(const Weights<T>&, const Draw&, double*, T*, const Poll&, Workspace<T>*);      \
+    template void sample<T>(const Weights<T>&, const Draw&, float*, T*, const Poll&, Workspace<T>*); \
+    template void sample<T>(const Weights<T>&, const Draw&, double*, T*, const Poll&, Workspace<T>*); \
     template Peak peak<T>(double, int);
 FASTMAF_INSTANTIATE(float)
 FASTMAF_INSTANTIATE(double)

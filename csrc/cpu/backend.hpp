@@ -33,7 +33,8 @@ struct Workspace {
 // Without a workspace a call takes the instruction set and the threads of the process.
 
 template <class T>
-void log_prob(const Weights<T>& weights, const Batch& batch, T* out, const Poll& poll, Workspace<T>* workspace = nullptr);  // out [rows]; NaN for rows with a NaN alone
+void log_prob(const Weights<T>& weights, const Batch& batch, T* out, const Poll& poll,
+              Workspace<T>* workspace = nullptr);  // out [rows]; NaN for rows with a NaN alone
 // Of discrete variables: p(x_i = 1 | x_<i) as (n, D), or p(x_i = c | x_<i) as (n, D, most values), zero where there is no c. Whatever x
 // holds goes into the network.
 template <class T>

@@ -86,8 +86,12 @@ template <class T>
 class FewRows {
 public:
     FewRows(const Weights<T>& weights, const Kernels<T>& kernels, const Batch& batch)
-        : plan_(weights.plan()), constant_(weights.constant()), forward_(weights.views(Direction::density)),
-          backward_(weights.views(Direction::backward)), kernels_(kernels), reader_(batch) {}
+        : plan_(weights.plan()),
+          constant_(weights.constant()),
+          forward_(weights.views(Direction::density)),
+          backward_(weights.views(Direction::backward)),
+          kernels_(kernels),
+          reader_(batch) {}
 
     // Of one row; false if it has no density, so that it has to go through a tile.
     bool pass(int64_t row, T cotangent, T* value, T* d_x, T* d_context) const {
@@ -100,7 +104,8 @@ public:
             kernels_.load(from + c, 1, columns.kind[i], columns.lower[i], columns.upper[i], columns.loc[i], columns.scale[i], to, log_det);
         };
         reader_.columns(row, 1, 0, features, 1, room.variables);
-        for (int v = 0; v < features; ++v) load(columns, v, room.variables, room.trace[0].x + context + plan_.first()[size_t(v)], &log_prob);
+        for (int v = 0; v < features; ++v)
+            load(columns, v, room.variables, room.trace[0].x + context + plan_.first()[size_t(v)], &log_prob);
         if (context) reader_.context_columns(row, 1, 0, context, 1, room.contexts);
         for (int c = 0; c < context; ++c) load(context_columns, c, room.contexts, room.trace[0].x + c, &of_context);
         if (!std::isfinite(log_prob + of_context)) return false;
@@ -487,8 +492,8 @@ private:
             k.wide_gradient(delta.data(), kept.tile_rows.data(), kept.tile_begin.data(), int(tiles), task.rows,
                             kept.inputs + inputs * size_t(kept.capacity), kept.capacity, limit, offset, add, weights);
         else
-            k.narrow_gradient(delta.data(), in_tiles(input_row(stage, map)).data(), kept.tile_rows.data(), kept.tile_begin.data(), int(tiles),
-                              task.rows, limit, offset, add, weights);
+            k.narrow_gradient(delta.data(), in_tiles(input_row(stage, map)).data(), kept.tile_rows.data(), kept.tile_begin.data(),
+                              int(tiles), task.rows, limit, offset, add, weights);
         if (plan_.bias_count(stage, map))
             k.bias_gradient(delta.data(), kept.tile_rows.data(), kept.tile_begin.data(), int(tiles), task.rows, add,
                             gradient + plan_.bias_offset(stage, map) + task.row);
@@ -572,8 +577,8 @@ private:
         const int features = plan_.features(), context = plan_.context(), lanes = lanes_;
         std::fill(room.log_det, room.log_det + lanes, 0.0);
         auto load = [&](const Columns& columns, int c, const double* column, int row, double* log_det) {
-            kernels_.load(column, n, columns.kind[size_t(c)], columns.lower[size_t(c)], columns.upper[size_t(c)],
-                          columns.loc[size_t(c)], columns.scale[size_t(c)], room.trace[0].x + row * lanes, log_det);
+            kernels_.load(column, n, columns.kind[size_t(c)], columns.lower[size_t(c)], columns.upper[size_t(c)], columns.loc[size_t(c)],
+                          columns.scale[size_t(c)], room.trace[0].x + row * lanes, log_det);
             T* lane = room.trace[0].x + row * lanes;
             std::fill(lane + n, lane + padded(n), lane[n - 1]);
         };
@@ -652,8 +657,11 @@ private:
     }
 
     void backward(Room& room, size_t k, int n, bool wanted) {
-        kernels_.backward(weights_.views(Direction::backward)[k], room.trace[k], padded(n), room.cotangent, room.dx[(k + 1) % 2], room.dx[k % 2],
-                          wanted ? 0 : k ? 1 : 2);
+        kernels_.backward(weights_.views(Direction::backward)[k], room.trace[k], padded(n), room.cotangent, room.dx[(k + 1) % 2],
+                          room.dx[k % 2],
+                          wanted ? 0
+                          : k    ? 1
+                                 : 2);
     }
 
     void write_dx(Room& room, const RowReader& reader, int64_t begin, int n, T* d_x) {
@@ -675,7 +683,8 @@ private:
 
     // One column of all rows.
     static void out_of(const Columns& columns, int column, const T* dz, const Room& room, int n, bool density, T* out, int stride) {
-        for (int r = 0; r < n; ++r) out[int64_t(r) * stride] = leave(columns, size_t(column), room.column[r], dz[r], room.cotangent[r], density);
+        for (int r = 0; r < n; ++r)
+            out[int64_t(r) * stride] = leave(columns, size_t(column), room.column[r], dz[r], room.cotangent[r], density);
     }
     static void settle(const Room& room, int n, T* d, int width) {
         for (int r = 0; r < n; ++r, d += width) settle_row(room.log_det[r], room.cotangent[r], d, width);
@@ -689,8 +698,8 @@ private:
                 const int in = plan_.wires(k)[m].first;
                 const T* from = in >= 0 ? trace.units[in] : in == kTile ? trace.read : trace.read + plan_.context() * lanes_;
                 const int inputs = in >= 0 ? plan_.widths(k)[size_t(in)] : plan_.sorted()[k].maps[m].inputs;
-                kernels_.transpose(from, inputs, padded(n),
-                                   kept.inputs + places_[k].inputs[m] * size_t(kept.capacity), place, kept.capacity);
+                kernels_.transpose(from, inputs, padded(n), kept.inputs + places_[k].inputs[m] * size_t(kept.capacity), place,
+                                   kept.capacity);
             }
         }
     }
@@ -739,14 +748,15 @@ void vjp(const Weights<T>& weights, const Batch& batch, const T* cotangent, T* v
     };
     PollClock clock(poll);
     auto pass = [&](int64_t begin, int64_t n) {
-        tiles().pass(call.threads, batch, begin, n, cotangent + begin, value ? value + begin : nullptr, d_x ? d_x + begin * features : nullptr,
-                     d_context ? d_context + begin * context : nullptr);
+        tiles().pass(call.threads, batch, begin, n, cotangent + begin, value ? value + begin : nullptr,
+                     d_x ? d_x + begin * features : nullptr, d_context ? d_context + begin * context : nullptr);
     };
     if (!d_parameters && total <= kRowPath && weights.plan().row_path()) {
         if (workspace && !workspace->gradients) pass(0, total);  // once, so that a later row without density finds what it needs
         const FewRows<T> rows(weights, call.kernels, batch);
         for (int64_t r = 0; r < total; ++r)
-            if (!rows.pass(r, cotangent[r], value ? value + r : nullptr, d_x ? d_x + r * features : nullptr, d_context ? d_context + r * context : nullptr))
+            if (!rows.pass(r, cotangent[r], value ? value + r : nullptr, d_x ? d_x + r * features : nullptr,
+                           d_context ? d_context + r * context : nullptr))
                 pass(r, 1);
         return;
     }
@@ -811,11 +821,17 @@ void Trainer<T>::set_members(std::vector<std::shared_ptr<Weights<T>>> members) {
 template <class T>
 Trainer<T>::~Trainer() = default;
 template <class T>
-int64_t Trainer<T>::steps() const { return state_->steps; }
+int64_t Trainer<T>::steps() const {
+    return state_->steps;
+}
 template <class T>
-void Trainer<T>::set_steps(int64_t steps) { state_->steps = steps; }
+void Trainer<T>::set_steps(int64_t steps) {
+    state_->steps = steps;
+}
 template <class T>
-int64_t Trainer<T>::parameter_count() const { return state_->members[0]->weights->plan().parameter_count(); }
+int64_t Trainer<T>::parameter_count() const {
+    return state_->members[0]->weights->plan().parameter_count();
+}
 
 template <class T>
 void Trainer<T>::get_parameters(T* parameters) const {
@@ -934,8 +950,9 @@ double Trainer<T>::epoch(const Batch& batch, const double* weights, int64_t batc
             const double norm = std::sqrt(k.sum_squares(gradient, s.weights(), T(2 * a.l2), int64_t(s.m.size())));
             scale = std::min(1.0, a.clip_norm / (norm + 1e-6));
         }
-        const AdamStep<T> adam{T(scale), T(2 * a.l2), T(1 - rates[done] * a.weight_decay), T(1 - a.beta1), T(a.beta2), T(1 - a.beta2),
-                               T(rate), T(root_correction), T(a.eps)};
+        const AdamStep<T> adam{T(scale),       T(2 * a.l2),        T(1 - rates[done] * a.weight_decay),
+                               T(1 - a.beta1), T(a.beta2),         T(1 - a.beta2),
+                               T(rate),        T(root_correction), T(a.eps)};
         auto apply = [&](int64_t first, int64_t count) {
             k.adam(s.weights() + first, s.m.data() + first, s.v.data() + first, gradient + first, count, adam);
         };
@@ -973,8 +990,8 @@ void shuffle(uint64_t seed, uint32_t stream, uint32_t epoch, int64_t rows, int64
     for (int64_t i = 0; i < rows; ++i) order[i] = keys[size_t(i)].second;
 }
 
-#define FASTMAF_INSTANTIATE(T)                                                                                              \
-    template void vjp<T>(const Weights<T>&, const Batch&, const T*, T*, T*, T*, T*, const Poll&, Workspace<T>*);                           \
+#define FASTMAF_INSTANTIATE(T) \
+    template void vjp<T>(const Weights<T>&, const Batch&, const T*, T*, T*, T*, T*, const Poll&, Workspace<T>*); \
     template class Trainer<T>;
 FASTMAF_INSTANTIATE(float)
 FASTMAF_INSTANTIATE(double)

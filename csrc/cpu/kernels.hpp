@@ -5,8 +5,8 @@
 
 namespace fastmaf {
 
-#define FASTMAF_DECLARE_ISA(name)           \
-    namespace name {                        \
+#define FASTMAF_DECLARE_ISA(name) \
+    namespace name { \
     extern const Kernels<float> kernels_f32; \
     extern const Kernels<double> kernels_f64; \
     }

@@ -40,19 +40,21 @@ static void adam(T* w, T* m, T* v, const T* g, int64_t n, const AdamStep<T>& s) 
     };
     int64_t i = 0;
     for (; i + Lanes<T>::W <= n; i += Lanes<T>::W)
-        step(load_loose(w + i), load_loose(m + i), load_loose(v + i), load_loose(g + i), [](Vec<T> x) { return root(x); },
-             [&](Vec<T> a, Vec<T> b, Vec<T> c) {
-                 store_loose<T>(w + i, a);
-                 store_loose<T>(m + i, b);
-                 store_loose<T>(v + i, c);
-             });
+        step(
+            load_loose(w + i), load_loose(m + i), load_loose(v + i), load_loose(g + i), [](Vec<T> x) { return root(x); },
+            [&](Vec<T> a, Vec<T> b, Vec<T> c) {
+                store_loose<T>(w + i, a);
+                store_loose<T>(m + i, b);
+                store_loose<T>(v + i, c);
+            });
     for (; i < n; ++i)
-        step(w[i], m[i], v[i], g[i], [](T x) { return sizeof(T) == 4 ? T(__builtin_sqrtf(float(x))) : T(__builtin_sqrt(x)); },
-             [&](T a, T b, T c) {
-                 w[i] = a;
-                 m[i] = b;
-                 v[i] = c;
-             });
+        step(
+            w[i], m[i], v[i], g[i], [](T x) { return sizeof(T) == 4 ? T(__builtin_sqrtf(float(x))) : T(__builtin_sqrt(x)); },
+            [&](T a, T b, T c) {
+                w[i] = a;
+                m[i] = b;
+                v[i] = c;
+            });
 }
 
 // Sum of (g + l2 w)^2 in double, eight interleaved sums.

@@ -140,7 +140,8 @@ static void backward_row(const StageView<T>& stage, const Trace<T>& here, T cota
             of_z[i] = stage.scale ? gz * stage.scale[s + i] : gz;
         }
         T* const scaled = here.scaled + s;
-        const LawGradient<T> law(stage, splat<T>(cotangent), at(static_cast<const T*>(of_z)), at(scaled), at(scaled + stride), at(scaled + 2 * stride));
+        const LawGradient<T> law(stage, splat<T>(cotangent), at(static_cast<const T*>(of_z)), at(scaled), at(scaled + stride),
+                                 at(scaled + 2 * stride));
         join_pairs<T>(law.dm, law.dr, delta + 2 * s);
         if (clips) at(scaled) = law.dx;
         store_loose<T>(dx + s, clips ? Vec<T>{} : law.dx);

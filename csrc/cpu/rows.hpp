@@ -11,7 +11,9 @@ namespace fastmaf {
 
 inline double read_half(uint16_t h) {
     const int exponent = h >> 10 & 31, fraction = h & 1023;
-    const double size = exponent == 31 ? (fraction ? NAN : INFINITY) : exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
+    const double size = exponent == 31 ? (fraction ? NAN : INFINITY)
+                        : exponent     ? std::ldexp(1024 + fraction, exponent - 25)
+                                       : std::ldexp(fraction, -24);
     return h & 0x8000 ? -size : size;
 }
 
@@ -29,7 +31,12 @@ struct ReadAs {
 template <class F>
 inline void with_reader(DType dtype, F f) {
     switch (dtype) {
-        case DType::f16: return f([](const char* p) { uint16_t h; std::memcpy(&h, p, 2); return read_half(h); });
+        case DType::f16:
+            return f([](const char* p) {
+                uint16_t h;
+                std::memcpy(&h, p, 2);
+                return read_half(h);
+            });
         case DType::f32: return f(ReadAs<float>{});
         case DType::f64: return f(ReadAs<double>{});
         case DType::i8: return f(ReadAs<int8_t>{});
@@ -61,7 +68,8 @@ inline void spoil_outside(const double* log_det, int64_t n, T* lane) {
 inline bool outside(const Columns& columns, size_t c, double x) {
     const Bijection kind = columns.kind[c];
     if (kind == Bijection::identity) return std::isnan(x);
-    const double above = kind == Bijection::log_below ? 1 : x - columns.lower[c], below = kind == Bijection::log_above ? 1 : columns.upper[c] - x;
+    const double above = kind == Bijection::log_below ? 1 : x - columns.lower[c],
+                 below = kind == Bijection::log_above ? 1 : columns.upper[c] - x;
     return !(above > 0 && below > 0 && std::isfinite(above) && std::isfinite(below));
 }
 

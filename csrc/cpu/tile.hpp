@@ -13,8 +13,8 @@ struct Crew {
     alignas(64) uint64_t done;    // groups that the others have finished, over all maps
     void (*yield)();              // lets another thread run where a wait is long
 };
-constexpr int kCrewPanels = 4;            // panels in a group
-constexpr int kCrewGroups = 0xffff;       // most groups of a map
+constexpr int kCrewPanels = 4;               // panels in a group
+constexpr int kCrewGroups = 0xffff;          // most groups of a map
 constexpr uint64_t kCrewOver = ~0ull << 32;  // the claims that send the others home
 
 // Numbers of a row whose units lie in lanes, with room for whole vectors and for whole pairs of them that begin at any of its numbers.
@@ -28,7 +28,7 @@ constexpr int kTaskRows = 128;
 // The constants of one Adam step (Kingma and Ba 2015), each rounded once from double: 1 - beta taken in float would be off by 1e-5.
 template <class T>
 struct AdamStep {
-    T scale, l2, keep;     // gradient: (g + l2 w) scale; weights: keep w first (decoupled decay)
+    T scale, l2, keep;      // gradient: (g + l2 w) scale; weights: keep w first (decoupled decay)
     T gain1, keep2, gain2;  // 1 - beta1, beta2, 1 - beta2
     T rate, root_correction, eps;
 };
@@ -48,7 +48,8 @@ struct Kernels {
     int (*to_noise)(const StageView<T>* stages, int count, const Tile<T>& tile);
     // The same for one row: x [context + features] in, noise out, contiguous units; scratch as long as all units together. Those who
     // call assist_row at the same time, with the same arguments, take a part of it; `crew` is null without them.
-    int (*to_noise_row)(const StageView<T>* stages, int count, T* const x[2], T* read, T* const* units, double* log_det, const T* const* folded, Crew* crew);
+    int (*to_noise_row)(const StageView<T>* stages, int count, T* const x[2], T* read, T* const* units, double* log_det,
+                        const T* const* folded, Crew* crew);
     void (*assist_row)(const StageView<T>* stages, int count, T* const x[2], T* read, T* const* units, const T* const* folded, Crew* crew);
     // x[count % 2] holds the noise; returns which tile holds x.
     int (*from_noise)(const StageView<T>* stages, int count, const Tile<T>& tile);
@@ -76,10 +77,11 @@ struct Kernels {
     // Gradient of `rows` rows of a map: sum over tiles of delta times inputs, transposed or as they lie in the tiles; limit: entries per row.
     void (*wide_gradient)(const T* const* delta, const int* tile_rows, const int64_t* tile_begin, int tiles, int rows, const T* inputs,
                           int64_t capacity, const int* limit, const int64_t* offset, bool add, T* gradient);
-    void (*narrow_gradient)(const T* const* delta, const T* const* inputs, const int* tile_rows, const int64_t* tile_begin, int tiles, int rows,
-                            const int* limit, const int64_t* offset, bool add, T* gradient);
+    void (*narrow_gradient)(const T* const* delta, const T* const* inputs, const int* tile_rows, const int64_t* tile_begin, int tiles,
+                            int rows, const int* limit, const int64_t* offset, bool add, T* gradient);
     // Sum over rows of delta: 16 (float) or 8 (double) interleaved sums, added up as a tree.
-    void (*bias_gradient)(const T* const* delta, const int* tile_rows, const int64_t* tile_begin, int tiles, int rows, bool add, T* gradient);
+    void (*bias_gradient)(const T* const* delta, const int* tile_rows, const int64_t* tile_begin, int tiles, int rows, bool add,
+                          T* gradient);
     // out [n] = or += the sum of `count` rows of `blocks`, which lie `stride` apart, in order.
     void (*sum_blocks)(const T* blocks, int64_t stride, int count, int64_t n, bool add, T* out);
     void (*adam)(T* w, T* m, T* v, const T* g, int64_t n, const AdamStep<T>& step);

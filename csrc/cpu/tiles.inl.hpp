@@ -78,7 +78,8 @@ static int from_noise(const StageView<T>* stages, int count, const Tile<T>& tile
                     panel_step<T>(stage, step, read, tile.units, tile.raw, shift, vectors, tile.folded ? tile.folded[k] : nullptr);
                 else {
                     sampler_law<T>(stage, step, tile.units, shift, tile.x[(k + 1) % 2] + variables,
-                                   tile.uniform ? tile.uniform + shift : nullptr, x + variables, vectors, tile.density, tile.log_det + s * lanes);
+                                   tile.uniform ? tile.uniform + shift : nullptr, x + variables, vectors, tile.density,
+                                   tile.log_det + s * lanes);
                     if (read != x) clip_inputs<T>(stage, x + variables, read + variables, step.row, step.rows, vectors);
                 }
             }
@@ -192,7 +193,8 @@ FASTMAF_INLINE void side_by_side(const Step* step, int count, F run) {
 // Consecutive panels of a map, `first` rows of x already in the bias.
 template <class T>
 static void row_range(const Step* step, int count, const T* tape, const T* x, int first, const T* bias, T* out) {
-    side_by_side<T>(step, count, [&](auto panels, const Step* step) { row_group<T, decltype(panels)::value>(step, tape, x, first, bias, out); });
+    side_by_side<T>(step, count,
+                    [&](auto panels, const Step* step) { row_group<T, decltype(panels)::value>(step, tape, x, first, bias, out); });
 }
 
 // One map of a row: its panels, what they read, and where its sums go.
@@ -222,7 +224,8 @@ FASTMAF_INLINE int take_group(Crew* crew, uint64_t job, bool front) {
         const int low = int(claims >> 16 & 0xffff), high = int(claims & 0xffff);
         if (claims >> 32 != job || low == high) return -1;
         const uint64_t next = front ? claims + 0x10000 : claims - 1;
-        if (__atomic_compare_exchange_n(&crew->claims, &claims, next, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) return front ? low : high - 1;
+        if (__atomic_compare_exchange_n(&crew->claims, &claims, next, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
+            return front ? low : high - 1;
     }
 }
 
@@ -273,8 +276,8 @@ static void assist_row(const StageView<T>* stages, int count, T* const x[2], T* 
 
 // Buffers hold their rows padded to a multiple of 16, so whole vectors may be processed.
 template <class T>
-static int to_noise_row(const StageView<T>* stages, int count, T* const x[2], T* read, T* const* units, double* log_det, const T* const* folded,
-                        Crew* crew) {
+static int to_noise_row(const StageView<T>* stages, int count, T* const x[2], T* read, T* const* units, double* log_det,
+                        const T* const* folded, Crew* crew) {
     constexpr int W = Lanes<T>::W;
     double sum = 0;
     uint64_t job = 0, helped = 0;

@@ -135,31 +135,49 @@ FASTMAF_INLINE void store_first(T* p, Vec<T> v, int n, bool add) {
 
 // fma(a, b, c) = a b + c; relu keeps NaN, so the maximum takes its second operand where the two do not compare.
 #if defined(__AVX512F__)
-FASTMAF_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-FASTMAF_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+FASTMAF_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+    return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+FASTMAF_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+    return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
 FASTMAF_INLINE Vec<float> relu(Vec<float> x) { return (Vec<float>)_mm512_max_ps(_mm512_setzero_ps(), (__m512)x); }
 FASTMAF_INLINE Vec<double> relu(Vec<double> x) { return (Vec<double>)_mm512_max_pd(_mm512_setzero_pd(), (__m512d)x); }
 FASTMAF_INLINE Vec<float> root(Vec<float> x) { return (Vec<float>)_mm512_sqrt_ps((__m512)x); }
 FASTMAF_INLINE Vec<double> root(Vec<double> x) { return (Vec<double>)_mm512_sqrt_pd((__m512d)x); }
 #elif defined(__AVX2__)
-FASTMAF_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
-FASTMAF_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+FASTMAF_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+    return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+FASTMAF_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+    return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
 FASTMAF_INLINE Vec<float> relu(Vec<float> x) { return (Vec<float>)_mm256_max_ps(_mm256_setzero_ps(), (__m256)x); }
 FASTMAF_INLINE Vec<double> relu(Vec<double> x) { return (Vec<double>)_mm256_max_pd(_mm256_setzero_pd(), (__m256d)x); }
 FASTMAF_INLINE Vec<float> root(Vec<float> x) { return (Vec<float>)_mm256_sqrt_ps((__m256)x); }
 FASTMAF_INLINE Vec<double> root(Vec<double> x) { return (Vec<double>)_mm256_sqrt_pd((__m256d)x); }
 #elif defined(__aarch64__)
-FASTMAF_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return (Vec<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
-FASTMAF_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return (Vec<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b); }
+FASTMAF_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+    return (Vec<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+FASTMAF_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+    return (Vec<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+}
 template <class V>
-FASTMAF_INLINE V relu(V x) { return x < 0 ? V{} : x; }
+FASTMAF_INLINE V relu(V x) {
+    return x < 0 ? V{} : x;
+}
 FASTMAF_INLINE Vec<float> root(Vec<float> x) { return (Vec<float>)vsqrtq_f32((float32x4_t)x); }
 FASTMAF_INLINE Vec<double> root(Vec<double> x) { return (Vec<double>)vsqrtq_f64((float64x2_t)x); }
 #else
 template <class V>
-FASTMAF_INLINE V fma(V a, V b, V c) { return a * b + c; }
+FASTMAF_INLINE V fma(V a, V b, V c) {
+    return a * b + c;
+}
 template <class V>
-FASTMAF_INLINE V relu(V x) { return x < 0 ? V{} : x; }
+FASTMAF_INLINE V relu(V x) {
+    return x < 0 ? V{} : x;
+}
 FASTMAF_INLINE Vec<float> root(Vec<float> x) {
     for (int i = 0; i < Lanes<float>::W; ++i) x[i] = __builtin_sqrtf(x[i]);
     return x;

@@ -94,8 +94,8 @@ static void transpose(const T* in, int units, int lanes, T* out, int64_t row, in
 
 // kRows rows of delta times NV vectors of inputs; sums [kRows][lanes] go on from what is there unless they begin.
 template <class T, int NV>
-static void wide_gradient_block(const T* const* delta, const int* tile_rows, const int64_t* tile_begin, int tiles, int top,
-                                  const T* inputs, bool begin, T* sums) {
+static void wide_gradient_block(const T* const* delta, const int* tile_rows, const int64_t* tile_begin, int tiles, int top, const T* inputs,
+                                bool begin, T* sums) {
     constexpr int W = Lanes<T>::W, L = lanes_of<T>();
     Vec<T> acc[kRows][NV];
 #pragma GCC unroll 8
@@ -112,7 +112,7 @@ static void wide_gradient_block(const T* const* delta, const int* tile_rows, con
 // At most kTaskRows rows of a map. A few tiles of one chunk of inputs stay in L1 while all rows pass over them.
 template <class T>
 static void wide_gradient(const T* const* delta, const int* tile_rows, const int64_t* tile_begin, int tiles, int rows, const T* inputs,
-                            int64_t capacity, const int* limit, const int64_t* offset, bool add, T* gradient) {
+                          int64_t capacity, const int* limit, const int64_t* offset, bool add, T* gradient) {
     constexpr int W = Lanes<T>::W, L = lanes_of<T>(), together = 4;
     T sums[kTaskRows * L] __attribute__((aligned(64)));
     for (int first = 0; first < limit[rows - 1]; first += L) {
@@ -122,7 +122,8 @@ static void wide_gradient(const T* const* delta, const int* tile_rows, const int
                 const int left = limit[(top + kRows < rows ? top + kRows : rows) - 1] - first;
                 if (left <= 0) continue;
                 auto run = left > 2 * W ? wide_gradient_block<T, 3> : left > W ? wide_gradient_block<T, 2> : wide_gradient_block<T, 1>;
-                run(delta + t, tile_rows + t, tile_begin + t, tiles - t < together ? tiles - t : together, top, chunk, t == 0, sums + top * L);
+                run(delta + t, tile_rows + t, tile_begin + t, tiles - t < together ? tiles - t : together, top, chunk, t == 0,
+                    sums + top * L);
             }
         for (int i = 0; i < rows; ++i) {
             T* out = gradient + offset[i] + first;
@@ -221,8 +222,8 @@ static void narrow_gradient_block(const T* const* delta, const T* const* inputs,
 // At most kTaskRows rows of a map. delta, inputs: [units of the map, its inputs][lanes] of each tile. All rows pass over a few inputs before
 // the next ones, so that these stay in L2. The last few rows take more inputs at a time instead of idle rows.
 template <class T>
-static void narrow_gradient(const T* const* delta, const T* const* inputs, const int* tile_rows, const int64_t* tile_begin, int tiles, int rows,
-                            const int* limit, const int64_t* offset, bool add, T* gradient) {
+static void narrow_gradient(const T* const* delta, const T* const* inputs, const int* tile_rows, const int64_t* tile_begin, int tiles,
+                            int rows, const int* limit, const int64_t* offset, bool add, T* gradient) {
     constexpr int R = kRows, few = kRows / 2, together = 24;
     for (int begin = 0; begin < limit[rows - 1]; begin += together)
         for (int top = 0; top < rows; top += R) {
@@ -231,7 +232,7 @@ static void narrow_gradient(const T* const* delta, const T* const* inputs, const
             for (int first = begin; first < end; first += last ? 6 : 3) {
                 const int left = end - first;
                 auto run = last       ? left > 3 ? narrow_gradient_block<T, few, 6> : narrow_gradient_block<T, few, 3>
-                           : left > 2 ? narrow_gradient_block<T, R, 3>
+                                 : left > 2 ? narrow_gradient_block<T, R, 3>
                            : left > 1 ? narrow_gradient_block<T, R, 2>
                                       : narrow_gradient_block<T, R, 1>;
                 run(delta, inputs, tile_rows, tile_begin, tiles, top, rows, first, limit, offset, add, gradient);
@@ -240,7 +241,8 @@ static void narrow_gradient(const T* const* delta, const T* const* inputs, const
 }
 
 template <class T>
-static void bias_gradient(const T* const* delta, const int* tile_rows, const int64_t* tile_begin, int tiles, int rows, bool add, T* gradient) {
+static void bias_gradient(const T* const* delta, const int* tile_rows, const int64_t* tile_begin, int tiles, int rows, bool add,
+                          T* gradient) {
     using Sums = RowSums<T, kRows, 1>;
     constexpr int W = Lanes<T>::W, L = lanes_of<T>(), step = Sums::parts * W;
     for (int top = 0; top < rows; top += kRows) {

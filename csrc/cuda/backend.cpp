@@ -31,9 +31,9 @@ namespace device {
 
 namespace {
 
-constexpr int kLanes = 128;                        // of the widest tile: four vectors
-constexpr int64_t kScratch = int64_t(1) << 30;     // at most, for the blocks of a launch
-constexpr int64_t kChunk = FASTMAF_CUDA_CHUNK;     // bytes of a host array that travel together
+constexpr int kLanes = 128;                      // of the widest tile: four vectors
+constexpr int64_t kScratch = int64_t(1) << 30;   // at most, for the blocks of a launch
+constexpr int64_t kChunk = FASTMAF_CUDA_CHUNK;   // bytes of a host array that travel together
 constexpr uint64_t kKept = uint64_t(256) << 20;  // bytes that the pool keeps between calls; those of larger flows outlast an allocation
 
 std::string size_of(double bytes) {
@@ -464,7 +464,9 @@ struct Flow<T>::Parts {
             char* const behind = job.scratch + std::max(blocks, tensor_blocks) * flow.scratch;
             const T** const pointers = reinterpret_cast<const T**>(behind + room + folded);
             error = cudaMemsetAsync(behind + room, 0, size_t(folded), stream);  // panels also read the padding behind the biases
-            if (error == cudaSuccess) error = cuda::launch_fold<T>(flow, job, reinterpret_cast<T*>(behind), reinterpret_cast<T*>(behind + room), pointers, stream);
+            if (error == cudaSuccess)
+                error =
+                    cuda::launch_fold<T>(flow, job, reinterpret_cast<T*>(behind), reinterpret_cast<T*>(behind + room), pointers, stream);
             job.folded = pointers;
         }
         if (error == cudaSuccess) error = cuda::launch<T>(operation, flow, job, int(blocks), stream);
@@ -895,7 +897,8 @@ State state() {
         cudaDeviceProp properties{};
         if (cudaGetDeviceProperties(&properties, device) != cudaSuccess) continue;
         const std::string architecture = std::to_string(properties.major) + std::to_string(properties.minor);
-        state.gpus.push_back(std::string(properties.name) + " (sm_" + architecture + ", " + size_of(double(properties.totalGlobalMem)) + ")");
+        state.gpus.push_back(std::string(properties.name) + " (sm_" + architecture + ", " + size_of(double(properties.totalGlobalMem)) +
+                             ")");
     }
     if (state.gpus.empty()) state.reason = "no GPU can be used: none is visible (" + state.versions + ")";
     return state;

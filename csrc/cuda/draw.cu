@@ -14,7 +14,8 @@ namespace {
 
 template <int HIDDEN, int PARTS>
 __global__ void __launch_bounds__(32 * kWarps, 1)
-    draw_kernel(const __grid_constant__ FlowView<float> flow, const __grid_constant__ DrawView view, const __grid_constant__ Job<float> job) {
+    draw_kernel(const __grid_constant__ FlowView<float> flow, const __grid_constant__ DrawView view,
+                const __grid_constant__ Job<float> job) {
 #if __CUDA_ARCH__ >= 800
     extern __shared__ __align__(128) char shared[];
     const Team team;

@@ -19,9 +19,9 @@
 
 namespace fastmaf {
 
-constexpr int kDrawHidden = 3;        // most hidden maps of a stage
-constexpr int kDrawTiles = 8;         // of 8 units of a hidden map in a piece, at most
-constexpr int kDrawVariables = 16;    // in a piece, at most: one step of inputs
+constexpr int kDrawHidden = 3;                  // most hidden maps of a stage
+constexpr int kDrawTiles = 8;                   // of 8 units of a hidden map in a piece, at most
+constexpr int kDrawVariables = 16;              // in a piece, at most: one step of inputs
 constexpr int kDrawFinal = kDrawVariables / 4;  // tiles of the final rows
 constexpr int kDrawChunk = 8, kDrawChunks = 4;  // parts of tiles that travel together; chunks in the ring: two to read, two that come
 
@@ -32,10 +32,10 @@ struct DrawOperation {
 };
 
 struct DrawPiece {
-    int variable;                      // the first one
-    int column[kDrawHidden + 1];       // per map where its units begin; of the final one, its rows
-    int tiles[kDrawHidden + 1];        // per map how many it has here, an even number
-    int steps[kDrawHidden + 1];        // of 16 inputs that were alive before
+    int variable;                 // the first one
+    int column[kDrawHidden + 1];  // per map where its units begin; of the final one, its rows
+    int tiles[kDrawHidden + 1];   // per map how many it has here, an even number
+    int steps[kDrawHidden + 1];   // of 16 inputs that were alive before
     int first_operation, end_operation;
 };
 

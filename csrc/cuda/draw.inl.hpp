@@ -78,7 +78,7 @@ struct Drawing {
     int part_rows;             // rows between the parts of inputs
     int begin;                 // its first row
     Sums<1> hidden_sums[HIDDEN][kDrawTiles], final_sums[kDrawFinal];
-    Words marks[2] = {};       // per half of the rows: bit m is set once an input of map m was lost
+    Words marks[2] = {};  // per half of the rows: bit m is set once an input of map m was lost
     Vec<double> log_det[2] = {};
 
     FASTMAF_MEMBER Words row(int half) const { return row_of(begin, 2u * unsigned(half)); }
@@ -109,7 +109,8 @@ FASTMAF_INLINE void add_inputs(Sums<1>* sums, const Inputs<1, AP> (&a)[2], Suppl
     FASTMAF_UNROLL(4)
     for (int t = 0; t < N; ++t) supply.take(b[t]);
     Sums<1> own[2 * N] = {};
-    multiply_each<2 * N, AP, PARTS>(own, a, [](int i) { return i % 2; }, [&](int i, int part) { return b[i / 2][part] + i % 2 * 2; });
+    multiply_each<2 * N, AP, PARTS>(
+        own, a, [](int i) { return i % 2; }, [&](int i, int part) { return b[i / 2][part] + i % 2 * 2; });
     FASTMAF_UNROLL(4)
     for (int t = 0; t < N; ++t) {
         FASTMAF_UNROLL(4)
@@ -147,7 +148,8 @@ FASTMAF_INLINE void add_step(Sums<1>* sums, const Inputs<1, AP>& a, Supply<PARTS
     FASTMAF_UNROLL(2)
     for (int pair = 0; pair < N; ++pair) supply.take(b[pair]);
     Sums<1> own[2 * N] = {};
-    multiply_each<2 * N, AP, PARTS>(own, &a, [](int) { return 0; }, [&](int i, int part) { return b[i / 2][part] + i % 2 * 2; });
+    multiply_each<2 * N, AP, PARTS>(
+        own, &a, [](int) { return 0; }, [&](int i, int part) { return b[i / 2][part] + i % 2 * 2; });
     FASTMAF_UNROLL(4)
     for (int t = 0; t < 2 * N; ++t) {
         FASTMAF_UNROLL(4)
@@ -157,7 +159,8 @@ FASTMAF_INLINE void add_step(Sums<1>* sums, const Inputs<1, AP>& a, Supply<PARTS
 
 // What an operation has finished, added to the pairs of tiles that read it.
 template <int AP, int PARTS, int TILES, class Team>
-FASTMAF_INLINE void pass_on(Sums<1> (&sums)[TILES], const DrawOperation& operation, const Inputs<1, AP>& a, Supply<PARTS>& supply, const Team& team) {
+FASTMAF_INLINE void pass_on(Sums<1> (&sums)[TILES], const DrawOperation& operation, const Inputs<1, AP>& a, Supply<PARTS>& supply,
+                            const Team& team) {
     supply.need(operation.end_pair - operation.first_pair, team);
     FASTMAF_UNROLL(2)
     for (int pair = 0; pair < TILES / 2; pair += 2) {
@@ -182,7 +185,7 @@ FASTMAF_INLINE void mark(Words (&marks)[2], const Words (&lost)[2], int map) {
 // Variables [first, end) of a piece by the law, x from z; then what the first map has of them.
 template <int HIDDEN, int PARTS, class Team>
 FASTMAF_INLINE void finish_variables(Drawing<HIDDEN, PARTS>& drawing, const DrawPiece& piece, const DrawOperation& operation, int context,
-                                   const float* z, float* x, Supply<PARTS>& supply, const Team& team) {
+                                     const float* z, float* x, Supply<PARTS>& supply, const Team& team) {
     constexpr int lanes = lanes_of<float>();
     const StageView<float>& view = drawing.view;
     const DrawMap& map = drawing.stage.map[HIDDEN];
@@ -238,7 +241,8 @@ FASTMAF_INLINE void finish_variables(Drawing<HIDDEN, PARTS>& drawing, const Draw
                                 select_words(there, own, Words{}) + uint32_t(context + piece.variable);
             FASTMAF_UNROLL(2)
             for (int p = 0; p < 2; ++p)
-                put_half(drawing.inputs[0] + p * drawing.part_rows * drawing.stage.map[0].stride, place, a[p][0][r] >> uint32_t(16 * i), there);
+                put_half(drawing.inputs[0] + p * drawing.part_rows * drawing.stage.map[0].stride, place, a[p][0][r] >> uint32_t(16 * i),
+                         there);
         }
     }
     pass_on<2, PARTS>(drawing.hidden_sums[0], operation, a, supply, team);
@@ -246,8 +250,8 @@ FASTMAF_INLINE void finish_variables(Drawing<HIDDEN, PARTS>& drawing, const Draw
 
 // Units [first, end) of a hidden map in a piece: their activations; then what the next map has of them.
 template <int MAP, int HIDDEN, int PARTS, class Team>
-FASTMAF_INLINE void finish_units(Drawing<HIDDEN, PARTS>& drawing, const DrawPiece& piece, const DrawOperation& operation, Supply<PARTS>& supply,
-                               const Team& team) {
+FASTMAF_INLINE void finish_units(Drawing<HIDDEN, PARTS>& drawing, const DrawPiece& piece, const DrawOperation& operation,
+                                 Supply<PARTS>& supply, const Team& team) {
     const DrawMap &map = drawing.stage.map[MAP], &next = drawing.stage.map[MAP + 1];
     const Vec<float> none = splat<float>(__builtin_nanf(""));
     Words lost[2] = {};
@@ -300,10 +304,12 @@ FASTMAF_INLINE void finish_units(Drawing<HIDDEN, PARTS>& drawing, const DrawPiec
                 Words part[2];
                 part[0] = halves(v[0], v[1]);
                 if (PARTS == 2) part[1] = halves(v[0] - low_half(part[0]), v[1] - high_half(part[0]));
-                const Words place = fragments::c_row(lane_words(), 2u * unsigned(half)) * uint32_t(next.stride) + uint32_t(piece.column[MAP]) + unit;
+                const Words place =
+                    fragments::c_row(lane_words(), 2u * unsigned(half)) * uint32_t(next.stride) + uint32_t(piece.column[MAP]) + unit;
                 FASTMAF_UNROLL(2)
                 for (int p = 0; p < PARTS; ++p) {
-                    put_halves(drawing.inputs[MAP + 1] + p * drawing.part_rows * next.stride, place, part[p], unit < uint32_t(operation.end));
+                    put_halves(drawing.inputs[MAP + 1] + p * drawing.part_rows * next.stride, place, part[p],
+                               unit < uint32_t(operation.end));
                     a[p][0][2 * u + half] = part[p] & finished;
                 }
             }
@@ -320,18 +326,18 @@ template <int MAP, int HIDDEN, int PARTS, class Team>
 FASTMAF_INLINE void sum_maps(Drawing<HIDDEN, PARTS>& drawing, const DrawPiece& piece, Supply<PARTS>& supply, const Team& team) {
     const int stride = drawing.stage.map[MAP].stride;
     if constexpr (MAP < HIDDEN) {
-        sum_before<input_parts(MAP, PARTS), PARTS>(drawing.hidden_sums[MAP], piece.tiles[MAP], piece.steps[MAP], drawing.inputs[MAP], stride,
-                                                   drawing.part_rows * stride, supply, team);
+        sum_before<input_parts(MAP, PARTS), PARTS>(drawing.hidden_sums[MAP], piece.tiles[MAP], piece.steps[MAP], drawing.inputs[MAP],
+                                                   stride, drawing.part_rows * stride, supply, team);
         sum_maps<MAP + 1>(drawing, piece, supply, team);
     } else {
-        sum_before<PARTS, PARTS>(drawing.final_sums, piece.tiles[MAP], piece.steps[MAP], drawing.inputs[MAP], stride, drawing.part_rows * stride,
-                                 supply, team);
+        sum_before<PARTS, PARTS>(drawing.final_sums, piece.tiles[MAP], piece.steps[MAP], drawing.inputs[MAP], stride,
+                                 drawing.part_rows * stride, supply, team);
     }
 }
 
 template <int MAP, int HIDDEN, int PARTS, class Team>
-FASTMAF_INLINE void finish_map(Drawing<HIDDEN, PARTS>& drawing, const DrawPiece& piece, const DrawOperation& operation, Supply<PARTS>& supply,
-                              const Team& team) {
+FASTMAF_INLINE void finish_map(Drawing<HIDDEN, PARTS>& drawing, const DrawPiece& piece, const DrawOperation& operation,
+                               Supply<PARTS>& supply, const Team& team) {
     if (operation.map == MAP) return finish_units<MAP>(drawing, piece, operation, supply, team);
     if constexpr (MAP + 1 < HIDDEN) finish_map<MAP + 1>(drawing, piece, operation, supply, team);
 }
@@ -358,7 +364,8 @@ FASTMAF_FN void draw_stage(const FlowView<float>& flow, const DrawView& draws, i
     if (team.rank >= draws.groups) return supply.pass(stage.tiles, team);
     Drawing<HIDDEN, PARTS> drawing{flow.stages[k], stage, {}, draws.rows, 16 * team.rank, {}, {}};
     FASTMAF_UNROLL(4)
-    for (int m = 0; m <= HIDDEN; ++m) drawing.inputs[m] = reinterpret_cast<Half*>(shared + draws.inputs[m]) + drawing.begin * stage.map[m].stride;
+    for (int m = 0; m <= HIDDEN; ++m)
+        drawing.inputs[m] = reinterpret_cast<Half*>(shared + draws.inputs[m]) + drawing.begin * stage.map[m].stride;
     FASTMAF_UNROLL(2)
     for (int half = 0; half < 2 && flow.context; ++half)
         drawing.marks[half] = select_words(take(lost, drawing.row(half)) < uint32_t(kNowhere), Words{} + 1u, Words{});

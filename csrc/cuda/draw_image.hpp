@@ -36,10 +36,10 @@ public:
 
     std::vector<DrawPiece> all;
     std::vector<DrawOperation> operations;
-    std::vector<std::vector<int>> unit_of;    // per hidden map and column, the unit in the order of the degrees, or -1
-    std::vector<int> row_of;                  // of each final column, the final row, or -1
-    std::vector<std::vector<int>> alive;      // per piece and map, the inputs that were alive before
-    std::vector<std::vector<int>> counts;     // per piece and map, its units or final rows
+    std::vector<std::vector<int>> unit_of;  // per hidden map and column, the unit in the order of the degrees, or -1
+    std::vector<int> row_of;                // of each final column, the final row, or -1
+    std::vector<std::vector<int>> alive;    // per piece and map, the inputs that were alive before
+    std::vector<std::vector<int>> counts;   // per piece and map, its units or final rows
     int hidden() const { return hidden_; }
     int columns(int map) const { return columns_[size_t(map)]; }
     // Columns of the inputs of a map.
@@ -156,9 +156,7 @@ struct DrawnStages {
         }
     }
     // Halves from one row to the next. Sums read whole steps of 32 inputs: behind the last one weights are zero, and no other warp writes there.
-    static int stride_of_inputs(const Pieces& pieces, int map) {
-        return (pieces.inputs(map) + 31) / 32 * 32 + 8;
-    }
+    static int stride_of_inputs(const Pieces& pieces, int map) { return (pieces.inputs(map) + 31) / 32 * 32 + 8; }
 
     // Where a view has what in shared memory, for groups of 16 rows.
     DrawView view(int parts, int groups) const {
@@ -267,8 +265,8 @@ inline DrawView lay_out_draws(Image& image, const Weights<float>& weights, int p
             affine.resize(affine.size() + 4 * kTileUnits, 0.0f);  // operations read whole pairs of tiles
             maps.push_back({DrawnStages::stride_of_inputs(pieces, m), image.put(affine)});
         }
-        stages[k] = {view.hidden + 1, int(pieces.all.size()), int(sources.tiles() - before), image.put(maps), image.put(pieces.all),
-                     image.put(pieces.operations)};
+        stages[k] = {view.hidden + 1, int(pieces.all.size()), int(sources.tiles() - before),
+                     image.put(maps), image.put(pieces.all),  image.put(pieces.operations)};
     }
     std::vector<uint16_t> tape = sources.tape(halves, parts);
     constexpr size_t chunk = kDrawChunk * kTileBytes / sizeof(uint16_t);

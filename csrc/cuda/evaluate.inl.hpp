@@ -183,8 +183,7 @@ FASTMAF_FN void density_stage(const FlowView<T>& flow, int k, int vectors, const
     T *const x = tile.x[k % 2], *const next = tile.x[(k + 1) % 2] + stage.context * lanes;
     T* const read = inputs_of<T>(stage, x, tile, true, vectors, team);
     run_steps<T>(
-        stage, vectors, team,
-        [&](const Step& step) { panel_step<T>(stage, step, read, tile.units, tile.raw, 0, vectors, folded); },
+        stage, vectors, team, [&](const Step& step) { panel_step<T>(stage, step, read, tile.units, tile.raw, 0, vectors, folded); },
         [&](const Step& step, int j) {
             density_law<T>(stage, step, tile.units, j * W, x + stage.context * lanes + j * W, next + j * W, 1, tile.log_det + j * W);
         });
@@ -198,8 +197,7 @@ FASTMAF_FN void sampler_stage(const FlowView<T>& flow, int k, int vectors, const
     T *const x = tile.x[k % 2], *const z = tile.x[(k + 1) % 2] + stage.context * lanes;
     T* const read = inputs_of<T>(stage, x, tile, false, vectors, team);
     run_steps<T>(
-        stage, vectors, team,
-        [&](const Step& step) { panel_step<T>(stage, step, read, tile.units, tile.raw, 0, vectors, folded); },
+        stage, vectors, team, [&](const Step& step) { panel_step<T>(stage, step, read, tile.units, tile.raw, 0, vectors, folded); },
         [&](const Step& step, int j) {
             sampler_law<T>(stage, step, tile.units, j * W, z + j * W, tile.uniform ? tile.uniform + j * W : nullptr,
                            x + stage.context * lanes + j * W, 1, tile.density, tile.log_det + j * W);
@@ -221,7 +219,8 @@ FASTMAF_FN void write_probabilities(const FlowView<T>& flow, const Job<T>& job, 
             const Index row = counted(uint64_t(begin + j * W), uint64_t(job.rows - 1)) * uint64_t(job.width);
             const Vec<T> all = log_total<T>(p);
             for (int c = 0; c < job.most; ++c)
-                scatter<T>(job.out, row + uint64_t(v * job.most + c), c < p.count ? probability<T>(p, all, c) : Vec<T>{}, job.rows - begin - j * W);
+                scatter<T>(job.out, row + uint64_t(v * job.most + c), c < p.count ? probability<T>(p, all, c) : Vec<T>{},
+                           job.rows - begin - j * W);
         }
 }
 
@@ -318,7 +317,8 @@ FASTMAF_FN void write_results(const FlowView<T>& flow, const Job<T>& job, int64_
         for (int d = 0; d < flow.features; ++d) {
             if (!team.mine(d * job.vectors + j)) continue;
             const D own = widen(at(z + flow.noise[d] * lanes + j * W)), none = splat<double>(__builtin_nan(""));
-            write_result<T>(job, job.out, row * uint64_t(flow.features) + uint64_t(d), narrow<T>(at(log_det) == -__builtin_inf() ? none : own), left);
+            write_result<T>(job, job.out, row * uint64_t(flow.features) + uint64_t(d),
+                            narrow<T>(at(log_det) == -__builtin_inf() ? none : own), left);
         }
     }
 }
@@ -366,7 +366,8 @@ FASTMAF_INLINE void write_sample(const Job<T>& job, U* out, Index place, D value
 
 // Behind them, of the rows [begin, end): columns in the user's numbers.
 template <Arithmetic KIND, class T, class Team>
-FASTMAF_FN void write_samples(const FlowView<T>& flow, const Job<T>& job, int64_t begin, int64_t end, const Tile<T>& tile, const Team& team) {
+FASTMAF_FN void write_samples(const FlowView<T>& flow, const Job<T>& job, int64_t begin, int64_t end, const Tile<T>& tile,
+                              const Team& team) {
     constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
     for (int j = 0; j < job.vectors; ++j) {
         const int64_t first = begin + j * W, left = (end < job.rows ? end : job.rows) - first;

@@ -12,9 +12,9 @@ constexpr int kGroup = 512;
 
 template <class T>
 struct GradientView {
-    FlowView<T> flow;               // of the density; its own scratch is not used
+    FlowView<T> flow;  // of the density; its own scratch is not used
     const StageView<T>* backward;
-    const T* zeros;                 // eight of them
+    const T* zeros;  // eight of them
     // Scratch of a tile, in bytes.
     int64_t scratch, traces, pointers, log_det, density, again, cotangent, dx[2];
     const int64_t *x, *read, *scaled;  // [stages + 1]; negative where there is none
@@ -25,10 +25,10 @@ struct GradientView {
 
 template <class T>
 struct GradientJob {
-    Job<T> rows;  // `log_prob` takes the values
-    Source cotangent;  // ones without data
+    Job<T> rows;                             // `log_prob` takes the values
+    Source cotangent;                        // ones without data
     T *d_x = nullptr, *d_context = nullptr;  // by row, or null
-    bool keeps = false;  // scratch is per tile instead of per block
+    bool keeps = false;                      // scratch is per tile instead of per block
 };
 
 // Eight rows at most of a map: entries [0, limit) of row i go to number offset[i] of a vector laid out like the master.
@@ -37,15 +37,15 @@ struct WeightTask {
     int from, inputs;  // what the map reads, see Step, and how much of it
     const int* limit;  // [rows]
     const int64_t* offset;
-    int64_t bias;      // where its biases lie there, or -1
+    int64_t bias;  // where its biases lie there, or -1
 };
 
 template <class T>
 struct WeightsView {
     const WeightTask* tasks;  // behind them is one without rows: the sum of the cotangents, behind the master
     int task_count;
-    int64_t size;             // of the master
-    const uint32_t* index;    // [size] see Plan
+    int64_t size;           // of the master
+    const uint32_t* index;  // [size] see Plan
     // The weights whose logarithms log|det| has a sum of.
     const int64_t* diagonal;
     const T* diagonal_weights;

@@ -267,30 +267,28 @@ FASTMAF_FN void sum_task(const GradientView<T>& view, const WeightTask& task, co
     for (int first = 0; first < task.limit[task.rows - 1]; first += K) {
         if (!team.mine(turn++)) continue;
         Vec<T> acc[R][K];
-FASTMAF_UNROLL(8)
-        for (int i = 0; i < R; ++i)
-FASTMAF_UNROLL(4)
-            for (int k = 0; k < K; ++k) acc[i][k] = Vec<T>{};
+        FASTMAF_UNROLL(8)
+        for (int i = 0; i < R; ++i) FASTMAF_UNROLL(4)
+        for (int k = 0; k < K; ++k) acc[i][k] = Vec<T>{};
         for (int t = 0; t < count; ++t)
             for (int j = 0; j < vectors; ++j) {
                 const T *const d = at_byte(t, delta) + j * W, *const x = at_byte(t, from) + j * W;
                 Vec<T> in[K];
-FASTMAF_UNROLL(4)
+                FASTMAF_UNROLL(4)
                 for (int k = 0; k < K; ++k) in[k] = at(x + (first + k < task.inputs ? first + k : first) * lanes);
-FASTMAF_UNROLL(8)
+                FASTMAF_UNROLL(8)
                 for (int i = 0; i < R; ++i) {
                     const Vec<T> own = at(d + (i < task.rows ? i : 0) * lanes);
-FASTMAF_UNROLL(4)
+                    FASTMAF_UNROLL(4)
                     for (int k = 0; k < K; ++k) acc[i][k] = fma(own, in[k], acc[i][k]);
                 }
             }
-FASTMAF_UNROLL(8)
-        for (int i = 0; i < R; ++i)
-FASTMAF_UNROLL(4)
-            for (int k = 0; k < K; ++k) {
-                const T sum = lane_sum<T>(acc[i][k]);
-                if (i < task.rows && first + k < task.limit[i]) store_one(out + task.offset[i] + first + k, sum);
-            }
+        FASTMAF_UNROLL(8)
+        for (int i = 0; i < R; ++i) FASTMAF_UNROLL(4)
+        for (int k = 0; k < K; ++k) {
+            const T sum = lane_sum<T>(acc[i][k]);
+            if (i < task.rows && first + k < task.limit[i]) store_one(out + task.offset[i] + first + k, sum);
+        }
     }
     for (int i = 0; task.bias >= 0 && i < task.rows; ++i) {
         if (!team.mine(turn++)) continue;

@@ -104,8 +104,8 @@ FASTMAF_INLINE void load_a(Words (&a)[4], const Half* p, int stride) {
 // c += a b.
 FASTMAF_INLINE void multiply_add(Vec<float> (&c)[4], const Words (&a)[4], Words b0, Words b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 // The sum over the four lanes of a quad, in each of them.
 FASTMAF_INLINE Vec<double> quad_sum(Vec<double> v) {

@@ -15,7 +15,8 @@ namespace {
 
 template <int MT, int PARTS>
 __global__ void __launch_bounds__(32 * kWarps, 1)
-    tensor_kernel(const __grid_constant__ FlowView<float> flow, const __grid_constant__ TensorView view, const __grid_constant__ Job<float> job) {
+    tensor_kernel(const __grid_constant__ FlowView<float> flow, const __grid_constant__ TensorView view,
+                  const __grid_constant__ Job<float> job) {
 #if __CUDA_ARCH__ >= 800
     extern __shared__ __align__(128) char shared[];
     const Team team;

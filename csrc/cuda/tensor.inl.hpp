@@ -98,7 +98,8 @@ FASTMAF_INLINE void multiply(Sums<MT>& sums, const Inputs<MT, AP>& a, const Word
 
 // A strip for 16 MT rows, whose inputs begin at `in` and those of the low part `part` halves behind.
 template <int MT, int AP, int BP>
-FASTMAF_INLINE void multiply_strip(Sums<MT> (&sums)[kStripTiles], const Strip& strip, const Half* in, int stride, int part, Feed<BP>& feed) {
+FASTMAF_INLINE void multiply_strip(Sums<MT> (&sums)[kStripTiles], const Strip& strip, const Half* in, int stride, int part,
+                                   Feed<BP>& feed) {
     const int all = strip.tiles == kStripTiles ? strip.end[0] : 0;
     int last = 0;
     FASTMAF_UNROLL(4)
@@ -155,8 +156,8 @@ FASTMAF_INLINE Words row_of(int begin, unsigned r) { return fragments::c_row(lan
 
 // Activations of hidden units as halves, `rows` from `begin` on: the sums of units from strip.row on.
 template <int MT, int PARTS>
-FASTMAF_INLINE void write_units(Sums<MT> (&sums)[kStripTiles], const Strip& strip, const TensorMap& map, Activation activation, int begin, Half* out,
-                                int stride, int part, int* lost) {
+FASTMAF_INLINE void write_units(Sums<MT> (&sums)[kStripTiles], const Strip& strip, const TensorMap& map, Activation activation, int begin,
+                                Half* out, int stride, int part, int* lost) {
     with_activation<float>(activation, [&](auto activated) {
         each_tile<MT>(sums, strip.tiles, [&](int t) {
             const Words unit = fragments::c_column(lane_words(), 0) + uint32_t(strip.row + kTileUnits * t);
@@ -183,8 +184,8 @@ FASTMAF_INLINE void write_units(Sums<MT> (&sums)[kStripTiles], const Strip& stri
 
 // The law, on the sums of the final rows from strip.row on: row 2s is the shift of the s-th variable, the next one its raw log-scale.
 template <int MT>
-FASTMAF_INLINE void write_variables(Sums<MT> (&sums)[kStripTiles], const Strip& strip, const TensorMap& map, const StageView<float>& stage, int begin,
-                                    const int* lost, const float* x, float* next, double* log_det) {
+FASTMAF_INLINE void write_variables(Sums<MT> (&sums)[kStripTiles], const Strip& strip, const TensorMap& map, const StageView<float>& stage,
+                                    int begin, const int* lost, const float* x, float* next, double* log_det) {
     constexpr int lanes = lanes_of<float>();
     const Vec<float> none = splat<float>(__builtin_nanf(""));
     Vec<double> totals[2 * MT] = {};
@@ -227,7 +228,8 @@ FASTMAF_INLINE void write_variables(Sums<MT> (&sums)[kStripTiles], const Strip& 
 
 // The inputs of a stage as halves.
 template <class Team>
-FASTMAF_FN void write_inputs(const StageView<float>& stage, const TensorMap& map, const float* x, int rows, int vectors, Half* out, int* lost, const Team& team) {
+FASTMAF_FN void write_inputs(const StageView<float>& stage, const TensorMap& map, const float* x, int rows, int vectors, Half* out,
+                             int* lost, const Team& team) {
     constexpr int W = Lanes<float>::W, lanes = lanes_of<float>();
     for (int k = 0; k < (map.inputs + 15) / 16 * 16; k += 8)
         for (int j = 0; j < vectors; ++j) {
@@ -313,8 +315,7 @@ FASTMAF_INLINE void tensor_stage(const FlowView<float>& flow, const TensorView& 
     write_inputs(view, stage.map[0], x, rows, vectors, halves.units[0], halves.lost, team);
     for (int m = 0; m < stage.maps; ++m) {
         team.sync();
-        if (m + 1 < stage.maps)
-            pass_losses(stage.map[m], rows, vectors, halves.lost + m * rows, halves.lost + (m + 1) * rows, team);
+        if (m + 1 < stage.maps) pass_losses(stage.map[m], rows, vectors, halves.lost + m * rows, halves.lost + (m + 1) * rows, team);
         if (PARTS == 1 && stage.map[m].parts == 2)
             run_map<MT, 2, PARTS>(tensor, stage, m, halves, view, x + flow.context * lanes, next, feed, team);
         else

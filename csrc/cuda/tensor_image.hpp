@@ -79,8 +79,7 @@ private:
 inline int stride_of(int inputs) { return (inputs + 15) / 16 * 16 + 8; }
 
 // Where a view of this shape has what in shared memory; and the parts of the inputs of each map.
-inline TensorView room_of(const Plan& plan, const std::vector<char>& fits, const TensorShape& shape,
-                          std::vector<std::vector<int>>& parts) {
+inline TensorView room_of(const Plan& plan, const std::vector<char>& fits, const TensorShape& shape, std::vector<std::vector<int>>& parts) {
     TensorView view;
     view.shape = shape;
     int64_t units[2] = {}, maps = 0;

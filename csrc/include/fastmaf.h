@@ -83,20 +83,27 @@ FASTMAF_API void fastmaf_model_free(fastmaf_model *model);
 
 FASTMAF_API int64_t fastmaf_model_features(const fastmaf_model *model);
 FASTMAF_API int64_t fastmaf_model_context_features(const fastmaf_model *model);
-FASTMAF_API int64_t fastmaf_model_layers(const fastmaf_model *model);        /* networks, linear maps and norms between data and noise, base included */
-FASTMAF_API int64_t fastmaf_model_members(const fastmaf_model *model);       /* of an ensemble of masks; 0 for a flow. Ensembles have densities, gradients and samples */
-FASTMAF_API int64_t fastmaf_model_parameters(const fastmaf_model *model);    /* members share theirs */
-FASTMAF_API int64_t fastmaf_model_most_values(const fastmaf_model *model);   /* of a discrete variable: 1 for 0/1; 0 where variables are continuous */
-FASTMAF_API fastmaf_dtype fastmaf_model_dtype(const fastmaf_model *model);   /* that the model computes in */
-FASTMAF_API const char *fastmaf_model_name(const fastmaf_model *model, int64_t feature); /* of a column, or NULL; lives as long as the model */
-FASTMAF_API size_t fastmaf_model_memory(const fastmaf_model *model);         /* bytes of the host that weights take now; each kind of call adds a copy of its own once */
+/* Networks, linear maps and norms between data and noise, base included. */
+FASTMAF_API int64_t fastmaf_model_layers(const fastmaf_model *model);
+/* Of an ensemble of masks; 0 for a flow. Ensembles have densities, gradients and samples. */
+FASTMAF_API int64_t fastmaf_model_members(const fastmaf_model *model);
+/* Members share theirs. */
+FASTMAF_API int64_t fastmaf_model_parameters(const fastmaf_model *model);
+/* Of a discrete variable: 1 for 0/1; 0 where variables are continuous. */
+FASTMAF_API int64_t fastmaf_model_most_values(const fastmaf_model *model);
+/* That the model computes in. */
+FASTMAF_API fastmaf_dtype fastmaf_model_dtype(const fastmaf_model *model);
+/* Of a column, or NULL; lives as long as the model. */
+FASTMAF_API const char *fastmaf_model_name(const fastmaf_model *model, int64_t feature);
+/* Bytes of the host that weights take now; each kind of call adds a copy of its own once. */
+FASTMAF_API size_t fastmaf_model_memory(const fastmaf_model *model);
 
 /* Evaluators. `threads`: at most so many compute together, the caller being one; they belong to one pool per process. 1 for ranks of MPI and
  * for threads that evaluate side by side. */
 
-FASTMAF_API fastmaf_status fastmaf_evaluator_create(const fastmaf_model *model, int32_t threads, fastmaf_evaluator **evaluator, char *message,
-                                                    size_t size);
-FASTMAF_API void fastmaf_evaluator_free(fastmaf_evaluator *evaluator); /* NULL is nothing */
+FASTMAF_API fastmaf_status fastmaf_evaluator_create(const fastmaf_model *model, int32_t threads, fastmaf_evaluator **evaluator,
+                                                    char *message, size_t size);
+FASTMAF_API void fastmaf_evaluator_free(fastmaf_evaluator *evaluator);       /* NULL is nothing */
 FASTMAF_API const char *fastmaf_message(const fastmaf_evaluator *evaluator); /* of its last error; valid until its next call */
 
 /* Evaluators on a GPU, in a library that was built with CUDA; in others FASTMAF_UNSUPPORTED, and no devices. `device` counts as
@@ -123,15 +130,15 @@ FASTMAF_API fastmaf_status fastmaf_log_prob(fastmaf_evaluator *evaluator, int64_
 /* And their gradients: d_x [features]; d_context [context features], one row for each row of x, or, where the context has row_stride 0, for
  * each group: the sum over its rows. Each output but the first may be NULL. */
 FASTMAF_API fastmaf_status fastmaf_log_prob_and_grad(fastmaf_evaluator *evaluator, int64_t groups, int64_t rows, const fastmaf_array *x,
-                                                     const fastmaf_array *context, const fastmaf_output *log_prob, const fastmaf_output *d_x,
-                                                     const fastmaf_output *d_context);
+                                                     const fastmaf_array *context, const fastmaf_output *log_prob,
+                                                     const fastmaf_output *d_x, const fastmaf_output *d_context);
 
 /* Samples: `rows` for each of `groups` contexts, of which `context` has a row each, group_stride apart:
  * fastmaf_rows(data, dtype, 1, context_features); its row_stride is not read. Sample j of context i is a
  * function of seed, offset + j and context_offset + i alone, so parts of one long stream may be drawn anywhere, in any order.
  * samples [features]; log_prob [1], may be NULL. */
-FASTMAF_API fastmaf_status fastmaf_sample(fastmaf_evaluator *evaluator, int64_t groups, int64_t rows, const fastmaf_array *context, uint64_t seed,
-                                          uint64_t offset, uint32_t context_offset, const fastmaf_output *samples,
+FASTMAF_API fastmaf_status fastmaf_sample(fastmaf_evaluator *evaluator, int64_t groups, int64_t rows, const fastmaf_array *context,
+                                          uint64_t seed, uint64_t offset, uint32_t context_offset, const fastmaf_output *samples,
                                           const fastmaf_output *log_prob);
 
 /* Between data and noise, of continuous variables; in front of a mixture base. [features] both. */

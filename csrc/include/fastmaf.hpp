@@ -94,7 +94,8 @@ struct IsView<View<T>> : std::true_type {};
 template <class A, class = void>
 struct IsMdspan : std::false_type {};
 template <class A>
-struct IsMdspan<A, std::void_t<decltype(std::declval<A&>().extent(0)), decltype(std::declval<A&>().stride(0)), decltype(std::declval<A&>().rank())>>
+struct IsMdspan<
+    A, std::void_t<decltype(std::declval<A&>().extent(0)), decltype(std::declval<A&>().stride(0)), decltype(std::declval<A&>().rank())>>
     : std::true_type {};
 
 template <class A, class = void>
@@ -105,8 +106,9 @@ struct HasHandle<A, std::void_t<decltype(std::declval<A&>().data_handle())>> : s
 template <class A, class = void>
 struct IsMatrix : std::false_type {};
 template <class A>
-struct IsMatrix<A, std::void_t<decltype(std::declval<A&>().data()), decltype(std::declval<A&>().rows()), decltype(std::declval<A&>().cols()),
-                               decltype(std::declval<A&>().rowStride()), decltype(std::declval<A&>().colStride())>> : std::true_type {};
+struct IsMatrix<A,
+                std::void_t<decltype(std::declval<A&>().data()), decltype(std::declval<A&>().rows()), decltype(std::declval<A&>().cols()),
+                            decltype(std::declval<A&>().rowStride()), decltype(std::declval<A&>().colStride())>> : std::true_type {};
 
 template <class A, class = void>
 struct IsVector : std::false_type {};
@@ -202,7 +204,8 @@ template <class A>
 auto for_each_of(A& contexts) {
     const auto result = view(contexts);
     if (result.rank != 2) throw Error(FASTMAF_INVALID_ARGUMENT, "for_each_of takes contexts (c, C), a matrix");
-    return std::remove_const_t<decltype(result)>{result.data, 3, {result.extent[0], 1, result.extent[1]}, {result.stride[0], 0, result.stride[1]}};
+    return std::remove_const_t<decltype(result)>{
+        result.data, 3, {result.extent[0], 1, result.extent[1]}, {result.stride[0], 0, result.stride[1]}};
 }
 
 namespace detail {
@@ -368,8 +371,9 @@ inline Call call(const char* name, const Any& x, const Any& context, std::int64_
             }
         }
     }
-    misfit("context", context, "it fits neither all rows, nor groups, nor each row of " + std::string(name) + " " + x.shape() + ", for " +
-                                   std::to_string(C) + " context features");
+    misfit("context", context,
+           "it fits neither all rows, nor groups, nor each row of " + std::string(name) + " " + x.shape() + ", for " + std::to_string(C) +
+               " context features");
 }
 
 // What is drawn: rows for each of the contexts (c, C), or without one.
@@ -410,7 +414,8 @@ public:
     /// Also from a container of bytes: a std::string, std::vector<char>, std::span<const std::byte> ...
     static Model from_memory(const void* bytes, std::size_t count) {
         Model model;
-        model.open([=](fastmaf_model** out, char* text, std::size_t size) { return fastmaf_model_from_memory(bytes, count, out, text, size); });
+        model.open(
+            [=](fastmaf_model** out, char* text, std::size_t size) { return fastmaf_model_from_memory(bytes, count, out, text, size); });
         return model;
     }
     template <class Bytes>
@@ -527,7 +532,8 @@ public:
         char text[512] = "";
         fastmaf_evaluator* evaluator = nullptr;
         const auto precision = static_cast<std::int32_t>(device.precision);
-        const fastmaf_status status = fastmaf_evaluator_create_on_device(model.handle(), device.number, precision, &evaluator, text, sizeof text);
+        const fastmaf_status status =
+            fastmaf_evaluator_create_on_device(model.handle(), device.number, precision, &evaluator, text, sizeof text);
         if (status != FASTMAF_OK) throw Error(status, text);
         handle_.reset(evaluator);
     }
@@ -573,8 +579,8 @@ public:
         if constexpr (with_dx) dx = detail::output("d_x", detail::target(d_x), call.total(), features_);
         if constexpr (with_dc) dc = detail::output("d_context", detail::target(d_context), call.contexts(), context_features_);
         if (call.total())
-            check(fastmaf_log_prob_and_grad(handle(), call.groups, call.rows, &call.x, call.context_or_null(), &value, with_dx ? &dx : nullptr,
-                                            with_dc ? &dc : nullptr));
+            check(fastmaf_log_prob_and_grad(handle(), call.groups, call.rows, &call.x, call.context_or_null(), &value,
+                                            with_dx ? &dx : nullptr, with_dc ? &dc : nullptr));
     }
 
     /// The same as vectors.
@@ -604,7 +610,8 @@ public:
     /// n samples for each of the contexts (c, C), or without one, as a vector of rows; those of the first context first.
     /// The type of numbers is yours: `flow.sample<float>(1000, seed)`.
     template <class T = double, class C = None>
-    std::vector<T> sample(std::int64_t n, std::uint64_t seed, const C& context = {}, std::uint64_t offset = 0, std::uint32_t context_offset = 0) {
+    std::vector<T> sample(std::int64_t n, std::uint64_t seed, const C& context = {}, std::uint64_t offset = 0,
+                          std::uint32_t context_offset = 0) {
         std::vector<T> result(count(draws_of(n, context) * features_));
         sample(result, seed, context, offset, context_offset);
         return result;

@@ -40,8 +40,7 @@ FASTMAF_INLINE void with_derivative(Activation activation, F use) {
         case Activation::relu: return use([](V h) { return h > 0 ? splat<T>(1) : V{}; });
         case Activation::tanh: return use([](V h) { return fma(-h, h, splat<T>(1)); });
         case Activation::elu: return use([](V h) { return h > 0 ? splat<T>(1) : h + 1; });
-        case Activation::gelu:
-            return use([](V x) { return fma(x, T(0.39894228040143268) * exp<T>(T(-0.5) * x * x), normal_cdf<T>(x)); });
+        case Activation::gelu: return use([](V x) { return fma(x, T(0.39894228040143268) * exp<T>(T(-0.5) * x * x), normal_cdf<T>(x)); });
         case Activation::silu:
             return use([](V x) {
                 const V s = sigmoid<T>(x);

@@ -156,7 +156,8 @@ FASTMAF_FN Vec<T> conditional_gradient(const Conditional<T>& p, Vec<T> x, Vec<T>
         const Vec<T> pull = share == 0 ? share : share * z * inverse;
         at(delta + c * lanes) = g == 0 ? g : share - g * prior(p.row(c));
         at(delta + (n + c) * lanes) = pull;
-        at(delta + (2 * n + c) * lanes) = share == 0 ? share : share * fma(z, z, splat<T>(-1)) * log_scale_slope<T>(p.stage, p.row(2 * n + c));
+        at(delta + (2 * n + c) * lanes) =
+            share == 0 ? share : share * fma(z, z, splat<T>(-1)) * log_scale_slope<T>(p.stage, p.row(2 * n + c));
         dx -= pull;
     }
     return dx;

@@ -94,7 +94,7 @@ FASTMAF_FN void linear_law(const StageView<T>& stage, int part, T* const* units,
 // x and next: the variables of this tile and of the next one; `shift`: where the sub-tile lies.
 template <class T>
 FASTMAF_FN void density_law(const StageView<T>& stage, const Step& step, T* const* units, int64_t shift, const T* x, T* next, int vectors,
-                        double* log_det) {
+                            double* log_det) {
     T* const last = units[stage.maps - 1] + shift;
     switch (stage.output) {
         case Output::transform: return transform_law<T>(stage, last, x, next, vectors, log_det);
@@ -109,8 +109,8 @@ FASTMAF_FN void density_law(const StageView<T>& stage, const Step& step, T* cons
 
 // One panel step of a sub-tile that lies `shift` behind the first one.
 template <class T>
-FASTMAF_INLINE void panel_step(const StageView<T>& stage, const Step& step, T* tile, T* const* units, T* const* raw, int64_t shift, int vectors,
-                               const T* folded) {
+FASTMAF_INLINE void panel_step(const StageView<T>& stage, const Step& step, T* tile, T* const* units, T* const* raw, int64_t shift,
+                               int vectors, const T* folded) {
     const T* const in = buffer<T>(stage, step.in, tile, units) + shift;
     T* const out = buffer<T>(stage, step.out, tile, units) + shift;
     if (stage.plain) return run_panel<T>(stage, step, in, out, nullptr, vectors, folded);

@@ -21,12 +21,12 @@ FASTMAF_INLINE void accumulate(Vec<T> (&acc)[R][NV], const T* w, const T* a, int
         if constexpr (AHEAD) __builtin_prefetch(w + 4096 / sizeof(T));
         const Weights<T, R, IS> weights(w);
         Vec<T> in[NV];
-FASTMAF_UNROLL(4)
+        FASTMAF_UNROLL(4)
         for (int j = 0; j < NV; ++j) in[j] = at(a + j * W);
-FASTMAF_UNROLL(8)
+        FASTMAF_UNROLL(8)
         for (int i = 0; i < R; ++i) {
             const Vec<T> weight = splat<T>(weights[i]);
-FASTMAF_UNROLL(4)
+            FASTMAF_UNROLL(4)
             for (int j = 0; j < NV; ++j) acc[i][j] = fma(weight, in[j], acc[i][j]);
         }
         w += KS;
@@ -39,28 +39,25 @@ template <class T, int R, int WIDTH, int NV, bool AHEAD>
 FASTMAF_FN void strip(const T* w, const T* in, int n, int rows, const T* bias, bool rectify, T* out) {
     constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
     Vec<T> acc[R][NV];
-FASTMAF_UNROLL(8)
-    for (int i = 0; i < R; ++i)
-FASTMAF_UNROLL(4)
-        for (int j = 0; j < NV; ++j) acc[i][j] = bias ? splat<T>(bias[i]) : i < rows ? at(out + i * lanes + j * W) : Vec<T>{};
+    FASTMAF_UNROLL(8)
+    for (int i = 0; i < R; ++i) FASTMAF_UNROLL(4)
+    for (int j = 0; j < NV; ++j) acc[i][j] = bias ? splat<T>(bias[i]) : i < rows ? at(out + i * lanes + j * W) : Vec<T>{};
     accumulate<T, R, NV, WIDTH, 1, AHEAD>(acc, w, in, lanes, n);
     if (rectify) {
-FASTMAF_UNROLL(8)
-        for (int i = 0; i < R; ++i)
-FASTMAF_UNROLL(4)
-            for (int j = 0; j < NV; ++j) acc[i][j] = relu(acc[i][j]);
+        FASTMAF_UNROLL(8)
+        for (int i = 0; i < R; ++i) FASTMAF_UNROLL(4)
+        for (int j = 0; j < NV; ++j) acc[i][j] = relu(acc[i][j]);
     }
-FASTMAF_UNROLL(8)
+    FASTMAF_UNROLL(8)
     for (int i = 0; i < R; ++i)
-        if (i < rows)
-FASTMAF_UNROLL(4)
-            for (int j = 0; j < NV; ++j) at(out + i * lanes + j * W) = acc[i][j];
+        if (i < rows) FASTMAF_UNROLL(4)
+    for (int j = 0; j < NV; ++j) at(out + i * lanes + j * W) = acc[i][j];
 }
 
 template <class T, int WIDTH, int NV, bool AHEAD>
 FASTMAF_FN void strips(const T* w, const T* in, int n, int rows, const T* bias, bool rectify, T* out) {
     constexpr int R = WIDTH < kRows ? WIDTH : kRows;
-FASTMAF_UNROLL(2)
+    FASTMAF_UNROLL(2)
     for (int i = 0; i < WIDTH; i += R)
         if (i < rows) strip<T, R, WIDTH, NV, AHEAD>(w + i, in, n, rows - i, bias ? bias + i : nullptr, rectify, out + i * lanes_of<T>());
 }
@@ -75,7 +72,8 @@ FASTMAF_FN void panel(int width, bool ahead, const T* w, const T* in, int n, int
 }
 
 template <class T>
-FASTMAF_INLINE void panel(int vectors, int width, bool ahead, const T* w, const T* in, int n, int rows, const T* bias, bool rectify, T* out) {
+FASTMAF_INLINE void panel(int vectors, int width, bool ahead, const T* w, const T* in, int n, int rows, const T* bias, bool rectify,
+                          T* out) {
     if constexpr (kVectors == 4)
         if (vectors > 2) return panel<T, 4>(width, ahead, w, in, n, rows, bias, rectify, out);
     if constexpr (kVectors == 3)
@@ -91,7 +89,9 @@ FASTMAF_INLINE P* buffer(const StageView<T>& stage, int wire, P* tile, P* const*
 }
 
 // Whether a step begins with the context, so that a context that all rows share can be added to its bias.
-FASTMAF_INLINE bool folds(const Step& step) { return step.kind == Kind::panel && step.in == kTile && step.start == Start::bias && step.map == 0; }
+FASTMAF_INLINE bool folds(const Step& step) {
+    return step.kind == Kind::panel && step.in == kTile && step.start == Start::bias && step.map == 0;
+}
 
 // What meets the sums of a map, from its first unit on; null where there is none.
 template <class T>
@@ -156,7 +156,8 @@ FASTMAF_FN void meet(const StageView<T>& stage, const Step& step, T* sums, T* ro
 // A panel step of the density or the sampler. `in` holds the map's inputs and `out` takes its units. `beside` is null where there is
 // nothing beside the sums. `folded` as in Tile.
 template <class T>
-FASTMAF_FN void run_panel(const StageView<T>& stage, const Step& step, const T* in, T* out, const Beside<T>* beside, int vectors, const T* folded) {
+FASTMAF_FN void run_panel(const StageView<T>& stage, const Step& step, const T* in, T* out, const Beside<T>* beside, int vectors,
+                          const T* folded) {
     constexpr int lanes = lanes_of<T>();
     const int skip = folded && folds(step) ? stage.context : 0;  // already in the folded bias
     const T* bias = step.start == Start::partial ? nullptr : (skip ? folded : stage.bias[step.map]) + step.row;

@@ -10,7 +10,8 @@ namespace FASTMAF_ISA {
 
 // Variables [first, first + count): z from the rows of the tile behind, x to the rows of this one.
 template <class T>
-FASTMAF_FN void transform_draw(const StageView<T>& stage, int first, int count, const T* parameters, const T* z, T* x, int vectors, double* log_det) {
+FASTMAF_FN void transform_draw(const StageView<T>& stage, int first, int count, const T* parameters, const T* z, T* x, int vectors,
+                               double* log_det) {
     constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
     for (int j = 0; j < vectors; ++j) {
         typename Lanes<T>::Wide sum{};
@@ -28,8 +29,8 @@ FASTMAF_FN void transform_draw(const StageView<T>& stage, int first, int count, 
 
 // Draws of the variables [first, first + count) of a base from the noise and the uniform numbers, which lie by column.
 template <class T>
-FASTMAF_FN void base_draw(const StageView<T>& stage, int first, int count, const T* parameters, const T* noise, const T* uniform, T* x, int vectors,
-                      double* log_det) {
+FASTMAF_FN void base_draw(const StageView<T>& stage, int first, int count, const T* parameters, const T* noise, const T* uniform, T* x,
+                          int vectors, double* log_det) {
     constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
     for (int j = 0; j < vectors; ++j) {
         typename Lanes<T>::Wide sum{};

@@ -12,16 +12,16 @@ namespace fastmaf {
 
 template <class T>
 struct Tile {
-    int rows;               // valid rows; lanes beyond them hold finite copies or garbage and are never read back
+    int rows;  // valid rows; lanes beyond them hold finite copies or garbage and are never read back
     int subtiles;
-    int64_t stride;         // elements from one sub-tile's scratch to the next
-    T* x[2];                // [context + features][lanes] each
-    T* read;                // the same for maps that read variables clipped
-    T** units;              // [maps]: units[m] is the output of map m, [rows[m]][lanes]
-    T** raw;                // [maps]: its sums, where they are kept beside the activations
-    T* uniform;             // [features][lanes] for the draws of a base
-    bool density;           // whether these draws add their log-density to log_det
-    double* log_det;        // [lanes] of sub-tile 0; sub-tile s at log_det + s * lanes
+    int64_t stride;          // elements from one sub-tile's scratch to the next
+    T* x[2];                 // [context + features][lanes] each
+    T* read;                 // the same for maps that read variables clipped
+    T** units;               // [maps]: units[m] is the output of map m, [rows[m]][lanes]
+    T** raw;                 // [maps]: its sums, where they are kept beside the activations
+    T* uniform;              // [features][lanes] for the draws of a base
+    bool density;            // whether these draws add their log-density to log_det
+    double* log_det;         // [lanes] of sub-tile 0; sub-tile s at log_det + s * lanes
     const T* const* folded;  // per stage, bias of map 0 with the shared context added; null when rows have their own context
 };
 

@@ -6,14 +6,14 @@ namespace fastmaf {
 // Everything that gradients keep of one stage, for one tile.
 template <class T>
 struct Trace {
-    T* x;          // [context + features][lanes]
-    T* read;       // what the maps read of it: x itself, or a copy with clipped variables
-    T** units;     // [maps]
-    T** raw;       // [maps] sums, where they are kept beside the activations: for the maps that add them, or for act'
-    T* scaled;     // dz/ds [features][lanes] but for its sign, then e^-s, then ds/dr; see ops/laws. Later d/dx by the law, if read is not x
-    T** delta;     // [maps] d(sum of cotangent * log_prob) / d(output of map m before its activation, and before a gate)
-    T** alone;     // [maps] sums that a gate meets, or null
-    T** whole;     // [maps] gradient behind the gate, where the map adds sums; or null
+    T* x;       // [context + features][lanes]
+    T* read;    // what the maps read of it: x itself, or a copy with clipped variables
+    T** units;  // [maps]
+    T** raw;    // [maps] sums, where they are kept beside the activations: for the maps that add them, or for act'
+    T* scaled;  // dz/ds [features][lanes] but for its sign, then e^-s, then ds/dr; see ops/laws. Later d/dx by the law, if read is not x
+    T** delta;  // [maps] d(sum of cotangent * log_prob) / d(output of map m before its activation, and before a gate)
+    T** alone;  // [maps] sums that a gate meets, or null
+    T** whole;  // [maps] gradient behind the gate, where the map adds sums; or null
 };
 
 }  // namespace fastmaf

@@ -82,8 +82,8 @@ inline Draw scattered_draw(const py::array_t<uint64_t, py::array::c_style>& inde
     int64_t outer = 1, inner = 1;
     if (!context.is_none()) draw.context = rows_of(py::reinterpret_borrow<py::array>(context), outer, inner);
     if (group.size() != index.size() || (inner != 1 && inner != draw.rows))
-        throw std::invalid_argument(std::to_string(index.size()) + " rows are drawn, of " + std::to_string(group.size()) + " groups under " +
-                                    std::to_string(inner) + " contexts");
+        throw std::invalid_argument(std::to_string(index.size()) + " rows are drawn, of " + std::to_string(group.size()) +
+                                    " groups under " + std::to_string(inner) + " contexts");
     return draw;
 }
 
@@ -126,9 +126,7 @@ void or_rest(F f) {
 #ifdef __GLIBCXX__
     try {
         f();
-    } catch (abi::__forced_unwind&) {
-        rest();
-    }
+    } catch (abi::__forced_unwind&) { rest(); }
 #else
     f();
 #endif
@@ -155,7 +153,8 @@ inline thread_local bool keeps_lock = false;
 // thread that takes the interpreter down (it calls us from destructors of Python objects) keeps the lock: nobody else will take it.
 class Unlocked {
 public:
-    explicit Unlocked(int threads = wanted_threads()) : threads_(threads), state_(Py_IsInitialized() ? PyEval_SaveThread() : nullptr), outer_(keeps_lock) {
+    explicit Unlocked(int threads = wanted_threads())
+        : threads_(threads), state_(Py_IsInitialized() ? PyEval_SaveThread() : nullptr), outer_(keeps_lock) {
         keeps_lock = state_ == nullptr;
     }
     Unlocked(const Unlocked&) = delete;

@@ -11,10 +11,10 @@ namespace fastmaf {
 namespace {
 
 DType dtype_named(const std::string& name) {
-    static const std::pair<const char*, DType> names[] = {
-        {"float16", DType::f16}, {"float32", DType::f32}, {"float64", DType::f64}, {"int8", DType::i8},
-        {"int16", DType::i16},   {"int32", DType::i32},   {"int64", DType::i64},   {"uint8", DType::u8},
-        {"uint16", DType::u16},  {"uint32", DType::u32},  {"uint64", DType::u64},  {"bool", DType::boolean}};
+    static const std::pair<const char*, DType> names[] = {{"float16", DType::f16}, {"float32", DType::f32}, {"float64", DType::f64},
+                                                          {"int8", DType::i8},     {"int16", DType::i16},   {"int32", DType::i32},
+                                                          {"int64", DType::i64},   {"uint8", DType::u8},    {"uint16", DType::u16},
+                                                          {"uint32", DType::u32},  {"uint64", DType::u64},  {"bool", DType::boolean}};
     for (const auto& [known, dtype] : names)
         if (name == known) return dtype;
     throw std::invalid_argument("an array has dtype " + name + ", which the CUDA kernels do not read");
@@ -115,9 +115,7 @@ void with_samples(const py::object& out, int64_t count, bool on_device, const st
         f(device::Samples(reinterpret_cast<double*>(out.cast<uintptr_t>())));
 }
 
-device::Place place_of(const std::optional<uintptr_t>& stream) {
-    return {stream.has_value(), stream.value_or(0)};
-}
+device::Place place_of(const std::optional<uintptr_t>& stream) { return {stream.has_value(), stream.value_or(0)}; }
 
 // A method evaluate(flow, batch, out, place) whose output has width(weights) numbers per row.
 template <class Width, class F>
@@ -158,16 +156,18 @@ void bind_cuda(py::module_& module) {
                  std::visit(
                      [&](const auto& weights) {
                          using T = typename std::decay_t<decltype(*weights)>::Value;
-                         self.flow = std::unique_ptr<device::Flow<T>, DeleteUnlocked>(new device::Flow<T>(weights, device, precision_named(precision)));
+                         self.flow = std::unique_ptr<device::Flow<T>, DeleteUnlocked>(
+                             new device::Flow<T>(weights, device, precision_named(precision)));
                      },
                      flow.weights);
                  return self;
              }),
              py::arg("flow"), py::arg("device"), py::arg("precision"))
-        .def("log_prob", by_rows(one_number, [poll](const auto& flow, const Batch& x, auto* out, auto at) { flow.log_prob(x, out, at, poll); }))
+        .def("log_prob",
+             by_rows(one_number, [poll](const auto& flow, const Batch& x, auto* out, auto at) { flow.log_prob(x, out, at, poll); }))
         .def("to_noise",
-             [poll](const PyDeviceFlow& self, const py::object& x, const py::object& context, const py::object& out, const py::object& log_det,
-                    std::optional<uintptr_t> stream) {
+             [poll](const PyDeviceFlow& self, const py::object& x, const py::object& context, const py::object& out,
+                    const py::object& log_det, std::optional<uintptr_t> stream) {
                  const Batch batch = batch_at(x, context, stream.has_value());
                  self.visit([&](const auto& flow, auto zero) {
                      using T = decltype(zero);
@@ -177,18 +177,19 @@ void bind_cuda(py::module_& module) {
                      flow.to_noise(batch, noise, place_of(stream), poll, of_map);
                  });
              })
-        .def("conditional_probs",
-             by_rows(all_probabilities, [poll](const auto& flow, const Batch& x, auto* out, auto at) { flow.conditional_probs(x, out, at, poll); }))
+        .def("conditional_probs", by_rows(all_probabilities, [poll](const auto& flow, const Batch& x, auto* out,
+                                                                    auto at) { flow.conditional_probs(x, out, at, poll); }))
         .def("from_noise",
-             [poll](const PyDeviceFlow& self, const py::object& u, const py::object& context, const py::object& out, const py::object& log_det,
-                    std::optional<uintptr_t> stream, const std::string& dtype) {
+             [poll](const PyDeviceFlow& self, const py::object& u, const py::object& context, const py::object& out,
+                    const py::object& log_det, std::optional<uintptr_t> stream, const std::string& dtype) {
                  const Batch batch = batch_at(u, context, stream.has_value());
                  self.visit([&](const auto& flow, auto zero) {
                      auto* const of_map = output_at<decltype(zero)>(log_det, batch.rows(), stream.has_value());
-                     with_samples(out, batch.rows() * flow.weights().plan().features(), stream.has_value(), dtype, [&](const device::Samples& x) {
-                         Unlocked unlocked;
-                         flow.from_noise(batch, x, place_of(stream), poll, of_map);
-                     });
+                     with_samples(out, batch.rows() * flow.weights().plan().features(), stream.has_value(), dtype,
+                                  [&](const device::Samples& x) {
+                                      Unlocked unlocked;
+                                      flow.from_noise(batch, x, place_of(stream), poll, of_map);
+                                  });
                  });
              })
         .def("sample",
@@ -205,10 +206,11 @@ void bind_cuda(py::module_& module) {
                  self.visit([&](const auto& flow, auto zero) {
                      using T = decltype(zero);
                      T* density = output_at<T>(log_prob_out, contexts * rows, stream.has_value());
-                     with_samples(out, contexts * rows * flow.weights().plan().features(), stream.has_value(), dtype, [&](const device::Samples& x) {
-                         Unlocked unlocked;
-                         flow.sample(draw, x, density, place_of(stream), poll);
-                     });
+                     with_samples(out, contexts * rows * flow.weights().plan().features(), stream.has_value(), dtype,
+                                  [&](const device::Samples& x) {
+                                      Unlocked unlocked;
+                                      flow.sample(draw, x, density, place_of(stream), poll);
+                                  });
                  });
              })
         // Arrays of the host are as for Flow.vjp. Gradients of the device have the shapes of x and of the context; its cotangents may be

@@ -41,9 +41,7 @@ PackedFlow pack(const File& file, size_t member) {
 // Another one with the same weights, to be trained apart. The plan is shared.
 PackedFlow copy(const PackedFlow& flow) {
     Unlocked unlocked;
-    return flow.visit([](const auto& weights) -> PackedFlow {
-        return {std::make_shared<std::decay_t<decltype(weights)>>(weights)};
-    });
+    return flow.visit([](const auto& weights) -> PackedFlow { return {std::make_shared<std::decay_t<decltype(weights)>>(weights)}; });
 }
 
 // A method evaluate(weights, batch, out) whose output has width(weights) numbers per row.
@@ -83,10 +81,11 @@ void bind_flow(py::module_& module) {
         .def(py::init(&pack), py::arg("file"), py::arg("member") = 0)
         .def("copy", &copy)
         .def("log_prob", by_rows(one_number, [poll](const auto& weights, const Batch& x, auto* out) { log_prob(weights, x, out, poll); }))
-        .def("conditional_probs",
-             by_rows(all_probabilities, [poll](const auto& weights, const Batch& x, auto* out) { conditional_probs(weights, x, out, poll); }))
+        .def("conditional_probs", by_rows(all_probabilities, [poll](const auto& weights, const Batch& x,
+                                                                    auto* out) { conditional_probs(weights, x, out, poll); }))
         .def("to_noise",
-             [poll](const PackedFlow& self, const py::array& x, const py::object& context, const py::object& out, const py::object& log_det) {
+             [poll](const PackedFlow& self, const py::array& x, const py::object& context, const py::object& out,
+                    const py::object& log_det) {
                  const Batch batch = batch_of(x, context);
                  self.visit([&](const auto& weights) {
                      using T = typename std::decay_t<decltype(weights)>::Value;
@@ -97,7 +96,8 @@ void bind_flow(py::module_& module) {
                  });
              })
         .def("from_noise",
-             [poll](const PackedFlow& self, const py::array& u, const py::object& context, const py::object& out, const py::object& log_det) {
+             [poll](const PackedFlow& self, const py::array& u, const py::object& context, const py::object& out,
+                    const py::object& log_det) {
                  const Batch batch = batch_of(u, context);
                  self.visit([&](const auto& weights) {
                      using T = typename std::decay_t<decltype(weights)>::Value;
@@ -128,7 +128,8 @@ void bind_flow(py::module_& module) {
              })
         .def("sample_rows",
              [poll](const PackedFlow& self, const py::array_t<uint64_t, py::array::c_style>& index,
-                    const py::array_t<uint64_t, py::array::c_style>& group, const py::object& context, uint64_t seed, const py::object& out) {
+                    const py::array_t<uint64_t, py::array::c_style>& group, const py::object& context, uint64_t seed,
+                    const py::object& out) {
                  const Draw draw = scattered_draw(index, group, context, seed);
                  self.visit([&](const auto& weights) {
                      using T = typename std::decay_t<decltype(weights)>::Value;
@@ -152,7 +153,8 @@ void bind_flow(py::module_& module) {
                  self.visit([&](auto& weights) {
                      if (stage >= weights.plan().stages() || !weights.plan().spec().stages[stage].trainable)
                          throw std::invalid_argument("stage " + std::to_string(stage) + " has no statistics");
-                     weights.set_statistics(stage, input<double>(mean, weights.plan().features()), input<double>(var, weights.plan().features()));
+                     weights.set_statistics(stage, input<double>(mean, weights.plan().features()),
+                                            input<double>(var, weights.plan().features()));
                  });
              })
         .def("set_parameters",

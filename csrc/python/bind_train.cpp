@@ -27,7 +27,8 @@ std::vector<std::shared_ptr<Weights<T>>> weights_of(const std::vector<PackedFlow
 void bind_train(py::module_& module) {
     const Poll poll = check_signals;
     py::class_<PyTrainer>(module, "Trainer")
-        .def(py::init([](const std::vector<PackedFlow>& flows, bool shared, double beta1, double beta2, double eps, double l2, double weight_decay, double clip_norm) {
+        .def(py::init([](const std::vector<PackedFlow>& flows, bool shared, double beta1, double beta2, double eps, double l2,
+                         double weight_decay, double clip_norm) {
                  const AdamSettings settings{beta1, beta2, eps, l2, weight_decay, clip_norm};
                  PyTrainer self;
                  if (flows.empty() || (flows.size() > 1 && !shared))
@@ -38,39 +39,44 @@ void bind_train(py::module_& module) {
                  });
                  return self;
              }),
-             py::arg("flows"), py::arg("shared"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("l2"), py::arg("weight_decay"), py::arg("clip_norm"))
-        .def("epoch",
-             [poll](const PyTrainer& self, const py::array& x, const py::object& context, const py::object& weights,
-                    const py::array_t<int64_t, py::array::c_style>& rows, int64_t batch_size, const py::array_t<double, py::array::c_style>& rates,
-                    double mean_weight, const py::object& user_poll) {
-                 Batch batch = batch_of(x, context);
-                 if (batch_size < 1 || rates.size() < (rows.size() + batch_size - 1) / batch_size)
-                     throw std::invalid_argument("an epoch of " + std::to_string(rows.size()) + " rows has " + std::to_string(rates.size()) + " rates");
-                 const double* w = weights.is_none() ? nullptr : input<double>(py::reinterpret_borrow<py::array>(weights), x.shape(0));
-                 for (py::ssize_t i = 0; i < rows.size(); ++i)
-                     if (rows.data()[i] < 0 || rows.data()[i] >= x.shape(0)) throw std::invalid_argument("row " + std::to_string(rows.data()[i]) + " is not in x");
-                 batch.index = rows.data();
-                 batch.outer = 1;
-                 batch.inner = rows.size();
-                 // A batch of one row of one array has no strides; the index is 0 there.
-                 Poll ask = poll;
-                 if (!user_poll.is_none()) ask = [poll, &user_poll] {
-                         poll();
-                         or_rest([&] {
-                             py::gil_scoped_acquire gil;
-                             user_poll();
-                         });
-                     };
-                 int64_t done = 0;
-                 double sum = 0;
-                 self.visit([&](auto& trainer) {
-                     Unlocked unlocked;
-                     sum = trainer.epoch(batch, w, batch_size, rates.data(), mean_weight, done, ask);
-                 });
-                 return py::make_tuple(sum, done);
-             },
-             py::arg("x"), py::arg("context"), py::arg("weights"), py::arg("rows"), py::arg("batch_size"), py::arg("rates"),
-             py::arg("mean_weight"), py::arg("poll"))
+             py::arg("flows"), py::arg("shared"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("l2"),
+             py::arg("weight_decay"), py::arg("clip_norm"))
+        .def(
+            "epoch",
+            [poll](const PyTrainer& self, const py::array& x, const py::object& context, const py::object& weights,
+                   const py::array_t<int64_t, py::array::c_style>& rows, int64_t batch_size,
+                   const py::array_t<double, py::array::c_style>& rates, double mean_weight, const py::object& user_poll) {
+                Batch batch = batch_of(x, context);
+                if (batch_size < 1 || rates.size() < (rows.size() + batch_size - 1) / batch_size)
+                    throw std::invalid_argument("an epoch of " + std::to_string(rows.size()) + " rows has " + std::to_string(rates.size()) +
+                                                " rates");
+                const double* w = weights.is_none() ? nullptr : input<double>(py::reinterpret_borrow<py::array>(weights), x.shape(0));
+                for (py::ssize_t i = 0; i < rows.size(); ++i)
+                    if (rows.data()[i] < 0 || rows.data()[i] >= x.shape(0))
+                        throw std::invalid_argument("row " + std::to_string(rows.data()[i]) + " is not in x");
+                batch.index = rows.data();
+                batch.outer = 1;
+                batch.inner = rows.size();
+                // A batch of one row of one array has no strides; the index is 0 there.
+                Poll ask = poll;
+                if (!user_poll.is_none())
+                    ask = [poll, &user_poll] {
+                        poll();
+                        or_rest([&] {
+                            py::gil_scoped_acquire gil;
+                            user_poll();
+                        });
+                    };
+                int64_t done = 0;
+                double sum = 0;
+                self.visit([&](auto& trainer) {
+                    Unlocked unlocked;
+                    sum = trainer.epoch(batch, w, batch_size, rates.data(), mean_weight, done, ask);
+                });
+                return py::make_tuple(sum, done);
+            },
+            py::arg("x"), py::arg("context"), py::arg("weights"), py::arg("rows"), py::arg("batch_size"), py::arg("rates"),
+            py::arg("mean_weight"), py::arg("poll"))
         .def("parameters",
              [](const PyTrainer& self) -> py::array {
                  return self.visit([](auto& trainer) -> py::array {

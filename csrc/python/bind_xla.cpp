@@ -26,7 +26,8 @@ public:
     PackedFlow at(int64_t key) {
         const std::lock_guard<std::mutex> lock(mutex_);
         const auto found = flows_.find(key);
-        if (found == flows_.end()) throw std::invalid_argument("the fastmaf.jax.Flow of this compiled function is gone: keep it as long as the function");
+        if (found == flows_.end())
+            throw std::invalid_argument("the fastmaf.jax.Flow of this compiled function is gone: keep it as long as the function");
         return found->second;
     }
 
@@ -41,7 +42,9 @@ Registry& registry() {
     return *registry;
 }
 
-[[noreturn]] void refuse(const char* what) { throw std::invalid_argument(std::string("fastmaf: ") + what + " of a foreign function does not fit the flow"); }
+[[noreturn]] void refuse(const char* what) {
+    throw std::invalid_argument(std::string("fastmaf: ") + what + " of a foreign function does not fit the flow");
+}
 
 int64_t attribute(const xla::Attributes& attributes, const char* name) {
     for (int64_t i = 0; i < attributes.count; ++i) {
@@ -223,13 +226,9 @@ xla::Error* handle(xla::Call* call) {
         const PackedFlow flow = registry().at(attribute(call->attributes, "flow"));
         flow.visit([&](const auto& weights) { F()(weights, *call); });
         return nullptr;
-    } catch (const std::invalid_argument& error) {
-        return failed(error.what(), xla::kInvalidArgument);
-    } catch (const std::bad_alloc&) {
+    } catch (const std::invalid_argument& error) { return failed(error.what(), xla::kInvalidArgument); } catch (const std::bad_alloc&) {
         return failed("fastmaf: out of memory", xla::kResourceExhausted);
-    } catch (const std::exception& error) {
-        return failed(error.what(), xla::kInternal);
-    }
+    } catch (const std::exception& error) { return failed(error.what(), xla::kInternal); }
 }
 
 py::capsule capsule(xla::Handler* handler) { return py::capsule(reinterpret_cast<void*>(handler), "xla._CUSTOM_CALL_TARGET"); }

@@ -82,7 +82,8 @@ void check_ranges(std::vector<Range>& ranges, int64_t size) {
     int64_t end = 0;
     for (const Range& range : ranges) {
         if (range.first != end)
-            damaged((range.first < end ? "two tensors share" : "no tensor has") + (" the bytes from " + std::to_string(std::min(range.first, end))) + " on");
+            damaged((range.first < end ? "two tensors share" : "no tensor has") +
+                    (" the bytes from " + std::to_string(std::min(range.first, end))) + " on");
         end = range.last;
     }
     if (end != size) damaged("no tensor has the bytes from " + std::to_string(end) + " on");
@@ -103,7 +104,8 @@ void check_digest(const Container& container) {
     }
     char digits[9];
     std::snprintf(digits, sizeof digits, "%08x", crc);
-    if (digest->second != digits) throw Error("it is damaged: the CRC-32 of its contents is " + std::string(digits) + ", and it names another");
+    if (digest->second != digits)
+        throw Error("it is damaged: the CRC-32 of its contents is " + std::string(digits) + ", and it names another");
 }
 
 // kCrc[k][b]: what byte b does when k more bytes follow it.
@@ -144,9 +146,7 @@ Container read_container(std::string_view data) {
     Json header;
     try {
         header = parse_json(data.substr(8, size_t(length)), "its header");
-    } catch (const Error& error) {
-        damaged(error.what());
-    }
+    } catch (const Error& error) { damaged(error.what()); }
     if (!header.object()) damaged("its header is not a JSON object");
     Container container;
     std::vector<Range> ranges;

@@ -81,7 +81,8 @@ private:
 
 const Json* Json::find(std::string_view name) const {
     const Object& members = std::get<Object>(value);
-    const auto found = std::lower_bound(members.begin(), members.end(), name, [](const auto& member, std::string_view n) { return member.first < n; });
+    const auto found =
+        std::lower_bound(members.begin(), members.end(), name, [](const auto& member, std::string_view n) { return member.first < n; });
     return found != members.end() && found->first == name ? &found->second : nullptr;
 }
 
@@ -112,7 +113,8 @@ Json parse_json(std::string_view text, const std::string& what) {
     // Both of these the parser passes over.
     if (text.substr(0, 3) == "\xEF\xBB\xBF" || text.find('\0') != std::string_view::npos) throw Error(what + " is no JSON");
     Builder builder;
-    if (!nlohmann::json::sax_parse(text.begin(), text.end(), &builder)) throw Error(what + " " + (builder.fault ? builder.fault : "is no JSON"));
+    if (!nlohmann::json::sax_parse(text.begin(), text.end(), &builder))
+        throw Error(what + " " + (builder.fault ? builder.fault : "is no JSON"));
     return std::move(builder.root);
 }
 

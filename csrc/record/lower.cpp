@@ -12,7 +12,8 @@ namespace fastmaf::record {
 
 namespace {
 
-constexpr int64_t kWidest = int64_t(1) << 24;  // rows of a map, and columns: places among the lanes of a tile, 48 for each of them, are ints
+constexpr int64_t kWidest =
+    int64_t(1) << 24;  // rows of a map, and columns: places among the lanes of a tile, 48 for each of them, are ints
 constexpr int64_t kUnread = int64_t(1) << 20;  // features that no tensor bears witness to: nothing else bounds what they would cost
 
 // How the maps of a network are wired.
@@ -172,8 +173,10 @@ StageSpec stage_of(const Layer& layer, const Masks* member) {
         const auto& base = std::get<Terminal>(layer);
         stage = network_stage(base.network, base.ranks, base.law, member);
         stage.output = base.conditional;
-        if (base.conditional == Output::categorical) stage.rows.assign(base.categories.begin(), base.categories.end());
-        else stage.rows.assign(base.ranks.size(), base.conditional == Output::bernoulli ? 1 : int(3 * base.components));
+        if (base.conditional == Output::categorical)
+            stage.rows.assign(base.categories.begin(), base.categories.end());
+        else
+            stage.rows.assign(base.ranks.size(), base.conditional == Output::bernoulli ? 1 : int(3 * base.components));
         if (base.conditional == Output::mixture) stage.components = int(base.components);
     }
     return stage;
@@ -202,7 +205,8 @@ std::string unsupported(const Record& record) {
     }
     if (front_of(record.context_layers) != record.context_layers.size()) return "context layers other than an Elementwise and then Affines";
     const bool witnessed = !record.layers.empty() || network_of(record.base);
-    if (record.features > (witnessed ? kWidest : kUnread)) return std::to_string(record.features) + " features" + (witnessed ? "" : " without layers");
+    if (record.features > (witnessed ? kWidest : kUnread))
+        return std::to_string(record.features) + " features" + (witnessed ? "" : " without layers");
     if (record.context_features > (reads_context(record) ? kWidest : kUnread))
         return std::to_string(record.context_features) + " context features" + (reads_context(record) ? "" : " that nothing reads");
     return "";

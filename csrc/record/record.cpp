@@ -21,8 +21,10 @@ template <class... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {
     std::string text;
     auto add = [&](const auto& part) {
-        if constexpr (std::is_arithmetic_v<std::decay_t<decltype(part)>>) text += std::to_string(part);
-        else text += part;
+        if constexpr (std::is_arithmetic_v<std::decay_t<decltype(part)>>)
+            text += std::to_string(part);
+        else
+            text += part;
     };
     (add(parts), ...);
     throw Error(text);
@@ -93,7 +95,8 @@ void check_inside(const std::string& path, const std::string& name, const Tensor
     std::vector<int32_t> code, bound;
     for (int64_t degree : inputs) code.push_back(int32_t(std::lower_bound(levels.begin(), levels.end(), degree) - levels.begin()));
     for (int64_t degree : most) bound.push_back(int32_t(std::upper_bound(levels.begin(), levels.end(), degree) - levels.begin()));
-    const int64_t row = weight.numbers == Numbers::f32 ? first_outside<float>(weight, code, bound) : first_outside<double>(weight, code, bound);
+    const int64_t row =
+        weight.numbers == Numbers::f32 ? first_outside<float>(weight, code, bound) : first_outside<double>(weight, code, bound);
     if (row >= 0) refuse(path, ": ", name, " has a weight in row ", row, " that its degrees forbid");
 }
 
@@ -281,7 +284,8 @@ Elementwise Reader::elementwise(Path path, Node node) {
     Elementwise own;
     const std::string kinds = under(path, "kinds");
     for (const Json& kind : list(kinds, at(node, "kinds")))
-        own.kinds.push_back(Bijection(choice(under(kinds, std::to_string(own.kinds.size())), kind, {"identity", "logit", "log_above", "log_below"})));
+        own.kinds.push_back(
+            Bijection(choice(under(kinds, std::to_string(own.kinds.size())), kind, {"identity", "logit", "log_above", "log_below"})));
     own.lower = doubles(path, node, "lower");
     own.upper = doubles(path, node, "upper");
     if (own.lower.size() != own.kinds.size() || own.upper.size() != own.kinds.size())
@@ -289,7 +293,8 @@ Elementwise Reader::elementwise(Path path, Node node) {
     for (size_t j = 0; j < own.kinds.size(); ++j) {
         const double low = own.lower[j], high = own.upper[j];
         const Bijection kind = own.kinds[j];
-        const bool below = kind == Bijection::logit || kind == Bijection::log_above, above = kind == Bijection::logit || kind == Bijection::log_below;
+        const bool below = kind == Bijection::logit || kind == Bijection::log_above,
+                   above = kind == Bijection::logit || kind == Bijection::log_below;
         if (std::isnan(low) || std::isnan(high) || (below && !std::isfinite(low)) || (above && !std::isfinite(high)) ||
             (kind == Bijection::logit && !(low < high && std::isfinite(high - low))))
             refuse(path, ": column ", j, " has bounds that do not fit its kind");
@@ -318,7 +323,8 @@ BatchNorm Reader::batch_norm(Path path, Node node) {
     own.mean = weights(path, node, "mean");
     own.var = weights(path, node, "var");
     own.eps = real(under(path, "eps"), at(node, "eps"));
-    if (const Json* statistics = node.find("statistics")) own.of_batch = choice(under(path, "statistics"), *statistics, {"batch", "data"}) == 0;
+    if (const Json* statistics = node.find("statistics"))
+        own.of_batch = choice(under(path, "statistics"), *statistics, {"batch", "data"}) == 0;
     const int64_t size = size_of_vector(path, "log_gamma", own.log_gamma);
     expect_vector(path, "beta", own.beta, size);
     expect_vector(path, "mean", own.mean, size);
@@ -360,12 +366,14 @@ LawOf Reader::law_of(Path path, const std::string& kind, Node constants, Path wh
     for (const auto& [name, value] : found->second)
         if (name) law.constants.emplace_back(name, value);
     for (const auto& [name, node] : *object(path, constants).object()) {
-        const auto own = std::find_if(law.constants.begin(), law.constants.end(), [&n = name](const auto& each) { return each.first == n; });
+        const auto own =
+            std::find_if(law.constants.begin(), law.constants.end(), [&n = name](const auto& each) { return each.first == n; });
         if (own == law.constants.end()) refuse(where, ": law ", in_quotes(kind), " has no constant ", in_quotes(name));
         own->second = real(under(path, name), node);
     }
     for (const auto& [name, value] : law.constants)
-        if ((name == "clip" || name == "eps") && !(value > 0)) refuse(where, ": constant ", in_quotes(name), " of law ", in_quotes(kind), " must be positive");
+        if ((name == "clip" || name == "eps") && !(value > 0))
+            refuse(where, ": constant ", in_quotes(name), " of law ", in_quotes(kind), " must be positive");
     if (kind == "clamp" && !(law.constants[0].second < law.constants[1].second)) refuse(where, ": law 'clamp' must have low below high");
     return law;
 }
@@ -390,7 +398,8 @@ Dense Reader::dense(Path path, Node node) {
     if ((own.context == "none") == own.context_weight.has_value())
         refuse(path, ": context is ", in_quotes(own.context), ", but context_weight is ", own.context_weight ? "given" : "absent");
     if (own.context == "none" && own.context_bias) refuse(path, ": context is 'none', but context_bias is given");
-    if (own.norm_scale.has_value() != own.norm_shift.has_value()) refuse(path, ": norm_", own.norm_shift ? "scale" : "shift", " is missing");
+    if (own.norm_scale.has_value() != own.norm_shift.has_value())
+        refuse(path, ": norm_", own.norm_shift ? "scale" : "shift", " is missing");
     if (own.context_weight) {
         if (own.context_weight->shape.size() != 2)
             refuse(path, ": context_weight has shape ", shape_of(*own.context_weight), "; it must have 2 dimensions");
@@ -423,7 +432,8 @@ Network Reader::network(Path path, Node node) {
     Network own;
     if (!at(node, "initial").is_null()) own.initial = dense(under(path, "initial"), at(node, "initial"));
     const std::string blocks = under(path, "blocks");
-    for (const Json& each : list(blocks, at(node, "blocks"))) own.blocks.push_back(block(under(blocks, std::to_string(own.blocks.size())), each));
+    for (const Json& each : list(blocks, at(node, "blocks")))
+        own.blocks.push_back(block(under(blocks, std::to_string(own.blocks.size())), each));
     own.final = dense(under(path, "final"), at(node, "final"));
     own.activation = Activation(choice(under(path, "activation"), at(node, "activation"), {"relu", "tanh", "elu", "gelu", "silu"}));
     own.final_activation = flag(under(path, "final_activation"), at(node, "final_activation"));
@@ -457,7 +467,8 @@ Autoregressive Reader::autoregressive(Path path, Node node) {
     own.law = law_of(under(law, "constants"), kind, at(at(node, "law"), "constants"), law);
     own.law.form = Form(choice(under(law, "form"), at(at(node, "law"), "form"), {"standardize", "affine"}));
     own.reads_noise = choice(under(path, "direction"), at(node, "direction"), {"data", "noise"}) == 1;
-    check_made(path, own.ranks, own.network, [](int64_t) { return int64_t(2); }, ensemble_);
+    check_made(
+        path, own.ranks, own.network, [](int64_t) { return int64_t(2); }, ensemble_);
     return own;
 }
 
@@ -474,8 +485,10 @@ Terminal Reader::terminal(Path path, Node node) {
         own.categories.push_back(integer(under(categories, std::to_string(own.categories.size())), count));
     own.law = law_of(under(path, "constants"), text(under(path, "law"), at(node, "law")), at(node, "constants"), path);
     if (own.components < 1) refuse(path, ": components is ", own.components);
-    if (own.conditional != Output::categorical) own.categories.clear();
-    else if (own.categories.size() != own.ranks.size() || std::any_of(own.categories.begin(), own.categories.end(), [](int64_t c) { return c < 2; }))
+    if (own.conditional != Output::categorical)
+        own.categories.clear();
+    else if (own.categories.size() != own.ranks.size() ||
+             std::any_of(own.categories.begin(), own.categories.end(), [](int64_t c) { return c < 2; }))
         refuse(path, ": categories must give at least 2 values for each of ", own.ranks.size(), " variables");
     const int64_t most = std::numeric_limits<int64_t>::max();
     auto count = [&](int64_t i) {
@@ -529,7 +542,8 @@ void check_flow(const Record& record) {
     auto check_network = [&](const std::string& name, const Network& network) {
         for (const Dense* map : network.maps()) {
             if (map->rows() == 0) refuse(name, " has a hidden layer without units");
-            if (map->context_weight) check_width("the context of " + name, map->context_weight->shape[1], record.context_features, "context features");
+            if (map->context_weight)
+                check_width("the context of " + name, map->context_weight->shape[1], record.context_features, "context features");
         }
     };
     if (record.features < 1) refuse("features is ", record.features, "; it must be at least 1");
@@ -539,17 +553,21 @@ void check_flow(const Record& record) {
     check_width("base", width_of(record.base), record.features, "features");
     if (const auto* base = std::get_if<Terminal>(&record.base)) {
         check_network("base", base->network);
-        if (!record.layers.empty() && base->conditional != Output::mixture) refuse("a flow with a discrete base has no layers in front of it");
+        if (!record.layers.empty() && base->conditional != Output::mixture)
+            refuse("a flow with a discrete base has no layers in front of it");
     }
     for (size_t k = 0; k < record.layers.size(); ++k) {
         const std::string name = "layers[" + std::to_string(k) + "]";
         const Layer& layer = record.layers[k];
-        if (std::holds_alternative<Normal>(layer) || std::holds_alternative<Terminal>(layer)) refuse(name, " is of type ", name_of(layer), ", which is no layer");
+        if (std::holds_alternative<Normal>(layer) || std::holds_alternative<Terminal>(layer))
+            refuse(name, " is of type ", name_of(layer), ", which is no layer");
         check_width(name, width_of(layer), record.features, "features");
         if (const auto* made = std::get_if<Autoregressive>(&layer)) check_network(name, made->network);
         if (const auto* own = std::get_if<Elementwise>(&layer)) {
-            if (record.is_double) check_range<double>(name, *own);
-            else check_range<float>(name, *own);
+            if (record.is_double)
+                check_range<double>(name, *own);
+            else
+                check_range<float>(name, *own);
         }
     }
     for (size_t k = 0; k < record.context_layers.size(); ++k) {
@@ -601,7 +619,8 @@ std::vector<Masks> Reader::members(Node node, const Record& record) {
 
 Record Reader::record() {
     if (metadata_.count(std::string(kCheckpoint)))
-        for (auto each = tensors_.lower_bound(std::string(kOfCheckpoint)); each != tensors_.end() && each->first.compare(0, kOfCheckpoint.size(), kOfCheckpoint) == 0;)
+        for (auto each = tensors_.lower_bound(std::string(kOfCheckpoint));
+             each != tensors_.end() && each->first.compare(0, kOfCheckpoint.size(), kOfCheckpoint) == 0;)
             each = tensors_.erase(each);
     const auto found = metadata_.find("fastmaf");
     if (found == metadata_.end()) refuse("it is a safetensors file without the metadata of fastmaf");
@@ -612,7 +631,8 @@ Record Reader::record() {
     if (*format->integer() > kFormat)
         refuse("it has format ", *format->integer(), "; this version of fastmaf reads formats up to ", kFormat, ": update fastmaf");
     const Json* ensemble = root.find("ensemble");
-    fields(what, root, {"format", "dtype", "features", "context_features", "names", "context_layers", "layers", "base", "training"}, "ensemble");
+    fields(what, root, {"format", "dtype", "features", "context_features", "names", "context_layers", "layers", "base", "training"},
+           "ensemble");
     ensemble_ = ensemble && !ensemble->is_null();
     const Json& dtype = at(root, "dtype");
     if (!dtype.text() || (*dtype.text() != "float32" && *dtype.text() != "float64")) refuse("its dtype is ", dtype.shown());
@@ -627,7 +647,8 @@ Record Reader::record() {
     object("training", at(root, "training"));
     check_flow(result);
     if (!at(root, "names").is_null()) {
-        for (const Json& name : list("names", at(root, "names"))) result.names.push_back(text("names." + std::to_string(result.names.size()), name));
+        for (const Json& name : list("names", at(root, "names")))
+            result.names.push_back(text("names." + std::to_string(result.names.size()), name));
         std::vector<std::string> sorted = result.names;
         std::sort(sorted.begin(), sorted.end());
         if (int64_t(sorted.size()) != result.features || std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end())

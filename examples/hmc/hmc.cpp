@@ -145,11 +145,13 @@ int run(const char* path) {
     }
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 
-    std::printf("%zu chains, %zu draws each, accepted %.2f, %.3g gradients/s\n", kChains, kDraws, static_cast<double>(accepted) / (kChains * kDraws),
-                static_cast<double>(gradients) / seconds);
+    std::printf("%zu chains, %zu draws each, accepted %.2f, %.3g gradients/s\n", kChains, kDraws,
+                static_cast<double>(accepted) / (kChains * kDraws), static_cast<double>(gradients) / seconds);
     const std::vector<std::string> names = model.names();
     const auto all = [](const Vector& values, double, double) { return static_cast<double>(values.size()); };
-    const auto independent = [](const Vector& values, double mean, double variance) { return effective(values, kDraws, kChains, mean, variance); };
+    const auto independent = [](const Vector& values, double mean, double variance) {
+        return effective(values, kDraws, kChains, mean, variance);
+    };
     bool agree = true;
     for (std::size_t j = 0; j < features; ++j) {
         const Vector chain = column(draws, features, j);
@@ -159,8 +161,8 @@ int run(const char* path) {
         const double count = independent(chain, own.mean, own.variance);
         agree = agree && count > kLeast && std::abs(off) < 5 && std::abs(off_variance) < 5;
         std::printf("%-10s effective sample size %.0f, mean %.4f (flow %.4f, %+.1f errors), variance %.4f (flow %.4f, %+.1f errors)\n",
-                    names.empty() ? std::to_string(j).c_str() : names[j].c_str(), count, own.mean, exact.mean, off, own.variance, exact.variance,
-                    off_variance);
+                    names.empty() ? std::to_string(j).c_str() : names[j].c_str(), count, own.mean, exact.mean, off, own.variance,
+                    exact.variance, off_variance);
     }
     std::printf(agree ? "moments agree\n" : "moments DISAGREE\n");
     return agree ? 0 : 1;

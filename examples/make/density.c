@@ -9,7 +9,8 @@ int main(int argc, char **argv) {
     fastmaf_evaluator *flow;
     double *zeros, log_prob;
     if (argc < 2) return puts("usage: density FLOW"), 2;
-    if (fastmaf_model_open(argv[1], &model, message, sizeof message) || fastmaf_evaluator_create(model, 1, &flow, message, sizeof message)) {
+    if (fastmaf_model_open(argv[1], &model, message, sizeof message) ||
+        fastmaf_evaluator_create(model, 1, &flow, message, sizeof message)) {
         fprintf(stderr, "%s\n", message);
         return 1;
     }

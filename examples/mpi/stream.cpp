@@ -21,9 +21,11 @@ int main(int argc, char** argv) {
         const std::int64_t total = std::atoll(argv[2]), begin = total * rank / ranks, end = total * (rank + 1) / ranks;
         const std::vector<double> samples = flow.sample(end - begin, 1, fastmaf::none, std::uint64_t(begin));
         MPI_File file;
-        if (MPI_File_open(MPI_COMM_WORLD, argv[3], MPI_MODE_CREATE | MPI_MODE_WRONLY, MPI_INFO_NULL, &file)) throw std::runtime_error("cannot write");
+        if (MPI_File_open(MPI_COMM_WORLD, argv[3], MPI_MODE_CREATE | MPI_MODE_WRONLY, MPI_INFO_NULL, &file))
+            throw std::runtime_error("cannot write");
         MPI_File_set_size(file, MPI_Offset(total * model.features() * 8));  // nothing is left of a longer one
-        MPI_File_write_at_all(file, MPI_Offset(begin * model.features() * 8), samples.data(), int(samples.size()), MPI_DOUBLE, MPI_STATUS_IGNORE);
+        MPI_File_write_at_all(file, MPI_Offset(begin * model.features() * 8), samples.data(), int(samples.size()), MPI_DOUBLE,
+                              MPI_STATUS_IGNORE);
         MPI_File_close(&file);
     } catch (const std::exception& error) {
         std::fprintf(stderr, "rank %d: %s\n", rank, error.what());

@@ -15,7 +15,8 @@ int main(int argc, char **argv) {
     double difference = 0;
     int64_t i, d;
     int status;
-    if (argc != 2 || fastmaf_model_open(argv[1], &model, text, sizeof text) || fastmaf_evaluator_create(model, 1, &cpu, text, sizeof text)) return 2;
+    if (argc != 2 || fastmaf_model_open(argv[1], &model, text, sizeof text) || fastmaf_evaluator_create(model, 1, &cpu, text, sizeof text))
+        return 2;
     d = fastmaf_model_features(model);
     status = fastmaf_evaluator_create_on_device(model, 0, FASTMAF_HIGH, &gpu, text, sizeof text);
     if (status) {

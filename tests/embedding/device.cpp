@@ -10,18 +10,15 @@ int main(int, char** argv) {
     try {
         Evaluator gpu(model, Device{0, Precision::high});
         gpu.set_stream(nullptr);
-        const std::vector<double> x = cpu.sample(1000, 1), there = gpu.sample(1000, 1), value = cpu.log_prob(x), value_there = gpu.log_prob(x);
+        const std::vector<double> x = cpu.sample(1000, 1), there = gpu.sample(1000, 1), value = cpu.log_prob(x),
+                                  value_there = gpu.log_prob(x);
         double difference = 0;
         for (std::size_t i = 0; i < x.size(); ++i) difference = std::fmax(difference, std::fabs(there[i] - x[i]));
         for (std::size_t i = 0; i < value.size(); ++i) difference = std::fmax(difference, std::fabs(value_there[i] - value[i]));
         int status = FASTMAF_OK;
         try {
             gpu.log_prob_and_grad(x);
-        } catch (const Error& error) {
-            status = error.status();
-        }
+        } catch (const Error& error) { status = error.status(); }
         std::cout << devices() << ' ' << status << ' ' << difference << '\n';
-    } catch (const Error& error) {
-        std::cout << devices() << ' ' << error.status() << ' ' << error.what() << '\n';
-    }
+    } catch (const Error& error) { std::cout << devices() << ' ' << error.status() << ' ' << error.what() << '\n'; }
 }

@@ -7,9 +7,7 @@ void misuse(F f) {
     try {
         f();
         std::cout << "0 nothing was wrong\n";
-    } catch (const fastmaf::Error& error) {
-        std::cout << error.status() << ' ' << error.what() << '\n';
-    }
+    } catch (const fastmaf::Error& error) { std::cout << error.status() << ' ' << error.what() << '\n'; }
 }
 
 int main(int, char** argv) {
@@ -31,8 +29,10 @@ int main(int, char** argv) {
     misuse([&] { given.sample(3, 1, odd); });
     misuse([&] { flow.sample(-1, 1); });
     misuse([&] { flow.sample(odd, 1); });
-    misuse([&] { given.sample(view(samples.data(), {2, 3, static_cast<std::int64_t>(D)}, {40, static_cast<std::int64_t>(D), 1}), 1,
-                              view(samples.data(), 2, static_cast<std::int64_t>(C))); });
+    misuse([&] {
+        given.sample(view(samples.data(), {2, 3, static_cast<std::int64_t>(D)}, {40, static_cast<std::int64_t>(D), 1}), 1,
+                     view(samples.data(), 2, static_cast<std::int64_t>(C)));
+    });
     misuse([&] { flow.conditional_probs(x); });
     misuse([&] { values.to_noise(view(x.data(), 1, discrete.features())); });
     misuse([&] { values.log_prob_and_grad(view(x.data(), 1, discrete.features())); });

@@ -19,7 +19,8 @@ std::vector<T> load(const std::string& path, std::int64_t count) {
 
 template <class T>
 void save(const std::string& path, const std::vector<T>& numbers) {
-    std::ofstream(path, std::ios::binary).write(reinterpret_cast<const char*>(numbers.data()), static_cast<std::streamsize>(numbers.size() * sizeof(T)));
+    std::ofstream(path, std::ios::binary)
+        .write(reinterpret_cast<const char*>(numbers.data()), static_cast<std::streamsize>(numbers.size() * sizeof(T)));
 }
 
 // A matrix as those of Eigen are, column-major.
@@ -121,7 +122,8 @@ void run(const fastmaf::Model& model, const std::string& folder, std::int64_t ro
     const Span<const T> grouped{samples.data(), {kGroups, kDraws, static_cast<std::size_t>(D)}};
     const std::vector<T> of_groups = flow.log_prob(grouped, few);
     for (int g = 0; g < kGroups; ++g) {
-        const auto own = flow.log_prob(fastmaf::view(samples.data() + g * kDraws * D, kDraws, D), fastmaf::view(contexts.data() + g * C, C));
+        const auto own =
+            flow.log_prob(fastmaf::view(samples.data() + g * kDraws * D, kDraws, D), fastmaf::view(contexts.data() + g * C, C));
         require(std::equal(own.begin(), own.end(), of_groups.begin() + g * kDraws), "groups of rows, each with a context");
     }
     T single = 0;

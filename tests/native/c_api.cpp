@@ -40,11 +40,26 @@ void* __libc_malloc(size_t);
 void* __libc_calloc(size_t, size_t);
 void* __libc_realloc(void*, size_t);
 void* __libc_memalign(size_t, size_t);
-void* malloc(size_t size) { ++allocations; return __libc_malloc(size); }
-void* calloc(size_t n, size_t size) { ++allocations; return __libc_calloc(n, size); }
-void* realloc(void* p, size_t size) { ++allocations; return __libc_realloc(p, size); }
-void* memalign(size_t alignment, size_t size) { ++allocations; return __libc_memalign(alignment, size); }
-void* aligned_alloc(size_t alignment, size_t size) { ++allocations; return __libc_memalign(alignment, size); }
+void* malloc(size_t size) {
+    ++allocations;
+    return __libc_malloc(size);
+}
+void* calloc(size_t n, size_t size) {
+    ++allocations;
+    return __libc_calloc(n, size);
+}
+void* realloc(void* p, size_t size) {
+    ++allocations;
+    return __libc_realloc(p, size);
+}
+void* memalign(size_t alignment, size_t size) {
+    ++allocations;
+    return __libc_memalign(alignment, size);
+}
+void* aligned_alloc(size_t alignment, size_t size) {
+    ++allocations;
+    return __libc_memalign(alignment, size);
+}
 int posix_memalign(void** p, size_t alignment, size_t size) {
     ++allocations;
     *p = __libc_memalign(alignment, size);
@@ -84,8 +99,8 @@ struct Calls {
     fastmaf_evaluator* const evaluator;
     const int64_t rows, features = fastmaf_model_features(model), context = fastmaf_model_context_features(model);
     const bool discrete = fastmaf_model_most_values(model) > 0, ensemble = fastmaf_model_members(model) > 0;
-    std::vector<double> x = std::vector<double>(size_t(rows * features)), contexts = std::vector<double>(size_t(rows * context) + 1), d_x = x,
-                        d_context = contexts, noise = x;
+    std::vector<double> x = std::vector<double>(size_t(rows * features)), contexts = std::vector<double>(size_t(rows * context) + 1),
+                        d_x = x, d_context = contexts, noise = x;
     std::vector<float> single = std::vector<float>(size_t(2 * rows * features)), density = std::vector<float>(size_t(rows)),
                        probabilities = std::vector<float>(size_t(rows * features * std::max<int64_t>(1, fastmaf_model_most_values(model))));
     int failures = 0;
@@ -99,24 +114,28 @@ struct Calls {
         std::fill(x.begin(), x.end(), NAN);
         const fastmaf_array of_x = fastmaf_rows(x.data(), FASTMAF_FLOAT64, rows, features);
         const fastmaf_array of_contexts = fastmaf_shared_row(contexts.data(), FASTMAF_FLOAT64);
-        const fastmaf_output to_density = fastmaf_into(density.data(), FASTMAF_FLOAT32, 1), to_dx = fastmaf_into(d_x.data(), FASTMAF_FLOAT64, features);
+        const fastmaf_output to_density = fastmaf_into(density.data(), FASTMAF_FLOAT32, 1),
+                             to_dx = fastmaf_into(d_x.data(), FASTMAF_FLOAT64, features);
         if (discrete) return;
-        failures += fastmaf_log_prob_and_grad(evaluator, 1, rows, &of_x, context ? &of_contexts : nullptr, &to_density, &to_dx, nullptr) != FASTMAF_OK;
+        failures += fastmaf_log_prob_and_grad(evaluator, 1, rows, &of_x, context ? &of_contexts : nullptr, &to_density, &to_dx, nullptr) !=
+                    FASTMAF_OK;
         failures += !std::isnan(density[0]);
     }
 
     void run(uint64_t seed, bool shared) {
-        const fastmaf_array of_contexts = shared ? fastmaf_shared_row(contexts.data(), FASTMAF_FLOAT64)
-                                                 : fastmaf_rows(contexts.data(), FASTMAF_FLOAT64, rows, context);
+        const fastmaf_array of_contexts =
+            shared ? fastmaf_shared_row(contexts.data(), FASTMAF_FLOAT64) : fastmaf_rows(contexts.data(), FASTMAF_FLOAT64, rows, context);
         const fastmaf_array* const c = context ? &of_contexts : nullptr;
         const fastmaf_array of_groups = fastmaf_rows(contexts.data(), FASTMAF_FLOAT64, 1, context);
         const fastmaf_array* const g = context ? &of_groups : nullptr;
         const fastmaf_array of_x = fastmaf_rows(x.data(), FASTMAF_FLOAT64, rows, features);
-        const fastmaf_output to_x = fastmaf_into(x.data(), FASTMAF_FLOAT64, features), to_density = fastmaf_into(density.data(), FASTMAF_FLOAT32, 1);
+        const fastmaf_output to_x = fastmaf_into(x.data(), FASTMAF_FLOAT64, features),
+                             to_density = fastmaf_into(density.data(), FASTMAF_FLOAT32, 1);
         const fastmaf_output strided{single.data(), FASTMAF_FLOAT32, 1, rows};  // column-major
         const fastmaf_output to_noise = fastmaf_into(noise.data(), FASTMAF_FLOAT64, features);
         const fastmaf_array of_noise = fastmaf_rows(noise.data(), FASTMAF_FLOAT64, rows, features);
-        const fastmaf_output to_dx = fastmaf_into(d_x.data(), FASTMAF_FLOAT64, features), to_dc = fastmaf_into(d_context.data(), FASTMAF_FLOAT64, context);
+        const fastmaf_output to_dx = fastmaf_into(d_x.data(), FASTMAF_FLOAT64, features),
+                             to_dc = fastmaf_into(d_context.data(), FASTMAF_FLOAT64, context);
         const fastmaf_output to_p =
             fastmaf_into(probabilities.data(), FASTMAF_FLOAT32, int64_t(probabilities.size()) / std::max<int64_t>(1, rows));
         auto done = [&](fastmaf_status status) {
@@ -173,7 +192,8 @@ void the_first_sample_brings_all(const char* path) {
         }
         CHECK(allocations == before);
         fastmaf_model_free(model);
-    }).join();
+    })
+        .join();
 #else
     (void)path;
 #endif
@@ -226,7 +246,8 @@ void parts_are_the_whole(const fastmaf_model* model) {
     for (int64_t begin = 0; begin < n; begin += 4000) {
         const fastmaf_output out = fastmaf_into(parts.data() + begin * d, FASTMAF_FLOAT64, d);
         const uint64_t offset = 3 + uint64_t(begin);
-        CHECK(fastmaf_sample(evaluator.get, 1, std::min<int64_t>(4000, n - begin), all.context ? &shared : nullptr, 11, offset, 0, &out, nullptr) == 0);
+        CHECK(fastmaf_sample(evaluator.get, 1, std::min<int64_t>(4000, n - begin), all.context ? &shared : nullptr, 11, offset, 0, &out,
+                             nullptr) == 0);
     }
     CHECK(parts == all.x);
     // What went through pieces into a column-major array of float.
@@ -243,7 +264,8 @@ void parts_are_the_whole(const fastmaf_model* model) {
 void errors(const char* path) {
     char text[200] = "";
     fastmaf_model* model = nullptr;
-    CHECK(fastmaf_model_open("/no/such/file", &model, text, sizeof text) == FASTMAF_CANNOT_READ && !model && std::strstr(text, "/no/such/file"));
+    CHECK(fastmaf_model_open("/no/such/file", &model, text, sizeof text) == FASTMAF_CANNOT_READ && !model &&
+          std::strstr(text, "/no/such/file"));
     CHECK(fastmaf_model_open("/", &model, text, sizeof text) == FASTMAF_CANNOT_READ);
     CHECK(fastmaf_model_open(nullptr, &model, text, sizeof text) == FASTMAF_INVALID_ARGUMENT && std::strstr(text, "path"));
     CHECK(fastmaf_model_open(path, nullptr, nullptr, 0) == FASTMAF_INVALID_ARGUMENT);
@@ -286,16 +308,20 @@ void errors(const char* path) {
     CHECK(refused(fastmaf_sample(evaluator, 1, 2, right, 0, ~uint64_t(0), 0, &out, nullptr), "offset"));
     CHECK(refused(fastmaf_sample(evaluator, 2, 1, right, 0, 0, ~uint32_t(0), &out, nullptr), "context_offset"));
     const fastmaf_output of_noise = fastmaf_into(x.data(), FASTMAF_FLOAT64, d);
-    const fastmaf_status status = most ? fastmaf_to_noise(evaluator, 1, 1, &of_x, right, &of_noise)
-                                       : fastmaf_conditional_probs(evaluator, 1, 1, &of_x, right, &out);
+    const fastmaf_status status =
+        most ? fastmaf_to_noise(evaluator, 1, 1, &of_x, right, &of_noise) : fastmaf_conditional_probs(evaluator, 1, 1, &of_x, right, &out);
     CHECK(status == FASTMAF_UNSUPPORTED && std::strstr(fastmaf_message(evaluator), most ? "discrete" : "continuous"));
     if (ensemble && !most) {
-        CHECK(fastmaf_to_noise(evaluator, 1, 1, &of_x, right, &of_noise) == FASTMAF_UNSUPPORTED && std::strstr(fastmaf_message(evaluator), "ensemble has no noise"));
-        CHECK(fastmaf_from_noise(evaluator, 1, 1, &of_x, right, &of_noise) == FASTMAF_UNSUPPORTED && std::strlen(fastmaf_message(evaluator)) < 200);
+        CHECK(fastmaf_to_noise(evaluator, 1, 1, &of_x, right, &of_noise) == FASTMAF_UNSUPPORTED &&
+              std::strstr(fastmaf_message(evaluator), "ensemble has no noise"));
+        CHECK(fastmaf_from_noise(evaluator, 1, 1, &of_x, right, &of_noise) == FASTMAF_UNSUPPORTED &&
+              std::strlen(fastmaf_message(evaluator)) < 200);
     } else if (ensemble) {
-        CHECK(fastmaf_conditional_probs(evaluator, 1, 1, &of_x, right, &of_noise) == FASTMAF_UNSUPPORTED && std::strstr(fastmaf_message(evaluator), "no probabilities"));
+        CHECK(fastmaf_conditional_probs(evaluator, 1, 1, &of_x, right, &of_noise) == FASTMAF_UNSUPPORTED &&
+              std::strstr(fastmaf_message(evaluator), "no probabilities"));
     }
-    CHECK(fastmaf_log_prob(evaluator, 0, 1, &of_x, right, &out) == FASTMAF_OK && fastmaf_log_prob(evaluator, 1, 0, &none, right, &nowhere) == FASTMAF_OK);
+    CHECK(fastmaf_log_prob(evaluator, 0, 1, &of_x, right, &out) == FASTMAF_OK &&
+          fastmaf_log_prob(evaluator, 1, 0, &none, right, &nowhere) == FASTMAF_OK);
     CHECK(fastmaf_log_prob(nullptr, 1, 1, &of_x, right, &out) == FASTMAF_INVALID_ARGUMENT);
     CHECK(fastmaf_log_prob(evaluator, 1, 1, &of_x, right, &out) == FASTMAF_OK && !*fastmaf_message(evaluator));
     fastmaf_evaluator_free(evaluator);
@@ -309,8 +335,10 @@ void devices(const fastmaf_model* model) {
     fastmaf_evaluator* evaluator = nullptr;
     const int count = fastmaf_devices(reason, sizeof reason);
     CHECK((count == 0) == (*reason != 0) && fastmaf_devices(nullptr, 0) == count);
-    CHECK(fastmaf_evaluator_create_on_device(model, -1, FASTMAF_HIGH, &evaluator, text, sizeof text) == FASTMAF_INVALID_ARGUMENT && std::strstr(text, "device"));
-    CHECK(fastmaf_evaluator_create_on_device(model, 0, 7, &evaluator, text, sizeof text) == FASTMAF_INVALID_ARGUMENT && std::strstr(text, "precision"));
+    CHECK(fastmaf_evaluator_create_on_device(model, -1, FASTMAF_HIGH, &evaluator, text, sizeof text) == FASTMAF_INVALID_ARGUMENT &&
+          std::strstr(text, "device"));
+    CHECK(fastmaf_evaluator_create_on_device(model, 0, 7, &evaluator, text, sizeof text) == FASTMAF_INVALID_ARGUMENT &&
+          std::strstr(text, "precision"));
     const fastmaf_status status = fastmaf_evaluator_create_on_device(model, count, FASTMAF_HIGH, &evaluator, text, sizeof text);
     CHECK(!evaluator && *text);
     if (fastmaf_model_members(model))
@@ -340,7 +368,8 @@ int main(int argc, char** argv) {
             continue;
         }
         CHECK(fastmaf_model_features(model) > 0 && fastmaf_model_layers(model) > 0 && fastmaf_model_parameters(model) > 0);
-        CHECK(fastmaf_model_memory(model) > 0 && !fastmaf_model_name(model, -1) && !fastmaf_model_name(model, fastmaf_model_features(model)));
+        CHECK(fastmaf_model_memory(model) > 0 && !fastmaf_model_name(model, -1) &&
+              !fastmaf_model_name(model, fastmaf_model_features(model)));
         the_first_sample_brings_all(argv[i]);
         threads_share_a_model(model);
         nothing_is_allocated(model, calls);

@@ -68,8 +68,11 @@ FlowSpec rich(int features, int context) {
         const MapSpec hidden = stage.maps[0];
         stage.activation = Activation::gelu;
         stage.input_clip = 1;
-        stage.maps = {hidden, {9, 9, hidden.degrees, false, true, -1, Joins::gated, true}, {9, 9, hidden.degrees, false, true, 0, Joins::gated},
-                      {9, 9, hidden.degrees, false, true, -1, Joins::activated}, stage.maps[1]};
+        stage.maps = {hidden,
+                      {9, 9, hidden.degrees, false, true, -1, Joins::gated, true},
+                      {9, 9, hidden.degrees, false, true, 0, Joins::gated},
+                      {9, 9, hidden.degrees, false, true, -1, Joins::activated},
+                      stage.maps[1]};
     }
     StageSpec& base = spec.stages.back();
     base.output = Output::mixture;
@@ -166,9 +169,7 @@ void check_gradients(const Weights<double>& packed, const device::Flow<double>& 
 std::string error_of(const std::function<void()>& f) {
     try {
         f();
-    } catch (const std::runtime_error& error) {
-        return error.what();
-    }
+    } catch (const std::runtime_error& error) { return error.what(); }
     return "";
 }
 

@@ -111,7 +111,8 @@ struct Input {
             array = {static_cast<char*>(memory.data) + size_t(first) * size_of(dtype), dtype, 2 * of_group, 2, -2 * rows};
         }
         for (int64_t r = 0; r < rows; ++r)
-            for (int64_t c = 0; c < columns; ++c) put(memory.data, dtype, first + r * array.row_stride + c * array.column_stride, values[size_t(r * columns + c)]);
+            for (int64_t c = 0; c < columns; ++c)
+                put(memory.data, dtype, first + r * array.row_stride + c * array.column_stride, values[size_t(r * columns + c)]);
     }
 };
 
@@ -129,7 +130,8 @@ struct Output {
         for (int64_t r = 0; r < rows; ++r)
             for (int64_t c = 0; c < columns; ++c) {
                 const int64_t at = r * array.row_stride + c * array.column_stride;
-                result.push_back(array.dtype == FASTMAF_FLOAT32 ? double(static_cast<const float*>(array.data)[at]) : static_cast<const double*>(array.data)[at]);
+                result.push_back(array.dtype == FASTMAF_FLOAT32 ? double(static_cast<const float*>(array.data)[at])
+                                                                : static_cast<const double*>(array.data)[at]);
             }
         return result;
     }
@@ -152,10 +154,11 @@ struct Results {
     bool late = true;  // nothing was written before the stream was waited for
 };
 
-Results evaluate(const fastmaf_model* model, fastmaf_evaluator* evaluator, const Reals& rows_of_x, const Reals& rows_of_context, const Layout& layout,
-                 cudaStream_t stream = nullptr) {
+Results evaluate(const fastmaf_model* model, fastmaf_evaluator* evaluator, const Reals& rows_of_x, const Reals& rows_of_context,
+                 const Layout& layout, cudaStream_t stream = nullptr) {
     Results results;
-    const int64_t features = fastmaf_model_features(model), width = fastmaf_model_context_features(model), most = fastmaf_model_most_values(model);
+    const int64_t features = fastmaf_model_features(model), width = fastmaf_model_context_features(model),
+                  most = fastmaf_model_most_values(model);
     const int64_t groups = layout.contexts == Contexts::by_group ? 3 : 1, rows = kRows / groups, n = groups * rows;
     const fastmaf_dtype own = fastmaf_model_dtype(model), dtype = layout.other ? fastmaf_dtype(1 - own) : own;
     const fastmaf_dtype of_samples = layout.single ? FASTMAF_FLOAT32 : FASTMAF_FLOAT64;
@@ -182,7 +185,8 @@ Results evaluate(const fastmaf_model* model, fastmaf_evaluator* evaluator, const
         }
         return out.values();
     };
-    results.log_prob = get(1, dtype, [&](const fastmaf_output* out) { return fastmaf_log_prob(evaluator, groups, rows, &x.array, c, out); });
+    results.log_prob =
+        get(1, dtype, [&](const fastmaf_output* out) { return fastmaf_log_prob(evaluator, groups, rows, &x.array, c, out); });
     results.samples = get(features, of_samples, [&](const fastmaf_output* out) {
         return fastmaf_sample(evaluator, drawn, n / drawn, of_contexts, 5, 1000, 7, out, nullptr);
     });
@@ -194,12 +198,15 @@ Results evaluate(const fastmaf_model* model, fastmaf_evaluator* evaluator, const
     results.density = density.values();
     if (most) {
         const int64_t all = features * most;
-        results.probabilities = get(all, dtype, [&](const fastmaf_output* out) { return fastmaf_conditional_probs(evaluator, groups, rows, &x.array, c, out); });
+        results.probabilities = get(
+            all, dtype, [&](const fastmaf_output* out) { return fastmaf_conditional_probs(evaluator, groups, rows, &x.array, c, out); });
         return results;
     }
-    results.noise = get(features, dtype, [&](const fastmaf_output* out) { return fastmaf_to_noise(evaluator, groups, rows, &x.array, c, out); });
+    results.noise =
+        get(features, dtype, [&](const fastmaf_output* out) { return fastmaf_to_noise(evaluator, groups, rows, &x.array, c, out); });
     const Input noise(results.noise, n, features, rows, layout.in, layout.strided, layout.device);
-    results.x = get(features, of_samples, [&](const fastmaf_output* out) { return fastmaf_from_noise(evaluator, groups, rows, &noise.array, c, out); });
+    results.x = get(features, of_samples,
+                    [&](const fastmaf_output* out) { return fastmaf_from_noise(evaluator, groups, rows, &noise.array, c, out); });
     return results;
 }
 
@@ -215,8 +222,8 @@ double distance(const Reals& a, const Reals& b) {
 }
 
 double distance(const Results& a, const Results& b) {
-    return std::max({distance(a.log_prob, b.log_prob), distance(a.noise, b.noise), distance(a.x, b.x), distance(a.probabilities, b.probabilities),
-                     distance(a.samples, b.samples), distance(a.density, b.density)});
+    return std::max({distance(a.log_prob, b.log_prob), distance(a.noise, b.noise), distance(a.x, b.x),
+                     distance(a.probabilities, b.probabilities), distance(a.samples, b.samples), distance(a.density, b.density)});
 }
 
 // Rows where the density is not zero, and contexts.
@@ -322,7 +329,8 @@ void copies_are_shared(const char* path) {
     const bool is_single = fastmaf_model_dtype(model) == FASTMAF_FLOAT32;
     auto call = [&](const Evaluator& evaluator) {
         const Input in(x, kRows, fastmaf_model_features(model), kRows, FASTMAF_FLOAT64, false, kHost);
-        const Input of_contexts(contexts, kRows, std::max<int64_t>(1, fastmaf_model_context_features(model)), kRows, FASTMAF_FLOAT64, false, kHost);
+        const Input of_contexts(contexts, kRows, std::max<int64_t>(1, fastmaf_model_context_features(model)), kRows, FASTMAF_FLOAT64, false,
+                                kHost);
         const Output out(kRows, 1, FASTMAF_FLOAT64, false, kHost);
         const fastmaf_array* const given = fastmaf_model_context_features(model) ? &of_contexts.array : nullptr;
         const fastmaf_status status = fastmaf_log_prob(evaluator, 1, kRows, &in.array, given, &out.array);
@@ -366,15 +374,20 @@ void errors(const char* path) {
         if (!as_expected) std::fprintf(stderr, "status %d: %s\n", status, text);
         return as_expected;
     };
-    CHECK(refused(fastmaf_evaluator_create_on_device(model, -1, FASTMAF_HIGH, &none, text, sizeof text), FASTMAF_INVALID_ARGUMENT, "device is negative"));
+    CHECK(refused(fastmaf_evaluator_create_on_device(model, -1, FASTMAF_HIGH, &none, text, sizeof text), FASTMAF_INVALID_ARGUMENT,
+                  "device is negative"));
     CHECK(refused(fastmaf_evaluator_create_on_device(model, 0, 3, &none, text, sizeof text), FASTMAF_INVALID_ARGUMENT, "precision"));
-    CHECK(refused(fastmaf_evaluator_create_on_device(nullptr, 0, FASTMAF_HIGH, &none, text, sizeof text), FASTMAF_INVALID_ARGUMENT, "model"));
-    CHECK(refused(fastmaf_evaluator_create_on_device(model, 0, FASTMAF_HIGH, nullptr, text, sizeof text), FASTMAF_INVALID_ARGUMENT, "evaluator"));
+    CHECK(
+        refused(fastmaf_evaluator_create_on_device(nullptr, 0, FASTMAF_HIGH, &none, text, sizeof text), FASTMAF_INVALID_ARGUMENT, "model"));
+    CHECK(refused(fastmaf_evaluator_create_on_device(model, 0, FASTMAF_HIGH, nullptr, text, sizeof text), FASTMAF_INVALID_ARGUMENT,
+                  "evaluator"));
     if (fastmaf_model_members(model)) {
-        CHECK(refused(fastmaf_evaluator_create_on_device(model, 0, FASTMAF_HIGH, &none, text, sizeof text), FASTMAF_UNSUPPORTED, "an ensemble"));
+        CHECK(refused(fastmaf_evaluator_create_on_device(model, 0, FASTMAF_HIGH, &none, text, sizeof text), FASTMAF_UNSUPPORTED,
+                      "an ensemble"));
         return;
     }
-    CHECK(refused(fastmaf_evaluator_create_on_device(model, 2, FASTMAF_HIGH, &none, text, sizeof text), FASTMAF_DEVICE_ERROR, "there is no cuda:2 here; GPUs: 2"));
+    CHECK(refused(fastmaf_evaluator_create_on_device(model, 2, FASTMAF_HIGH, &none, text, sizeof text), FASTMAF_DEVICE_ERROR,
+                  "there is no cuda:2 here; GPUs: 2"));
 
     const int64_t d = fastmaf_model_features(model), c = fastmaf_model_context_features(model), most = fastmaf_model_most_values(model);
     const fastmaf_dtype own = fastmaf_model_dtype(model), other = fastmaf_dtype(1 - own);
@@ -382,21 +395,32 @@ void errors(const char* path) {
     CHECK(cpu.refuses(fastmaf_evaluator_set_stream(cpu, nullptr), FASTMAF_INVALID_ARGUMENT, "the CPU"));
     CHECK(fastmaf_evaluator_set_stream(nullptr, nullptr) == FASTMAF_INVALID_ARGUMENT);
     const Reals zeros(size_t(8 * std::max(d, c) + 8));
-    const Input x(zeros, 4, d, 4, FASTMAF_FLOAT64, false, 1), elsewhere(zeros, 4, d, 4, FASTMAF_FLOAT64, false, 0), host(zeros, 4, d, 4, FASTMAF_FLOAT64, false, kHost);
+    const Input x(zeros, 4, d, 4, FASTMAF_FLOAT64, false, 1), elsewhere(zeros, 4, d, 4, FASTMAF_FLOAT64, false, 0),
+        host(zeros, 4, d, 4, FASTMAF_FLOAT64, false, kHost);
     const Input context(zeros, 4, c + 1, 4, FASTMAF_FLOAT64, false, 1), context_of_host(zeros, 4, c + 1, 4, FASTMAF_FLOAT64, false, kHost);
     const fastmaf_array* const given = c ? &context.array : nullptr;
-    const Output out(4, 1, own, false, 1), back(4, d, own, false, 1), wrong(4, 1, other, false, 1), host_out(4, 1, own, false, kHost), columns(4, d, own, true, 1);
+    const Output out(4, 1, own, false, 1), back(4, d, own, false, 1), wrong(4, 1, other, false, 1), host_out(4, 1, own, false, kHost),
+        columns(4, d, own, true, 1);
     fastmaf_array crooked = x.array;
     crooked.data = static_cast<const char*>(x.array.data) + 4;
 
-    CHECK(gpu.refuses(fastmaf_log_prob_and_grad(gpu, 1, 4, &x.array, given, &out.array, &back.array, nullptr), FASTMAF_UNSUPPORTED, "fastmaf_evaluator_create"));
-    CHECK(gpu.refuses(fastmaf_log_prob(gpu, 1, 4, &elsewhere.array, given, &out.array), FASTMAF_INVALID_ARGUMENT, "x lies on cuda:0, the evaluator computes on cuda:1"));
-    CHECK(gpu.refuses(fastmaf_log_prob(gpu, 1, 4, &host.array, c ? &context_of_host.array : nullptr, &out.array), FASTMAF_INVALID_ARGUMENT, "log_prob on cuda:1: all arrays"));
-    CHECK(gpu.refuses(fastmaf_log_prob(gpu, 1, 4, &x.array, given, &host_out.array), FASTMAF_INVALID_ARGUMENT, "log_prob on the host: all arrays"));
-    if (c) CHECK(gpu.refuses(fastmaf_sample(gpu, 1, 4, &context_of_host.array, 0, 0, 0, &back.array, nullptr), FASTMAF_INVALID_ARGUMENT, "context lies on the host, samples on cuda:1"));
-    CHECK(gpu.refuses(fastmaf_sample(gpu, 1, 4, given, 0, 0, 0, &back.array, &host_out.array), FASTMAF_INVALID_ARGUMENT, "samples lies on cuda:1, log_prob on the host"));
-    CHECK(gpu.refuses(fastmaf_log_prob(gpu, 1, 4, &crooked, given, &out.array), FASTMAF_INVALID_ARGUMENT, "x is not aligned to its 8 bytes"));
-    CHECK(gpu.refuses(fastmaf_log_prob(gpu, 1, 4, &x.array, given, &wrong.array), FASTMAF_UNSUPPORTED, own ? "log_prob is written in float64" : "log_prob is written in float32"));
+    CHECK(gpu.refuses(fastmaf_log_prob_and_grad(gpu, 1, 4, &x.array, given, &out.array, &back.array, nullptr), FASTMAF_UNSUPPORTED,
+                      "fastmaf_evaluator_create"));
+    CHECK(gpu.refuses(fastmaf_log_prob(gpu, 1, 4, &elsewhere.array, given, &out.array), FASTMAF_INVALID_ARGUMENT,
+                      "x lies on cuda:0, the evaluator computes on cuda:1"));
+    CHECK(gpu.refuses(fastmaf_log_prob(gpu, 1, 4, &host.array, c ? &context_of_host.array : nullptr, &out.array), FASTMAF_INVALID_ARGUMENT,
+                      "log_prob on cuda:1: all arrays"));
+    CHECK(gpu.refuses(fastmaf_log_prob(gpu, 1, 4, &x.array, given, &host_out.array), FASTMAF_INVALID_ARGUMENT,
+                      "log_prob on the host: all arrays"));
+    if (c)
+        CHECK(gpu.refuses(fastmaf_sample(gpu, 1, 4, &context_of_host.array, 0, 0, 0, &back.array, nullptr), FASTMAF_INVALID_ARGUMENT,
+                          "context lies on the host, samples on cuda:1"));
+    CHECK(gpu.refuses(fastmaf_sample(gpu, 1, 4, given, 0, 0, 0, &back.array, &host_out.array), FASTMAF_INVALID_ARGUMENT,
+                      "samples lies on cuda:1, log_prob on the host"));
+    CHECK(
+        gpu.refuses(fastmaf_log_prob(gpu, 1, 4, &crooked, given, &out.array), FASTMAF_INVALID_ARGUMENT, "x is not aligned to its 8 bytes"));
+    CHECK(gpu.refuses(fastmaf_log_prob(gpu, 1, 4, &x.array, given, &wrong.array), FASTMAF_UNSUPPORTED,
+                      own ? "log_prob is written in float64" : "log_prob is written in float32"));
     const std::string strides = "without gaps: row_stride " + std::to_string(d) + ", column_stride 1";
     if (d > 1) {
         CHECK(gpu.refuses(fastmaf_sample(gpu, 1, 4, given, 0, 0, 0, &columns.array, nullptr), FASTMAF_UNSUPPORTED, strides.c_str()));
@@ -405,7 +429,8 @@ void errors(const char* path) {
             CHECK(gpu.refuses(fastmaf_from_noise(gpu, 1, 4, &x.array, given, &columns.array), FASTMAF_UNSUPPORTED, strides.c_str()));
         }
     }
-    CHECK(gpu.refuses(most ? fastmaf_to_noise(gpu, 1, 4, &x.array, given, &back.array) : fastmaf_conditional_probs(gpu, 1, 4, &x.array, given, &back.array),
+    CHECK(gpu.refuses(most ? fastmaf_to_noise(gpu, 1, 4, &x.array, given, &back.array)
+                           : fastmaf_conditional_probs(gpu, 1, 4, &x.array, given, &back.array),
                       FASTMAF_UNSUPPORTED, most ? "discrete" : "continuous"));
     fastmaf_output one = out.array;  // the stride of a single row is not read
     one.row_stride = 0;

@@ -83,9 +83,9 @@ struct Network {
     std::vector<int> categories;
     Law law = Law::exp_soft;
     Form form = Form::affine;
-    bool ties = false;   // variables share ranks
-    int beyond = 0;      // degrees are below features + beyond: nobody reads those that are not below features
-    bool after = false;  // an Affine follows
+    bool ties = false;          // variables share ranks
+    int beyond = 0;             // degrees are below features + beyond: nobody reads those that are not below features
+    bool after = false;         // an Affine follows
     Joins joins = Joins::none;  // how the context enters the hidden maps, every second of them with a bias
     bool grows = false;         // residual blocks end in units of other degrees
     bool normed = false;        // behind every hidden map, but for every third
@@ -223,8 +223,8 @@ std::vector<Case> cases() {
     n.hidden = {33, 20};
     n.activation = Activation::gelu;
     n.law = Law::exp_soft;
-    for (const auto& [name, law] : {std::pair("softplus", Law::softplus), {"sigmoid", Law::sigmoid}, {"log_precision", Law::log_precision},
-                                    {"clamp", Law::clamp}}) {
+    for (const auto& [name, law] :
+         {std::pair("softplus", Law::softplus), {"sigmoid", Law::sigmoid}, {"log_precision", Law::log_precision}, {"clamp", Law::clamp}}) {
         Network own;
         own.hidden = {7};
         own.law = law;
@@ -270,7 +270,8 @@ std::vector<Case> cases() {
     stages("wide residual", 9, 2, {net(9, 2, block), net(9, 2, block)});
     block.late = true;
     stages("residual with direct weights from the context", 5, 3, {net(5, 3, block), net(5, 3, block)});
-    for (const auto& [name, joins] : {std::pair("added to the sums", Joins::added), {"activated", Joins::activated}, {"gates", Joins::gated}}) {
+    for (const auto& [name, joins] :
+         {std::pair("added to the sums", Joins::added), {"activated", Joins::activated}, {"gates", Joins::gated}}) {
         Network own;
         own.joins = joins;
         own.residual = own.grows = own.normed = true;
@@ -337,7 +338,8 @@ int64_t parameters_of(const FlowSpec& spec, const StageSpec& stage) {
     if (stage.output == Output::norm) return stage.trainable ? 2 * n : 0;
     if (stage.output == Output::linear) return 2 * n * n + n;
     int64_t count = stage.skip ? stage.maps.back().rows * n : 0;
-    for (const MapSpec& map : stage.maps) count += int64_t(map.rows) * (map.inputs + 1 + (map.context || map.joins != Joins::none ? spec.context : 0) + map.context_bias);
+    for (const MapSpec& map : stage.maps)
+        count += int64_t(map.rows) * (map.inputs + 1 + (map.context || map.joins != Joins::none ? spec.context : 0) + map.context_bias);
     return count;
 }
 
@@ -474,8 +476,10 @@ Reals final_rows(const StageSpec& stage, const double* w, const Reals& x, const 
             for (size_t c = 0; (map.context || joins) && c < context.size(); ++c) own += of_context[j * context.size() + c] * context[c];
             for (size_t i = 0; i < inputs; ++i)
                 if (known[i] <= degrees[j]) out[j] += w[j * inputs + i] * in[i];
-            if (map.joins == Joins::gated) out[j] /= 1 + std::exp(-own);
-            else out[j] += map.joins == Joins::activated ? activated(stage.activation, own) : own;
+            if (map.joins == Joins::gated)
+                out[j] /= 1 + std::exp(-own);
+            else
+                out[j] += map.joins == Joins::activated ? activated(stage.activation, own) : own;
             if (map.adds >= 0) out[j] += sums[size_t(map.adds)][j];
         }
         w = behind + (map.context_bias ? rows : 0);
@@ -1044,9 +1048,12 @@ std::vector<Course> courses() {
     block.residual = block.skip = true;
     all.push_back({"transforms", {flow(5, 2, {net(2, n), net(2, n)}, rng)}, false, careful});
     all.push_back({"norms of the batch",
-                   {flow(5, 0, {norm(5, Norm::of_batch, rng), linear(5, rng), net(0, block), norm(5, Norm::of_batch, rng), net(0, n),
-                                norm(5, Norm::of_data, rng)}, rng)},
-                   true, {}});
+                   {flow(5, 0,
+                         {norm(5, Norm::of_batch, rng), linear(5, rng), net(0, block), norm(5, Norm::of_batch, rng), net(0, n),
+                          norm(5, Norm::of_data, rng)},
+                         rng)},
+                   true,
+                   {}});
     // Members that differ in ranks and degrees, the second with units that nobody reads.
     auto members = [&](const char* name, int context, const Network& network, bool with_norm, const AdamSettings& settings) {
         Course course{name, {}, with_norm, settings};
@@ -1199,8 +1206,7 @@ void many_callers() {
     base.output = Output::mixture;
     base.hidden = {33};
     base.components = 3;
-    const FlowSpec spec =
-        flow(6, 2, {linear(6, rng), network(6, 2, n, rng), norm(6, Norm::of_batch, rng), network(6, 2, base, rng)}, rng);
+    const FlowSpec spec = flow(6, 2, {linear(6, rng), network(6, 2, n, rng), norm(6, Norm::of_batch, rng), network(6, 2, base, rng)}, rng);
     const Reals parameters = random_parameters(spec, rng);
     const auto x = narrowed<float>(normals(6 * 300, rng)), context = narrowed<float>(normals(2 * 300, rng));
     const auto g = narrowed<float>(normals(300, rng));
@@ -1275,8 +1281,10 @@ void crew() {
             bool same = true;
             for (size_t i = 0; i < 5; ++i) {
                 double value = 0;
-                log_prob<double>(*packed, batch_of(*packed, Reals(x.begin() + 9 * long(i), x.end()), Reals(context.begin() + 2 * long(i), context.end()), 1),
-                                 &value, {});
+                log_prob<double>(
+                    *packed,
+                    batch_of(*packed, Reals(x.begin() + 9 * long(i), x.end()), Reals(context.begin() + 2 * long(i), context.end()), 1),
+                    &value, {});
                 same = same && value == expected[i];
             }
             return same;
@@ -1315,21 +1323,15 @@ void errors() {
     int caught = 0;
     try {
         set_num_threads(0);
-    } catch (const std::invalid_argument&) {
-        ++caught;
-    }
+    } catch (const std::invalid_argument&) { ++caught; }
     try {
         set_isa("sse9");
-    } catch (const std::invalid_argument&) {
-        ++caught;
-    }
+    } catch (const std::invalid_argument&) { ++caught; }
     try {
         parallel_for(2, 100, [](int64_t task) {
             if (task == 57) throw std::runtime_error("57");
         });
-    } catch (const std::runtime_error& error) {
-        caught += std::string(error.what()) == "57";
-    }
+    } catch (const std::runtime_error& error) { caught += std::string(error.what()) == "57"; }
     CHECK(caught == 3);
 }
 

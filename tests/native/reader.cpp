@@ -85,8 +85,10 @@ int main(int argc, char** argv) {
         for (int round = 0; round < 300 && !plain.empty(); ++round) {
             std::string damaged = plain;
             const size_t place = rng() % (round % 3 ? std::min<size_t>(damaged.size(), 3000) : damaged.size());
-            if (round % 10 == 0) damaged.resize(place);
-            else damaged[place] = char(rng());
+            if (round % 10 == 0)
+                damaged.resize(place);
+            else
+                damaged[place] = char(rng());
             ++(reads(damaged) ? read : refused);
         }
     }

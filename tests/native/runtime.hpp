@@ -9,9 +9,9 @@
 namespace fastmaf {
 
 void enqueue(cudaStream_t stream, std::function<void()> work);
-int runtime_blocks();               // allocations of any kind that were not freed
-void runtime_limit(int64_t bytes);  // of one allocation; more is out of memory
-void runtime_pools(bool there);  // whether devices have memory pools
+int runtime_blocks();                   // allocations of any kind that were not freed
+void runtime_limit(int64_t bytes);      // of one allocation; more is out of memory
+void runtime_pools(bool there);         // whether devices have memory pools
 void runtime_break(cudaError_t error);  // what the next wait for a stream answers
 
 }  // namespace fastmaf

@@ -140,13 +140,14 @@ constexpr int64_t kShared = 227 * 1024;
 
 const char* name_of(const TensorShape& shape) {
     static char text[80];
-    std::snprintf(text, sizeof text, "rows %d, row tiles %d, groups %d, teams %d, parts %d", shape.rows, shape.row_tiles, shape.groups, shape.teams,
-                  shape.parts);
+    std::snprintf(text, sizeof text, "rows %d, row tiles %d, groups %d, teams %d, parts %d", shape.rows, shape.row_tiles, shape.groups,
+                  shape.teams, shape.parts);
     return text;
 }
 
 std::vector<TensorShape> shapes(int parts) {
-    std::vector<TensorShape> all{{16, 1, 1, 1, parts}, {16, 1, 1, 3, parts}, {32, 2, 1, 2, parts}, {32, 1, 2, 2, parts}, {128, 2, 4, 1, parts}};
+    std::vector<TensorShape> all{
+        {16, 1, 1, 1, parts}, {16, 1, 1, 3, parts}, {32, 2, 1, 2, parts}, {32, 1, 2, 2, parts}, {128, 2, 4, 1, parts}};
     if (parts == 1) all.push_back({64, 4, 1, 2, parts});
     return all;
 }
@@ -210,7 +211,8 @@ void halves_round_to_nearest() {
     using namespace fragments;
     bool exact = true, nearest = true;
     for (int h = 0; h < 0x7C00; ++h) {
-        const double own = double(number_of(uint16_t(h))), next = h == 0x7BFF ? 65536 : double(number_of(uint16_t(h + 1))), middle = (own + next) / 2;
+        const double own = double(number_of(uint16_t(h))), next = h == 0x7BFF ? 65536 : double(number_of(uint16_t(h + 1))),
+                     middle = (own + next) / 2;
         exact = exact && half_of(own) == h && half_of(-own) == (h | 0x8000) && double(number_of(uint16_t(h | 0x8000))) == -own;
         nearest = nearest && half_of(middle) == (h % 2 ? h + 1 : h);
         nearest = nearest && half_of(std::nextafter(middle, 0.0)) == h && half_of(std::nextafter(middle, 1e9)) == h + 1;
@@ -250,7 +252,8 @@ void the_tape_holds_the_weights(const Weights<float>& packed, const TensorShape&
                                     any = any || read;
                                     const double w = read ? double(weights[stairs.offset[size_t(unit)] + input]) : 0;
                                     // Independent of fragments.hpp: lane 4 n + k % 8 / 2, register k / 8, half k % 2.
-                                    const int k_in = input % 32, lane = unit % 8 * 4 + k_in % 8 / 2, place = lane * 8 + k_in / 8 * 2 + k_in % 2;
+                                    const int k_in = input % 32, lane = unit % 8 * 4 + k_in % 8 / 2,
+                                              place = lane * 8 + k_in / 8 * 2 + k_in % 2;
                                     double held = 0;
                                     for (int p = 0; p < shape.parts; ++p) {
                                         uint16_t half = 0;
@@ -366,7 +369,8 @@ void results() {
                     const Errors errors = compare(one.model, n, kind, wide ? shapes_of_a_gpu(parts) : shapes(parts));
                     const double unit = parts == 1 ? 0x1p-11 : 0x1p-24;
                     if (!(errors.log_prob <= 24 * unit && errors.noise <= 48 * unit))
-                        std::fprintf(stderr, "%s: parts %d, %.1f and %.1f\n", what_runs.c_str(), parts, errors.log_prob / unit, errors.noise / unit);
+                        std::fprintf(stderr, "%s: parts %d, %.1f and %.1f\n", what_runs.c_str(), parts, errors.log_prob / unit,
+                                     errors.noise / unit);
                     CHECK(errors.log_prob <= 24 * unit);
                     CHECK(errors.noise <= 48 * unit);
                 }
@@ -379,8 +383,8 @@ struct Blocks {
 };
 
 std::string name_of(const Blocks& blocks, int parts) {
-    return "room for " + std::to_string(blocks.groups) + " groups, " + std::to_string(blocks.active) + " of " + std::to_string(blocks.warps) +
-           " warps have one, parts " + std::to_string(parts);
+    return "room for " + std::to_string(blocks.groups) + " groups, " + std::to_string(blocks.active) + " of " +
+           std::to_string(blocks.warps) + " warps have one, parts " + std::to_string(parts);
 }
 
 // Every weight of a stage once: in the sums before a piece, or in the operations of its own piece.
@@ -464,7 +468,8 @@ Errors compare_draws(const Model& model, size_t n, int context_kind, int parts, 
     const Reals parameters = parameters_of(model, spec, rng);
     const auto packed = weights_of<float>(spec, parameters);
     const auto truth = weights_of<double>(spec, parameters);
-    const Reals drawn = normals(n * size_t(model.features), rng), drawn_context = normals((n + 1) * size_t(std::max(model.context, 1)), rng);
+    const Reals drawn = normals(n * size_t(model.features), rng),
+                drawn_context = normals((n + 1) * size_t(std::max(model.context, 1)), rng);
     const Floats context(drawn_context.begin(), drawn_context.end()), noise(drawn.begin(), drawn.end());
     Batch batch = batch_of(model, noise, context, n);
     if (context_kind) batch.context.inner = 0;
@@ -535,7 +540,8 @@ void samples() {
                     const double unit = parts == 1 ? 0x1p-11 : 0x1p-24;
                     const double most = one.model.law == Law::softplus ? 8 : 4;  // the logarithm of a rounded scale
                     if (!(errors.log_prob <= most * unit && errors.noise <= 24 * unit))
-                        std::fprintf(stderr, "%s: parts %d, %.1f and %.1f\n", what_runs.c_str(), parts, errors.log_prob / unit, errors.noise / unit);
+                        std::fprintf(stderr, "%s: parts %d, %.1f and %.1f\n", what_runs.c_str(), parts, errors.log_prob / unit,
+                                     errors.noise / unit);
                     CHECK(errors.log_prob <= most * unit);
                     CHECK(errors.noise <= 24 * unit);
                 }
@@ -630,7 +636,8 @@ void lost_contexts() {
             const size_t n = 53, d = size_t(features), c = 19;
             const Reals drawn = normals(n * d, rng), drawn_context = normals(n * c, rng);
             const Floats noise(drawn.begin(), drawn.end());
-            Floats context(drawn_context.begin(), drawn_context.end()), good(n * d), got(n * d), density(n), lost_density(n), plain(n * d), unused(n);
+            Floats context(drawn_context.begin(), drawn_context.end()), good(n * d), got(n * d), density(n), lost_density(n), plain(n * d),
+                unused(n);
             warp_draws(*packed, batch_of(model, noise, context, n), nullptr, parts, 2, 2, 2, good.data(), density.data());
             for (size_t i = 0; i < n; i += 3) context[i * c + i % c] = i % 2 ? NAN : 1e5f;
             const Batch batch = batch_of(model, noise, context, n);
@@ -666,7 +673,8 @@ void lost_units() {
             Reals parameters = parameters_of(model, spec, rng);
             const size_t width = 30, d = 5;
             // Activations of the last hidden layer 4096 times larger, the weights that read them as much smaller.
-            const size_t last = layers == 1 ? 0 : width * d + width, inputs = layers == 1 ? d : width, final = last + width * inputs + width;
+            const size_t last = layers == 1 ? 0 : width * d + width, inputs = layers == 1 ? d : width,
+                         final = last + width * inputs + width;
             for (size_t i = last; i < final; ++i) parameters[i] *= 4096;
             for (size_t i = final; i < final + 2 * d * width; ++i) parameters[i] /= 4096;
             const auto packed = weights_of<float>(spec, parameters);
@@ -958,13 +966,14 @@ void choices() {
                 const TensorShape shape = fit_tensor_cores(packed, precision, 8, shared * 1024);
                 std::vector<std::vector<int>> parts;
                 const int64_t used = shape.rows ? room_of(packed.plan(), fitting_stages(packed), shape, parts).shared : 0;
-                std::printf("%s, %s, %d KiB: %s, %.1f KiB used\n", one.name, precision == device::Precision::high ? "high" : "medium", int(shared),
-                            shape.rows ? name_of(shape) : "without tensor cores", double(used) / 1024);
+                std::printf("%s, %s, %d KiB: %s, %.1f KiB used\n", one.name, precision == device::Precision::high ? "high" : "medium",
+                            int(shared), shape.rows ? name_of(shape) : "without tensor cores", double(used) / 1024);
                 CHECK(used <= shared * 1024 && (shape.rows > 0 || shared < 227));
                 CHECK(shape.rows == 0 || (shape.groups * shape.teams == 8 && shape.rows == 16 * shape.row_tiles * shape.groups));
                 const DrawView draws = fit_draws(packed, precision, 8, shared * 1024);
                 std::printf("    samples: %d rows, %.1f KiB used\n", draws.rows, double(draws.shared) / 1024);
-                CHECK(draws.groups <= 8 && draws.rows == 16 * draws.groups && draws.shared <= shared * 1024 && (draws.groups > 0 || shared < 227));
+                CHECK(draws.groups <= 8 && draws.rows == 16 * draws.groups && draws.shared <= shared * 1024 &&
+                      (draws.groups > 0 || shared < 227));
             }
         CHECK(fit_tensor_cores(packed, device::Precision::highest, 8, kShared).rows == 0);
         CHECK(fit_draws(packed, device::Precision::highest, 8, kShared).groups == 0);

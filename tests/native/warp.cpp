@@ -66,7 +66,8 @@ void warp_probabilities(const Weights<T>& packed, const Batch& batch, const Warp
 }
 
 template <class T>
-void warp_generate(const Weights<T>& packed, const Batch& batch, const Draw* draw, const Warps& warps, T* out, T* log_prob, Other<T>* other) {
+void warp_generate(const Weights<T>& packed, const Batch& batch, const Draw* draw, const Warps& warps, T* out, T* log_prob,
+                   Other<T>* other) {
     Job<T> job;
     job.out = out;
     job.other = other;
@@ -115,9 +116,9 @@ cudaError_t launch_fold(const FlowView<T>& flow, const Job<T>& job, T* room, T* 
     });
     return cudaSuccess;
 }
-#define FASTMAF_INSTANTIATE(T)                                                                          \
-    template cudaError_t resident_blocks<T>(Operation, int*);                                           \
-    template cudaError_t launch<T>(Operation, const FlowView<T>&, const Job<T>&, int, cudaStream_t);     \
+#define FASTMAF_INSTANTIATE(T) \
+    template cudaError_t resident_blocks<T>(Operation, int*); \
+    template cudaError_t launch<T>(Operation, const FlowView<T>&, const Job<T>&, int, cudaStream_t); \
     template cudaError_t launch_fold<T>(const FlowView<T>&, const Job<T>&, T*, T*, const T**, cudaStream_t);
 FASTMAF_INSTANTIATE(float)
 FASTMAF_INSTANTIATE(double)
@@ -126,7 +127,7 @@ FASTMAF_INSTANTIATE(double)
 }  // namespace cuda
 #endif
 
-#define FASTMAF_INSTANTIATE(T)                                                             \
+#define FASTMAF_INSTANTIATE(T) \
     template void warp_evaluate<T>(const Weights<T>&, const Batch&, const Warps&, T*, T*); \
     template void warp_probabilities<T>(const Weights<T>&, const Batch&, const Warps&, T*); \
     template void warp_generate<T>(const Weights<T>&, const Batch&, const Draw*, const Warps&, T*, T*, Other<T>*);

@@ -11,9 +11,9 @@
 namespace fastmaf {
 
 struct Warps {
-    int count = 1;      // of a block
-    int vectors = 4;    // of a tile
-    int64_t begin = 0;  // draws: number of the first row; the call has as many more rows
+    int count = 1;       // of a block
+    int vectors = 4;     // of a tile
+    int64_t begin = 0;   // draws: number of the first row; the call has as many more rows
     bool fills = false;  // only NaN in the results is computed
 };
 
@@ -61,12 +61,13 @@ void warp_probabilities(const Weights<T>& packed, const Batch& batch, const Warp
 // The tensor-core kernel in a given shape, without what fills its gaps.
 void warp_halves(const Weights<float>& packed, const Batch& batch, const TensorShape& shape, float* log_prob, float* noise);
 // The sampler on tensor cores, without what fills its gaps: with room for `groups` groups of rows, of which so many have a warp.
-void warp_draws(const Weights<float>& packed, const Batch& batch, const Draw* draw, int parts, int groups, int active, int warps, float* out,
-                float* log_prob);
+void warp_draws(const Weights<float>& packed, const Batch& batch, const Draw* draw, int parts, int groups, int active, int warps,
+                float* out, float* log_prob);
 // Its product of fragments: registers of 32 lanes.
 void warp_multiply(const uint32_t (&a)[4][32], const uint32_t (&b)[2][32], float (&c)[4][32]);
 // Noise from the batch when `draw` is null. `other` may take the samples in place of `out`.
 template <class T>
-void warp_generate(const Weights<T>& packed, const Batch& batch, const Draw* draw, const Warps& warps, T* out, T* log_prob, Other<T>* other = nullptr);
+void warp_generate(const Weights<T>& packed, const Batch& batch, const Draw* draw, const Warps& warps, T* out, T* log_prob,
+                   Other<T>* other = nullptr);
 
 }  // namespace fastmaf

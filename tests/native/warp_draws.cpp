@@ -15,7 +15,8 @@ namespace {
 
 // A block of the sampler on tensor cores.
 template <int HIDDEN, int PARTS>
-void run_draws(const FlowView<float>& flow, const DrawView& view, const Job<float>& job, int warps, int64_t block, int64_t blocks, char* scratch) {
+void run_draws(const FlowView<float>& flow, const DrawView& view, const Job<float>& job, int warps, int64_t block, int64_t blocks,
+               char* scratch) {
     AlignedVector<char> shared(size_t(view.shared), char(0xFF));
     with_team(warps, [&](const Team& team) {
         tensor::clear_halves(shared.data(), view.ring, team);
@@ -27,7 +28,8 @@ void run_draws(const FlowView<float>& flow, const DrawView& view, const Job<floa
     });
 }
 
-void run_draws(const FlowView<float>& flow, const DrawView& view, const Job<float>& job, int warps, int64_t block, int64_t blocks, char* scratch) {
+void run_draws(const FlowView<float>& flow, const DrawView& view, const Job<float>& job, int warps, int64_t block, int64_t blocks,
+               char* scratch) {
     using Run = decltype(&run_draws<1, 1>);
     const Run all[3][2] = {{run_draws<1, 1>, run_draws<1, 2>}, {run_draws<2, 1>, run_draws<2, 2>}, {run_draws<3, 1>, run_draws<3, 2>}};
     all[view.hidden - 1][view.parts - 1](flow, view, job, warps, block, blocks, scratch);
@@ -35,8 +37,8 @@ void run_draws(const FlowView<float>& flow, const DrawView& view, const Job<floa
 
 }  // namespace
 
-void warp_draws(const Weights<float>& packed, const Batch& batch, const Draw* draw, int parts, int groups, int active, int warps, float* out,
-                float* log_prob) {
+void warp_draws(const Weights<float>& packed, const Batch& batch, const Draw* draw, int parts, int groups, int active, int warps,
+                float* out, float* log_prob) {
     FlowView<float> flow;
     DrawView view;
     const AlignedVector<char> memory = placed([&](Image& image) {

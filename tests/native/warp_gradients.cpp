@@ -70,12 +70,12 @@ cudaError_t launch_narrow(const double* in, T* out, int64_t count, cudaStream_t 
     return cudaSuccess;
 }
 
-#define FASTMAF_INSTANTIATE(T)                                                                                                  \
-    template cudaError_t resident_gradient_blocks<T>(int*);                                                                     \
-    template cudaError_t launch_gradient<T>(const GradientView<T>&, const GradientJob<T>&, int, cudaStream_t);                  \
+#define FASTMAF_INSTANTIATE(T) \
+    template cudaError_t resident_gradient_blocks<T>(int*); \
+    template cudaError_t launch_gradient<T>(const GradientView<T>&, const GradientJob<T>&, int, cudaStream_t); \
     template cudaError_t launch_weights<T>(const GradientView<T>&, const WeightsView<T>&, const char*, int64_t, int, T*, cudaStream_t); \
-    template cudaError_t launch_sum<T>(const Sum<T>&, cudaStream_t);                                                            \
-    template cudaError_t launch_parameters<T>(const WeightsView<T>&, const double*, T*, cudaStream_t);                          \
+    template cudaError_t launch_sum<T>(const Sum<T>&, cudaStream_t); \
+    template cudaError_t launch_parameters<T>(const WeightsView<T>&, const double*, T*, cudaStream_t); \
     template cudaError_t launch_narrow<T>(const double*, T*, int64_t, cudaStream_t);
 FASTMAF_INSTANTIATE(float)
 FASTMAF_INSTANTIATE(double)

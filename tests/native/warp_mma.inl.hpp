@@ -66,8 +66,7 @@ FASTMAF_INLINE void lower(int* p, Words i, Words v, M where) {
     for (int l = 0; l < 32; ++l) {
         if (!where[l]) continue;
         int own = __atomic_load_n(p + i[l], __ATOMIC_RELAXED);
-        while (int(v[l]) < own && !__atomic_compare_exchange_n(p + i[l], &own, int(v[l]), false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-        }
+        while (int(v[l]) < own && !__atomic_compare_exchange_n(p + i[l], &own, int(v[l]), false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
     }
 }
 
@@ -165,7 +164,9 @@ FASTMAF_FN void multiply_add(Vec<float> (&c)[4], const Words (&a)[4], Words b0, 
         for (unsigned r = 0; r < 4; ++r)
             for (unsigned i = 0; i < 2; ++i) {
                 left[fragments::a_row(l, r)][fragments::a_column(l, r) + i] = double(numbers_of_halves[a[r][l] >> 16 * i & 0xFFFF]);
-                if (r < 2) right[fragments::b_row(l, r) + i][fragments::b_column(l)] = double(numbers_of_halves[(r ? b1 : b0)[l] >> 16 * i & 0xFFFF]);
+                if (r < 2)
+                    right[fragments::b_row(l, r) + i][fragments::b_column(l)] =
+                        double(numbers_of_halves[(r ? b1 : b0)[l] >> 16 * i & 0xFFFF]);
             }
     for (unsigned r = 0; r < 4; ++r)
         for (unsigned l = 0; l < 32; ++l) {
