@@ -6,7 +6,10 @@ Each function draws into a new figure, or into the (sub)figure that it is given,
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +29,11 @@ DATA, FLOW, INK, QUIET = "#0072B2", "#D55E00", "#222222", "#8A8A8A"
 """Blue and vermilion of Okabe and Ito, which colour-blind readers tell apart, and two greys."""
 
 FILLED: dict[str, Any] = {"density": True, "histtype": "stepfilled", "color": DATA, "alpha": 0.35, "linewidth": 0}
-GRID = {"left": 0.085, "right": 0.985, "bottom": 0.085, "top": 0.985, "wspace": 0.06, "hspace": 0.06}
+PIECES = re.compile(r"\\\$|\$[^$]*\$|\[[^\]$]*\]|[^\s_\-/.,:;$\[\\]+[\s_\-/.,:;]*|.")
+"""Parts of a name that a line may end behind: mathematics, units in brackets, words with what follows them."""
+
+GAP, EDGE, TICK, PAD = 5.0, 6.0, 2.5, 3.0
+"""Points between panels, around all, of a tick, and between a tick, its label and the name of the axis."""
 
 MASS = (0.5, 0.8, 0.95, 0.99)
 """Share of the rows inside each contour."""
@@ -53,13 +60,6 @@ def _table(name: str, value: ArrayLike, columns: int | None = None, names: Seque
     return array
 
 
-def _legend(figure: FigureBase, columns: int, *words: str) -> None:
-    """Words in ink, blue and vermilion, one below the other, in the upper right of a grid, which is empty."""
-    for k, (text, colour) in enumerate(zip(words, (INK, DATA, FLOW), strict=True)):
-        if columns > 1:
-            figure.text(0.98, 0.98, "\n" * k + text, ha="right", va="top", fontsize=10, color=colour, linespacing=1.5)
-
-
 def _labels(names: Sequence[str] | None, columns: int, letter: str) -> Sequence[str]:
     if names is not None and (isinstance(names, str) or not np.iterable(names)):
         raise ValueError(f"names is {_words.shown(names)}; it must be a sequence of strings")
@@ -69,14 +69,27 @@ def _labels(names: Sequence[str] | None, columns: int, letter: str) -> Sequence[
 
 
 def _density(x: Array, y: Array, x_edges: Array, y_edges: Array, blur: float = 1.2) -> Array:
-    """A histogram of mass 1 over (y, x), smoothed by a Gaussian of `blur` bins."""
-    counts = np.histogram2d(y, x, (y_edges, x_edges))[0]
-    reach = math.ceil(3 * blur)
-    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / blur) ** 2)
-    for axis in (0, 1):
-        counts = np.apply_along_axis(np.convolve, axis, counts, kernel, mode="same")
-    density: Array = counts / max(counts.sum(), 1e-300)
+    """A histogram of mass 1 over (y, x), in cells of one size, smoothed by a Gaussian of `blur` cells."""
+    rows, columns = _cells(y, y_edges), _cells(x, x_edges)
+    shape = len(y_edges) - 1, len(x_edges) - 1
+    inside = (rows >= 0) & (rows < shape[0]) & (columns >= 0) & (columns < shape[1])
+    counts = np.bincount(rows[inside] * shape[1] + columns[inside], minlength=shape[0] * shape[1]).reshape(shape)
+    density: Array = _blur(shape[0], blur) @ counts @ _blur(shape[1], blur)
+    density /= max(density.sum(), 1e-300)
     return density
+
+
+def _cells(values: Array, edges: Array) -> Array:
+    """Number of the cell of each value; -1 and beyond the last for those outside."""
+    cells = np.floor((values - edges[0]) * ((len(edges) - 1) / (edges[-1] - edges[0])))
+    inside: Array = np.clip(cells, -1, len(edges) - 1).astype(np.intp)
+    return inside
+
+
+def _blur(cells: int, width: float) -> Array:
+    """Matrix of a Gaussian cut off at three widths."""
+    apart = np.subtract.outer(np.arange(cells), np.arange(cells)) / width
+    return np.where(np.abs(apart) <= math.ceil(3 * width) / width, np.exp(-0.5 * apart**2), 0.0)
 
 
 def _levels(density: Array) -> list[float]:
@@ -86,15 +99,247 @@ def _levels(density: Array) -> list[float]:
     return sorted({float(heights[min(int(np.searchsorted(held, mass)), heights.size - 1)]) for mass in MASS})
 
 
-def _frame(axes: Axes, left: bool, bottom: bool, ticks: int = 3) -> None:
+def _spines(axes: Axes) -> None:
+    for spine in axes.spines.values():
+        spine.set(color=QUIET, linewidth=0.6)
+
+
+def _frame(axes: Axes, left: bool, bottom: bool, ticks: int = 5) -> None:
     """Thin grey frame, few ticks, and labels only where the grid ends."""
     from matplotlib.ticker import MaxNLocator
 
-    for spine in axes.spines.values():
-        spine.set(color=QUIET, linewidth=0.6)
-    axes.tick_params(length=2.5, width=0.6, labelsize=8, color=QUIET, labelcolor=INK, labelleft=left, labelbottom=bottom)
+    _spines(axes)
+    axes.tick_params(length=TICK, width=0.6, labelsize=8, color=QUIET, labelcolor=INK, labelleft=left, labelbottom=bottom)
     axes.xaxis.set_major_locator(MaxNLocator(ticks, prune="both"))
     axes.yaxis.set_major_locator(MaxNLocator(ticks, prune="both"))
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Limits of a variable, and its ticks in a unit in which their labels are short: value = label * scale + offset."""
+
+    low: float
+    high: float
+    offset: float = 0.0
+    scale: float = 1.0
+    unit: str = ""
+
+    @classmethod
+    def of(cls, low: float, high: float) -> _Axis:
+        """With an offset where the labels had many digits in common, and a power of ten where they had many zeros."""
+        offset, words = 0.0, ""
+        largest = max(abs(low), abs(high))
+        if largest >= (1000 if 0.01 <= largest < 10_000 else 100) * (high - low):
+            power = math.ceil(math.log10(high - low))
+            whole = round(0.5 * (low + high) / 10.0**power)
+            offset = float(f"{whole}e{power}")
+            plain = f"{abs(offset):.{max(0, -power)}f}"
+            plain = plain.rstrip("0").rstrip(".") if "." in plain else plain
+            short = re.sub(r"\.?0*e\+?(-?)0*", r"e\1", f"{abs(offset):.{len(str(abs(whole))) - 1}e}")
+            words = ("+ " if offset > 0 else "\u2212 ") + (plain if len(plain) <= max(7, len(short)) else short)
+        power = math.floor(math.log10(max(abs(low - offset), abs(high - offset))))
+        if -3 < power < 4:
+            return cls(low, high, offset, 1.0, words and f" [{words}]")
+        return cls(low, high, offset, float(f"1e{power}"), f" [1e{power}{words and ' ' + words}]")
+
+    def ticks(self, room: float, ruler: _Ruler, size: float, across: int) -> list[tuple[float, str]]:
+        """Places and labels of a few ticks, whose labels lie apart and within the panel, `room` points long."""
+        from matplotlib.ticker import Formatter, MaxNLocator
+
+        low, high = (self.low - self.offset) / self.scale, (self.high - self.offset) / self.scale
+        best: list[tuple[float, float, float, str]] = []
+        tries = [(1, bins) for bins in range(int(np.clip(room / 18, 4, 7)), 0, -1)]
+        tries += [(stride, bins) for stride in (1, 2, 3) for bins in (7, 6, 5, 4, 3, 2)]
+        for stride, bins in tries:
+            marks = MaxNLocator(bins, steps=[1, 2, 5, 10]).tick_values(low, high)
+            decimals = max(0, -math.floor(math.log10(marks[1] - marks[0]) + 1e-9))
+            found = []
+            for mark in np.where(np.abs(marks) > 1e-9 * (high - low), marks, 0.0):
+                label = Formatter.fix_minus(f"{mark:.{decimals}f}")
+                place, half = (mark - low) / (high - low) * room, 0.5 * ruler.size(label, size)[across]
+                if half <= place <= room - half:
+                    found.append((place - half, place + half, float(mark * self.scale + self.offset), label))
+            found = found[::stride]
+            if all(right[0] - left[1] >= 2 * PAD for left, right in pairwise(found)) and len(found) > len(best):
+                best = found
+            if len(best) > 1:
+                break
+        return [(value, label) for *_, value, label in best]
+
+
+class _Ruler:
+    """Sizes of texts in points, as they are drawn into a figure."""
+
+    def __init__(self, figure: Any) -> None:
+        self.text = figure.text(0, 0, "")
+        self.points = 72 / figure.dpi
+        self.known: dict[tuple[str, float], tuple[float, float]] = {}
+
+    def size(self, text: str, size: float) -> tuple[float, float]:
+        if (text, size) not in self.known:
+            self.text.set(text=text, fontsize=size, linespacing=1.2)
+            box = self.text.get_window_extent()
+            self.known[text, size] = box.width * self.points, box.height * self.points
+        return self.known[text, size]
+
+    def plain(self, name: str) -> str:
+        """With its dollars escaped where what stands between them is no mathematics."""
+        try:
+            self.size(name, 10)
+        except ValueError:
+            return name.replace("$", r"\$")
+        return name
+
+    def wrapped(self, name: str, room: float, size: float) -> str:
+        """Broken into lines behind blanks, underscores and the like, or anywhere but in mathematics."""
+        lines: list[str] = []
+        for part in name.split("\n"):
+            lines.append("")
+            for piece in PIECES.findall(part):
+                if self.size((lines[-1] + piece).rstrip(), size)[0] <= room:
+                    lines[-1] += piece
+                    continue
+                letters = [piece] if "$" in piece or self.size(piece.rstrip(), size)[0] <= room else list(piece)
+                if lines[-1]:
+                    lines.append("")
+                for letter in letters:
+                    if lines[-1] and self.size((lines[-1] + letter).rstrip(), size)[0] > room:
+                        lines.append("")
+                    lines[-1] += letter
+        return "\n".join(line.strip() for line in lines)
+
+    def names(self, names: Sequence[str], room: float, most: float) -> tuple[float, list[str]]:
+        """The largest size from `most` down in which all names take three lines at most, and their lines."""
+        for size in np.arange(most, 3.5, -1):
+            found = [self.wrapped(name, room, size) for name in names]
+            if all(text.count("\n") < 3 and self.size(text, size)[0] <= room for text in found):
+                break
+        return float(size), found
+
+
+def _triangle(
+    figure: FigureBase | None, names: Sequence[str], axes: Sequence[_Axis], side: float, size: float, words: tuple[str, str, str]
+) -> tuple[FigureBase, list[list[Axes]]]:
+    """Panels of all pairs of variables, named, with ticks, and a legend where there is none.
+
+    A new figure gets panels of `side` points and the size that they and their labels need; in a figure that is given, the
+    panels get what the labels leave.
+    """
+    columns, own = len(names), figure is None
+    page: Any = _figure(figure, 1.0, 1.0)
+    ruler = _Ruler(page)
+    names = [ruler.plain(str(name)) + axis.unit for name, axis in zip(names, axes, strict=True)]
+    left, bottom, right, top = EDGE, EDGE, EDGE, EDGE
+    if columns == 1:
+        top += 2 * size
+    while True:
+        if own:
+            width = height = side
+        else:
+            width, height = (
+                max((pixels * ruler.points - margin - (columns - 1) * GAP) / columns, 4.0)
+                for pixels, margin in ((page.bbox.width, left + right), (page.bbox.height, bottom + top))
+            )
+        below, under = ruler.names(names, width, size)
+        beside, aside = ruler.names(["density", *names[1:]], height, size)
+        small = 0.8 * min(below, beside)
+        x_ticks = [axis.ticks(width, ruler, small, 0) for axis in axes]
+        y_ticks = [axis.ticks(height, ruler, small, 1) for axis in axes]
+        x_off = TICK + PAD + max((ruler.size(label, small)[1] for ticks in x_ticks for _, label in ticks), default=0) + PAD
+        y_off = TICK + PAD + max((ruler.size(label, small)[0] for ticks in y_ticks[1:] for _, label in ticks), default=0) + PAD
+        margins = (
+            EDGE + y_off + max(ruler.size(text, beside)[1] for text in aside),
+            EDGE + x_off + max(ruler.size(text, below)[1] for text in under),
+        )
+        done = own or (margins[0] <= left and margins[1] <= bottom) or width == height == 4.0
+        left, bottom = max(left, margins[0]), max(bottom, margins[1])
+        if done:
+            break
+    ruler.text.remove()
+    total = [margin + columns * part + (columns - 1) * GAP for margin, part in ((left + right, width), (bottom + top, height))]
+    if own:
+        page.set_size_inches(total[0] / 72, total[1] / 72)
+    grid = page.add_gridspec(
+        columns,
+        columns,
+        left=left / total[0],
+        right=1 - right / total[0],
+        bottom=bottom / total[1],
+        top=1 - top / total[1],
+        wspace=GAP / width,
+        hspace=GAP / height,
+    )
+    panels = [[page.add_subplot(grid[i, j]) for j in range(i + 1)] for i in range(columns)]
+    for i, row in enumerate(panels):
+        for j, panel in enumerate(row):
+            panel.set_xlim(axes[j].low, axes[j].high)
+            if i > j:
+                panel.set_ylim(axes[i].low, axes[i].high)
+            _spines(panel)
+            panel.xaxis.set_visible(i == columns - 1)
+            panel.yaxis.set_visible(j == 0)
+            if i == columns - 1:
+                _ticks(panel.xaxis, x_ticks[j], small)
+                panel.set_xlabel(under[j], fontsize=below, color=INK, linespacing=1.2)
+                panel.xaxis.set_label_coords(0.5, -x_off / height)
+            if j == 0:
+                _ticks(panel.yaxis, y_ticks[i] if i else [], small)
+                panel.set_ylabel(aside[i], fontsize=beside, color=INK, linespacing=1.2)
+                panel.yaxis.set_label_coords(-y_off / width, 0.5)
+    _legend(page, columns, words, size, (left, top, width, height), total)
+    return page, panels
+
+
+def _legend(
+    figure: Any, columns: int, words: tuple[str, str, str], size: float, inner: tuple[float, float, float, float], total: list[float]
+) -> None:
+    """In the empty upper right, as large as it can be read where the whole figure is looked at; above a single panel."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    left, top, width, height = inner
+    size = max(size, min(total) / 40)
+    area, line = Patch(color=DATA, alpha=FILLED["alpha"], linewidth=0), Line2D([], [], color=FLOW)
+
+    def drawn(size: float) -> Any:
+        line.set_linewidth(0.12 * size)
+        return figure.legend(
+            [area, line],
+            words[1:],
+            title=words[0] if columns > 1 else None,
+            loc="upper right",
+            bbox_to_anchor=(1 - EDGE / total[0], 1 - EDGE / total[1]),
+            bbox_transform=figure.transSubfigure,
+            ncols=1 if columns > 1 else 2,
+            frameon=False,
+            borderaxespad=0,
+            borderpad=0,
+            fontsize=size,
+            title_fontsize=size,
+            labelcolor=[DATA, FLOW],
+            alignment="right",
+        )
+
+    legend = drawn(size)
+    box = legend.get_window_extent()
+    across, down = (72 / figure.dpi * length / size for length in (box.width, box.height))
+    legend.remove()
+
+    def fits(size: float) -> bool:
+        below = math.floor(size * down / (height + GAP))
+        free = width if columns == 1 else total[0] - EDGE - left - (below + 1) * (width + GAP)
+        return bool(size * across <= free and (below < columns if columns > 1 else size * down <= top - EDGE - PAD))
+
+    while size > 2 and not fits(size):
+        size *= 0.95
+    legend = drawn(size)
+    if columns > 1:
+        legend.get_title().set_color(INK)
+
+
+def _ticks(axis: Any, ticks: list[tuple[float, str]], size: float) -> None:
+    axis.set_ticks([place for place, _ in ticks], [label for _, label in ticks])
+    axis.set_tick_params(length=TICK, width=0.6, pad=PAD, labelsize=size, color=QUIET, labelcolor=INK)
 
 
 def _histogram(axes: Axes, values: Array, edges: Array, **options: Any) -> None:
@@ -110,6 +355,8 @@ def corner(data: ArrayLike, samples: ArrayLike, names: Sequence[str] | None = No
     """Data against samples of a flow: all pairs of columns, and histograms of each.
 
     Filled blue is the data, vermilion lines are the samples. Contours hold 50, 80, 95 and 99 per cent of the rows.
+    The name of an axis bears the unit of its ticks where their labels are shortened by one: at "mass [1e8]" a tick 3 is 3e8, and at
+    "jd [+ 2450000]" it is 2450003. Names that are long are broken into lines; a new figure has the size that panels and names need.
 
     Parameters
     ----------
@@ -144,19 +391,12 @@ def corner(data: ArrayLike, samples: ArrayLike, names: Sequence[str] | None = No
     columns = data.shape[1]
     samples, names = _table("samples", samples, columns, own), own if names is None else names
     names = _labels(names, columns, "x")
-    figure = _figure(figure, 1.4 * columns + 0.6, 1.4 * columns + 0.6)
-    low, high = np.quantile(data, [0.001, 0.999], axis=0)
-    margin = 0.06 * (high - low) + 1e-12
-    edges = [np.linspace(a, b, 61) for a, b in zip(low - margin, high + margin, strict=True)]
+    axes_of = [_Axis.of(*_limits(data[:, j], samples[:, j])) for j in range(columns)]
+    figure, grid = _triangle(figure, names, axes_of, max(96.0, 300 / columns), 10, ("data space", "data", "samples"))
+    edges = [np.linspace(axis.low, axis.high, 61) for axis in axes_of]
     centres = [0.5 * (edge[1:] + edge[:-1]) for edge in edges]
-    grid = figure.subplots(columns, columns, squeeze=False, gridspec_kw=GRID)
-    for i in range(columns):
-        for j in range(columns):
-            axes = grid[i, j]
-            if j > i:
-                axes.remove()
-                continue
-            axes.set_xlim(edges[j][0], edges[j][-1])
+    for i, row in enumerate(grid):
+        for j, axes in enumerate(row):
             if i == j:
                 _histogram(axes, data[:, j], edges[j], **FILLED)
                 _histogram(axes, samples[:, j], edges[j], density=True, histtype="step", color=FLOW, linewidth=1.2)
@@ -171,17 +411,19 @@ def corner(data: ArrayLike, samples: ArrayLike, names: Sequence[str] | None = No
                         axes.contourf(centres[j], centres[i], density, [*levels, density.max() * 1.001], colors=shades)
                     else:
                         axes.contour(centres[j], centres[i], density, levels, colors=FLOW, linewidths=0.8)
-                axes.set_ylim(edges[i][0], edges[i][-1])
-            _frame(axes, left=j == 0 and i > 0, bottom=i == columns - 1)
-            if i == j:
-                axes.set_yticks([])
-            if i == columns - 1:
-                axes.set_xlabel(names[j], fontsize=10, color=INK)
-            if j == 0 and i > 0:
-                axes.set_ylabel(names[i], fontsize=10, color=INK)
-    figure.align_labels()
-    _legend(figure, columns, "data space", "data", "samples")
     return figure
+
+
+def _limits(data: Array, samples: Array) -> tuple[float, float]:
+    """Of nearly all data; where they are all one value, of the samples too, or around it."""
+    for values in (data, np.concatenate([data, samples])):
+        low, high = map(float, np.quantile(values, [0.001, 0.999]))
+        if high - low > 1e-12 * max(abs(low), abs(high)):
+            break
+    else:
+        low, high = (low - 0.05 * abs(low), low + 0.05 * abs(low)) if low else (-1.0, 1.0)
+    margin = 0.06 * (high - low)
+    return low - margin, high + margin
 
 
 def _shade(colour: str, strength: float) -> tuple[float, ...]:
@@ -226,18 +468,13 @@ def noise(u: ArrayLike, names: Sequence[str] | None = None, figure: FigureBase |
     u = _table("u", u)
     columns = u.shape[1]
     names = _labels(names, columns, "u")
-    figure = _figure(figure, 0.9 * columns + 0.6, 0.9 * columns + 0.6)
+    axes_of = [_Axis(-3.6, 3.6)] * columns
+    figure, grid = _triangle(figure, names, axes_of, max(62.0, 300 / columns), 9, ("noise space", "data", "N(0, I)"))
     edges = np.linspace(-3.6, 3.6, 49)
     centres = 0.5 * (edges[1:] + edges[:-1])
     angle = np.linspace(0, 2 * np.pi, 97)
-    grid = figure.subplots(columns, columns, squeeze=False, gridspec_kw=GRID)
-    for i in range(columns):
-        for j in range(columns):
-            axes = grid[i, j]
-            if j > i:
-                axes.remove()
-                continue
-            axes.set_xlim(edges[0], edges[-1])
+    for i, row in enumerate(grid):
+        for j, axes in enumerate(row):
             if i == j:
                 _histogram(axes, u[:, j], edges, **FILLED)
                 axes.plot(centres, np.exp(-0.5 * centres**2) / math.sqrt(2 * math.pi), color=FLOW, linewidth=1.0)
@@ -250,15 +487,6 @@ def noise(u: ArrayLike, names: Sequence[str] | None = None, figure: FigureBase |
                 for mass in MASS:
                     radius = math.sqrt(-2 * math.log(1 - mass))
                     axes.plot(radius * np.cos(angle), radius * np.sin(angle), color=FLOW, linewidth=0.7)
-                axes.set_ylim(edges[0], edges[-1])
-            _frame(axes, left=False, bottom=False)
-            axes.set(xticks=[], yticks=[])
-            if i == columns - 1:
-                axes.set_xlabel(names[j], fontsize=9, color=INK)
-            if j == 0 and i > 0:
-                axes.set_ylabel(names[i], fontsize=9, color=INK)
-    figure.align_labels()
-    _legend(figure, columns, "noise space", "data", "N(0, I)")
     return figure
 
 
@@ -310,7 +538,7 @@ def redshift(
     reach = max(6 * float(np.median(np.abs(error))), 1e-3)
     for axes, y in ((upper, both[:, 1]), (lower, error)):
         axes.plot(both[:, 0], y, ".", color=DATA, markersize=2, alpha=0.3, markeredgewidth=0, rasterized=True)
-        _frame(axes, left=True, bottom=axes is lower, ticks=5)
+        _frame(axes, left=True, bottom=axes is lower)
     upper.plot(line, line, color=FLOW, linewidth=0.8)
     for sign in (-1, 1):
         upper.plot(line, line + sign * 0.15 * (1 + line), color=FLOW, linewidth=0.8, linestyle=(0, (4, 3)))

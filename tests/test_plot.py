@@ -12,6 +12,7 @@ from fastmaf import plot
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 X = np.random.default_rng(0).normal(size=(500, 3)) @ np.triu(np.ones((3, 3)))
 
@@ -28,6 +29,121 @@ def test_corner_has_one_panel_per_pair():
     assert isinstance(figure, Figure) and len(figure.axes) == 6
     assert [axes.get_xlabel() for axes in figure.axes[-3:]] == ["a", "b", "c"]
     assert drawn(figure).startswith(b"\x89PNG")
+
+
+NAMES = [
+    "mass",
+    "velocity_dispersion_km_s_within_re",
+    "g-r",
+    "$\\Omega_m h^2$ of the chain",
+    "thelongestwordofalltheseandnoblankinit",
+    "z",
+    "jd",
+]
+SCALE, SHIFT = [1e8, 1e12, 1e-8, 1.0, 1e-3, 30.0, 1.0], [1e9, 0.0, 0.0, -1e6, 1.0, 1e5, 2451541.5]
+
+
+def uneven(columns, rows=200):
+    """Names long and short, and columns of all sizes and places."""
+    x = np.random.default_rng(2).normal(size=(rows, columns))
+    names, scale, shift = ([some[j % 7] for j in range(columns)] for some in (NAMES, SCALE, SHIFT))
+    return x * scale + shift, names
+
+
+def texts_of(figure, monkeypatch):
+    """What is written around the panels, and where: {text: box} of all that is drawn."""
+    found = {}
+    draw = Text.draw
+
+    def note(self, renderer, *more):
+        if self.get_visible() and self.get_text() and not (self.axes and self in self.axes.texts):
+            found[self] = self.get_window_extent(renderer)
+        draw(self, renderer, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Text, "draw", note)
+        figure.draw_without_rendering()
+    return found
+
+
+def check_texts(figure, panels, texts):
+    """All within the figure, apart from each other and outside of the panels; each outer axis has a name and two tick labels."""
+    boxes = np.array([box.extents for box in texts.values()])
+    words = [text.get_text() for text in texts]
+    assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= figure.bbox.extents[2:]).all()
+    frames = np.array([axes.get_window_extent().extents for axes in panels])
+    for others, same in ((boxes, np.eye(len(boxes), dtype=bool)), (frames, False)):
+        common = np.minimum(boxes[:, None, 2:], others[:, 2:]) - np.maximum(boxes[:, None, :2], others[:, :2])
+        first, second = np.nonzero((common > 0.5).all(axis=2) & ~same)
+        assert not first.size, [(words[i], words[j] if others is boxes else "panel") for i, j in zip(first, second, strict=True)]
+    columns = round((2 * len(panels)) ** 0.5 - 0.5)
+    for axes in panels[-columns:]:
+        assert axes.xaxis.label in texts and len(set(axes.get_xticklabels()) & texts.keys()) > 1
+    for i in range(columns):
+        axes = panels[i * (i + 1) // 2]
+        assert axes.yaxis.label in texts and (i == 0 or len(set(axes.get_yticklabels()) & texts.keys()) > 1)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 4, 7, 27])
+def test_labels_are_whole_and_apart(columns, monkeypatch):
+    x, names = uneven(columns)
+    figure = plot.corner(x, x, names)
+    texts = texts_of(figure, monkeypatch)
+    check_texts(figure, figure.axes, texts)
+    legend = [box.height for text, box in texts.items() if text.get_text() in ("data", "samples")]
+    assert len(legend) == 2 and min(legend) > figure.bbox.height / 100
+    for axes, name in zip(figure.axes[-columns:], names, strict=True):
+        assert axes.get_xlabel().replace("\n", "").replace(" ", "").startswith(name.replace(" ", ""))
+
+
+@pytest.mark.parametrize("columns", [1, 2, 4])
+def test_labels_of_the_noise_are_whole_and_apart(columns, monkeypatch):
+    figure = plot.noise(X[:, [0, 1, 2, 0]][:, :columns], NAMES[:columns])
+    check_texts(figure, figure.axes, texts_of(figure, monkeypatch))
+
+
+def test_labels_fit_into_a_part_of_a_page(monkeypatch):
+    page = Figure(figsize=(12, 5))
+    x, names = uneven(4)
+    for part, draw in zip(page.subfigures(1, 2), (lambda f: plot.corner(x, x, names, f), lambda f: plot.noise(x, names, f)), strict=True):
+        draw(part)
+        panels = list(part.axes)
+        words = {text: box for text, box in texts_of(page, monkeypatch).items() if text.figure is part or text.axes in panels}
+        check_texts(page, panels, words)
+
+
+def test_ticks_times_unit_plus_offset_are_the_values():
+    x, names = uneven(7)
+    figure = plot.corner(x, x, names)
+    units = ["[1e9]", "[1e12]", "[1e-8]", "[\u2212 1000000]", "", "[+ 100000]", "[+ 2451540]"]
+    values = [(1e9, 0), (1e12, 0), (1e-8, 0), (1, -1e6), (1, 0), (1, 1e5), (1, 2451540)]
+    for axes, unit, (scale, offset), (low, high) in zip(figure.axes[-7:], units, values, np.quantile(x, [0.1, 0.9], axis=0).T, strict=True):
+        assert axes.get_xlabel().endswith(unit) and ("[" in axes.get_xlabel()) == bool(unit)
+        labels = [float(text.get_text().replace("\u2212", "-")) for text in axes.get_xticklabels()]
+        assert np.allclose(axes.get_xticks(), np.array(labels) * scale + offset, rtol=1e-12, atol=1e-9 * scale)
+        assert any(abs(place - 0.5 * (low + high)) < high - low for place in axes.get_xticks())
+
+
+@pytest.mark.parametrize("x", [[[0.5174466, 1e10, 0.0]], [[1e-25, 3.0, -7e-12]] * 9, np.array([[3, -2, 1]]) * [[1], [2], [5]] * 1e-20])
+def test_a_lone_row_constants_and_small_values_have_room(x, monkeypatch):
+    figure = plot.corner(x, x, ["mass", "frac", "z"])
+    check_texts(figure, figure.axes, texts_of(figure, monkeypatch))
+    drawn(figure)
+    for axes, values in zip(figure.axes[-3:], np.transpose(x), strict=True):
+        low, high = axes.get_xlim()
+        assert low < min(values) and max(values) < high
+        assert high - low <= max(1.2 * np.ptp(values), 0.2 * abs(values[0]) or 3)
+
+
+def test_constant_data_are_shown_beside_their_samples():
+    low, high = plot.corner(np.full((50, 1), 3.0), np.linspace(2, 5, 50)[:, None]).axes[0].get_xlim()
+    assert low < 2.1 and high > 4.9
+
+
+def test_dollars_that_hold_no_mathematics_are_themselves():
+    figure = plot.corner(X, X, ["a$^$b", "$x_1$", "5$"])
+    drawn(figure)
+    assert [axes.get_xlabel() for axes in figure.axes[-3:]] == [r"a\$^\$b", "$x_1$", "5$"]
 
 
 def test_contours_hold_what_they_say():
