@@ -104,16 +104,6 @@ def _spines(axes: Axes) -> None:
         spine.set(color=QUIET, linewidth=0.6)
 
 
-def _frame(axes: Axes, left: bool, bottom: bool, ticks: int = 5) -> None:
-    """Thin grey frame, few ticks, and labels only where the grid ends."""
-    from matplotlib.ticker import MaxNLocator
-
-    _spines(axes)
-    axes.tick_params(length=TICK, width=0.6, labelsize=8, color=QUIET, labelcolor=INK, labelleft=left, labelbottom=bottom)
-    axes.xaxis.set_major_locator(MaxNLocator(ticks, prune="both"))
-    axes.yaxis.set_major_locator(MaxNLocator(ticks, prune="both"))
-
-
 @dataclass(frozen=True)
 class _Axis:
     """Limits of a variable, and its ticks in a unit in which their labels are short: value = label * scale + offset."""
@@ -490,6 +480,50 @@ def noise(u: ArrayLike, names: Sequence[str] | None = None, figure: FigureBase |
     return figure
 
 
+def _pair(page: Any, names: tuple[str, str, str], main: _Axis, small: _Axis) -> tuple[Axes, Axes]:
+    """Two panels one above the other, named (below, left of the upper, left of the lower); `main` is the lower left to right too."""
+    ruler = _Ruler(page)
+    total = [ruler.points * pixels for pixels in (page.bbox.width, page.bbox.height)]
+    left, bottom = 0.1 * total[0], 0.1 * total[1]
+    for _ in range(3):
+        width, height = (max(part, 8.0) for part in (total[0] - left - EDGE, total[1] - bottom - EDGE - GAP))
+        rooms = width, 0.75 * height, 0.25 * height
+        texts = [name + axis.unit for name, axis in zip(names, (main, main, small), strict=True)]
+        size = min(ruler.names([text], room, 10)[0] for text, room in zip(texts, rooms, strict=True))
+        texts = [ruler.wrapped(text, room, size) for text, room in zip(texts, rooms, strict=True)]
+        ticks = [axis.ticks(room, ruler, 0.8 * size, k > 0) for k, (axis, room) in enumerate(zip((main, main, small), rooms, strict=True))]
+        x_off = TICK + 2 * PAD + max((ruler.size(label, 0.8 * size)[1] for _, label in ticks[0]), default=0)
+        y_off = TICK + 2 * PAD + max((ruler.size(label, 0.8 * size)[0] for _, label in ticks[1] + ticks[2]), default=0)
+        left = max(left, EDGE + y_off + max(ruler.size(text, size)[1] for text in texts[1:]))
+        bottom = max(bottom, EDGE + x_off + ruler.size(texts[0], size)[1])
+    ruler.text.remove()
+    upper, lower = page.subplots(
+        2,
+        1,
+        sharex=True,
+        gridspec_kw={
+            "left": left / total[0],
+            "right": 1 - EDGE / total[0],
+            "bottom": bottom / total[1],
+            "top": 1 - EDGE / total[1],
+            "hspace": GAP / (0.5 * height),
+            "height_ratios": (3, 1),
+        },
+    )
+    upper.set(xlim=(main.low, main.high), ylim=(main.low, main.high))
+    lower.set(ylim=(small.low, small.high))
+    for axes, text, marks in ((upper, texts[1], ticks[1]), (lower, texts[2], ticks[2])):
+        _spines(axes)
+        _ticks(axes.yaxis, marks, 0.8 * size)
+        _ticks(axes.xaxis, ticks[0], 0.8 * size)
+        axes.set_ylabel(text, fontsize=size, color=INK, linespacing=1.2)
+        axes.yaxis.set_label_coords(-y_off / width, 0.5)
+    upper.tick_params(labelbottom=False)
+    lower.set_xlabel(texts[0], fontsize=size, color=INK, linespacing=1.2)
+    lower.xaxis.set_label_coords(0.5, -x_off / (0.25 * height))
+    return upper, lower
+
+
 def redshift(
     truth: ArrayLike, estimate: ArrayLike, pit: ArrayLike | None = None, note: str | None = None, figure: FigureBase | None = None
 ) -> FigureBase:
@@ -529,33 +563,26 @@ def redshift(
         pit = _table("pit", _arrays.real("pit", pit)[..., None], 1)
     both = _table("truth and estimate", np.column_stack([_arrays.real("truth", truth), _arrays.real("estimate", estimate)]))
     error = (both[:, 1] - both[:, 0]) / (1 + both[:, 0])
-    figure = _figure(figure, 5.0, 5.2)
-    upper, lower = figure.subplots(
-        2, 1, sharex=True, gridspec_kw={"left": 0.15, "right": 0.97, "bottom": 0.11, "top": 0.97, "hspace": 0.05, "height_ratios": (3, 1)}
-    )
     top = 1.04 * float(np.quantile(both[:, 0], 0.9995))
     line = np.array([0.0, top])
     reach = max(6 * float(np.median(np.abs(error))), 1e-3)
+    figure = _figure(figure, 5.0, 5.2)
+    upper, lower = _pair(figure, ("true redshift z", "estimated redshift", "error / (1 + z)"), _Axis.of(0.0, top), _Axis.of(-reach, reach))
     for axes, y in ((upper, both[:, 1]), (lower, error)):
         axes.plot(both[:, 0], y, ".", color=DATA, markersize=2, alpha=0.3, markeredgewidth=0, rasterized=True)
-        _frame(axes, left=True, bottom=axes is lower)
     upper.plot(line, line, color=FLOW, linewidth=0.8)
     for sign in (-1, 1):
         upper.plot(line, line + sign * 0.15 * (1 + line), color=FLOW, linewidth=0.8, linestyle=(0, (4, 3)))
     lower.axhline(0, color=FLOW, linewidth=0.8)
-    upper.set(xlim=(0, top), ylim=(0, top))
-    lower.set(ylim=(-reach, reach))
-    upper.set_ylabel("estimated redshift", fontsize=10, color=INK)
-    lower.set_ylabel("error / (1 + z)", fontsize=10, color=INK)
-    lower.set_xlabel("true redshift z", fontsize=10, color=INK)
     if note is not None:
         upper.text(0.03, 0.97, note, transform=upper.transAxes, va="top", fontsize=9, color=INK, linespacing=1.5)
     if pit is not None:
         small = upper.inset_axes((0.66, 0.12, 0.31, 0.22))
         small.hist(pit[:, 0], np.linspace(0, 1, 21).tolist(), **FILLED)
         small.axhline(1, color=FLOW, linewidth=0.8)
-        _frame(small, left=False, bottom=True)
-        small.set(xlim=(0, 1), ylim=(0, 2), xticks=[0, 1], yticks=[])
+        _spines(small)
+        _ticks(small.xaxis, [(0.0, "0"), (1.0, "1")], 8)
+        _ticks(small.yaxis, [], 8)
+        small.set(xlim=(0, 1), ylim=(0, 2))
         small.set_title("PIT", fontsize=8, color=INK, pad=2)
-    figure.align_labels()
     return figure

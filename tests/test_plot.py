@@ -67,7 +67,7 @@ def texts_of(figure, monkeypatch):
 
 
 def check_texts(figure, panels, texts):
-    """All within the figure, apart from each other and outside of the panels; each outer axis has a name and two tick labels."""
+    """All within the figure, apart from each other and outside of the panels."""
     boxes = np.array([box.extents for box in texts.values()])
     words = [text.get_text() for text in texts]
     assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= figure.bbox.extents[2:]).all()
@@ -76,6 +76,11 @@ def check_texts(figure, panels, texts):
         common = np.minimum(boxes[:, None, 2:], others[:, 2:]) - np.maximum(boxes[:, None, :2], others[:, :2])
         first, second = np.nonzero((common > 0.5).all(axis=2) & ~same)
         assert not first.size, [(words[i], words[j] if others is boxes else "panel") for i, j in zip(first, second, strict=True)]
+
+
+def check_triangle(figure, panels, texts):
+    """As well, and each outer axis has a name and two tick labels."""
+    check_texts(figure, panels, texts)
     columns = round((2 * len(panels)) ** 0.5 - 0.5)
     for axes in panels[-columns:]:
         assert axes.xaxis.label in texts and len(set(axes.get_xticklabels()) & texts.keys()) > 1
@@ -89,7 +94,7 @@ def test_labels_are_whole_and_apart(columns, monkeypatch):
     x, names = uneven(columns)
     figure = plot.corner(x, x, names)
     texts = texts_of(figure, monkeypatch)
-    check_texts(figure, figure.axes, texts)
+    check_triangle(figure, figure.axes, texts)
     legend = [box.height for text, box in texts.items() if text.get_text() in ("data", "samples")]
     assert len(legend) == 2 and min(legend) > figure.bbox.height / 100
     for axes, name in zip(figure.axes[-columns:], names, strict=True):
@@ -99,7 +104,7 @@ def test_labels_are_whole_and_apart(columns, monkeypatch):
 @pytest.mark.parametrize("columns", [1, 2, 4])
 def test_labels_of_the_noise_are_whole_and_apart(columns, monkeypatch):
     figure = plot.noise(X[:, [0, 1, 2, 0]][:, :columns], NAMES[:columns])
-    check_texts(figure, figure.axes, texts_of(figure, monkeypatch))
+    check_triangle(figure, figure.axes, texts_of(figure, monkeypatch))
 
 
 def test_labels_fit_into_a_part_of_a_page(monkeypatch):
@@ -108,8 +113,22 @@ def test_labels_fit_into_a_part_of_a_page(monkeypatch):
     for part, draw in zip(page.subfigures(1, 2), (lambda f: plot.corner(x, x, names, f), lambda f: plot.noise(x, names, f)), strict=True):
         draw(part)
         panels = list(part.axes)
-        words = {text: box for text, box in texts_of(page, monkeypatch).items() if text.figure is part or text.axes in panels}
-        check_texts(page, panels, words)
+        words = {text: box for text, box in texts_of(page, monkeypatch).items() if text.figure is part}
+        check_triangle(page, panels, words)
+
+
+@pytest.mark.parametrize(("scale", "size"), [(1, (5, 5.2)), (1e-6, (3, 3)), (1e4, (8, 3))])
+def test_labels_of_redshifts_are_whole_and_apart(scale, size, monkeypatch):
+    truth = np.linspace(0.1, 2, 400) * scale
+    figure = plot.redshift(truth, truth * 1.001, np.linspace(0, 1, 400), figure=Figure(figsize=size))
+    upper, lower = figure.axes
+    texts = texts_of(figure, monkeypatch)
+    for text in upper.child_axes[0].findobj(Text):
+        texts.pop(text, None)
+    check_texts(figure, [upper, lower], texts)
+    assert {upper.yaxis.label, lower.yaxis.label, lower.xaxis.label} <= texts.keys()
+    for labels in (upper.get_yticklabels(), lower.get_yticklabels(), lower.get_xticklabels()):
+        assert len(set(labels) & texts.keys()) > 1
 
 
 def test_ticks_times_unit_plus_offset_are_the_values():
@@ -127,7 +146,7 @@ def test_ticks_times_unit_plus_offset_are_the_values():
 @pytest.mark.parametrize("x", [[[0.5174466, 1e10, 0.0]], [[1e-25, 3.0, -7e-12]] * 9, np.array([[3, -2, 1]]) * [[1], [2], [5]] * 1e-20])
 def test_a_lone_row_constants_and_small_values_have_room(x, monkeypatch):
     figure = plot.corner(x, x, ["mass", "frac", "z"])
-    check_texts(figure, figure.axes, texts_of(figure, monkeypatch))
+    check_triangle(figure, figure.axes, texts_of(figure, monkeypatch))
     drawn(figure)
     for axes, values in zip(figure.axes[-3:], np.transpose(x), strict=True):
         low, high = axes.get_xlim()
