@@ -92,6 +92,8 @@ def check_triangle(figure, panels, texts):
 @pytest.mark.parametrize("columns", [1, 2, 3, 4, 7, 27])
 def test_labels_are_whole_and_apart(columns, monkeypatch):
     x, names = uneven(columns)
+    if columns > 7:
+        monkeypatch.setattr(plot, "_density", lambda *_: np.zeros((1, 1)))  # contours take time and change no label
     figure = plot.corner(x, x, names)
     texts = texts_of(figure, monkeypatch)
     check_triangle(figure, figure.axes, texts)
