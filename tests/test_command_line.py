@@ -626,6 +626,120 @@ def test_interrupted_output_leaves_nothing(number, status, flow, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+# Text that is broken
+
+
+def _fields(count, line="1.0,0.5,note"):
+    return ["z,r,note", *[line] * count]
+
+
+@pytest.mark.parametrize("arrow", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "at", "line"),
+    [(500, 400, '1.0,0.5,"open'), (500, 1, '"1.0,0.5,open'), (60_000, 50_000, '1.0,0.5,"open'), (500, 500, '1.0,0.5,"open')],
+)
+def test_a_quote_that_is_never_closed_is_an_error_with_its_line(rows, at, line, arrow, monkeypatch, tmp_path):
+    from fastmaf.data import _text
+
+    if not arrow:
+        monkeypatch.setattr(_text, "_arrow", lambda *_: None)
+    lines = _fields(rows)
+    lines[at] = line
+    (tmp_path / "x.csv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match=f"x.csv has a quote in line {at + 1} that is never closed"):
+        fastmaf.data.read(tmp_path / "x.csv", ["z", "r"])
+
+
+@pytest.mark.parametrize("tail", ['1.0,0.5,"closed"', '"1.0",0.5,note', '1.0,0.5,"x, ""y"""'])
+def test_a_quote_that_another_lines_later_closes_is_an_error(tail, monkeypatch, tmp_path):
+    from fastmaf.data import _text
+
+    lines = [*_fields(300, '1.0,0.5,"two\nlines"'), '1.0,0.5,"open', *_fields(20)[1:], *[tail] * 20]
+    (tmp_path / "x.csv").write_text("\n".join(lines) + "\n")
+    for block in (50, 1 << 20):
+        monkeypatch.setattr(_text, "BLOCK", block)
+        with pytest.raises(ValueError, match="x.csv has a quote in line 602 that is never closed"):
+            fastmaf.data.read(tmp_path / "x.csv", ["z", "r"])
+
+
+def test_an_open_quote_does_not_fill_the_memory(monkeypatch):
+    import io
+
+    from fastmaf.data import _text
+
+    monkeypatch.setattr(_text, "BLOCK", 100)
+    monkeypatch.setattr(_text, "LONGEST", 1000)
+    file = io.BytesIO(b'1,2\n1,"2\n' + b"1,2\n" * 10_000)
+    with pytest.raises(ValueError, match="a quote in line 2 that is never closed"):
+        list(_text.blocks(file, b"", 0))
+    assert file.tell() < 1500
+
+
+@pytest.mark.parametrize("rows_in_a_block", [1, 7, 1000])
+def test_quotes_inside_fields_are_characters(rows_in_a_block, monkeypatch, tmp_path):
+    from fastmaf.data import _text
+
+    monkeypatch.setattr(_text, "BLOCK", rows_in_a_block * 20)
+    notes = ['5" pipe', '"a"b', '"a ""b"""', '""', '"two\n""lines"', '3" and 5"', '"a" ', "plain"] * 30
+    (tmp_path / "x.csv").write_text("z,note,r\n" + "".join(f"{k},{note},1\n" for k, note in enumerate(notes)))
+    for quick in (True, False):
+        if not quick:
+            monkeypatch.setattr(_text, "_arrow", lambda *_: None)
+        x, _ = fastmaf.data.read(tmp_path / "x.csv", ["z", "r"])
+        assert np.array_equal(x, np.column_stack([np.arange(240), np.ones(240)]))
+
+
+def test_headers_with_open_quotes_are_refused(tmp_path):
+    (tmp_path / "x.csv").write_text('# made\n"z,r\n1,2\n')
+    with pytest.raises(ValueError, match="x.csv has a quote in line 2 that is never closed"):
+        fastmaf.data.read(tmp_path / "x.csv")
+
+
+def _packed(kind):
+    import bz2
+    import gzip
+    import lzma
+
+    return {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}[kind]
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+def test_packed_files_that_are_cut_off_end_in_a_line(kind, call, flow, tmp_path):
+    rng = np.random.default_rng(0)
+    text = "z,u g,r\n" + "".join(f"{z!r},{u!r},{r!r}\n" for z, u, r in rng.random((60_000, 3)).tolist())
+    data, path = _packed(kind)(text.encode()), tmp_path / f"x.csv.{kind}"
+    path.write_bytes(data[: len(data) // 2])
+    result = call("log-prob", flow, path, "-o", tmp_path / "y.csv")
+    said(result, 1, f"x.csv.{kind} is cut off")
+    if kind != "bz2":
+        lines = int(re.search(r"behind line (\d+)", result.stderr)[1])
+        assert 10_000 < lines < 50_000
+    path.write_bytes(data[:100])
+    said(call("log-prob", flow, path), 1, f"x.csv.{kind} is cut off")
+    path.write_bytes(data[:-8] + b"damaged.")
+    said(call("log-prob", flow, path), 1, f"x.csv.{kind} is damaged")
+    assert not (tmp_path / "y.csv").exists()
+
+
+def test_lines_of_old_macs(call, flow, rows, tmp_path):
+    text = "z,u g,r\r" + "".join(",".join(map(repr, row)) + "\r" for row in rows.tolist())
+    (tmp_path / "x.csv").write_bytes(text.encode())
+    x, names = fastmaf.data.read(tmp_path / "x.csv")
+    assert np.array_equal(x, rows) and names == NAMES
+    (tmp_path / "x.csv").write_bytes(b"z,u g\rx,r\n1,2,3\n")
+    said(call("log-prob", flow, tmp_path / "x.csv"), 1, "x.csv has no columns in line 1")
+
+
+def test_delimiters(call, flow, rows, tmp_path):
+    (tmp_path / "x.txt").write_text("z\tu g\tr\n" + "".join("\t".join(map(repr, row)) + "\n" for row in rows.tolist()))
+    for mark in ("tab", "\\t", "\t"):
+        assert call("log-prob", flow, tmp_path / "x.txt", "--delimiter", mark, "--mean").returncode == 0
+    for mark in ("xx", "", "\u00a7", '"'):
+        said(call("log-prob", flow, tmp_path / "x.txt", "--delimiter", mark), 2, "must be one ASCII character, tab or space")
+        with pytest.raises(ValueError, match="delimiter is .*; it must be one ASCII character"):
+            fastmaf.data.open_table(tmp_path / "x.txt", delimiter=mark)
+
+
 # The rest
 
 

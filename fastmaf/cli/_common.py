@@ -116,6 +116,20 @@ def value(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"{_words.shown(text)} must be NAME=NUMBER") from None
 
 
+def delimiter(text: str) -> str:
+    r"""One character; tab and space also by name.
+
+    Examples
+    --------
+    >>> delimiter("tab"), delimiter(r"\t"), delimiter(";")
+    ('\t', '\t', ';')
+    """
+    mark = {"tab": "\t", r"\t": "\t", "space": " "}.get(text.lower(), text)
+    if len(mark) != 1 or not mark.isascii() or mark in '"\r\n\0':
+        raise argparse.ArgumentTypeError(f"{_words.shown(text)} must be one ASCII character, tab or space")
+    return mark
+
+
 # Options
 
 
@@ -124,7 +138,9 @@ def add_table(parser: argparse.ArgumentParser, missing: Sequence[str]) -> None:
     group = parser.add_argument_group("reading")
     group.add_argument("--missing", choices=missing, default="refuse", help=_MISSING[len(missing)])
     group.add_argument("--format", choices=FORMATS, help="of DATA (default: seen from its contents)")
-    group.add_argument("--delimiter", metavar="CHAR", help="between columns of text (default: tab, ';', ',' or spaces, what is there)")
+    group.add_argument(
+        "--delimiter", type=delimiter, metavar="CHAR", help="between columns of text: one character, tab or space (default: what is there)"
+    )
     header = group.add_mutually_exclusive_group()
     header.add_argument("--header", action="store_true", default=None, help="the first line of text has the names, though all are numbers")
     header.add_argument("--no-header", action="store_false", dest="header", help="the first line of text has no names")

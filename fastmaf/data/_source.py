@@ -15,8 +15,8 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from typing import IO, Any, NamedTuple
+from contextlib import ExitStack, contextmanager
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -215,7 +215,7 @@ def open_table(
     Raises
     ------
     ValueError
-        If the file is none of these, or damaged.
+        If the file is none of these, or damaged, or the delimiter is no single character.
     OSError
         If it cannot be read.
     ImportError
@@ -230,6 +230,8 @@ def open_table(
     """
     if format is not None and format not in FORMATS:
         raise ValueError(_words.one_of("format", format, FORMATS))
+    if delimiter is not None and (len(delimiter) != 1 or not delimiter.isascii() or delimiter in '"\r\n\0'):
+        raise ValueError(f"delimiter is {_words.shown(delimiter)}; it must be one ASCII character")
     if not 0 <= burn_in < 1:
         raise ValueError(f"burn_in is {burn_in:g}; it must be at least 0 and below 1")
     if isinstance(source, (str, os.PathLike)):
@@ -252,7 +254,7 @@ def _of_file(file: IO[bytes], name: str, format: str | None, delimiter: str | No
     start = _read(file, 8)
     for magic, opener in _OPENERS.items():
         if start.startswith(magic):
-            file = opener(_again(file, start))
+            file = io.BufferedReader(_Unpacked(opener(_again(file, start)), name), 1 << 17)
             start = _read(file, 8)
     kinds = {b"\x93NUMPY": "npy", b"PK\x03\x04": "npz", b"PAR1": "parquet"}
     found = next((kind for magic, kind in kinds.items() if start.startswith(magic)), "csv")
@@ -292,6 +294,52 @@ class _Joined(io.RawIOBase):
         return len(data)
 
 
+class _Unpacked(io.RawIOBase):
+    """What a decompressor gives, whose errors say what the file is."""
+
+    def __init__(self, file: IO[bytes], name: str) -> None:
+        self._file, self._name = file, name
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def readinto(self, buffer: Any) -> int:
+        with self._named():
+            data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, place: int, whence: int = 0) -> int:
+        with self._named():
+            return self._file.seek(place, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # of the disk
+                raise
+            what = "cut off" if isinstance(error, EOFError) else f"damaged ({_words.cut(str(error))})"
+            raise ValueError(f"{self._name} is {what}") from None
+
+
+class _Returns:
+    """Text with lines that end as on old Macs, as if they ended as elsewhere."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(size).replace(b"\r", b"\n")
+
+
 def _again(file: IO[bytes], start: bytes) -> Any:
     """The file from its beginning."""
     if file.seekable():
@@ -318,6 +366,8 @@ def _seekable(file: IO[bytes], start: bytes) -> IO[bytes]:
 
 class _Text(Table):
     def __init__(self, file: IO[bytes], head: bytes, name: str, delimiter: str | None, header: bool | None) -> None:
+        if b"\r" in head and b"\n" not in head:
+            file, head = cast("IO[bytes]", _Returns(file)), head.replace(b"\r", b"\n")
         whole = head[: head.rfind(b"\n") + 1] if len(head) >= HEAD and b"\n" in head else head
         self._layout = _text.sniff(whole, name, delimiter, header)
         labels = self._layout.labels
@@ -327,7 +377,7 @@ class _Text(Table):
 
     def _chunks(self, columns: Sequence[str], size: int) -> Iterator[Array]:
         places = [self.labels.index(column) for column in columns]
-        for number, block in _text.blocks(self._file, self._head, self._layout.skip):
+        for number, block in _text.blocks(self._file, self._head, self._layout.skip, self._layout.delimiter, self.name):
             array = _text.parse(block, number, self._layout, places, self.name)
             for first in range(0, len(array), size):
                 yield array[first : first + size]
@@ -590,5 +640,5 @@ class _Chain(Table):
                         yield array[first : first + size]
 
     def _arrays(self, file: IO[bytes], places: Sequence[int], path: str) -> Iterator[Array]:
-        for number, block in _text.blocks(file, b"", self._layout.skip):
+        for number, block in _text.blocks(file, b"", self._layout.skip, self._layout.delimiter, path):
             yield _text.parse(block, number, self._layout, places, path)

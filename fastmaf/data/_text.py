@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import IO, Any
 
 import numpy as np
@@ -24,8 +25,13 @@ Array = NDArray[Any]
 BLOCK = 1 << 20
 """Bytes of text read at a time."""
 
+NEWLINE, QUOTE = b"\n", b'"'
+
 MISSING = ("", "na", "n/a", "nan", "null", "none", "-", "#n/a")
 """Fields, in lower case, that stand for no number."""
+
+LONGEST = 1 << 24
+"""Bytes in which a quote must be closed."""
 
 TRUTH = {"true": 1.0, "false": 0.0}
 
@@ -72,7 +78,7 @@ def sniff(head: bytes, name: str, delimiter: str | None = None, header: bool | N
     Raises
     ------
     ValueError
-        If there is no line, or nothing but bytes.
+        If there is no line, nothing but bytes, or a quote that is not closed in the line of the labels.
 
     Examples
     --------
@@ -96,7 +102,12 @@ def sniff(head: bytes, name: str, delimiter: str | None = None, header: bool | N
             delimiter = ","
     elif delimiter.isspace() and delimiter != "\t":
         delimiter = None
-    fields = _fields(first, delimiter)
+    if delimiter is not None and _quotes(first.encode(), delimiter)[0] >= 0:
+        raise ValueError(_unclosed(name, skip + 1))
+    try:
+        fields = _fields(first, delimiter)
+    except csv.Error as error:
+        raise ValueError(f"{name} has no columns in line {skip + 1} ({error})") from None
     width = len(fields)
     counted = [str(k) for k in range(width)]
     if header is None:
@@ -131,44 +142,99 @@ def _value(field: str) -> float | None:
         return None
 
 
-def blocks(file: IO[bytes], start: bytes, skip: int) -> Iterator[tuple[int, bytes]]:
+def blocks(file: IO[bytes], start: bytes, skip: int, delimiter: str | None = ",", name: str = "the data") -> Iterator[tuple[int, bytes]]:
     """Whole lines of a file in blocks, behind its first `skip` lines, and the number of the first line of each, counted from 1.
 
     `start` was read already.  A line that goes on inside quotes is not cut.
+
+    Raises
+    ------
+    ValueError
+        If a quote is never closed, or the file cannot be unpacked further; with the line.
     """
     rest, number = start, 1
+
+    def more() -> bytes:
+        try:
+            return file.read(BLOCK)
+        except ValueError as error:
+            raise ValueError(f"{error}, behind line {number + rest.count(NEWLINE) - 1}") from None
+
     if rest.startswith(b"\xef\xbb\xbf"):
         rest = rest[3:]
     while skip:
         end = rest.find(b"\n")
         if end < 0:
-            more = file.read(BLOCK)
-            if not more:
+            data = more()
+            if not data:
                 return
-            rest += more
+            rest += data
             continue
         rest, skip, number = rest[end + 1 :], skip - 1, number + 1
     while True:
-        data = file.read(BLOCK)
+        data = more()
         rest += data
-        cut = _cut(rest) if data else len(rest)
+        cut, open_at, hopeless = _cut(rest, not data, delimiter)
         if cut:
             yield number, rest[:cut]
-            number += rest.count(b"\n", 0, cut)
+            number += rest.count(NEWLINE, 0, cut)
             rest = rest[cut:]
+        if open_at >= 0 and (hopeless or not data or len(rest) > LONGEST):
+            raise ValueError(_unclosed(name, number + rest.count(NEWLINE, 0, open_at - cut)))
         if not data:
             return
 
 
-def _cut(data: bytes) -> int:
-    """Where the last line ends that is whole."""
-    end = data.rfind(b"\n") + 1
-    quotes = data.count(b'"', 0, end)
-    while end and quotes % 2:
-        before = data.rfind(b"\n", 0, end - 1) + 1
-        quotes -= data.count(b'"', before, end)
-        end = before
-    return end
+def _cut(data: bytes, last: bool, delimiter: str | None) -> tuple[int, int, bool]:
+    """Where the last whole line ends, where a quote behind it is open (-1 if none is), and whether nothing that follows can close it."""
+    end = len(data) if last else data.rfind(NEWLINE) + 1
+    if delimiter is None:
+        return end, -1, False
+    first, hopeless = wrong, _ = _quotes(data[:end], delimiter)
+    while wrong >= 0:  # the line in which it is opened may have begun inside other quotes
+        end = data.rfind(NEWLINE, 0, wrong) + 1
+        wrong, _ = _quotes(data[:end], delimiter)
+    return end, first, hopeless
+
+
+def _quotes(data: bytes, delimiter: str) -> tuple[int, bool]:
+    """Where the quote lies that goes wrong, -1 if all are well, and whether it was closed.
+
+    A quote opens at the beginning of a field, as for `csv.reader`, and is an ordinary character elsewhere.  One that is closed lines later
+    in front of something else than a delimiter was never meant to be open until there.
+    """
+    if QUOTE not in data:
+        return -1, False
+    ends, fields = _quoted(delimiter)
+    characters = np.frombuffer(data, np.uint8)
+    places = np.flatnonzero(characters == QUOTE[0])
+    opening, closing = places[::2], places[1::2]
+    if ends[characters[opening - 1]].all() and ends[characters[np.minimum(closing + 1, len(data) - 1)]].all():  # each pair a field
+        k = len(places) - 1
+        if k % 2:
+            return -1, False
+        while k and places[k - 1] == places[k] - 1:  # two quotes inside are one
+            k -= 2
+        return int(places[k]), False
+    for field in fields.finditer(data):
+        if field[1] is None:
+            return field.start(), False
+        if NEWLINE in field[0] and field.end() < len(data) and not ends[data[field.end()]]:
+            return field.start(), True
+    return -1, False
+
+
+@cache
+def _quoted(delimiter: str) -> tuple[NDArray[np.bool_], re.Pattern[bytes]]:
+    """What may lie beside a pair of quotes, by its byte, and what finds pairs."""
+    beside = delimiter.encode() + b"\r\n"
+    ends = np.zeros(256, bool)
+    ends[[*beside, QUOTE[0]]] = True
+    return ends, re.compile(rb'"(?<![^' + re.escape(beside) + rb']")[^"]*(?:""[^"]*)*("(?!"))?')
+
+
+def _unclosed(name: str, line: int) -> str:
+    return f"{name} has a quote in line {line} that is never closed"
 
 
 def parse(block: bytes, number: int, layout: Layout, places: Sequence[int], name: str) -> Array:
@@ -252,33 +318,33 @@ def _numpy(block: bytes, layout: Layout, places: Sequence[int]) -> Array | None:
 def _careful(block: bytes, number: int, layout: Layout, places: Sequence[int], name: str) -> Array:
     text, width = block.decode("utf-8", "replace"), len(layout.labels)
     rows = []
-    for line, fields in _lines(text, layout.delimiter):
+    for line, fields in _lines(text, layout.delimiter, number, name):
         if len(fields) != width:
             has = f"{len(fields)} field{'s' * (len(fields) != 1)}"
-            raise ValueError(f"{name} has {has} in line {number + line}, and {width} columns")
+            raise ValueError(f"{name} has {has} in line {line}, and {width} columns")
         values = [_value(fields[place]) for place in places]
         if None in values:
             label = _words.shown(layout.labels[places[values.index(None)]])
-            raise ValueError(f"{name} has text in column {label}, line {number + line}; choose columns of numbers by name (columns)")
+            raise ValueError(f"{name} has text in column {label}, line {line}; choose columns of numbers by name (columns)")
         rows.append(values)
     return np.array(rows, np.float64).reshape(len(rows), len(places))
 
 
-def _lines(text: str, delimiter: str | None) -> Iterator[tuple[int, list[str]]]:
-    """The fields of each line that is neither blank nor a comment, and its number counted from 0."""
-    lines = re.split(r"\r?\n", text)
+def _lines(text: str, delimiter: str | None, number: int, name: str) -> Iterator[tuple[int, list[str]]]:
+    """The fields of each line that is neither blank nor a comment, and its number; the first line has `number`."""
     if delimiter is None:
-        yield from ((k, fields) for k, line in enumerate(lines) if (fields := line.split()) and not fields[0].startswith("#"))
+        lines = enumerate(re.split(r"\r?\n", text), number)
+        yield from ((k, fields) for k, line in lines if (fields := line.split()) and not fields[0].startswith("#"))
         return
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     while True:
-        before = reader.line_num
+        line = number + reader.line_num
         try:
             fields = next(reader)
         except StopIteration:
             return
         except csv.Error as error:  # a field beyond the limit
-            raise ValueError(f"a line from {before + 1} on has no end ({error})") from None
+            raise ValueError(f"{name} cannot be read from line {line} on ({error})") from None
         blank = not fields or (len(fields) == 1 and fields[0].isspace())
         if not blank and not fields[0].lstrip().startswith("#"):
-            yield before, fields
+            yield line, fields
