@@ -600,7 +600,7 @@ def started(*arguments):
     return process
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interrupted_fit_keeps_what_was_learned(number, status, table, tmp_path):
     out = tmp_path / "flow.safetensors"
     process = started("fit", table, "--columns", "z,u g,r", "--missing", "drop", "--patience", "100000", "--epochs", "100000", "-o", out)
@@ -614,7 +614,7 @@ def test_an_interrupted_fit_keeps_what_was_learned(number, status, table, tmp_pa
     assert fastmaf.load(out).training["stopped"] == "interrupted" and fastmaf.load(out).training["epochs"] >= 1
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_interrupted_output_leaves_nothing(number, status, flow, tmp_path):
     with started("sample", flow, "-n", "1e9", "-o", tmp_path / "x.npy") as process:
         end = time.monotonic() + 60
@@ -738,6 +738,101 @@ def test_delimiters(call, flow, rows, tmp_path):
         said(call("log-prob", flow, tmp_path / "x.txt", "--delimiter", mark), 2, "must be one ASCII character, tab or space")
         with pytest.raises(ValueError, match="delimiter is .*; it must be one ASCII character"):
             fastmaf.data.open_table(tmp_path / "x.txt", delimiter=mark)
+
+
+# Streams that are closed, full, or that nobody reads
+
+
+def shell(words, *arguments, **options):
+    """Run the command with the redirections of a shell: `fastmaf` stands for it in the words, and "$@" for the arguments."""
+    script = words.replace("fastmaf", f"'{sys.executable}' -m fastmaf")
+    given = {"capture_output": True, "text": True, "timeout": 120, "check": False, "env": environment(), **options}
+    return subprocess.run(["bash", "-c", f"set -o pipefail; {script}", "bash", *map(str, arguments)], **given)
+
+
+LITTLE = ["--columns", "z,u g", "--missing", "drop", "--hidden", "4", "--transforms", "1", "--epochs", "3"]
+
+
+@pytest.mark.parametrize("words", ["2>&-", "2>/dev/full", "2>&1 | head -n 1", ">&-", ">&- 2>&- <&-"])
+def test_a_fit_does_not_depend_on_who_listens(words, table, tmp_path):
+    out = tmp_path / "flow.safetensors"
+    result = shell(f'fastmaf fit "$@" {words}', table, "-o", out, *LITTLE)
+    assert result.returncode == 0, result.stderr
+    assert fastmaf.load(out).training["epochs"] == 3
+    assert (result.stdout == "") == ("head" not in words)
+
+
+def test_closed_streams_get_nothing_that_is_meant_for_others(flow, table, tmp_path):
+    result = shell('fastmaf sample "$@" 2>&-', flow, "-n", "5", "--seed", "1")
+    assert result.returncode == 0 and result.stdout.count("\n") == 6 and result.stderr == ""
+    out = tmp_path / "out"
+    result = shell(f'fastmaf log-prob "$@" > {out} 2>&-', flow, tmp_path / "no.csv")
+    assert (result.returncode, out.read_text(), result.stderr) == (1, "", "")
+    result = shell('fastmaf sample "$@" -n x >&- 2>&-', flow)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", "")
+
+
+def test_closed_streams_that_are_needed_are_an_error(flow, table, tmp_path):
+    said(shell('fastmaf sample "$@" -n 3 >&-', flow), 1, "stdout is closed")
+    said(shell("fastmaf info >&-"), 1, "stdout: Bad file descriptor")
+    said(shell('fastmaf log-prob "$@" - <&-', flow), 1, "stdin is closed")
+    said(shell("fastmaf info - <&-"), 1, "stdin is closed")
+    said(shell('fastmaf fit "$@" -o - >&-', table, *LITTLE), 1, "stdout is closed")
+    assert shell('fastmaf info "$@" <&-', flow).returncode == 0
+    result = shell('fastmaf log-prob "$@" --missing keep >&-', flow, table, "-o", tmp_path / "y.csv")
+    assert result.returncode == 0 and (tmp_path / "y.csv").read_text().count("\n") == 601
+    for option in ("--help", "--version"):
+        if os.path.exists("/dev/full"):
+            said(shell(f"fastmaf {option} >/dev/full"), 1, "stdout: No space left on device")
+
+
+@pytest.mark.parametrize(("words", "status", "error"), [(">/dev/full", 1, "No space left on device"), ("| true", 141, "Broken pipe")])
+def test_a_flow_for_stdout_is_not_lost(words, status, error, table, tmp_path):
+    result = shell(f'fastmaf fit "$@" -o - --quiet {words}', table, *LITTLE, env=environment(TMPDIR=str(tmp_path)))
+    said(result, status, f"stdout: {error}; the flow is in {tmp_path}")
+    assert fastmaf.load(result.stderr.split()[-1]).training["epochs"] == 3
+
+
+def test_a_checkpoint_without_room_does_not_lose_the_fit(call, table, tmp_path, monkeypatch):
+    from fastmaf import _files
+
+    write, out, checkpoint, room = _files.write, tmp_path / "flow.safetensors", tmp_path / "state.safetensors", 2
+
+    def full(path, data, name="path"):
+        nonlocal room
+        if path == str(checkpoint):
+            room -= 1
+            if room < 0:
+                raise OSError(28, "No space left on device", path)
+        write(path, data, name)
+
+    monkeypatch.setattr(_files, "write", full)
+    result = call("fit", table, *LITTLE, "-o", out, "--checkpoint", checkpoint, "--quiet")
+    said(result, 1, f"{checkpoint}: No space left on device; the best weights so far are in {out}")
+    assert fastmaf.load(out).training["epochs"] == 2
+    os.remove(out)
+    monkeypatch.setattr(os, "access", lambda path, mode: os.path.basename(path) != "locked")
+    (tmp_path / "locked").mkdir()
+    locked = tmp_path / "locked" / "state.safetensors"
+    said(call("fit", table, *LITTLE, "-o", out, "--checkpoint", locked), 1, f"{locked}: Permission denied")
+    said(call("fit", table, *LITTLE, "-o", out, "--checkpoint", tmp_path / "no" / "x"), 1, "there is no folder")
+    assert not out.exists()
+
+
+def test_hangups_that_are_ignored_stay_so_and_only_the_first_counts(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with cli._ended_as_interrupted() as ended:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert ended == [] and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with cli._ended_as_interrupted() as ended:
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert ended == [signal.SIGHUP] * 2 and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # The rest

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import signal
 import sys
 import warnings
@@ -12,7 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import fastmaf
-from fastmaf.cli import _bench, _convert, _demo, _evaluate, _fit, _show
+from fastmaf.cli import _bench, _convert, _demo, _evaluate, _fit, _show, _streams
 from fastmaf.cli._common import Parser, UsageError, note
 
 __all__ = ["main"]
@@ -36,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        The exit status: 0, 1 after an error, 2 after one of usage, 130 after Ctrl-C and 143 after SIGTERM, 141 where nobody reads
-        what is written.
+        The exit status: 0, 1 after an error, 2 after one of usage, 130 after Ctrl-C, 129 after SIGHUP and 143 after SIGTERM, 141 where
+        nobody reads what is written.
 
     Examples
     --------
@@ -45,66 +44,74 @@ def main(argv: Sequence[str] | None = None) -> int:
     fastmaf ...
     0
     """
-    arguments = _parser().parse_args(argv)
+    _streams.standard()
+    command = None
     with warnings.catch_warnings(), _ended_as_interrupted() as ended:
         _show_warnings()
         try:
+            try:
+                arguments = _parser().parse_args(argv)
+            except SystemExit:  # of --help too, which may have had no room
+                sys.stdout.flush()
+                raise
+            command = arguments.command
             status: int = arguments.run(arguments)
             sys.stdout.flush()
-        except BrokenPipeError:
-            status = 141
+        except BrokenPipeError as error:
+            status = 141 if error.filename is None else _failed(_words_of(error), 141)
         except KeyboardInterrupt:
             status = _failed("interrupted", 130)
         except UsageError as error:
-            status = _failed(f"{error} (fastmaf {arguments.command} --help says more)", 2)
+            status = _failed(f"{error} (fastmaf {command} --help says more)", 2)
         except OSError as error:
-            where = "stdout" if error.filename is None and error.errno == errno.ENOSPC else error.filename
-            words = (where, error.strerror) if error.strerror else (str(error),)
-            status = _failed(": ".join(str(word) for word in words if word is not None), 1)
+            status = _failed(_words_of(error), 1)
         except MemoryError:
             status = _failed("there is not enough memory", 1)
         except (ImportError, RuntimeError, ValueError) as error:
             status = _failed(str(error), 1)
         if status == 130 and ended:
-            status = 143
+            status = 128 + ended[0]
     if status:
-        _drop_stdout()
+        _streams.give_up("stdout")
     return status
 
 
 @contextmanager
 def _ended_as_interrupted() -> Iterator[list[int]]:
-    """Where SIGTERM, with which batch systems end a job, is what Ctrl-C is; the list has it then."""
+    """Where SIGTERM, with which batch systems end a job, and SIGHUP, of a terminal that goes, are what Ctrl-C is; the list has them then.
+
+    A SIGHUP that is ignored, as under nohup, stays so. Only the first one counts, because a terminal that goes sends several.
+    """
     ended: list[int] = []
 
     def end(number: int, _: Any) -> None:
+        again = number in ended and number == hangup
         ended.append(number)
-        raise KeyboardInterrupt
+        if not again:
+            raise KeyboardInterrupt
 
+    hangup = getattr(signal, "SIGHUP", None)
+    before: dict[int, Any] = {}
     try:
-        before = signal.signal(signal.SIGTERM, end)
-    except ValueError:  # not in the main thread
-        yield ended
-        return
-    try:
+        with suppress(ValueError):  # not in the main thread
+            for number in (signal.SIGTERM, hangup):
+                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                    before[number] = signal.signal(number, end)
         yield ended
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _words_of(error: OSError) -> str:
+    of_stdout = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EBADF, errno.EIO)
+    words = ("stdout" if of_stdout else error.filename, error.strerror) if error.strerror else (str(error),)
+    return ": ".join(str(word) for word in words if word is not None)
 
 
 def _failed(text: str, status: int) -> int:
-    with suppress(OSError):
-        note(" ".join(text.split()))
+    note(" ".join(text.split()))
     return status
-
-
-def _drop_stdout() -> None:
-    """Give up what could not be written, so that the interpreter does not try again when it ends."""
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _show_warnings() -> None:

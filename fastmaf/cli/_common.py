@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 import fastmaf
 from fastmaf import _words
+from fastmaf.cli import _streams
 from fastmaf.data._source import FORMATS, Complete, Table, open_table
 
 __all__ = ["Parser", "Progress", "UsageError", "columns_of", "complete", "load", "note", "open_data", "output", "start"]
@@ -44,7 +45,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with status 2."""
-        self.exit(2, f"{self.prog}: {message} ({self.prog} --help says more)\n")
+        _streams.say(f"{self.prog}: {message} ({self.prog} --help says more)")
+        self.exit(2)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print help, whose errors argparse would swallow."""
+        (file or sys.stdout).write(message)
 
 
 # Values of options
@@ -179,7 +185,7 @@ def start(arguments: argparse.Namespace) -> None:
 
 def load(arguments: argparse.Namespace) -> Any:
     """The flow that is named, on the device that is."""
-    flow = fastmaf.load(sys.stdin.buffer if arguments.flow == "-" else arguments.flow)
+    flow = fastmaf.load(_streams.stdin() if arguments.flow == "-" else arguments.flow)
     device = getattr(arguments, "device", "cpu")
     return flow if device == "cpu" else flow.to(device)
 
@@ -189,7 +195,7 @@ def open_data(arguments: argparse.Namespace, source: str | None = None) -> Table
     source = arguments.data if source is None else source
     if source == "-" and getattr(arguments, "flow", None) == "-":
         raise UsageError("the flow and the data cannot both come from stdin")
-    file: Any = sys.stdin.buffer if source == "-" else source
+    file: Any = _streams.stdin() if source == "-" else source
     options = {name: getattr(arguments, name) for name in ("format", "delimiter", "header", "burn_in")}
     table = open_table(file, **options)
     if source == "-":
@@ -204,7 +210,7 @@ def complete(table: Table, columns: Sequence[str], arguments: argparse.Namespace
 
 def output(target: str) -> str | IO[bytes]:
     """The file to write to; stdout for "-"."""
-    return sys.stdout.buffer if target == "-" else target
+    return _streams.stdout() if target == "-" else target
 
 
 # Columns
@@ -270,9 +276,9 @@ def names_of(flow: Any) -> tuple[str, ...]:
 
 
 def note(text: str, quiet: bool = False) -> None:
-    """Say something on stderr."""
+    """Say something on stderr, where it is lost if nobody listens."""
     if not quiet:
-        print(f"fastmaf: {text}", file=sys.stderr, flush=True)
+        _streams.say(f"fastmaf: {text}")
 
 
 def listed(columns: Sequence[str], longest: int = 100) -> str:

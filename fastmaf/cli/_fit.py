@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 import fastmaf
 from fastmaf import _words
-from fastmaf.cli import _common
+from fastmaf.cli import _common, _streams
 from fastmaf.cli._common import UsageError, labels, listed, note, whole
 from fastmaf.data._source import Table
 from fastmaf.data._source import whole as read_whole
@@ -118,6 +118,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     _common.start(arguments)
     _check_output(arguments.output)
+    if arguments.checkpoint == "-":
+        raise UsageError("--checkpoint must be a file")
+    if arguments.checkpoint is not None:
+        _check_output(arguments.checkpoint)
     if arguments.resume and arguments.checkpoint is None:
         raise UsageError("--resume needs --checkpoint")
     model = _given(arguments, _MODEL, "batch_norm", "linear", "residual")
@@ -139,19 +143,25 @@ def run(arguments: argparse.Namespace) -> int:
     flow.training = {**flow.training, _common.COLUMNS: columns}
 
     before = flow.record
-    history = flow.fit(
-        rows.x,
-        rows.context,
-        rows.weights,
-        seed=arguments.seed,
-        checkpoint=arguments.checkpoint,
-        resume=arguments.resume,
-        on_interrupt="return",
-        progress=False if arguments.quiet else None,
-        callback=None if arguments.quiet or sys.stderr.isatty() else _lines(),
-        **_given(arguments, _TRAINING),
-        **({} if held is None else {"validation": held}),
-    )
+    try:
+        history = flow.fit(
+            rows.x,
+            rows.context,
+            rows.weights,
+            seed=arguments.seed,
+            checkpoint=arguments.checkpoint,
+            resume=arguments.resume,
+            on_interrupt="return",
+            progress=False if arguments.quiet else None,
+            callback=None if arguments.quiet or sys.stderr.isatty() else _lines(),
+            **_given(arguments, _TRAINING),
+            **({} if held is None else {"validation": held}),
+        )
+    except OSError as error:  # of the checkpoint, for which there is no room
+        if flow.record is before:
+            raise
+        where = _save(flow, arguments.output)
+        raise OSError(error.errno, f"{error.strerror}; the best weights so far are in {where}", error.filename) from None
     interrupted = history.stopped == "interrupted"
     if interrupted and flow.record is before:
         note("interrupted before anything was learned: nothing is written")
@@ -164,6 +174,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _check_output(target: str) -> None:
     """Find out before hours of training what cannot be written behind them."""
     if target == "-":
+        _streams.stdout()
         if sys.stdout.isatty():
             raise UsageError("a flow is not written to a terminal: name a file, -o flow.safetensors")
         return
@@ -271,11 +282,13 @@ def _summed_up(history: Any) -> str:
 
 def _save(flow: Any, target: str) -> str:
     """Write the flow, elsewhere where there is no room: it may have taken hours."""
-    if target == "-":
-        flow.save(sys.stdout.buffer)
-        return "stdout"
+    name = "stdout" if target == "-" else target
     try:
-        flow.save(target)
+        if target == "-":
+            flow.save(_streams.stdout())
+            sys.stdout.flush()
+        else:
+            flow.save(target)
     except OSError as error:
         try:
             handle, path = tempfile.mkstemp(".safetensors", "fastmaf-")
@@ -283,5 +296,5 @@ def _save(flow: Any, target: str) -> str:
             flow.save(path)
         except OSError:
             raise error from None
-        raise OSError(error.errno, f"{error.strerror}; the flow is in {path}", target) from None
-    return target
+        raise OSError(error.errno, f"{error.strerror}; the flow is in {path}", name) from None
+    return name

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +166,7 @@ def _plot(arguments: argparse.Namespace) -> int:
         figure = plot.corner(x[:, shown], draws[:, shown], labels)
     picture = io.BytesIO()
     figure.savefig(picture, format=kind)  # type: ignore[attr-defined]
-    _files.save(picture.getvalue(), sys.stdout.buffer if arguments.output == "-" else arguments.output)
+    _files.save(picture.getvalue(), _common.output(arguments.output))
     _common.note(f"{len(x):,} rows: {arguments.output}", arguments.quiet or arguments.output == "-")
     return 0
 
