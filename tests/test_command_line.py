@@ -835,6 +835,85 @@ def test_hangups_that_are_ignored_stay_so_and_only_the_first_counts(monkeypatch)
         signal.signal(signal.SIGHUP, before)
 
 
+# What a user would want to know
+
+
+def test_the_mean_of_one_row_has_no_error_and_rows_left_out_are_counted(call, flow, table, tmp_path):
+    (tmp_path / "one.csv").write_text("z,u g,r\n1,0,0\n")
+    result = call("log-prob", flow, tmp_path / "one.csv", "--mean")
+    assert re.fullmatch(r"-?\d+\.\d{6} ± nan nats per row, 1 row\n", result.stdout) and result.stderr == ""
+    (tmp_path / "two.csv").write_text("z,u g,r\n1,0,0\n2,0,0\n,0,0\n")
+    result = call("log-prob", flow, tmp_path / "two.csv", "--mean", "--missing", "drop")
+    assert result.stdout.endswith("nats per row, 2 rows\n") and " ± 0." in result.stdout
+    assert result.stderr == "fastmaf: 1 of 3 rows has missing values and is left out\n"
+    assert call("log-prob", flow, table, "--mean", "--missing", "drop").stderr.startswith("fastmaf: 2 of 600 rows have missing values")
+
+
+def test_rows_outside_the_bounds_are_counted(call, flow, tmp_path):
+    (tmp_path / "x.csv").write_text("z,u g,r\n" + "-1,0,0\n" * 3 + "1,0,0\n")
+    result = call("log-prob", flow, tmp_path / "x.csv")
+    assert result.stdout.count("-inf") == 3
+    said(result, 0, "3 of 4 rows cannot come from the flow (log_prob is -inf): outside its bounds")
+    said(call("log-prob", flow, tmp_path / "x.csv", "--mean"), 0, "3 of 4 rows")
+    assert call("log-prob", flow, tmp_path / "x.csv", "--quiet").stderr == ""
+
+
+def test_what_is_read_is_not_written_over(call, flow, table, tmp_path):
+    data, own = tmp_path / "same.csv", tmp_path / "flow.safetensors"
+    data.write_bytes(table.read_bytes())
+    own.write_bytes(flow.read_bytes())
+    (tmp_path / "other.csv").symlink_to(data)
+    np.savetxt(tmp_path / "run_1.txt", np.ones((3, 5)), header="weight minuslogpost z r q")
+    commands = [
+        ("log-prob", own, data, "--missing", "drop", "-o", tmp_path / "other.csv"),
+        ("log-prob", own, data, "--to", "csv", "-o", own),
+        ("sample", own, "-n", "1", "--to", "csv", "-o", own),
+        ("fit", data, *LITTLE, "-o", data),
+        ("fit", table, *LITTLE, "--validation", data, "-o", data),
+        ("fit", tmp_path / "run", "-o", tmp_path / "run_1.txt"),
+        ("convert", data, "--from", "zuko", "--activation", "relu", "-o", data),
+        ("export", own, "--c", own),
+    ]
+    for command in commands:
+        said(call(*command), 2, "is read, and would be written over: name another file, -o")
+    assert data.read_bytes() == table.read_bytes() and own.read_bytes() == flow.read_bytes()
+    assert call("fit", table, "--start", own, "--missing", "drop", "--epochs", "1", "--quiet", "-o", own).returncode in (0, 3)
+
+
+def test_a_fit_that_learned_nothing_has_a_status_of_its_own(call, table, tmp_path):
+    out = tmp_path / "flow.safetensors"
+    result = call("fit", table, *LITTLE, "--lr", "1e10", "--seed", "1", "-o", out, "--quiet")
+    said(result, 3, "warning: ", "the weights are those of the start")
+    assert fastmaf.load(out).training["best_epoch"] == 0
+
+
+def test_columns_of_other_names_or_in_another_order_are_told(call, flow, conditional, table, tmp_path):
+    few = ["--missing", "drop", "--mean", "--quiet"]
+    said(
+        call("log-prob", flow, table, "--columns", "r,z,w", *few),
+        0,
+        "warning: --columns: r, z, w are taken for z, u g, r of the flow, in this",
+    )
+    assert call("log-prob", flow, table, "--columns", "z,u g,r", *few).stderr == ""
+    told = "warning: --context: r, u g are taken for u g, r of the flow, in this order"
+    said(call("log-prob", conditional, table, "--context", "r,u g", *few), 0, told)
+    sample = ["-n", "1", "--contexts", table, "--missing", "drop", "--quiet"]
+    said(call("sample", conditional, *sample, "--context", "r,u g"), 0, told)
+    assert call("sample", conditional, *sample).stderr == ""
+    again = ["--start", flow, "--missing", "drop", "--epochs", "1", "--quiet", "-o", tmp_path / "f"]
+    result = call("fit", table, "--columns", "z,r,w", *again)
+    assert "fastmaf: warning: --columns: z, r, w are taken for z, u g, r of the flow, in this order\n" in result.stderr
+
+
+def test_a_picture_of_a_weighted_fit_asks_for_weights(call, table, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    out, picture = tmp_path / "flow.safetensors", tmp_path / "x.png"
+    assert call("fit", table, *LITTLE, "--weights", "w", "-o", out).returncode == 0
+    plot = ["plot", out, table, "--missing", "drop", "--quiet", "--rows", "50", "-o", picture]
+    said(call(*plot), 0, "warning: the flow was fitted to weighted rows", "--weights w pictures them so")
+    assert call(*plot, "--weights", "w").stderr == ""
+
+
 # The rest
 
 

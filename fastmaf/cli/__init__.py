@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        The exit status: 0, 1 after an error, 2 after one of usage, 130 after Ctrl-C, 129 after SIGHUP and 143 after SIGTERM, 141 where
-        nobody reads what is written.
+        The exit status: 0, 1 after an error, 2 after one of usage, 3 after a fit that learned nothing, 130 after Ctrl-C, 129 after SIGHUP
+        and 143 after SIGTERM, 141 where nobody reads what is written.
 
     Examples
     --------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,9 +16,9 @@ from numpy.typing import NDArray
 import fastmaf
 from fastmaf import _words
 from fastmaf.cli import _streams
-from fastmaf.data._source import FORMATS, Complete, Table, open_table
+from fastmaf.data._source import FORMATS, Complete, Table, _chain_files, open_table
 
-__all__ = ["Parser", "Progress", "UsageError", "columns_of", "complete", "load", "note", "open_data", "output", "start"]
+__all__ = ["Parser", "Progress", "UsageError", "apart", "columns_of", "complete", "counted", "load", "note", "open_data", "output", "start"]
 
 Array = NDArray[Any]
 
@@ -213,6 +214,16 @@ def output(target: str) -> str | IO[bytes]:
     return _streams.stdout() if target == "-" else target
 
 
+def apart(target: str, *sources: str | None) -> None:
+    """Refuse to write over what is read."""
+    if target == "-" or not os.path.isfile(target):
+        return
+    for source in sources:
+        files = [] if source is None else [source] if os.path.isfile(source) else _chain_files(source)
+        if any(os.path.samefile(target, file) for file in files):
+            raise UsageError(f"{_words.cut(target, 100)} is read, and would be written over: name another file, -o")
+
+
 # Columns
 
 
@@ -243,7 +254,18 @@ def columns_of(flow: Any, table: Table, arguments: argparse.Namespace) -> tuple[
     for found, count, option in ((features, flow.features, "--columns"), (contexts, flow.context_features, "--context")):
         if len(found) != count:
             raise ValueError(f"{len(found)} columns are chosen, and the flow has {count} of them: name these, {option}")
+    if table.named and wanted is not None:
+        taken_for("--columns", features, flow.names)
+    if table.named:
+        taken_for("--context", contexts, known)
     return features, contexts
+
+
+def taken_for(option: str, found: Sequence[str], own: Sequence[str] | None) -> None:
+    """Say so where columns of other names, or in another order, stand for those of a flow."""
+    if own is not None and list(found) != list(own):
+        what = f"{listed(found, 60)} {_are(len(found))} taken for {listed(own, 60)}"
+        _words.warn(f"{option}: {what} of the flow" + ", in this order" * (len(own) > 1), UserWarning)
 
 
 def _by_place(flow: Any, table: Table) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -279,6 +301,27 @@ def note(text: str, quiet: bool = False) -> None:
     """Say something on stderr, where it is lost if nobody listens."""
     if not quiet:
         _streams.say(f"fastmaf: {text}")
+
+
+def counted(n: int, what: str = "row") -> str:
+    """So many rows.
+
+    Examples
+    --------
+    >>> counted(1), counted(2000)
+    ('1 row', '2,000 rows')
+    """
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
+def left_out(dropped: int, of: int, what: str, quiet: bool) -> None:
+    """Say how many rows `--missing drop` has left out."""
+    if dropped:
+        note(f"{dropped:,} of {counted(of, what)} {'has' if dropped == 1 else 'have'} missing values and {_are(dropped)} left out", quiet)
+
+
+def _are(n: int) -> str:
+    return "is" if n == 1 else "are"
 
 
 def listed(columns: Sequence[str], longest: int = 100) -> str:
@@ -325,4 +368,4 @@ class Progress:
         """A line about all of it, if the results went into a file."""
         if where != "-":
             rate = f", {self.done / self.seconds:,.0f} rows/s" if self.done else ""
-            note(f"{self.done:,} rows in {self.seconds:.1f} s{rate}: {where}", self._quiet)
+            note(f"{counted(self.done)} in {self.seconds:.1f} s{rate}: {where}", self._quiet)

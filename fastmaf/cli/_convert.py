@@ -58,6 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.library != "zuko":
             raise UsageError("--slope is of zuko alone")
         options["slope"] = arguments.slope
+    _common.apart(arguments.output, arguments.weights)
     state = _state(arguments.weights, arguments.library)
     flow = getattr(fastmaf, f"from_{arguments.library}")(state_dict=state, **options)
     flow.save(arguments.output)

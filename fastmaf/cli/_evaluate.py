@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -95,34 +95,48 @@ def log_prob(arguments: argparse.Namespace) -> int:
     """Run ``fastmaf log-prob``."""
     _common.start(arguments)
     format = _format(arguments)
+    _common.apart(arguments.output, arguments.flow, arguments.data)
     flow = _common.load(arguments)
     with _common.open_data(arguments) as table:
         features, contexts = _common.columns_of(flow, table, arguments)
         chosen = (*features, *contexts)
         rows = _common.complete(table, chosen, arguments)
         progress = Progress(table.rows, arguments.quiet)
-        values = _densities(flow, rows, len(features), progress)
+        values = _Densities(flow, rows, len(features), progress)
         if arguments.mean:
             with progress.shown():
-                print(_mean(values))
-            return 0
-        known = table.rows if arguments.missing != "drop" else None
-        with _sink.open_sink(_common.output(arguments.output), ["log_prob"], flow.dtype, known, format) as sink, progress.shown():
-            for part in values:
-                sink.write(part[:, None])
-        if rows.missing:
-            _common.note(f"{rows.missing:,} of {rows.rows:,} rows have missing values and are left out", arguments.quiet)
-        progress.summary(arguments.output)
+                result = _mean(values)
+            print(result)
+        else:
+            known = table.rows if arguments.missing != "drop" else None
+            with _sink.open_sink(_common.output(arguments.output), ["log_prob"], flow.dtype, known, format) as sink, progress.shown():
+                for part in values:
+                    sink.write(part[:, None])
+        _common.left_out(rows.missing, rows.rows, "row", arguments.quiet)
+        if values.impossible:
+            of = f"{values.impossible:,} of {_common.counted(progress.done)} cannot come from the flow"
+            _common.note(f"{of} (log_prob is -inf): outside its bounds, or too far away", arguments.quiet)
+        if not arguments.mean:
+            progress.summary(arguments.output)
     return 0
 
 
-def _densities(flow: Any, chunks: Any, width: int, progress: Progress) -> Iterator[Array]:
-    for chunk in chunks:
-        yield flow.log_prob(chunk[:, :width], chunk[:, width:] if chunk.shape[1] > width else None)
-        progress.advance(len(chunk))
+class _Densities:
+    """Log-densities of chunks, and how many of them are -inf."""
+
+    def __init__(self, flow: Any, chunks: Any, width: int, progress: Progress) -> None:
+        self._flow, self._chunks, self._width, self._progress, self.impossible = flow, chunks, width, progress, 0
+
+    def __iter__(self) -> Iterator[Array]:
+        width = self._width
+        for chunk in self._chunks:
+            values = self._flow.log_prob(chunk[:, :width], chunk[:, width:] if chunk.shape[1] > width else None)
+            self.impossible += int(np.count_nonzero(np.isneginf(values)))
+            yield values
+            self._progress.advance(len(chunk))
 
 
-def _mean(parts: Iterator[Array]) -> str:
+def _mean(parts: Iterable[Array]) -> str:
     """The mean in words, from one pass."""
     count, mean, square = 0, 0.0, 0.0
     with np.errstate(invalid="ignore"):
@@ -137,14 +151,15 @@ def _mean(parts: Iterator[Array]) -> str:
             square += float(((values - own) ** 2).sum()) + step**2 * added * (count - added) / count
     if not count:
         raise ValueError("there is no row")
-    error = math.sqrt(square / max(1, count - 1) / count) if math.isfinite(square) else math.nan
-    return f"{mean:.6f} ± {error:.6f} nats per row, {count:,} rows"
+    error = math.sqrt(square / (count - 1) / count) if count > 1 and math.isfinite(square) else math.nan
+    return f"{mean:.6f} ± {error:.6f} nats per row, {_common.counted(count)}"
 
 
 def sample(arguments: argparse.Namespace) -> int:
     """Run ``fastmaf sample``."""
     _common.start(arguments)
     format = _format(arguments)
+    _common.apart(arguments.output, arguments.flow, arguments.data)
     flow = _common.load(arguments)
     if arguments.offset and arguments.seed is None:
         raise UsageError("--offset needs --seed")
@@ -164,12 +179,13 @@ def sample(arguments: argparse.Namespace) -> int:
         return 0
     with _common.open_data(arguments) as table:
         columns = table.choose(_context_columns(flow, table, arguments.context))
+        if table.named:
+            _common.taken_for("--context", columns, _common.context_names(flow))
         rows = _common.complete(table, columns, arguments)
         known_rows = table.rows * arguments.n if table.rows is not None and arguments.missing != "drop" else None
         draws = _many(flow, arguments.n, rows, seed, arguments.offset, dtype)
         _write(flow, _common.context_names(flow) or columns, draws, known_rows, dtype, format, arguments)
-        if rows.missing:
-            _common.note(f"{rows.missing:,} of {rows.rows:,} contexts have missing values and are left out", arguments.quiet)
+        _common.left_out(rows.missing, rows.rows, "context", arguments.quiet)
     return 0
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 import fastmaf
 from fastmaf import _words
 from fastmaf.cli import _common, _streams
-from fastmaf.cli._common import UsageError, labels, listed, note, whole
+from fastmaf.cli._common import UsageError, counted, labels, listed, note, whole
 from fastmaf.data._source import Table
 from fastmaf.data._source import whole as read_whole
 
@@ -122,6 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--checkpoint must be a file")
     if arguments.checkpoint is not None:
         _check_output(arguments.checkpoint)
+    _common.apart(arguments.output, arguments.data, arguments.validation)
     if arguments.resume and arguments.checkpoint is None:
         raise UsageError("--resume needs --checkpoint")
     model = _given(arguments, _MODEL, "batch_norm", "linear", "residual")
@@ -133,13 +134,13 @@ def run(arguments: argparse.Namespace) -> int:
         features, context, weights = _columns(arguments, table, start)
         rows = _read(table, features, context, weights, arguments)
         named = table.named
-    dropped = f"; {rows.dropped:,} rows with missing values are left out" if rows.dropped else ""
-    words = [f"{len(rows.x):,} rows of {listed(features) if named else f'{len(features)} columns'}"]
+    dropped = f"; {counted(rows.dropped)} with missing values {'is' if rows.dropped == 1 else 'are'} left out" if rows.dropped else ""
+    words = [f"{counted(len(rows.x))} of {listed(features) if named else f'{len(features)} columns'}"]
     words += [f"context {listed(context)}"] * bool(context) + [f"weights {weights}"] * (weights is not None)
     note(f"{table.name}: {', '.join(words)}{dropped}", arguments.quiet)
     held = _held_out(arguments, features, context, weights)
     flow = start or _new(arguments, features, context, named, model)
-    columns = {"features": [*features], "context": [*context], "named": named}
+    columns = {"features": [*features], "context": [*context], "named": named, "weights": weights}
     flow.training = {**flow.training, _common.COLUMNS: columns}
 
     before = flow.record
@@ -168,7 +169,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 130
     where = _save(flow, arguments.output)
     note(f"{_summed_up(history)}: {where}", arguments.quiet and not interrupted)
-    return 130 if interrupted else 0
+    return 130 if interrupted else 0 if history.best_epoch else 3
 
 
 def _check_output(target: str) -> None:

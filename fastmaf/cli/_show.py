@@ -126,6 +126,7 @@ def _config(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     dtype = {"float": "float32", "double": "float64", None: None}[arguments.dtype]
+    _common.apart(str(arguments.c), arguments.flow)
     flow = _common.load(arguments)
     fastmaf.export_c(flow, arguments.c, gradient=arguments.gradient, dtype=dtype, prefix=arguments.prefix)
     return 0
@@ -136,6 +137,7 @@ def _plot(arguments: argparse.Namespace) -> int:
     kind = os.path.splitext(arguments.output)[1].lower().removeprefix(".") if arguments.output != "-" else "png"
     if kind not in PICTURES:
         raise UsageError(f"{arguments.output} ends in none of .{', .'.join(PICTURES[:3])}")
+    _common.apart(arguments.output, arguments.flow, arguments.data)
     from fastmaf import plot
 
     flow = _common.load(arguments)
@@ -146,8 +148,11 @@ def _plot(arguments: argparse.Namespace) -> int:
         rng = np.random.default_rng(arguments.seed)
         chunks = _common.complete(table, columns, arguments)
         rows = _some(chunks, arguments.rows, rng) if weight is None else _by_weight(chunks, arguments.rows, rng)
-        if chunks.missing:
-            _common.note(f"{chunks.missing:,} of {chunks.rows:,} rows have missing values and are left out", arguments.quiet)
+        _common.left_out(chunks.missing, chunks.rows, "row", arguments.quiet)
+        fitted = (flow.training.get(_common.COLUMNS) or {}).get("weights")
+        if fitted is not None and weight is None:
+            with_it = f"--weights {_words.cut(fitted)} pictures them so"
+            _words.warn(f"the flow was fitted to weighted rows, and the rows here have no weights: {with_it}", UserWarning)
     if not len(rows):
         raise ValueError(f"{table.name} has no rows")
     x, context = rows[:, : len(features)], rows[:, len(features) : len(features) + len(contexts)] if contexts else None
@@ -167,7 +172,7 @@ def _plot(arguments: argparse.Namespace) -> int:
     picture = io.BytesIO()
     figure.savefig(picture, format=kind)  # type: ignore[attr-defined]
     _files.save(picture.getvalue(), _common.output(arguments.output))
-    _common.note(f"{len(x):,} rows: {arguments.output}", arguments.quiet or arguments.output == "-")
+    _common.note(f"{_common.counted(len(x))}: {arguments.output}", arguments.quiet or arguments.output == "-")
     return 0
 
 
