@@ -11,6 +11,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fastmaf import _start
+
+if _start.is_command():
+    _start.interrupt_quietly()  # in front of what takes time to import
+
 from fastmaf import backends
 
 if (_folder := backends.in_source_tree_without_core()) is not None and not backends.pure():

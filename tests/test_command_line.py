@@ -914,6 +914,24 @@ def test_a_picture_of_a_weighted_fit_asks_for_weights(call, table, tmp_path):
     assert call(*plot, "--weights", "w").stderr == ""
 
 
+@pytest.mark.parametrize("how", ["module", "script"])
+def test_an_interrupted_import_is_quiet(how, tmp_path):
+    (tmp_path / "numpy.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(60)\n")
+    (tmp_path / "fastmaf").write_text("from fastmaf.cli import main\nraise SystemExit(main())\n")
+    command = [sys.executable, *(["-m", "fastmaf"] if how == "module" else [tmp_path / "fastmaf"]), "info"]
+    apart = environment(PYTHONPATH=os.pathsep.join([str(tmp_path), HOME]))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=apart) as process:
+        assert process.stdout.readline() == "here\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == "" and process.wait(60) == -signal.SIGINT
+
+
+def test_importing_the_package_leaves_signals_alone():
+    code = "import signal, fastmaf; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)
+    assert done.stdout == "True\n"
+
+
 # The rest
 
 

@@ -42,7 +42,7 @@ def source(tree, tmp_path_factory):
 
 
 FLOORS = """
-_core _words
+_core _start _words
 _device _files _random _tables data._text layers masks
 data._sink data._source
 _arrays _container _networks data
@@ -63,6 +63,7 @@ interop.normflows interop.zuko jax torch
 interop.sbi
 interop
 __init__
+cli._streams
 cli._common cli._demo
 cli._bench cli._convert cli._evaluate cli._fit cli._show
 cli

@@ -94,6 +94,8 @@ def _ended_as_interrupted() -> Iterator[list[int]]:
     before: dict[int, Any] = {}
     try:
         with suppress(ValueError):  # not in the main thread
+            if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of `_start`
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             for number in (signal.SIGTERM, hangup):
                 if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                     before[number] = signal.signal(number, end)
