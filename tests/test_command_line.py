@@ -932,6 +932,74 @@ def test_importing_the_package_leaves_signals_alone():
     assert done.stdout == "True\n"
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("fit x -o y --activation foo", "--activation: invalid choice: 'foo'"),
+        ("fit x -o y --schedule foo", "--schedule: invalid choice"),
+        ("fit x -o y --order foo", "--order: invalid choice"),
+        ("fit x -o y --dtype float16", "--dtype: invalid choice"),
+        ("fit x -o y --hidden 0", "--hidden: '0' must be at least 1"),
+        ("fit x -o y --transforms 0", "--transforms: '0' must be at least 1"),
+        ("fit x -o y --components 0", "--components: '0' must be at least 1"),
+        ("fit x -o y --epochs 0", "--epochs: '0' must be at least 1"),
+        ("fit x -o y --validation 1", "--validation: '1' must be at least 0 and below 1"),
+        ("fit x -o y --lr -1", "--lr: '-1' must be a positive number"),
+        ("fit x -o y --lr nan", "--lr: 'nan' must be a positive number"),
+        ("fit x -o y --l2 -1", "--l2: '-1' must be a number that is not negative"),
+        ("fit x -o y --threads 0", "--threads: '0' must be at least 1"),
+        ("fit x -o y --seed 1e30", "--seed: '1e30' must be below 2^64"),
+        ("fit x -o y --burn-in 1", "--burn-in: '1' must be at least 0 and below 1"),
+        ("fit x -o y --checkpoint -", "--checkpoint must be a file"),
+        ("log-prob x y --device foo", "--device: 'foo' must be cpu, cuda"),
+        ("sample x -n -3", "-n: '-3' must be at least 0"),
+        ("bench x --rows 0", "--rows: '0' must be at least 1"),
+    ],
+)
+def test_options_that_are_not_right(call, command, words):
+    said(call(*command.split()), 2, words)
+
+
+def test_seeds_go_up_to_their_end(call, flow):
+    result = call("sample", flow, "-n", "1", "--seed", str(2**64 - 1))
+    assert result.returncode == 0 and result.stdout.count("\n") == 2
+    said(call("sample", flow, "-n", "1", "--seed", str(2**64)), 2, "must be below 2^64")
+
+
+def test_numpy_files_that_are_cut_off_say_where(call, flow, rows, tmp_path):
+    for name, array in (("c.npy", rows), ("f.npy", np.asfortranarray(rows))):
+        np.save(tmp_path / name, array)
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(data[: len(data) - 8 * 100])
+        row = (600 * 3 - 100) // 3 if name == "c.npy" else 500
+        said(call("log-prob", flow, tmp_path / name), 1, f"{name} is cut off, behind row {row} of 600")
+    for size in (7, 9, 30, 100):
+        (tmp_path / "x.npy").write_bytes(data[:size])
+        said(call("log-prob", flow, tmp_path / "x.npy"), 1, "x.npy is damaged, or no .npy file (its header is cut off)")
+
+
+def test_nothing_is_printed_before_the_first_rows_are_read(call, flow, conditional, tmp_path):
+    (tmp_path / "x.csv").write_text("z,u g,r\n1,,0\n")
+    for command in (["log-prob", flow, tmp_path / "x.csv"], ["sample", conditional, "-n", "1", "--contexts", tmp_path / "x.csv"]):
+        result = call(*command)
+        assert result.stdout == ""
+        said(result, 1, "missing values in 1 of 1 row (column 'u g')")
+    assert call("sample", flow, "-n", "0").stdout == "z,u g,r\n"
+
+
+def test_numbers_of_fortran(tmp_path):
+    (tmp_path / "x.txt").write_text("  1.0D+00  -.5d-3\n  2.5D0  1.E1\n")
+    x, names = fastmaf.data.read(tmp_path / "x.txt")
+    assert x.tolist() == [[1.0, -0.5e-3], [2.5, 10.0]] and names == ("0", "1")
+    (tmp_path / "x.txt").write_text("a\n1d5\n")  # is no number of Fortran
+    with pytest.raises(ValueError, match="text in column 'a', line 2"):
+        fastmaf.data.read(tmp_path / "x.txt")
+
+
+def test_convert_looks_for_the_file_first(call, tmp_path):
+    said(call("convert", tmp_path / "no.pt", "--from", "zuko", "-o", tmp_path / "f"), 1, "no.pt: No such file or directory")
+
+
 # The rest
 
 

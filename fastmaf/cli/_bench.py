@@ -12,7 +12,7 @@ import numpy as np
 import fastmaf
 from fastmaf import _networks, backends
 from fastmaf.cli import _common
-from fastmaf.cli._common import whole
+from fastmaf.cli._common import positive
 from fastmaf.layers import Autoregressive, Terminal
 from fastmaf.record import trainable
 
@@ -39,14 +39,14 @@ def add(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument("flow", metavar="FLOW", help="a .safetensors file, or - for stdin")
-    parser.add_argument("--rows", type=whole, default=10_000, metavar="N", help="in a call (default: %(default)s)")
-    parser.add_argument("--threads", type=whole, metavar="N", help="at most so many (default: all CPUs of this process)")
+    parser.add_argument("--rows", type=positive, default=10_000, metavar="N", help="in a call (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="at most so many (default: all CPUs of this process)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     flow = _common.load(arguments)
-    rows = max(1, arguments.rows)
+    rows = arguments.rows
     context = None
     if flow.context_features:
         affine = [layer for layer in flow.context_layers if hasattr(layer, "loc")]

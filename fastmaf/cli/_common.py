@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -79,13 +80,92 @@ def whole(text: str) -> int:
     >>> whole("1e9")
     1000000000
     """
+    return _whole(text, 0)
+
+
+def positive(text: str) -> int:
+    """A count of one or more.
+
+    Examples
+    --------
+    >>> positive("12")
+    12
+    """
+    return _whole(text, 1)
+
+
+def _whole(text: str, lowest: int, bits: int = 63) -> int:
     try:
         number = float(text)
-        if not (number >= 0 and number == math.floor(number)):
+        if number != math.floor(number):
             raise ValueError
-        return int(number) if "e" in text.lower() or "." in text else int(text)
+        count = int(number) if "e" in text.lower() or "." in text else int(text)
     except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"{_words.shown(text)} must be a whole number") from None
+    if not lowest <= count < 2**bits:
+        must = f"at least {lowest}" if count < lowest else f"below 2^{bits}"
+        raise argparse.ArgumentTypeError(f"{_words.shown(text)} must be {must}")
+    return count
+
+
+def seed(text: str) -> int:
+    """A seed, below 2^64.
+
+    Examples
+    --------
+    >>> seed("18446744073709551615")
+    18446744073709551615
+    """
+    return _whole(text, 0, 64)
+
+
+def real(text: str) -> float:
+    """A positive number.
+
+    Examples
+    --------
+    >>> real("1e-3")
+    0.001
+    """
+    return _real(text, False)
+
+
+def real_or_zero(text: str) -> float:
+    """A number that is not negative.
+
+    Examples
+    --------
+    >>> real_or_zero("0")
+    0.0
+    """
+    return _real(text, True)
+
+
+def _real(text: str, zero: bool) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and (number > 0 or (zero and number == 0))):
+        raise argparse.ArgumentTypeError(f"{_words.shown(text)} must be a {'number that is not negative' if zero else 'positive number'}")
+    return number
+
+
+def share(text: str) -> float:
+    """A fraction in [0, 1).
+
+    Examples
+    --------
+    >>> share("0.3")
+    0.3
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"{_words.shown(text)} must be at least 0 and below 1")
+    return number
 
 
 def bound(text: str) -> tuple[str, tuple[float | None, float | None]]:
@@ -137,6 +217,12 @@ def delimiter(text: str) -> str:
     return mark
 
 
+def _device_name(text: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{_words.shown(text)} must be cpu, cuda or cuda:1 (say)")
+    return text
+
+
 # Options
 
 
@@ -151,7 +237,7 @@ def add_table(parser: argparse.ArgumentParser, missing: Sequence[str]) -> None:
     header = group.add_mutually_exclusive_group()
     header.add_argument("--header", action="store_true", default=None, help="the first line of text has the names, though all are numbers")
     header.add_argument("--no-header", action="store_false", dest="header", help="the first line of text has no names")
-    group.add_argument("--burn-in", type=float, default=0.0, metavar="SHARE", help="of each file of a chain, left out at its beginning")
+    group.add_argument("--burn-in", type=share, default=0.0, metavar="SHARE", help="of each file of a chain, left out at its beginning")
 
 
 _MISSING = {
@@ -169,9 +255,11 @@ def add_columns(parser: argparse.ArgumentParser) -> None:
 def add_run(parser: argparse.ArgumentParser, device: bool = True) -> None:
     """Options of what computes."""
     group = parser.add_argument_group("running")
-    group.add_argument("--threads", type=whole, metavar="N", help="default: all CPUs of this process")
+    group.add_argument("--threads", type=positive, metavar="N", help="default: all CPUs of this process")
     if device:
-        group.add_argument("--device", default="cpu", metavar="NAME", help='"cuda" or "cuda:1" for a GPU (default: %(default)s)')
+        group.add_argument(
+            "--device", type=_device_name, default="cpu", metavar="NAME", help='"cuda" or "cuda:1" for a GPU (default: %(default)s)'
+        )
     group.add_argument("--quiet", action="store_true", help="no progress and no summary on stderr; warnings and errors all the same")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,6 +50,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
+    os.stat(arguments.weights)  # if it is not there, this comes first
     options: dict[str, Any] = {"dtype": arguments.dtype}
     if arguments.activation is not None:
         options["activation"] = arguments.activation

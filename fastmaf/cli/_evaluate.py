@@ -61,7 +61,7 @@ def add(commands: Any) -> None:
     parser.add_argument("flow", metavar="FLOW", help="a .safetensors file, or - for stdin")
     parser.add_argument("-n", type=whole, required=True, metavar="N", help="rows to draw (under each context)")
     _add_output(parser)
-    parser.add_argument("--seed", type=whole, metavar="N", help="default: drawn")
+    parser.add_argument("--seed", type=_common.seed, metavar="N", help="default: drawn")
     parser.add_argument("--offset", type=whole, default=0, metavar="N", help="begin with this row of the stream of the seed")
     parser.add_argument("--dtype", choices=("float32", "float64"), help="of the numbers (default: that of the flow)")
     given = parser.add_mutually_exclusive_group()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 import fastmaf
 from fastmaf import _words
 from fastmaf.cli import _common, _streams
-from fastmaf.cli._common import UsageError, counted, labels, listed, note, whole
+from fastmaf.cli._common import UsageError, counted, labels, listed, note, positive, real, real_or_zero, seed, share
 from fastmaf.data._source import Table
 from fastmaf.data._source import whole as read_whole
 
@@ -57,46 +57,66 @@ def add(commands: Any) -> None:
     )
     model = parser.add_argument_group("model")
     model.add_argument("--start", metavar="FLOW", help="go on from the weights of this flow; no other option of the model then")
-    for option, kind, meta, text in _MODEL:
-        model.add_argument(option, type=kind, metavar=meta, help=text)
+    _add(model, _MODEL)
     model.add_argument("--batch-norm", action="store_true", default=None, help="batch norm behind every MADE")
     model.add_argument("--linear", action="store_true", default=None, help="a linear layer in front of every MADE")
     model.add_argument("--residual", action="store_true", default=None, help="residual networks")
     training = parser.add_argument_group("training")
-    training.add_argument("--validation", metavar="SHARE|DATA", help="of the rows to hold out, or a file of others (default: 0.1)")
-    for option, kind, meta, text in _TRAINING:
-        training.add_argument(option, type=kind, metavar=meta, help=text)
-    training.add_argument("--seed", type=whole, metavar="N", help="of weights, validation rows and batches (default: drawn)")
+    training.add_argument(
+        "--validation", type=_validation, metavar="SHARE|DATA", help="of the rows to hold out, or a file of others (default: 0.1)"
+    )
+    _add(training, _TRAINING)
+    training.add_argument("--seed", type=seed, metavar="N", help="of weights, validation rows and batches (default: drawn)")
     training.add_argument("--checkpoint", metavar="FILE", help="written after every epoch, to go on from")
     training.add_argument("--resume", action="store_true", help="go on from --checkpoint, if it is there")
     _common.add_table(parser, ("refuse", "drop"))
     _common.add_run(parser, device=False)
 
 
+def _validation(text: str) -> float | str:
+    try:
+        float(text)
+    except ValueError:
+        return text
+    return share(text)
+
+
 def _widths(text: str) -> tuple[int, ...]:
-    return tuple(whole(word) for word in text.split(","))
+    return tuple(positive(word) for word in text.split(","))
 
 
 _MODEL: list[tuple[str, Any, str, str]] = [
-    ("--transforms", whole, "N", "MADEs in a row (default: 5)"),
+    ("--transforms", positive, "N", "MADEs in a row (default: 5)"),
     ("--hidden", _widths, "N,N", "units in the hidden layers of each (default: 100,100)"),
-    ("--activation", str, "NAME", "relu, tanh, elu, gelu or silu (default: relu)"),
-    ("--components", whole, "N", "Gaussians of each variable in the base (default: 1; a lone variable needs more)"),
-    ("--order", str, "NAME", "of the variables: reverse, sequential or random (default: reverse)"),
-    ("--dtype", str, "NAME", "float32 or float64 (default: float32)"),
+    ("--activation", ("relu", "tanh", "elu", "gelu", "silu"), "NAME", "relu, tanh, elu, gelu or silu (default: relu)"),
+    ("--components", positive, "N", "Gaussians of each variable in the base (default: 1; a lone variable needs more)"),
+    ("--order", ("reverse", "sequential", "random"), "NAME", "of the variables: reverse, sequential or random (default: reverse)"),
+    ("--dtype", ("float32", "float64"), "NAME", "float32 or float64 (default: float32)"),
 ]
 
 _TRAINING: list[tuple[str, Any, str, str]] = [
-    ("--epochs", whole, "N", "at most so many (default: 1000)"),
-    ("--seconds", float, "T", "stop at the first end of an epoch behind them"),
-    ("--patience", whole, "N", "stop after so many epochs without a better one (default: 30)"),
-    ("--batch-size", whole, "N", "rows in a step (default: 256)"),
-    ("--lr", float, "RATE", "learning rate (default: 1e-3)"),
-    ("--schedule", str, "NAME", "of the learning rate: constant, or cosine, which falls to 0 over --epochs (default: constant)"),
-    ("--clip-norm", float, "NORM", "largest norm of a gradient"),
-    ("--weight-decay", float, "RATE", "decoupled, of AdamW"),
-    ("--l2", float, "FACTOR", "of the squared weights in the loss"),
+    ("--epochs", positive, "N", "at most so many (default: 1000)"),
+    ("--seconds", real, "T", "stop at the first end of an epoch behind them"),
+    ("--patience", positive, "N", "stop after so many epochs without a better one (default: 30)"),
+    ("--batch-size", positive, "N", "rows in a step (default: 256)"),
+    ("--lr", real, "RATE", "learning rate (default: 1e-3)"),
+    (
+        "--schedule",
+        ("constant", "cosine"),
+        "NAME",
+        "of the learning rate: constant, or cosine, which falls to 0 over --epochs (default: constant)",
+    ),
+    ("--clip-norm", real, "NORM", "largest norm of a gradient"),
+    ("--weight-decay", real_or_zero, "RATE", "decoupled, of AdamW"),
+    ("--l2", real_or_zero, "FACTOR", "of the squared weights in the loss"),
 ]
+
+
+def _add(group: Any, options: Sequence[tuple[str, Any, str, str]]) -> None:
+    """Options whose values are words of a tuple, or what a function makes of them."""
+    for option, kind, meta, text in options:
+        group.add_argument(option, **({"choices": kind} if isinstance(kind, tuple) else {"type": kind}), metavar=meta, help=text)
+
 
 _NAMES = {"hidden": "hidden_features", "epochs": "max_epochs", "seconds": "max_seconds"}
 
@@ -122,7 +142,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--checkpoint must be a file")
     if arguments.checkpoint is not None:
         _check_output(arguments.checkpoint)
-    _common.apart(arguments.output, arguments.data, arguments.validation)
+    _common.apart(arguments.output, arguments.data, arguments.validation if isinstance(arguments.validation, str) else None)
     if arguments.resume and arguments.checkpoint is None:
         raise UsageError("--resume needs --checkpoint")
     model = _given(arguments, _MODEL, "batch_norm", "linear", "residual")
@@ -230,10 +250,8 @@ def _has_missing(view: Array) -> bool:
 def _held_out(arguments: argparse.Namespace, features: tuple[str, ...], context: tuple[str, ...], weights: str | None) -> Any:
     if arguments.validation is None:
         return None
-    try:
-        return float(arguments.validation)
-    except ValueError:
-        pass
+    if isinstance(arguments.validation, float):
+        return arguments.validation
     with _common.open_data(arguments, arguments.validation) as table:
         chosen = [*features, *context, *([weights] if weights is not None else [])]
         rows = _read(table, table.choose(features), table.choose(context), table.choose(chosen)[-1] if weights else None, arguments)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 import fastmaf
 from fastmaf import _files, _words
 from fastmaf.cli import _common
-from fastmaf.cli._common import UsageError, whole
+from fastmaf.cli._common import UsageError
 from fastmaf.layers import Elementwise
 
 __all__ = ["add"]
@@ -74,8 +74,10 @@ def add(commands: Any) -> None:
     plot.add_argument("--weights", metavar="NAME", help="column with the weights of the rows (default: that of a chain)")
     plot.add_argument("--noise", action="store_true", help="the noise that the rows become, which should be N(0, I), instead")
     plot.add_argument("--show", type=_common.labels, metavar="NAMES", help="only these variables")
-    plot.add_argument("--rows", type=whole, default=20_000, metavar="N", help="at most so many, drawn from all (default: %(default)s)")
-    plot.add_argument("--seed", type=whole, default=0, metavar="N", help="of rows and samples (default: %(default)s)")
+    plot.add_argument(
+        "--rows", type=_common.positive, default=20_000, metavar="N", help="at most so many, drawn from all (default: %(default)s)"
+    )
+    plot.add_argument("--seed", type=_common.seed, default=0, metavar="N", help="of rows and samples (default: %(default)s)")
     _common.add_table(plot, ("refuse", "drop"))
     _common.add_run(plot)
 

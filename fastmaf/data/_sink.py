@@ -105,10 +105,17 @@ def open_sink(
 
 
 class _Csv:
-    def __init__(self, file: IO[bytes], dtype: np.dtype[Any]) -> None:
-        self._file, self._single = file, dtype == np.float32
+    def __init__(self, file: IO[bytes], head: str, dtype: np.dtype[Any]) -> None:
+        self._file, self._head, self._single = file, head, dtype == np.float32
+
+    def begin(self) -> None:
+        """Write the names, which wait for the first rows: what fails before these leaves nothing."""
+        if self._head:
+            self._file.write(self._head.encode())
+            self._head = ""
 
     def write(self, chunk: Array) -> None:
+        self.begin()
         width = chunk.shape[1]
         step = max(1, (1 << 16) // width)
         for first in range(0, len(chunk), step):
@@ -126,8 +133,9 @@ def _csv(file: IO[bytes], columns: Sequence[str], dtype: np.dtype[Any], rows: in
     def quoted(label: str) -> str:
         return '"' + label.replace('"', '""') + '"' if any(mark in label for mark in ',"\n\r;\t') else label
 
-    file.write((",".join(map(quoted, columns)) + "\n").encode())
-    yield _Csv(file, dtype)
+    sink = _Csv(file, ",".join(map(quoted, columns)) + "\n", dtype)
+    yield sink
+    sink.begin()
 
 
 class _Npy:

@@ -159,7 +159,7 @@ class Complete:
                 yield chunk
         if self.missing and self._policy == "refuse":
             columns = _words.columns(np.flatnonzero(where), self._columns)
-            count = f"{self.missing:,} of {self.rows:,} rows ({columns})"
+            count = f"{self.missing:,} of {self.rows:,} row{'s' * (self.rows != 1)} ({columns})"
             raise ValueError(f"{self._name} has missing values in {count}; {self._remedy} leaves them out")
 
 
@@ -402,13 +402,14 @@ def _header(file: IO[bytes], start: bytes, name: str) -> _Header:
     size = _read(file, wide)
     text = _read(file, int.from_bytes(size, "little"))
     try:
-        if not start.startswith(b"\x93NUMPY") or len(size) < wide:
+        if not start.startswith(b"\x93NUMPY") or len(size) < wide or len(text) < int.from_bytes(size, "little"):
             raise ValueError("its header is cut off")
         entries = ast.literal_eval(text.decode("utf-8" if start[6] >= 3 else "latin-1"))
         dtype = np.lib.format.descr_to_dtype(entries["descr"])
         shape, fortran = tuple(map(int, entries["shape"])), bool(entries["fortran_order"])
     except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError) as error:
-        raise ValueError(f"{name} is damaged, or no .npy file ({_words.cut(str(error))})") from None
+        what = "its header is no description of an array" if isinstance(error, SyntaxError) else _words.cut(str(error))
+        raise ValueError(f"{name} is damaged, or no .npy file ({what})") from None
     return _Header(dtype, fortran and len(shape) > 1, shape, 8 + wide + len(text))
 
 
@@ -454,17 +455,18 @@ class _Npy(Table):
             if fortran:
                 for j, place in enumerate(places):
                     self._file.seek(offset + (place * rows + first) * dtype.itemsize)
-                    chunk[:, j] = self._numbers(count, first)
+                    chunk[:, j] = self._numbers(count, first, 1)
             else:
-                block = self._numbers(count * width, first).reshape(count, width)
+                block = self._numbers(count, first, width).reshape(count, width)
                 for j, column in enumerate(columns):
                     chunk[:, j] = block[:, 0][column] if dtype.names else block[:, places[j]]
             yield chunk
 
-    def _numbers(self, count: int, first: int) -> Array:
-        data = _read(self._file, count * self.header.dtype.itemsize)
-        if len(data) < count * self.header.dtype.itemsize:
-            raise ValueError(f"{self.name} is cut off, behind row {first} of {self.header.shape[0]}")
+    def _numbers(self, count: int, first: int, width: int) -> Array:
+        size = self.header.dtype.itemsize * width
+        data = _read(self._file, count * size)
+        if len(data) < count * size:
+            raise ValueError(f"{self.name} is cut off, behind row {first + len(data) // size} of {self.header.shape[0]}")
         return np.frombuffer(data, self.header.dtype)
 
     def view(self, columns: Sequence[str]) -> Array | None:

@@ -35,6 +35,9 @@ LONGEST = 1 << 24
 
 TRUTH = {"true": 1.0, "false": 0.0}
 
+FORTRAN = re.compile(r"[+-]?(\d+\.\d*|\.\d+)d[+-]?\d+", re.ASCII)
+"""Numbers in double precision as Fortran writes them, 1.0D+00, in lower case."""
+
 _ARROW_MISSING = [*dict.fromkeys(form for word in MISSING for form in (word, word.upper(), word.capitalize())), "NaN", "-nan"]
 
 
@@ -139,7 +142,7 @@ def _value(field: str) -> float | None:
     try:
         return None if "_" in field else float(field)
     except ValueError:
-        return None
+        return float(word.replace("d", "e")) if FORTRAN.fullmatch(word) else None
 
 
 def blocks(file: IO[bytes], start: bytes, skip: int, delimiter: str | None = ",", name: str = "the data") -> Iterator[tuple[int, bytes]]:
