@@ -105,7 +105,7 @@ def sniff(head: bytes, name: str, delimiter: str | None = None, header: bool | N
             delimiter = ","
     elif delimiter.isspace() and delimiter != "\t":
         delimiter = None
-    if delimiter is not None and _quotes(first.encode(), delimiter)[0] >= 0:
+    if delimiter is not None and _quotes(text := first.encode(), len(text), delimiter)[0] >= 0:
         raise ValueError(_unclosed(name, skip + 1))
     try:
         fields = _fields(first, delimiter)
@@ -193,36 +193,36 @@ def _cut(data: bytes, last: bool, delimiter: str | None) -> tuple[int, int, bool
     end = len(data) if last else data.rfind(NEWLINE) + 1
     if delimiter is None:
         return end, -1, False
-    first, hopeless = wrong, _ = _quotes(data[:end], delimiter)
+    first, hopeless = wrong, _ = _quotes(data, end, delimiter)
     while wrong >= 0:  # the line in which it is opened may have begun inside other quotes
         end = data.rfind(NEWLINE, 0, wrong) + 1
-        wrong, _ = _quotes(data[:end], delimiter)
+        wrong, _ = _quotes(data, end, delimiter)
     return end, first, hopeless
 
 
-def _quotes(data: bytes, delimiter: str) -> tuple[int, bool]:
-    """Where the quote lies that goes wrong, -1 if all are well, and whether it was closed.
+def _quotes(data: bytes, end: int, delimiter: str) -> tuple[int, bool]:
+    """Where in front of `end` the quote lies that goes wrong, -1 if all are well, and whether it was closed.
 
     A quote opens at the beginning of a field, as for `csv.reader`, and is an ordinary character elsewhere.  One that is closed lines later
     in front of something else than a delimiter was never meant to be open until there.
     """
-    if QUOTE not in data:
+    if data.find(QUOTE, 0, end) < 0:
         return -1, False
     ends, fields = _quoted(delimiter)
-    characters = np.frombuffer(data, np.uint8)
+    characters = np.frombuffer(data, np.uint8, end)
     places = np.flatnonzero(characters == QUOTE[0])
     opening, closing = places[::2], places[1::2]
-    if ends[characters[opening - 1]].all() and ends[characters[np.minimum(closing + 1, len(data) - 1)]].all():  # each pair a field
+    if ends[characters[opening - 1]].all() and ends[characters[np.minimum(closing + 1, end - 1)]].all():  # each pair a field
         k = len(places) - 1
         if k % 2:
             return -1, False
         while k and places[k - 1] == places[k] - 1:  # two quotes inside are one
             k -= 2
         return int(places[k]), False
-    for field in fields.finditer(data):
+    for field in fields.finditer(data, 0, end):
         if field[1] is None:
             return field.start(), False
-        if NEWLINE in field[0] and field.end() < len(data) and not ends[data[field.end()]]:
+        if NEWLINE in field[0] and field.end() < end and not ends[data[field.end()]]:
             return field.start(), True
     return -1, False
 
