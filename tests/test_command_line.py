@@ -162,7 +162,24 @@ def test_going_on_from_a_flow_and_from_a_checkpoint(call, table, flow, tmp_path)
 
 def test_validation_rows_of_their_own(call, table, tmp_path):
     out = tmp_path / "flow.safetensors"
-    arguments = ["--columns", "r", "--context", "z", "--missing", "drop", "--components", "2", "--hidden", "4", "--epochs", "1", "-o", out]
+    arguments = [
+        "--columns",
+        "r",
+        "--context",
+        "z",
+        "--missing",
+        "drop",
+        "--components",
+        "2",
+        "--hidden",
+        "4",
+        "--seed",
+        "1",
+        "--epochs",
+        "1",
+        "-o",
+        out,
+    ]
     assert call("fit", table, "--validation", table, *arguments).returncode == 0
     training = fastmaf.load(out).training
     assert training["rows"] == training["validation_rows"] == 599 and training["settings"]["validation"] == "given"
@@ -397,7 +414,7 @@ def test_names_decide_and_places_only_where_there_are_no_names(call, table, flow
 def test_a_flow_of_chosen_places_does_not_guess(call, rows, tmp_path):
     np.save(tmp_path / "x.npy", rows)
     out = tmp_path / "flow.safetensors"
-    few = ["--hidden", "4", "--epochs", "1", "--quiet"]
+    few = ["--hidden", "4", "--seed", "1", "--epochs", "1", "--quiet"]
     assert call("fit", tmp_path / "x.npy", "--columns", "2,0", "--context", "1", "-o", out, *few).returncode == 0
     result = call("log-prob", out, tmp_path / "x.npy")
     said(result, 1, "3 columns without names", "--columns and --context (the flow was fitted to 2,0 and 1)")
@@ -515,7 +532,7 @@ def test_a_full_disk_loses_nothing(table, flow, tmp_path):
             said(result, 1, "stdout: No space left on device")
     for name in ("npy", "csv"):
         said(fastmaf_command("sample", flow, "-n", "3", "-o", "/dev/full", "--to", name), 1, "/dev/full: No space left on device")
-    few = ["--columns", "z,u g", "--missing", "drop", "--hidden", "4", "--epochs", "1", "--quiet"]
+    few = ["--columns", "z,u g", "--missing", "drop", "--hidden", "4", "--seed", "1", "--epochs", "1", "--quiet"]
     result = fastmaf_command("fit", table, *few, "-o", "/dev/full", env=environment(TMPDIR=str(tmp_path)))
     said(result, 1, f"/dev/full: No space left on device; the flow is in {tmp_path}")
     assert fastmaf.load(result.stderr.split()[-1]).training["epochs"] == 1
@@ -750,7 +767,7 @@ def shell(words, *arguments, **options):
     return subprocess.run(["bash", "-c", f"set -o pipefail; {script}", "bash", *map(str, arguments)], **given)
 
 
-LITTLE = ["--columns", "z,u g", "--missing", "drop", "--hidden", "4", "--transforms", "1", "--epochs", "3"]
+LITTLE = ["--columns", "z,u g", "--missing", "drop", "--hidden", "4", "--transforms", "1", "--epochs", "3", "--seed", "1"]
 
 
 @pytest.mark.parametrize("words", ["2>&-", "2>/dev/full", "2>&1 | head -n 1", ">&-", ">&- 2>&- <&-"])
@@ -1007,14 +1024,14 @@ def test_warnings_are_lines(tmp_path):
     x = np.random.default_rng(0).normal(size=(400, 2)).astype(np.float32)
     x[:, 1] += 1e7  # float32 cannot resolve it
     np.save(tmp_path / "x.npy", x)
-    result = fastmaf_command("fit", tmp_path / "x.npy", "--hidden", "4", "--epochs", "1", "-o", tmp_path / "flow")
+    result = fastmaf_command("fit", tmp_path / "x.npy", "--hidden", "4", "--seed", "1", "--epochs", "1", "-o", tmp_path / "flow")
     assert result.returncode == 0
     assert [line for line in result.stderr.splitlines() if line.startswith("fastmaf: warning: ")]
     assert "site-packages" not in result.stderr and "Warning" not in result.stderr
 
 
 def test_a_flow_goes_through_a_pipe(table, flow):
-    few = ["--columns", "z,u g,r", "--missing", "drop", "--hidden", "4", "--epochs", "1", "--quiet"]
+    few = ["--columns", "z,u g,r", "--missing", "drop", "--hidden", "4", "--seed", "1", "--epochs", "1", "--quiet"]
     made = fastmaf_command("fit", "-", "-o", "-", *few, input=table.read_bytes(), text=False)
     assert made.returncode == 0, made.stderr
     shown = fastmaf_command("info", "-", input=made.stdout, text=False).stdout.decode()
@@ -1100,7 +1117,7 @@ def test_the_pages_run(page, wanted, call, tmp_path, monkeypatch):
     for command in commands:
         if not any(missing and word in command for word, missing in absent.items()):
             words = command.replace("1e6", "1e3").replace("-n 100 ", "-n 2 ").split()[1:]
-            result = call(*words, *["--epochs", "1", "--hidden", "8"] * (words[0] == "fit"))
+            result = call(*words, *["--epochs", "1", "--hidden", "8", "--seed", "1"] * (words[0] == "fit"))
             assert result.returncode == 0, (command, result.stderr)
     if page.startswith("docs"):
         for code in (block for language, block in blocks if language == "python"):
