@@ -41,7 +41,7 @@ def add(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument("weights", metavar="WEIGHTS", help="a state_dict: .safetensors, or what torch.save wrote (needs torch)")
-    parser.add_argument("--from", required=True, choices=LIBRARIES, dest="library", help="the library that wrote it")
+    parser.add_argument("--from", required=True, choices=LIBRARIES, dest="origin", help="the library that wrote it")
     parser.add_argument("-o", "--output", required=True, metavar="FLOW", help="the .safetensors file to write")
     parser.add_argument("--activation", metavar="NAME", help="of the hidden units, which the weights do not say (sbi: of its builder)")
     parser.add_argument("--slope", type=float, metavar="S", help="of zuko: its minimum slope (default: 1e-3; zuko 1.0.1 to 1.4.1 had 1e-4)")
@@ -54,15 +54,15 @@ def run(arguments: argparse.Namespace) -> int:
     options: dict[str, Any] = {"dtype": arguments.dtype}
     if arguments.activation is not None:
         options["activation"] = arguments.activation
-    elif arguments.library != "sbi":
-        raise UsageError(f"the weights of {arguments.library} do not say the activation: name it, --activation relu for instance")
+    elif arguments.origin != "sbi":
+        raise UsageError(f"the weights of {arguments.origin} do not say the activation: name it, --activation relu for instance")
     if arguments.slope is not None:
-        if arguments.library != "zuko":
+        if arguments.origin != "zuko":
             raise UsageError("--slope is of zuko alone")
         options["slope"] = arguments.slope
     _common.apart(arguments.output, arguments.weights)
-    state = _state(arguments.weights, arguments.library)
-    flow = getattr(fastmaf, f"from_{arguments.library}")(state_dict=state, **options)
+    state = _state(arguments.weights, arguments.origin)
+    flow = getattr(fastmaf, f"from_{arguments.origin}")(state_dict=state, **options)
     flow.save(arguments.output)
     _common.note(f"{flow!r}: {arguments.output}")
     return 0
