@@ -110,17 +110,15 @@ def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
 def _temporary(target: str) -> Iterator[IO[bytes]]:
     """A new file beside the target, locked while it is written; gone afterwards, unless it was given another name."""
     while True:
-        file = open(f"{target}.{secrets.token_hex(8)}.tmp", "xb")  # noqa: SIM115
-        # Before the lock was there, somebody may have taken the file for one of a dead writer.
-        if _lock(file) and os.path.exists(file.name):
-            break
-        file.close()
-        _unlink(file.name)
-    try:
-        with file:
-            yield file
-    finally:
-        _unlink(file.name)
+        name = f"{target}.{secrets.token_hex(8)}.tmp"
+        try:  # before the file is there, since Ctrl-C may come at any time
+            with open(name, "xb") as file:
+                # Before the lock was there, somebody may have taken the file for one of a dead writer.
+                if _lock(file) and os.path.exists(name):
+                    yield file
+                    return
+        finally:
+            _unlink(name)
 
 
 def _lock(file: IO[bytes]) -> bool:

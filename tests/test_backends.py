@@ -35,6 +35,20 @@ def test_the_reference_is_always_there():
     assert fastmaf.get_backend() == "reference"
 
 
+def test_an_interrupted_import_is_no_absence(monkeypatch):
+    """Ctrl-C while the core begins comes out of its import as the cause of an ImportError."""
+
+    def interrupted(name):
+        raise ImportError("initialization failed") from KeyboardInterrupt()
+
+    backends._loaded.pop("cpu", None)
+    with monkeypatch.context() as context:
+        context.setattr(backends.importlib, "import_module", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            backends.choose()
+    assert "cpu" not in backends._loaded
+
+
 def test_the_default_is_the_first_that_is_there():
     for absent in ((), ("cpu",), ("cpu", "numba")):
         for name in absent:

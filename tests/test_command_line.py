@@ -606,15 +606,21 @@ def test_files_larger_than_the_memory(kind, tmp_path):
     assert found.returncode == 0, found.stderr
 
 
+def listen():
+    """In a child: take the signals that a shell in the background, or nohup, has it ignore."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def started(*arguments):
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-u", "-m", "fastmaf", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
+        preexec_fn=listen,
     )
-    return process
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
@@ -937,7 +943,7 @@ def test_an_interrupted_import_is_quiet(how, tmp_path):
     (tmp_path / "fastmaf").write_text("from fastmaf.cli import main\nraise SystemExit(main())\n")
     command = [sys.executable, *(["-m", "fastmaf"] if how == "module" else [tmp_path / "fastmaf"]), "info"]
     apart = environment(PYTHONPATH=os.pathsep.join([str(tmp_path), HOME]))
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=apart) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=apart, preexec_fn=listen) as process:
         assert process.stdout.readline() == "here\n"
         process.send_signal(signal.SIGINT)
         assert process.stderr.read() == "" and process.wait(60) == -signal.SIGINT

@@ -11,6 +11,9 @@ namespace fastmaf {
 // this would wait for ever.
 std::mutex& making();
 
+// Has a fork wait for another lock too, which is taken after making() by whoever takes both.
+bool fork_waits_for(std::mutex& last);
+
 template <class V>
 class Lazy {
 public:

@@ -4,21 +4,12 @@
 #include <limits>
 #include <stdexcept>
 
-#include <pthread.h>
-
 #include "columns.hpp"
 #include "floats.hpp"
 
 namespace fastmaf {
 
-std::mutex& making() {
-    static std::mutex& mutex = *new std::mutex;
-    return mutex;
-}
-
 namespace {
-
-[[maybe_unused]] const int fork_waits = pthread_atfork([] { making().lock(); }, [] { making().unlock(); }, [] { making().unlock(); });
 
 // What each map of a stage reads and writes.
 std::vector<std::pair<int, int>> wires_of(const StageSpec& stage, int context) {

@@ -11,10 +11,10 @@
 #include <mutex>
 #include <vector>
 
-#include <pthread.h>
 #include <unistd.h>
 
 #include "../core/floats.hpp"
+#include "../core/lazy.hpp"
 #include "draw_image.hpp"
 #include "gradient_image.hpp"
 #include "kernels.hpp"
@@ -157,7 +157,7 @@ struct Slots {
 };
 
 std::mutex stations;
-[[maybe_unused]] const int fork_waits = pthread_atfork([] { stations.lock(); }, [] { stations.unlock(); }, [] { stations.unlock(); });
+[[maybe_unused]] const bool fork_waits = fork_waits_for(stations);
 
 // What the flows of a device share: what launches need of it, and slots that were used before. It goes with the last of them.
 struct Station {

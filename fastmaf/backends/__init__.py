@@ -97,6 +97,8 @@ def _load(name: str) -> Backend | str:
         try:
             _loaded[name] = importlib.import_module(f"{__name__}.{name}").backend
         except ImportError as error:
+            if isinstance(error.__cause__, KeyboardInterrupt):  # while the core began: it is no reason to be without it
+                raise error.__cause__ from None
             _loaded[name] = f"{error}; to get it: {_REMEDIES[name]}"
     return _loaded[name]
 
