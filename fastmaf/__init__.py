@@ -34,6 +34,7 @@ from fastmaf.handle import Handle
 from fastmaf.io import load
 from fastmaf.made import MADE
 from fastmaf.maf import MAF
+from fastmaf.masked_ensemble import MaskedEnsemble
 
 if TYPE_CHECKING:
     from fastmaf import data, interop, plot, train
@@ -48,6 +49,7 @@ __all__ = [
     "Flow",
     "Handle",
     "History",
+    "MaskedEnsemble",
     "data",
     "export_c",
     "from_flowjax",

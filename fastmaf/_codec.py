@@ -6,8 +6,9 @@ null.  Reading follows the fields of the classes in `fastmaf.layers`; a tensor i
 
 The checkpoint of a fit is such a file of the best flow so far, with more tensors and another metadata key, which those of flows pass over.
 
-An ensemble is written as its first member, whose network has all weights instead of those that its masks leave, and under ``ensemble``
-the ranks and degrees of all members.
+An ensemble of masks is written as its first member, whose network has all weights instead of those that its masks leave, and under
+``ensemble`` the ranks and degrees of all members. One of independent flows is ``flows``, a list of such objects, whose tensors begin with
+``flows.0.`` and so on; it has format 2.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ __all__ = ["FORMAT", "Members", "checkpoint_bytes", "expect", "from_bytes", "rea
 
 Array = NDArray[Any]
 
-FORMAT = 1
-"""Version of the format that is written; older ones are read."""
+FORMAT = 2
+"""The newest version of the format that is read. Each file is written in the oldest that can hold it."""
 
 _INTEGER_FIELDS = ("ranks", "perm", "degrees")
 _DOUBLE_RECORDS = (_layers.Elementwise, _layers.Affine)
-_KEYS = ("format", "dtype", "features", "context_features", "names", "context_layers", "layers", "base", "training")
+_KEYS = ("dtype", "features", "context_features", "names", "context_layers", "layers", "base", "training")
 _MEMBERS = ("ranks", "degrees")
 _RECORDS = {cls.__name__: cls for cls in (*get_args(_layers.FlowLayer), _layers.Normal, _layers.Terminal)}
 _LATER: dict[type, dict[str, Any]] = {_layers.BatchNorm: {"statistics": "batch"}, _layers.Conditioner: {"input_clip": None}}
@@ -62,29 +63,40 @@ def reading(name: Any, what: str) -> Iterator[None]:
         raise ValueError(f"{name} cannot be read as {what}: {error}") from None
 
 
-def to_bytes(record: FlowRecord, members: Members | None = None, digest: bool = True) -> bytes:
-    """The bytes of the file of a flow or an ensemble, with or without the digest of its tensors."""
+def to_bytes(record: FlowRecord, members: Members | tuple[FlowRecord, ...] | None = None, digest: bool = True) -> bytes:
+    """The bytes of the file of a flow or an ensemble, with or without the digest of its tensors.
+
+    The record is that of the flow or of the first member; `members` are the masks of all, or the records of the others.
+    """
     return _container.write(*_encoded(record, members), digest)
 
 
-def _encoded(record: FlowRecord, members: Members | None) -> tuple[dict[str, Array], dict[str, str]]:
+def _encoded(record: FlowRecord, members: Members | tuple[FlowRecord, ...] | None) -> tuple[dict[str, Array], dict[str, str]]:
     """The tensors of a flow or an ensemble, and the metadata."""
     tensors: dict[str, Array] = {}
-    tree = {
-        "format": FORMAT,
+    tree: dict[str, Any]
+    if members is None or isinstance(members, Members):
+        tree = {"format": 1, **_tree(record, "", tensors)}
+        if members is not None:
+            _encode(members.conditioner, _network(record), tensors)
+            tree["ensemble"] = {name: _encode(getattr(members, name), f"ensemble.{name}", tensors) for name in _MEMBERS}
+    else:
+        tree = {"format": 2, "flows": [_tree(each, f"flows.{k}.", tensors) for k, each in enumerate((record, *members))]}
+    return tensors, {"fastmaf": json.dumps(tree, allow_nan=False)}
+
+
+def _tree(record: FlowRecord, prefix: str, tensors: dict[str, Array]) -> dict[str, Any]:
+    """A flow as an object of JSON, its arrays among the tensors."""
+    return {
         "dtype": record.dtype.name,
         "features": record.features,
         "context_features": record.context_features,
         "names": record.names,
-        "context_layers": _encode(record.context_layers, "context_layers", tensors),
-        "layers": _encode(record.layers, "layers", tensors),
-        "base": _encode(record.base, "base", tensors),
+        "context_layers": _encode(record.context_layers, f"{prefix}context_layers", tensors),
+        "layers": _encode(record.layers, f"{prefix}layers", tensors),
+        "base": _encode(record.base, f"{prefix}base", tensors),
         "training": plain(record.training),
     }
-    if members is not None:
-        _encode(members.conditioner, _network(record), tensors)
-        tree["ensemble"] = {name: _encode(getattr(members, name), f"ensemble.{name}", tensors) for name in _MEMBERS}
-    return tensors, {"fastmaf": json.dumps(tree, allow_nan=False)}
 
 
 def _network(record: FlowRecord) -> str:
@@ -107,8 +119,8 @@ def _encode(value: Any, path: str, tensors: dict[str, Array]) -> Any:
     return value
 
 
-def from_bytes(data: bytes) -> tuple[FlowRecord, Members | None]:
-    """The record of a flow, or that of an ensemble's first member with its members.
+def from_bytes(data: bytes) -> tuple[FlowRecord, Members | tuple[FlowRecord, ...] | None]:
+    """The record of a flow, or that of an ensemble's first member with the masks of all, or the records of the others.
 
     Raises
     ------
@@ -121,33 +133,54 @@ def from_bytes(data: bytes) -> tuple[FlowRecord, Members | None]:
     if "fastmaf" not in metadata:
         raise ValueError("it is a safetensors file without the metadata of fastmaf")
     tree = _object("the metadata", _container.parse(metadata["fastmaf"], "its metadata"))
-    version = tree.get("format")
+    version = tree.pop("format", None)
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ValueError(f"its format is {_words.shown(version)}")
     if version > FORMAT:
         raise ValueError(f"it has format {version}; this version of fastmaf reads formats up to {FORMAT}: update fastmaf")
-    masks = tree.pop("ensemble", None)
-    _keys("the metadata", tree, _KEYS)
-    decoder = _Decoder(tensors, str(tree["dtype"]), masks is not None)
-    record = FlowRecord(
-        decoder.decode("tuple[FlowLayer, ...]", tree["layers"], "layers"),
-        decoder.decode("FlowLayer", tree["base"], "base"),
-        features=decoder.decode("int", tree["features"], "features"),
-        context_features=decoder.decode("int", tree["context_features"], "context_features"),
-        context_layers=decoder.decode("tuple[FlowLayer, ...]", tree["context_layers"], "context_layers"),
-        dtype=tree["dtype"],
-        names=decoder.decode("tuple[str, ...] | None", tree["names"], "names"),
-        training=_object("training", tree["training"]),
-    )
-    members = None
-    if masks is not None:
-        _keys("ensemble", _object("ensemble", masks), _MEMBERS)
-        if decoder.unmasked is None:
-            raise ValueError("it has members, but no network")
-        members = Members(decoder.unmasked, *(decoder.tensor(masks[name], f"ensemble.{name}", None) for name in _MEMBERS))
+    members: Members | tuple[FlowRecord, ...] | None = None
+    if "flows" in tree:
+        _keys("the metadata", tree, ("flows",))
+        trees = tree["flows"]
+        if not isinstance(trees, list) or not trees:
+            raise ValueError("flows must be a list of at least one flow")
+        record, *others = (_record(_object(f"flows.{k}", each), f"flows.{k}.", tensors)[0] for k, each in enumerate(trees))
+        members = tuple(others)
+    else:
+        masks = tree.pop("ensemble", None)
+        record, unmasked = _record(tree, "", tensors, masks is not None)
+        if masks is not None:
+            _keys("ensemble", _object("ensemble", masks), _MEMBERS)
+            if unmasked is None:
+                raise ValueError("it has members, but no network")
+            integers = _Decoder(tensors, record.dtype.name)
+            members = Members(unmasked, *(integers.tensor(masks[name], f"ensemble.{name}", None) for name in _MEMBERS))
     if tensors:
         raise ValueError(f"no layer has the tensor {_words.shown(min(tensors))}")
     return record, members
+
+
+def _record(
+    tree: dict[str, Any], prefix: str, tensors: dict[str, Array], ensemble: bool = False
+) -> tuple[FlowRecord, _layers.Conditioner | None]:
+    """The record that an object of JSON stands for, and the network of an ensemble with all weights."""
+    _keys(prefix.rstrip(".") or "the metadata", tree, _KEYS)
+    decoder = _Decoder(tensors, str(tree["dtype"]), ensemble)
+
+    def decoded(kind: str, name: str) -> Any:
+        return decoder.decode(kind, tree[name], prefix + name)
+
+    record = FlowRecord(
+        decoded("tuple[FlowLayer, ...]", "layers"),
+        decoded("FlowLayer", "base"),
+        features=decoded("int", "features"),
+        context_features=decoded("int", "context_features"),
+        context_layers=decoded("tuple[FlowLayer, ...]", "context_layers"),
+        dtype=tree["dtype"],
+        names=decoded("tuple[str, ...] | None", "names"),
+        training=_object(f"{prefix}training", tree["training"]),
+    )
+    return record, decoder.unmasked
 
 
 # Checkpoints

@@ -5,12 +5,14 @@ from __future__ import annotations
 import operator
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 
-__all__ = ["astray", "columns", "count", "cut", "flag", "named", "number", "of_type", "one_of", "shapes", "shown", "warn"]
+__all__ = ["astray", "columns", "count", "cut", "flag", "gathering", "named", "number", "of_type", "one_of", "shapes", "shown", "warn"]
 
 LONGEST = 60
 """Characters of the longest word for a value."""
@@ -170,8 +172,33 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
+_gathered: ContextVar[list[tuple[str, type[Warning]]] | None] = ContextVar("_gathered", default=None)
+
+
+@contextmanager
+def gathering() -> Iterator[list[tuple[str, type[Warning]]]]:
+    """Have the warnings of this thread put into a list, for another one to give them at a line of the caller's.
+
+    Examples
+    --------
+    >>> with gathering() as notes:
+    ...     warn("something is odd")
+    >>> notes
+    [('something is odd', <class 'RuntimeWarning'>)]
+    """
+    notes: list[tuple[str, type[Warning]]] = []
+    token = _gathered.set(notes)
+    try:
+        yield notes
+    finally:
+        _gathered.reset(token)
+
+
 def warn(text: str, category: type[Warning] = RuntimeWarning) -> None:
     """A warning at the line that called the package."""
+    if (notes := _gathered.get()) is not None:
+        notes.append((text, category))
+        return
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "fastmaf":
         frame, level = frame.f_back, level + 1

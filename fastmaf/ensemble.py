@@ -1,22 +1,19 @@
-"""Networks that share their weights: a MADE under many orders and connections at once."""
+"""Flows whose densities are averaged."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
 from typing import IO, TYPE_CHECKING, Any, Literal, NoReturn, cast, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastmaf import _arrays, _codec, _dask, _device, _files, _random, _tables, _within, _words, backends, masks
+from fastmaf import _arrays, _codec, _dask, _device, _files, _random, _tables, _within, _words, backends
 from fastmaf import layers as _layers
-from fastmaf._networks import drawn, masked, rebuilt
 from fastmaf.flow import Flow, _check_continuous, _framed
-from fastmaf.layers import Autoregressive, Conditioner, Dense, Terminal
-from fastmaf.record import FlowRecord
+from fastmaf.layers import Terminal
 
 if TYPE_CHECKING:
     import os
@@ -24,32 +21,32 @@ if TYPE_CHECKING:
     from fastmaf._arrays import Seed
     from fastmaf.train import Epoch, History
 
-__all__ = ["Ensemble", "random_member"]
+__all__ = ["Ensemble", "parameters_of"]
 
 Array = NDArray[Any]
 
 
-def _parameters_of(function: Callable[..., Any]) -> str:
+def parameters_of(function: Callable[..., Any]) -> str:
     """The parameters in the docstring of a function, but for the line above them."""
     text = inspect.cleandoc(function.__doc__ or "").partition("Parameters\n----------\n")[2].partition("\n\nReturns")[0]
     return text.replace("\n", "\n" + " " * 8)
 
 
 class Ensemble:
-    """Order- and connectivity-agnostic MADE (Germain et al. 2015, sections 4.2 and 4.3): one set of weights under several sets of masks.
+    """Independent flows whose densities are averaged (Lakshminarayanan et al. 2017).
 
-    Its density is the mean of those of its members, each of which is a `Flow`. It comes from ``fastmaf.MADE(masks=...)`` or `fastmaf.load`.
+    Flows that differ in nothing but the weights they began with err in different places. The mean of their densities is nearer to the
+    truth than each of them, and above all it is wider where they disagree: posteriors of one conditional flow are often overconfident.
 
     Parameters
     ----------
-    flow : Flow
-        With exactly one network, in an `Autoregressive` layer or in a `Terminal` base; its weights, degrees and ranks are not used.
-    conditioner : Conditioner
-        The weights, no mask applied. Its degrees are not used.
-    ranks : (m, D) array of int
-        Ranks of the variables for each member.
-    degrees : (m, h) array of int
-        Degrees of all hidden units, layer after layer, for each member.
+    flows : Flow or sequence of Flow
+        The members, as they are; of the same features, context features, dtype and names. Or one flow, as which `members` new ones are
+        made: with its layers, orders and bounds, and other weights.
+    members : int, optional
+        How many to make of one flow.
+    seed : int, numpy.random.Generator or SeedSequence, optional
+        Of the weights of these; None draws one. Member k is the same in an ensemble of any size.
 
     Attributes
     ----------
@@ -60,40 +57,77 @@ class Ensemble:
         That of the first member.
     dtype : numpy.dtype
     names : tuple of str or None
-    training : dict
 
     Raises
     ------
     ValueError
-        If the flow has not one network, or the parts do not fit together.
+        If the flows do not fit together, or there are none.
 
     Examples
     --------
     >>> import fastmaf, numpy as np
-    >>> ensemble = fastmaf.MADE(features=3, conditional="bernoulli", masks=4)
-    >>> x = np.array([[0, 1, 1]])
+    >>> ensemble = fastmaf.Ensemble(fastmaf.MAF(features=3), members=5, seed=0)
+    >>> x = np.zeros((1, 3))
     >>> members = [ensemble.member(k).log_prob(x)[0] for k in range(len(ensemble))]
     >>> np.allclose(np.exp(ensemble.log_prob(x)), np.exp(members).mean())
     True
     """
 
-    def __init__(self, flow: Flow, conditioner: Conditioner, ranks: ArrayLike, degrees: ArrayLike) -> None:
-        self._shared = _Shared(flow, conditioner, ranks, degrees)
+    def __init__(self, flows: Flow | Iterable[Flow], members: int | None = None, seed: Seed = None) -> None:
+        if isinstance(flows, Flow):
+            if members is None:
+                raise ValueError("members is None; say how many to make of the flow, or give a sequence of flows")
+            seeds = _seeds(seed, _arrays.count("members", members, lowest=1))
+            flows = [flows._holding(flows.record.anew(own)) for own in seeds]
+        elif members is not None or seed is not None:
+            raise ValueError(f"{'seed' if members is None else 'members'} is given beside the members themselves; leave it out")
+        self._all = _fitting(flows)
 
-    @property
-    def conditioner(self) -> Conditioner:
-        """The weights, no mask applied."""
-        return self._shared.conditioner
+    def __len__(self) -> int:
+        return len(self._flows())
 
-    @property
-    def ranks(self) -> Array:
-        """Ranks of the variables for each member, (m, D)."""
-        return self._shared.ranks
+    def _flows(self) -> Sequence[Flow]:
+        """The members as they are now."""
+        return self._all
 
-    @property
-    def degrees(self) -> Array:
-        """Degrees of all hidden units, layer after layer, for each member, (m, h)."""
-        return self._shared.degrees
+    def _member(self, k: int) -> Flow:
+        return self._flows()[k]
+
+    def member(self, k: int) -> Flow:
+        """One of the flows whose densities are averaged.
+
+        Parameters
+        ----------
+        k : int
+            Below ``len(ensemble)``.
+
+        Returns
+        -------
+        Flow
+
+        Raises
+        ------
+        ValueError
+            If there is no such member.
+
+        Examples
+        --------
+        >>> import fastmaf
+        >>> fastmaf.Ensemble(fastmaf.MAF(features=3, order="sequential"), members=4).member(3).order
+        (0, 1, 2)
+        """
+        return self._member(_arrays.count("k", k, limit=len(self)))._still()
+
+    def _still(self) -> Any:
+        """As in `Flow`."""
+        still = object.__new__(type(self))
+        vars(still).update(vars(self))
+        return still
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_") or not hasattr(Flow, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        raise AttributeError(f"an ensemble has no {name}, since each member has an order and noise of its own: ensemble.member(k).{name}")
 
     @property
     def device(self) -> str:
@@ -102,7 +136,7 @@ class Ensemble:
 
     @property
     def _flow(self) -> Flow:
-        return self._shared.member(0)
+        return self._member(0)
 
     @property
     def features(self) -> int:
@@ -139,55 +173,6 @@ class Ensemble:
         """One name for each variable."""
         return self._flow.names
 
-    @property
-    def training(self) -> dict[str, Any]:
-        """How the ensemble came to its weights."""
-        return self._flow.training
-
-    # Members
-
-    def __len__(self) -> int:
-        return len(self.ranks)
-
-    def member(self, k: int) -> Flow:
-        """One of the flows whose densities are averaged.
-
-        Parameters
-        ----------
-        k : int
-            Below ``len(ensemble)``. The first has the plain order and balanced degrees, if the ensemble comes from `fastmaf.MADE`.
-
-        Returns
-        -------
-        Flow
-
-        Raises
-        ------
-        ValueError
-            If there is no such member.
-
-        Examples
-        --------
-        >>> import fastmaf
-        >>> fastmaf.MADE(features=3, masks=4).member(0).order
-        (0, 1, 2)
-        """
-        return self._shared.member(_arrays.count("k", k, limit=len(self)))
-
-    def _still(self) -> Ensemble:
-        """As in `Flow`."""
-        still = Ensemble.__new__(Ensemble)
-        still._shared = self._shared
-        return still
-
-    def _with(self, conditioner: Conditioner | None = None, **changes: Any) -> Ensemble:
-        return Ensemble(self._flow._with(**changes), conditioner or self.conditioner, self.ranks, self.degrees)
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("_") or not hasattr(Flow, name):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        raise AttributeError(f"an ensemble has no {name}, since each member has an order and noise of its own: ensemble.member(k).{name}")
-
     # Evaluation
 
     def log_prob(self, x: ArrayLike, context: ArrayLike | None = None, out: Array | None = None) -> Array:
@@ -210,7 +195,7 @@ class Ensemble:
         Examples
         --------
         >>> import fastmaf, numpy as np
-        >>> fastmaf.MADE(features=3, masks=4).log_prob(np.zeros((5, 3))).shape
+        >>> fastmaf.Ensemble(fastmaf.MAF(features=3), members=4).log_prob(np.zeros((5, 3))).shape
         (5,)
         """
         given = x
@@ -220,7 +205,7 @@ class Ensemble:
             return cast("Array", _dask.mapped(self._still(), "log_prob", "x", x, context, self.dtype, 0))
         x, context, shape = _arrays.rows("x", x, context, self.features, self.context_features, names=self.names)
         result = _arrays.empty(shape, self.dtype) if out is None else _arrays.output(out, shape, self.dtype, x, context)
-        total, members = np.full(shape, -np.inf), self._shared.members()
+        total, members = np.full(shape, -np.inf), self._flows()
         with np.errstate(invalid="ignore"):
             for member in members:
                 np.logaddexp(total, member.log_prob(x, context), out=total)
@@ -250,26 +235,72 @@ class Ensemble:
         Examples
         --------
         >>> import fastmaf, numpy as np
-        >>> value, dx, _ = fastmaf.MADE(features=3, masks=4).log_prob_and_grad(np.zeros((5, 3)))
+        >>> value, dx, _ = fastmaf.Ensemble(fastmaf.MAF(features=3), members=4).log_prob_and_grad(np.zeros((5, 3)))
         >>> value.shape, dx.shape
         ((5,), (5, 3))
         """
         _check_continuous(self._flow.record, "gradient in x")
-        given, beside = x, context
+        value, dx, dcontext, _ = self._backward(x, context, None, False)
+        assert dx is not None
+        return value, dx, dcontext
+
+    def vjp(self, x: ArrayLike, context: ArrayLike | None, cotangent: ArrayLike) -> tuple[Array | None, Array | None, Array]:
+        """Gradients of ``sum(cotangent * log_prob(x, context))``.
+
+        Parameters
+        ----------
+        x, context, cotangent : arrays
+            As in `Flow.vjp`.
+
+        Returns
+        -------
+        dx, dcontext
+            As in `Flow.vjp`.
+        dparameters : (p,) array
+            In the order of `parameters`.
+
+        Raises
+        ------
+        ValueError
+            If a shape or dtype does not fit.
+
+        Examples
+        --------
+        >>> import fastmaf, numpy as np
+        >>> ensemble = fastmaf.Ensemble(fastmaf.MAF(features=3), members=2)
+        >>> dx, _, dparameters = ensemble.vjp(np.zeros((5, 3)), None, np.ones(5))
+        >>> dparameters.shape == ensemble.parameters().shape
+        True
+        """
+        _, dx, dcontext, dparameters = self._backward(x, context, cotangent, True)
+        assert dparameters is not None
+        return dx, dcontext, dparameters
+
+    def _backward(
+        self, x: ArrayLike, context: ArrayLike | None, cotangent: ArrayLike | None, parameters: bool
+    ) -> tuple[Array, Array | None, Array | None, Array | None]:
+        """Log of the mean density and gradients, with or without those in the parameters; None is a cotangent of ones."""
+        given, beside, flows = x, context, self._flows()
         x, context = _arrays.real("x", x, names=self.names), None if context is None else _arrays.real("context", context)
-        members = self._shared.members()
-        values = [member.log_prob(x, context).astype(np.float64) for member in members]
-        gradients = np.zeros(x.shape), np.zeros(() if context is None else context.shape)
+        values = [flow.log_prob(x, context).astype(np.float64) for flow in flows]
+        factor = 1.0 if cotangent is None else _arrays.cotangents(cotangent, values[0].shape)
+        dx = None if self._flow.record.discrete else np.zeros(x.shape)
+        dcontext = None if context is None else np.zeros(context.shape)
+        of_parameters: list[Array] = []
         with np.errstate(all="ignore"):
             total = np.logaddexp.reduce(values)
-            for member, value in zip(members, values, strict=True):
+            for flow, value in zip(flows, values, strict=True):
                 share = np.where(total == -np.inf, 0.0, _exp(value - total))  # of the member in the density of the row
-                for gradient, part in zip(gradients, member._backward(*member._ready(), x, context, share, False)[1:3], strict=True):
-                    if part is not None:
-                        gradient[...] += part
-        value = (total - math.log(len(members))).astype(self.dtype)
-        dx, dcontext = (gradient.astype(self.dtype) for gradient in gradients)
-        return _device.native(value, given), _device.native(dx, given), None if context is None else _device.native(dcontext, beside)
+                _, *parts = flow._backward(*flow._ready(), x, context, factor * share, parameters)
+                for whole, part in zip((dx, dcontext), parts, strict=False):
+                    if whole is not None:
+                        whole += part
+                of_parameters.append(parts[2])
+        result = (total - math.log(len(flows))).astype(self.dtype)
+        dx, dcontext = (None if whole is None else whole.astype(self.dtype) for whole in (dx, dcontext))
+        result, dx = _device.native(result, given), None if dx is None else _device.native(dx, given)
+        dcontext = None if dcontext is None else _device.native(dcontext, beside)
+        return result, dx, dcontext, self._joined(of_parameters) if parameters else None
 
     @overload
     def sample(
@@ -334,7 +365,7 @@ class Ensemble:
         Examples
         --------
         >>> import fastmaf, numpy as np
-        >>> ensemble = fastmaf.MADE(features=3, masks=4)
+        >>> ensemble = fastmaf.Ensemble(fastmaf.MAF(features=3), members=4)
         >>> np.array_equal(ensemble.sample(10, seed=1)[6:], ensemble.sample(4, seed=1, offset=6))
         True
         """
@@ -380,7 +411,7 @@ class Ensemble:
         Examples
         --------
         >>> import fastmaf
-        >>> fastmaf.MADE(features=3, masks=4).acceptance([None, None, None])
+        >>> fastmaf.Ensemble(fastmaf.MAF(features=3), members=4).acceptance([None, None, None])
         1.0
         """
         return _within.acceptance(self._flow.record, self._drawing, within, context, n, seed, context_offset)
@@ -392,7 +423,7 @@ class Ensemble:
             rows = np.empty((len(index), self.features), dtype) if out is None else out
             index, row = index.astype(np.uint64), group.astype(np.uint64) + np.uint64(context_offset)
             chosen = self._choices(index, row, seed)
-            for k, member in enumerate(self._shared.members()):
+            for k, member in enumerate(self._flows()):
                 own = np.flatnonzero(chosen == k)
                 if own.size:
                     contexts = context if context is None or context.ndim == 1 else context[group[own]]
@@ -435,7 +466,7 @@ class Ensemble:
         Examples
         --------
         >>> import fastmaf
-        >>> samples, log_prob = fastmaf.MADE(features=3, masks=4).sample_and_log_prob(10, seed=1)
+        >>> samples, log_prob = fastmaf.Ensemble(fastmaf.MAF(features=3), members=4).sample_and_log_prob(10, seed=1)
         >>> samples.shape, log_prob.shape
         ((10, 3), (10,))
         """
@@ -449,7 +480,7 @@ class Ensemble:
     # Parameters
 
     def parameters(self) -> Array:
-        """All weights and biases in one vector, in the order of `Flow.parameters`; no mask is applied.
+        """All trainable numbers in one vector: those of `Flow.parameters`, member after member.
 
         Returns
         -------
@@ -458,10 +489,14 @@ class Ensemble:
         Examples
         --------
         >>> import fastmaf
-        >>> fastmaf.MADE(features=2, hidden_features=(3,), masks=4).parameters().shape
-        (25,)
+        >>> fastmaf.Ensemble(fastmaf.MADE(features=2, hidden_features=(3,)), members=4).parameters().shape
+        (100,)
         """
-        return np.concatenate([array.ravel() for array in _weights(self.conditioner)])
+        return self._joined([flow.parameters() for flow in self._flows()])
+
+    def _joined(self, parts: Sequence[Array]) -> Array:
+        """Vectors of the members, in the order of their parameters, as one of the ensemble."""
+        return np.concatenate(parts)
 
     def with_parameters(self, parameters: ArrayLike) -> Ensemble:
         """An ensemble with other weights and biases.
@@ -469,7 +504,7 @@ class Ensemble:
         Parameters
         ----------
         parameters : (p,) array
-            In the order of `parameters`. A weight counts for the members whose masks leave it.
+            In the order of `parameters`.
 
         Returns
         -------
@@ -478,33 +513,21 @@ class Ensemble:
         Raises
         ------
         ValueError
-            If the vector has another length.
+            If the vector has another length, or a masked weight is not zero.
 
         Examples
         --------
         >>> import fastmaf
-        >>> ensemble = fastmaf.MADE(features=3, masks=4)
+        >>> ensemble = fastmaf.Ensemble(fastmaf.MAF(features=3), members=4)
         >>> len(ensemble.with_parameters(0.5 * ensemble.parameters()))
         4
         """
-        return self._with(self._filled(parameters))
-
-    def _filled(self, parameters: ArrayLike) -> Conditioner:
-        vector = _arrays.real("parameters", parameters)
-        sizes = [array.size for array in _weights(self.conditioner)]
+        vector, flows = _arrays.real("parameters", parameters), self._flows()
+        sizes = [sum(array.size for array in flow.record.parameter_arrays()) for flow in flows]
         if vector.shape != (sum(sizes),):
-            raise ValueError(f"parameters has shape {vector.shape}; the ensemble has {sum(sizes)} parameters")
-        arrays = iter(np.split(vector.astype(self.dtype), np.cumsum(sizes)))
-
-        def take(old: Array | None) -> Array | None:
-            return None if old is None else next(arrays).reshape(old.shape)
-
-        def refill(dense: Dense) -> Dense:
-            changes: dict[str, Any] = {name: take(getattr(dense, name)) for name in _NAMES}
-            return replace(dense, **changes)
-
-        net = rebuilt(self.conditioner, refill)
-        return replace(net, skip=take(net.skip))
+            raise ValueError(f"parameters has shape {_words.shapes(vector.shape)}; the ensemble has {sum(sizes)} parameters")
+        parts = np.split(vector, np.cumsum(sizes)[:-1])
+        return Ensemble([flow.with_parameters(part) for flow, part in zip(flows, parts, strict=True)])
 
     def astype(self, dtype: DTypeLike) -> Ensemble:
         """The same ensemble in another precision.
@@ -525,20 +548,20 @@ class Ensemble:
         Examples
         --------
         >>> import fastmaf
-        >>> fastmaf.MADE(features=3, masks=4).astype("float64").dtype
+        >>> fastmaf.Ensemble(fastmaf.MAF(features=3), members=4).astype("float64").dtype
         dtype('float64')
         """
-        return self._with(dtype=_arrays.float_dtype(dtype))
+        return Ensemble([flow.astype(dtype) for flow in self._flows()])
 
     # Training
 
     def reset(self, seed: Seed = None) -> None:
-        """Start anew, in place, with new shared weights; the masks of the members stay.
+        """Start anew, in place: each member as `Flow.reset` leaves it, with weights of its own.
 
         Parameters
         ----------
         seed : int, numpy.random.Generator or SeedSequence, optional
-            As in `Flow.reset`.
+            Of all weights; None draws one.
 
         Raises
         ------
@@ -548,17 +571,15 @@ class Ensemble:
         Examples
         --------
         >>> import fastmaf, numpy as np
-        >>> ensemble = fastmaf.MADE(features=3, masks=4, seed=1)
+        >>> ensemble = fastmaf.Ensemble(fastmaf.MAF(features=3), members=4, seed=1)
         >>> before = ensemble.parameters()
         >>> ensemble.reset(seed=2)
         >>> ensemble.reset(seed=1)
         >>> np.array_equal(ensemble.parameters(), before)
         True
         """
-        record, base = self._flow.record.anew(_arrays.seed_or_fresh(seed)), self.base
-        components = base.components if isinstance(base, Terminal) and base.conditional == "mixture" else 0
-        net = drawn(self.conditioner, self.features, np.random.default_rng(record.training["init_seed"]), components)
-        self._shared = _Shared(self._flow._holding(record), net, self.ranks, self.degrees)
+        flows = self._flows()
+        self._all = tuple(flow._holding(flow.record.anew(own)) for flow, own in zip(flows, _seeds(seed, len(flows)), strict=True))
 
     def fit(
         self,
@@ -586,46 +607,49 @@ class Ensemble:
         callback: Callable[[Epoch], object] | None = None,
         on_interrupt: Literal["raise", "return"] = "raise",
         progress: bool | None = None,
-        resample: bool = False,
-    ) -> History:
-        """Train the shared weights in place by maximum likelihood: each step those of one member, in turn.
+    ) -> list[History]:
+        """Train the members in place, each by itself as `Flow.fit` does, and return their histories.
 
-        The validation log-likelihood is that of the ensemble. All else is as in `Flow.fit`.
+        As many are trained at once as there are threads. Member k shuffles, and holds out a fraction of the rows, by a seed of its own,
+        which depends on `seed` and k alone: it ends with the same bits in an ensemble of any size, and on any number of threads. Rows
+        that all members are to be validated on are given as ``validation=(x,)``.
 
         Parameters
         ----------
         {parameters}
-        resample : bool
-            Train other members in every epoch, drawn by the seed and the epoch: order-agnostic training over all orders instead of those of
-            the ensemble. The members stay what they are for validation and evaluation.
+
+        Returns
+        -------
+        list of History
+            One for each member.
+
+        Notes
+        -----
+        `max_seconds` is the time of the whole: members that wait for a thread get their share. The checkpoint of member k has the number
+        k in front of its extension, ``fit.0.safetensors`` and so on. A callback finds the number under ``"member"``; it is called by one
+        thread at a time, and stops the member alone. Warnings come at the end, each of them once. After Ctrl-C all members keep their best
+        weights.
 
         Examples
         --------
         >>> import fastmaf, numpy as np
-        >>> ensemble = fastmaf.MADE(features=2, hidden_features=(8,), masks=3, seed=0)
+        >>> ensemble = fastmaf.Ensemble(fastmaf.MAF(2, transforms=1, hidden_features=(8,)), members=3, seed=0)
         >>> x = np.random.default_rng(0).normal(size=(500, 2))
-        >>> history = ensemble.fit(x, max_epochs=2, seed=0, progress=False)
+        >>> [len(history.train) for history in ensemble.fit(x, max_epochs=2, seed=0, progress=False)]
+        [2, 2, 2]
         """
         from fastmaf import train  # as in `Flow.fit`
 
-        shared = self._shared
-
-        def draw(epoch: int, seed: int) -> list[Flow]:
-            numbers = ((seed, epoch, k) for k in range(len(shared.ranks)))
-            drawn = (random_member(shared.conditioner, shared.ranks[0], self.context_features > 0, *number) for number in numbers)
-            return [shared.masked(*member) for member in drawn]
-
-        def build(flow: Flow, weights: Array) -> Ensemble:
-            return Ensemble(flow, self._filled(weights), shared.ranks, shared.degrees)
-
-        flow, names = self._flow._with(), _tables.names_of(x)
-        if flow.names is None and names is not None:
-            flow.names = names
-        before = flow.record
-        members = train.Members(shared.members(), self.parameters(), draw if _words.flag("resample", resample) else None, build)
+        before = self._flows()
+        flows, names = [flow._still() for flow in before], _tables.names_of(x)
+        for flow in flows:
+            if flow.names is None and names is not None:
+                flow.names = names
+        named = [flow.record for flow in flows]
         try:
-            return train.fit(
-                flow,
+            return train.fit_members(
+                flows,
+                [None] * len(flows) if seed is None and resume is True else _seeds(seed, len(flows)),
                 x,
                 context,
                 weights,
@@ -642,20 +666,18 @@ class Ensemble:
                 max_seconds=max_seconds,
                 standardize=standardize,
                 device=device,
-                seed=seed,
                 checkpoint=checkpoint,
                 checkpoint_every=checkpoint_every,
                 resume=resume,
                 callback=callback,
                 on_interrupt=on_interrupt,
                 progress=progress,
-                members=members,
             )
         finally:
-            if flow.record is not before:  # trained, if only until an exception
-                self._shared = _Shared(flow, self._filled(members.weights), shared.ranks, shared.degrees)
+            if any(flow.record is not own for flow, own in zip(flows, named, strict=True)):  # else the data were refused
+                self._all = tuple(flows)
 
-    fit.__doc__ = (fit.__doc__ or "").replace("{parameters}", _parameters_of(Flow.fit))
+    fit.__doc__ = (fit.__doc__ or "").replace("{parameters}", parameters_of(Flow.fit))
 
     # Files and words
 
@@ -671,24 +693,25 @@ class Ensemble:
         --------
         >>> import fastmaf, io
         >>> file = io.BytesIO()
-        >>> fastmaf.MADE(features=3, masks=4).save(file)
+        >>> fastmaf.Ensemble(fastmaf.MAF(features=3), members=4).save(file)
         >>> len(fastmaf.load(file.getvalue()))
         4
         """
         _files.save(_codec.to_bytes(*self._parts()), path_or_file)
 
-    def _parts(self) -> tuple[FlowRecord, _codec.Members]:
+    def _parts(self) -> tuple[Any, Any]:
         """What files hold."""
-        return self._flow.record, _codec.Members(self.conditioner, self.ranks, self.degrees)
+        first, *others = [flow.record for flow in self._flows()]
+        return first, tuple(others)
 
     def __reduce__(self) -> Any:
         return _revived, (_codec.to_bytes(*self._parts()),)
 
     def __repr__(self) -> str:
-        return repr(self._flow).replace("Flow(", f"Ensemble(masks={len(self)}, ", 1)
+        return repr(self._flow).replace("Flow(", f"Ensemble(members={len(self)}, ", 1)
 
     def summary(self) -> str:
-        """The table of the first member, and how many share its weights.
+        """The table of the first member, and how many weights all have.
 
         Returns
         -------
@@ -697,110 +720,57 @@ class Ensemble:
         Examples
         --------
         >>> import fastmaf
-        >>> print(fastmaf.MADE(2, "bernoulli", hidden_features=(3,), masks=4).summary())
-        layer     what                                     weights
-        Terminal  2 -> 3 -> 2, relu, bernoulli, order 0 1       11
-        total     2 features, float32                           11
-        4 members share 17 weights
+        >>> print(fastmaf.Ensemble(fastmaf.MADE(2, hidden_features=(3,)), members=4).summary())
+        layer           what                                    weights
+        Affine          2 columns                                     0
+        Autoregressive  2 -> 3 -> 4, relu, exp_soft, order 0 1       16
+        Normal          2 columns                                     0
+        total           2 features, float32                          16
+        4 members have 64 weights
         """
-        return f"{self._flow.summary()}\n{len(self)} members share {self.parameters().size:,} weights"
+        weights = sum(int(flow.record.free_parameters().sum()) for flow in self._flows())
+        return f"{self._flow.summary()}\n{len(self)} members have {weights:,} weights"
 
 
 def _revived(data: bytes) -> Ensemble:
     """An ensemble that comes out of a pickle."""
-    record, members = _codec.from_bytes(data)
-    assert members is not None
-    return Ensemble(Flow._of(record), *members)
+    first, others = _codec.from_bytes(data)
+    assert isinstance(others, tuple)
+    return Ensemble([Flow._of(record) for record in (first, *others)])
+
+
+def _seeds(seed: Seed, count: int) -> list[int]:
+    """A seed for each member; the first are the same for any number of them."""
+    sequence = np.random.SeedSequence(_arrays.seed_or_fresh(seed))
+    return [int(word) for word in sequence.generate_state(count, np.uint64)]
+
+
+def _fitting(flows: Any) -> tuple[Flow, ...]:
+    """The flows, if they have densities of the same rows."""
+    if not np.iterable(flows):
+        raise ValueError(f"flows is {_words.shown(flows)}; it must be a flow or a sequence of flows")
+    members = tuple(flows)
+    if not members:
+        raise ValueError("flows is empty; an ensemble needs at least one flow")
+    for k, flow in enumerate(members):
+        _words.of_type(f"flows[{k}]", flow, Flow)
+        if flow.device != "cpu":
+            raise ValueError(f'flows[{k}] is on {flow.device}; an ensemble computes on the CPU: flow.to("cpu")')
+    first = members[0]
+    for k, flow in enumerate(members):
+        for name, own, other in (
+            ("features", flow.features, first.features),
+            ("context_features", flow.context_features, first.context_features),
+            ("dtype", flow.dtype, first.dtype),
+            ("discrete variables", flow.record.discrete, first.record.discrete),
+            ("names", flow.names, first.names),
+        ):
+            if own != other:
+                raise ValueError(f"flows[{k}] has other {name} than flows[0]; members of an ensemble have the same")
+    return tuple(flow._still() for flow in members)
 
 
 def _exp(x: Array) -> Array:
     """By the compiled core if there is one: NumPy's differs in the last bit from one instruction set to another, and from libfastmaf's."""
     core = backends.core()
     return np.exp(x) if core is None else np.asarray(core.exp(x))
-
-
-class _Shared:
-    """What an ensemble is, checked when made and never changed: a flow but for its network, the weights, and the masks of its members."""
-
-    def __init__(self, flow: Flow, conditioner: Conditioner, ranks: ArrayLike, degrees: ArrayLike) -> None:
-        _words.of_type("flow", flow, Flow)
-        _words.of_type("conditioner", conditioner, Conditioner)
-        networks = [record for record in (*flow.layers, flow.base) if isinstance(record, (Autoregressive, Terminal))]
-        if len(networks) != 1:
-            raise ValueError(f"the flow has {len(networks)} networks; an ensemble needs exactly one")
-        units = sum(dense.bias.size for dense in conditioner.hidden)
-        self.ranks = _integers("ranks", ranks, flow.features, "feature")
-        self.degrees = _integers("degrees", degrees, units, "hidden unit")
-        if len(self.ranks) != len(self.degrees) or not len(self.ranks):
-            raise ValueError(f"ranks has {len(self.ranks)} rows and degrees {len(self.degrees)}; there must be one for each member")
-        self.conditioner: Conditioner = _layers.astype(with_degrees(conditioner, self.degrees[0]), flow.dtype)
-        self._front = flow
-        self._made: dict[int, Flow] = {}
-        self.member(0)
-
-    def member(self, k: int) -> Flow:
-        """The flow of a member."""
-        found = self._made.get(k)
-        return found or self._made.setdefault(k, self.masked(self.ranks[k], self.degrees[k]))
-
-    def members(self) -> list[Flow]:
-        """The flows of all members."""
-        return [self.member(k) for k in range(len(self.ranks))]
-
-    def masked(self, ranks: Array, degrees: Array) -> Flow:
-        """The flow under some masks."""
-        flow, categories = self._front, getattr(self._front.base, "categories", ())
-        net = masked(with_degrees(self.conditioner, degrees), ranks, categories)
-        if isinstance(flow.base, Terminal):
-            return flow._with(base=replace(flow.base, ranks=ranks, conditioner=net))
-        layers = [replace(layer, ranks=ranks, conditioner=net) if isinstance(layer, Autoregressive) else layer for layer in flow.layers]
-        return flow._with(layers=layers)
-
-
-_NAMES = ("weight", "bias", "context_weight", "context_bias")
-
-
-def _weights(net: Conditioner) -> Iterator[Array]:
-    """The trainable arrays of a network, in the order of `Flow.parameters`."""
-    arrays = [getattr(dense, name) for dense in (*net.hidden, net.final) for name in _NAMES]
-    return (array for array in (*arrays, net.skip) if array is not None)
-
-
-def _integers(name: str, value: ArrayLike, columns: int, what: str) -> Array:
-    array = _layers._frozen(name, value, 2, "i")
-    if array.shape[1] != columns:
-        raise ValueError(f"{name} has shape {_words.shapes(array.shape)}; it must hold an integer for each {what}, {columns} a row")
-    return array
-
-
-def with_degrees(net: Conditioner, degrees: Array) -> Conditioner:
-    """The network with other degrees, given for all hidden units in one vector."""
-    pieces = iter(np.split(degrees, np.cumsum([dense.bias.size for dense in net.hidden])))
-    return rebuilt(net, lambda dense: dense if dense is net.final else replace(dense, degrees=next(pieces)))
-
-
-def random_member(net: Conditioner, ranks: Array, conditional: bool, seed: int, *number: int) -> tuple[Array, Array]:
-    """Ranks of the variables and degrees of all hidden units, drawn by seed and number alone.
-
-    The units that a residual block adds to others have the degrees of those.
-
-    Examples
-    --------
-    >>> import fastmaf
-    >>> net = fastmaf.MADE(features=3, hidden_features=(5,)).layers[-1].conditioner
-    >>> ranks, degrees = random_member(net, np.array([1, 2, 3]), False, 0, 1)
-    >>> sorted(ranks.tolist()), degrees.shape
-    ([1, 2, 3], (5,))
-    """
-    rng = np.random.default_rng([seed, 0x6D61, *number])
-    order = rng.permutation(ranks)
-
-    def draw(dense: Dense, lowest: int) -> Array:
-        return masks.random_degrees(dense.bias.size, ranks.size, conditional, rng, lowest)
-
-    degrees = [] if net.initial is None else [draw(net.initial, 0)]
-    for block in net.blocks:
-        degrees.append(draw(block.maps[0], int(degrees[-1].min())))
-        if block.residual:
-            degrees.append(degrees[-2])
-    return order, np.concatenate([np.empty(0, np.int64), *degrees])

@@ -8,9 +8,10 @@ from typing import IO, Any
 import numpy as np
 
 from fastmaf import _codec, _files, _words
-from fastmaf._codec import Members
 from fastmaf.ensemble import Ensemble
 from fastmaf.flow import Flow
+from fastmaf.masked_ensemble import MaskedEnsemble
+from fastmaf.record import FlowRecord
 
 __all__ = ["load"]
 
@@ -56,16 +57,18 @@ def load(source: str | os.PathLike[str] | bytes | bytearray | memoryview | IO[by
         return _revived(*_codec.from_bytes(data))
 
 
-def _revived(record: Any, members: Members | None) -> Flow | Ensemble:
+def _revived(record: FlowRecord, members: _codec.Members | tuple[FlowRecord, ...] | None) -> Flow | Ensemble:
     flow = Flow._of(record)
     if members is None:
         return flow
-    result = Ensemble(flow, *members)
+    if not isinstance(members, _codec.Members):
+        return Ensemble([flow, *map(Flow._of, members)])
+    result = MaskedEnsemble(flow, *members)
     _check_members(result)
     return result
 
 
-def _check_members(ensemble: Ensemble) -> None:
+def _check_members(ensemble: MaskedEnsemble) -> None:
     """All members are such as the first one is, which was made already."""
     if ensemble.ranks.min() < 1:
         raise ValueError("ensemble: ranks must be positive")

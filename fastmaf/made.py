@@ -12,10 +12,10 @@ from fastmaf import _arrays, _words
 from fastmaf import masks as _masks
 from fastmaf._arrays import Seed
 from fastmaf._networks import masked
-from fastmaf.ensemble import Ensemble, random_member
 from fastmaf.flow import Flow
 from fastmaf.layers import Autoregressive, FlowLayer, Law, Terminal
 from fastmaf.maf import INPUT_CLIP, Bounds, Draft, Order, soft_law
+from fastmaf.masked_ensemble import MaskedEnsemble, random_member
 
 __all__ = ["MADE"]
 
@@ -63,7 +63,7 @@ def MADE(
     seed: Seed = None,
     clip: float | None = None,
     input_clip: float | None = INPUT_CLIP,
-) -> Flow | Ensemble: ...
+) -> Flow | MaskedEnsemble: ...
 
 
 def MADE(
@@ -84,7 +84,7 @@ def MADE(
     seed: Seed = None,
     clip: float | None = None,
     input_clip: float | None = INPUT_CLIP,
-) -> Flow | Ensemble:
+) -> Flow | MaskedEnsemble:
     """A MADE (Germain et al. 2015): each variable has a density of its own, given those before it in the order.
 
     Parameters
@@ -105,12 +105,12 @@ def MADE(
     input_clip : float or None
         As in `fastmaf.MAF`; discrete variables are read as they are.
     masks : int
-        With more than one, an `fastmaf.Ensemble` of so many networks that share their weights, each with an order and connections of its
-        own (sections 4.2 and 4.3). The first is what ``masks=1`` gives.
+        With more than one, a `fastmaf.MaskedEnsemble` of so many networks that share their weights, each with an order and connections of
+        its own (sections 4.2 and 4.3). The first is what ``masks=1`` gives.
 
     Returns
     -------
-    Flow or Ensemble
+    Flow or MaskedEnsemble
 
     Raises
     ------
@@ -157,7 +157,7 @@ def MADE(
     drawn = [random_member(net, ranks, context_features > 0, draft.seed, k) for k in range(1, masks)]
     first = [dense.degrees for dense in net.hidden if dense.degrees is not None]
     members = [(ranks, np.concatenate([np.empty(0, np.int64), *first])), *drawn]
-    return Ensemble(flow, net, *map(np.array, zip(*members, strict=True)))
+    return MaskedEnsemble(flow, net, *map(np.array, zip(*members, strict=True)))
 
 
 def _categories(categories: int | Sequence[int] | None, conditional: str, features: int) -> tuple[int, ...]:

@@ -71,7 +71,7 @@ MUTATIONS = {
         "test_log_det.py -k without_noise",
     ),
     "resample draws the same members": Mutation(
-        "ensemble.py", "((seed, epoch, k) for k in", "((seed, 1, k) for k in", "test_train.py -k redrawn_members"
+        "masked_ensemble.py", "((seed, epoch, k) for k in", "((seed, 1, k) for k in", "test_train.py -k redrawn_members"
     ),
     "context_layers keep the old pack": Mutation(
         "flow.py",

@@ -176,6 +176,8 @@ EVERY = {
     "ensemble": lambda dtype: ensemble(dtype, 5, hidden_features=(9, 7), bounds=[None, (-9, 9), None, (None, 9), None]),
     "conditional ensemble": lambda dtype: ensemble(dtype, 4, "mixture", components=3, context_features=20, hidden_features=(9,)),
     "discrete ensemble": lambda dtype: ensemble(dtype, 4, "categorical", categories=[2, 3, 4, 2], hidden_features=(9,)),
+    "flows": lambda dtype: fastmaf.Ensemble([make.flow(5, (9, 8), seed=k, context_features=2, dtype=dtype, affine=True) for k in range(3)]),
+    "discrete flows": lambda dtype: fastmaf.Ensemble(fastmaf.MADE(7, "bernoulli", hidden_features=(9,), dtype=dtype), members=2, seed=1),
     "categorical": lambda dtype: fastmaf.MADE(4, "categorical", categories=[2, 3, 4, 2], hidden_features=(9,), dtype=dtype, seed=1),
 }
 LANGUAGES = {"C99": "c", "C++17": "cpp", "C++20": "cpp", "C++17 of clang": "cpp", "Fortran": "F90"}

@@ -177,7 +177,7 @@ FACTORIES = {
 
 def drawn(flow):
     """All that a factory draws: weights, and the ranks of the variables."""
-    records = (flow._flow, flow.ranks, flow.degrees) if isinstance(flow, fastmaf.Ensemble) else (flow,)
+    records = (flow._flow, flow.ranks, flow.degrees) if isinstance(flow, fastmaf.MaskedEnsemble) else (flow,)
     ranks = [part.ranks for part in (*records[0].layers, records[0].base) if hasattr(part, "ranks")]
     return b"".join(array.tobytes() for array in (flow.parameters(), *ranks, *records[1:]))
 

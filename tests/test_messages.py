@@ -58,6 +58,12 @@ X, CONTEXT = np.zeros((5, 3)), np.zeros((5, 2))
 LAYER = made().layers[-1]
 COUNTS = made(conditional="categorical", categories=2).base.conditioner
 MEMBERS = made(masks=2)
+
+
+def flows():
+    return fastmaf.Ensemble(flow(), members=2, seed=0)
+
+
 AFFINE = {"loc": [0.0], "scale": [1.0]}
 
 CALLS = {
@@ -82,8 +88,9 @@ CALLS = {
     "Autoregressive": (layers.Autoregressive, {"ranks": [1, 2, 3], "conditioner": LAYER.conditioner}),
     "Normal": (layers.Normal, {}),
     "Terminal": (layers.Terminal, {"ranks": [1, 2, 3], "conditioner": COUNTS, "conditional": "categorical", "categories": (2, 2, 2)}),
-    "Ensemble": (
-        fastmaf.Ensemble,
+    "Ensemble": (fastmaf.Ensemble, {"flows": flow()}),
+    "MaskedEnsemble": (
+        fastmaf.MaskedEnsemble,
         {name: getattr(MEMBERS, name) for name in ("conditioner", "ranks", "degrees")} | {"flow": MEMBERS.member(0)},
     ),
     "num_threads": (lambda n: fastmaf.num_threads(n).__enter__(), {}),
@@ -110,6 +117,7 @@ CALLS = {
     "ensemble log_prob": (made(masks=2).log_prob, {"x": X, "context": CONTEXT}),
     "ensemble log_prob_and_grad": (made(masks=2).log_prob_and_grad, {"x": X, "context": CONTEXT}),
     "ensemble sample": (made(masks=2).sample, {"n": 2, "context": CONTEXT, "seed": 1}),
+    "ensemble vjp": (flows().vjp, {"x": X, "context": CONTEXT, "cotangent": np.ones(5)}),
     "ensemble reset": (made(masks=2).reset, {}),
     "ensemble with_parameters": (made(masks=2).with_parameters, {}),
     "fit": (flow().fit, {"x": np.eye(3)[np.arange(12) % 3], "context": np.eye(2)[np.arange(12) % 2], "max_epochs": 1, "progress": False}),
@@ -118,6 +126,8 @@ CALLS = {
         {"x": np.eye(3)[np.arange(12) % 3], "context": np.eye(2)[np.arange(12) % 2], "max_epochs": 1, "progress": False},
     ),
 }
+CALLS["fit of an ensemble"] = (flows().fit, CALLS["fit"][1])
+CALLS["with_parameters of an ensemble"] = (flows().with_parameters, {})
 CASES = [(name, parameter) for name, (call, _) in CALLS.items() for parameter in inspect.signature(call).parameters]
 
 

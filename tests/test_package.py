@@ -184,8 +184,8 @@ ipython = types.ModuleType("IPython"); ipython.get_ipython = lambda: Shell()
 ipython.display = types.ModuleType("IPython.display"); ipython.display.display = print
 sys.modules |= {"IPython": ipython, "IPython.display": ipython.display, "ipykernel.zmqshell": types.ModuleType("zmqshell")}
 sys.modules["ipywidgets"] = None
-from fastmaf.train import loop
-print(loop.tqdm.__module__)
+from fastmaf.train import _bar
+print(_bar.tqdm.__module__)
 """
 
 
@@ -198,7 +198,7 @@ def test_a_notebook_without_widgets_hears_no_warning(tmp_path):
 def test_a_notebook_with_widgets_gets_their_bar(tmp_path):
     widgets = "from unittest.mock import MagicMock; sys.modules['ipywidgets'] = MagicMock()"
     code = NOTEBOOK.replace('sys.modules["ipywidgets"] = None', widgets)
-    code = code.replace("print(loop.tqdm.__module__)", "print([base.__module__ for base in loop.tqdm.__mro__])")
+    code = code.replace("print(_bar.tqdm.__module__)", "print([base.__module__ for base in _bar.tqdm.__mro__])")
     result = run(code, tmp_path, PYTHONPATH=str(PACKAGE.parent))
     assert "tqdm.notebook" in result.stdout, result.stderr
 

@@ -15,7 +15,6 @@ import pytest
 import fastmaf
 from fastmaf import _container
 from fastmaf.backends import reference
-from fastmaf.ensemble import Ensemble
 
 _core = pytest.importorskip("fastmaf._core")
 
@@ -26,6 +25,7 @@ FLOWS = {
     "linear": lambda: fastmaf.MAF(3, transforms=1, hidden_features=(4, 4), residual=True, direct=True, linear=True, seed=0),
     "bernoulli": lambda: fastmaf.MADE(3, "bernoulli", hidden_features=(4,), seed=0),
     "categorical": lambda: fastmaf.MADE(2, "categorical", categories=[2, 3], hidden_features=(4,), seed=0),
+    "flows": lambda: fastmaf.Ensemble(fastmaf.MAF(3, 1, transforms=1, hidden_features=(4,), seed=0), members=2, seed=1),
     "masks": lambda: fastmaf.MADE(3, masks=3, hidden_features=(4,), seed=0),
 }
 ROUNDS = 400
@@ -137,7 +137,7 @@ def mutations(data, rng):
 
 def density(flow, file):
     """By the core, and by the reference from what Python read; None where the core has no kernel."""
-    own = flow.member(0) if isinstance(flow, Ensemble) else flow
+    own = flow.member(0) if isinstance(flow, fastmaf.Ensemble) else flow
     if file.unsupported:
         return None
     rng = np.random.default_rng(0)

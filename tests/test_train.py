@@ -1346,8 +1346,8 @@ def test_the_callback_of_an_ensemble_sees_an_ensemble(x):
 
 
 def test_redrawn_members_differ_from_epoch_to_epoch(x, monkeypatch):
-    drawn, masked = [], fastmaf.ensemble._Shared.masked
-    monkeypatch.setattr("fastmaf.ensemble._Shared.masked", lambda self, *member: (drawn.append(member), masked(self, *member))[1])
+    drawn, masked = [], fastmaf.masked_ensemble._Shared.masked
+    monkeypatch.setattr("fastmaf.masked_ensemble._Shared.masked", lambda self, *member: (drawn.append(member), masked(self, *member))[1])
     ensemble = fastmaf.MADE(4, masks=2, hidden_features=(40,))
     before = len(drawn)
     ensemble.fit(np.c_[x, x[::-1]], max_epochs=3, resample=True)
@@ -1364,12 +1364,12 @@ def test_an_ensemble_keeps_the_best_of_a_fit_that_ends_early(x):
 
 
 def test_help_shows_the_parameters():
-    for fit in (fastmaf.Flow.fit, fastmaf.Ensemble.fit):
+    for fit in (fastmaf.Flow.fit, fastmaf.MaskedEnsemble.fit):
         text = inspect.getdoc(fit)
         for name in inspect.signature(fit).parameters:
             assert name == "self" or re.search(rf"^{name} : ", text, re.MULTILINE), name
         assert "{" + "parameters}" not in text
-    defaults = [inspect.signature(fit).parameters for fit in (fit_flow, fastmaf.Flow.fit, fastmaf.Ensemble.fit)]
+    defaults = [inspect.signature(fit).parameters for fit in (fit_flow, fastmaf.Flow.fit, fastmaf.MaskedEnsemble.fit)]
     for name, parameter in defaults[1].items():
         if parameter.kind is parameter.KEYWORD_ONLY:
             assert defaults[0][name].default == parameter.default == defaults[2][name].default

@@ -54,7 +54,7 @@ struct Inner {
     mutable std::tuple<Copies<float>, Copies<double>> copies;  // on GPUs, each made with its first evaluator
     bool ensemble = false;
     std::vector<std::string> names;
-    int64_t layers = 0;
+    int64_t layers = 0, parameters = 0;
 
     // Of the first member.
     const Plan& plan() const {
@@ -148,20 +148,26 @@ fastmaf_status with_buffer(char* message, size_t size, F body) noexcept {
 
 std::shared_ptr<const Inner> inner_of(const void* bytes, size_t count) {
     const record::Record record = record::read({static_cast<const char*>(bytes), count});
-    if (const std::string missing = record::unsupported(record); !missing.empty())
-        throw Failure(FASTMAF_UNSUPPORTED, "the flow has " + missing + ", for which this library has no code");
+    std::vector<const record::Record*> flows{&record};
+    for (const record::Record& other : record.others) flows.push_back(&other);
+    for (const record::Record* flow : flows)
+        if (const std::string missing = record::unsupported(*flow); !missing.empty())
+            throw Failure(FASTMAF_UNSUPPORTED, "the flow has " + missing + ", for which this library has no code");
     auto inner = std::make_shared<Inner>();
     auto pack = [&](auto zero) {
         using T = decltype(zero);
         AllWeights<T> all;
-        for (size_t k = 0; k < std::max<size_t>(1, record.members.size()); ++k) {
-            all.push_back(std::make_shared<Weights<T>>(record::lower(record, k)));
-            all.back()->set_parameters(record::parameters(record));
+        for (const record::Record* flow : flows) {
+            for (size_t k = 0; k < std::max<size_t>(1, flow->members.size()); ++k) {
+                all.push_back(std::make_shared<Weights<T>>(record::lower(*flow, k)));
+                all.back()->set_parameters(record::parameters(*flow));
+            }
+            inner->parameters += all.back()->plan().parameter_count();  // members that differ in their masks share them
         }
         inner->layers = int64_t(all[0]->plan().stages());
         inner->weights = std::move(all);
     };
-    inner->ensemble = !record.members.empty();
+    inner->ensemble = flows.size() > 1 || !record.members.empty();
     if (record.is_double)
         pack(0.0);
     else
@@ -753,7 +759,7 @@ int64_t fastmaf_model_members(const fastmaf_model* model) {
     if (!model) return -1;
     return model->inner->ensemble ? std::visit([](const auto& all) { return int64_t(all.size()); }, model->inner->weights) : 0;
 }
-int64_t fastmaf_model_parameters(const fastmaf_model* model) { return model ? model->inner->plan().parameter_count() : -1; }
+int64_t fastmaf_model_parameters(const fastmaf_model* model) { return model ? model->inner->parameters : -1; }
 int64_t fastmaf_model_most_values(const fastmaf_model* model) {
     if (!model) return -1;
     const Plan& plan = model->inner->plan();

@@ -85,9 +85,9 @@ FASTMAF_API int64_t fastmaf_model_features(const fastmaf_model *model);
 FASTMAF_API int64_t fastmaf_model_context_features(const fastmaf_model *model);
 /* Networks, linear maps and norms between data and noise, base included. */
 FASTMAF_API int64_t fastmaf_model_layers(const fastmaf_model *model);
-/* Of an ensemble of masks; 0 for a flow. Ensembles have densities, gradients and samples. */
+/* Of an ensemble; 0 for a flow. Ensembles have densities, gradients and samples. */
 FASTMAF_API int64_t fastmaf_model_members(const fastmaf_model *model);
-/* Members share theirs. */
+/* Of all members; those that differ in their masks share theirs. */
 FASTMAF_API int64_t fastmaf_model_parameters(const fastmaf_model *model);
 /* Of a discrete variable: 1 for 0/1; 0 where variables are continuous. */
 FASTMAF_API int64_t fastmaf_model_most_values(const fastmaf_model *model);

@@ -79,6 +79,17 @@ private:
 
 }  // namespace
 
+int Json::depth() const {
+    int deepest = 0;
+    if (const List* all = list())
+        for (const Json& each : *all) deepest = std::max(deepest, each.depth());
+    else if (const Object* own = object())
+        for (const auto& [name, each] : *own) deepest = std::max(deepest, each.depth());
+    else
+        return 0;
+    return deepest + 1;
+}
+
 const Json* Json::find(std::string_view name) const {
     const Object& members = std::get<Object>(value);
     const auto found =

@@ -28,10 +28,11 @@ public:
     const Object* object() const { return std::get_if<Object>(&value); }
     const Json* find(std::string_view name) const;  // of an object; null if it has no such
     std::string shown() const;                      // in a few characters, for messages
+    int depth() const;                              // how many lists and objects lie within each other
 };
 
 // Deepest nesting of lists and objects.
-constexpr int kDeepest = 64;
+constexpr int kDeepest = 66;
 
 // `what` begins the messages.
 Json parse_json(std::string_view text, const std::string& what);

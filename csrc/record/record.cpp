@@ -14,7 +14,8 @@ namespace fastmaf::record {
 
 namespace {
 
-constexpr int64_t kFormat = 1;  // the newest that is read
+constexpr int64_t kFormat = 2;  // the newest that is read
+constexpr int kDeepestTraining = 63;
 constexpr std::string_view kCheckpoint = "fastmaf_checkpoint", kOfCheckpoint = "checkpoint.";
 
 template <class... Parts>
@@ -227,6 +228,7 @@ private:
     }
     std::vector<double> doubles(Path path, Node node, const char* name);
     std::vector<int64_t> integers(Path path, Node node, const char* name);
+    Record flow(Path what, Path prefix, Node root);
     std::vector<Masks> members(Node node, const Record& record);
 
     void part(Path path, Node node, const char* type, std::initializer_list<const char*> expected, std::string_view later = "");
@@ -579,6 +581,21 @@ void check_flow(const Record& record) {
     }
 }
 
+// The density of an ensemble is the mean of densities of the same rows.
+void check_beside(const std::string& path, const Record& own, const Record& first) {
+    const auto discrete = [](const Record& record) {
+        const auto* base = std::get_if<Terminal>(&record.base);
+        return base && base->conditional != Output::mixture ? base->conditional : Output::mixture;
+    };
+    const char* const other = own.features != first.features                   ? "features"
+                              : own.context_features != first.context_features ? "context_features"
+                              : own.is_double != first.is_double               ? "dtype"
+                              : discrete(own) != discrete(first)               ? "discrete variables"
+                              : own.names != first.names                       ? "names"
+                                                                               : nullptr;
+    if (other) refuse(path, " has other ", other, " than flows.0");
+}
+
 std::vector<Masks> Reader::members(Node node, const Record& record) {
     fields("ensemble", object("ensemble", node), {"ranks", "degrees"});
     const Network* network = network_of(record.base);
@@ -630,21 +647,46 @@ Record Reader::record() {
     if (!format || !format->integer() || *format->integer() < 1) refuse("its format is ", format ? format->shown() : "null");
     if (*format->integer() > kFormat)
         refuse("it has format ", *format->integer(), "; this version of fastmaf reads formats up to ", kFormat, ": update fastmaf");
-    const Json* ensemble = root.find("ensemble");
-    fields(what, root, {"format", "dtype", "features", "context_features", "names", "context_layers", "layers", "base", "training"},
-           "ensemble");
+    Record result;
+    if (const Json* flows = root.find("flows")) {
+        fields(what, root, {"format", "flows"});
+        const std::vector<Json>& all = list("flows", *flows);
+        if (all.empty()) refuse("flows must be a list of at least one flow");
+        for (size_t k = 0; k < all.size(); ++k) {
+            const std::string path = "flows." + std::to_string(k);
+            Record own = flow(path, path + ".", object(path, all[k]));
+            if (k)
+                check_beside(path, own, result), result.others.push_back(std::move(own));
+            else
+                result = std::move(own);
+        }
+    } else {
+        result = flow(what, "", root);
+    }
+    if (!tensors_.empty()) refuse("no layer has the tensor ", in_quotes(tensors_.begin()->first));
+    return result;
+}
+
+Record Reader::flow(Path what, Path prefix, Node root) {
+    const bool nested = !prefix.empty();
+    if (nested)
+        fields(what, root, {"dtype", "features", "context_features", "names", "context_layers", "layers", "base", "training"});
+    else
+        fields(what, root, {"format", "dtype", "features", "context_features", "names", "context_layers", "layers", "base", "training"},
+               "ensemble");
+    const Json* ensemble = nested ? nullptr : root.find("ensemble");
     ensemble_ = ensemble && !ensemble->is_null();
     const Json& dtype = at(root, "dtype");
     if (!dtype.text() || (*dtype.text() != "float32" && *dtype.text() != "float64")) refuse("its dtype is ", dtype.shown());
     Record result;
     result.is_double = *dtype.text() == "float64";
     weights_ = result.is_double ? Numbers::f64 : Numbers::f32;
-    result.layers = layers("layers", at(root, "layers"));
-    result.base = layer("base", at(root, "base"));
+    result.layers = layers(prefix + "layers", at(root, "layers"));
+    result.base = layer(prefix + "base", at(root, "base"));
     result.features = integer("features", at(root, "features"));
     result.context_features = integer("context_features", at(root, "context_features"));
-    result.context_layers = layers("context_layers", at(root, "context_layers"));
-    object("training", at(root, "training"));
+    result.context_layers = layers(prefix + "context_layers", at(root, "context_layers"));
+    if (object("training", at(root, "training")).depth() > kDeepestTraining) refuse("training holds lists or mappings too deep");
     check_flow(result);
     if (!at(root, "names").is_null()) {
         for (const Json& name : list("names", at(root, "names")))
@@ -655,7 +697,6 @@ Record Reader::record() {
             refuse("names must list ", result.features, " different names");
     }
     if (ensemble_) result.members = members(*ensemble, result);
-    if (!tensors_.empty()) refuse("no layer has the tensor ", in_quotes(tensors_.begin()->first));
     return result;
 }
 

@@ -108,7 +108,8 @@ struct Record {
     std::vector<std::string> names;  // none, or one for each feature
     std::vector<Layer> context_layers, layers;
     Layer base = Normal{};
-    std::vector<Masks> members;  // of an ensemble: they take the place of those of its one network, whose weights are all there
+    std::vector<Masks> members;  // of an ensemble of masks: they take the place of those of its one network, whose weights are all there
+    std::vector<Record> others;  // of an ensemble of flows: those behind the first
 };
 
 // Throws Error.

@@ -6,5 +6,6 @@ splits them and finds what standardises them; `checkpoint` is the file from whic
 
 from fastmaf.train.data import FitWarning, shuffle
 from fastmaf.train.loop import Epoch, History, Members, fit
+from fastmaf.train.many import fit_members
 
-__all__ = ["Epoch", "FitWarning", "History", "Members", "fit", "shuffle"]
+__all__ = ["Epoch", "FitWarning", "History", "Members", "fit", "fit_members", "shuffle"]

@@ -10,7 +10,6 @@ import inspect
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -24,12 +23,9 @@ from fastmaf.backends import Backend
 from fastmaf.layers import Affine, Autoregressive, BatchNorm, Terminal, _one_of
 from fastmaf.record import FlowRecord
 from fastmaf.train import data
+from fastmaf.train._bar import tqdm
 from fastmaf.train.checkpoint import Store, fingerprint, seed_of
 from fastmaf.train.data import FitWarning, Rows, shuffle
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # a notebook that cannot draw bars (ipywidgets are absent) gets the one of a terminal
-    from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
     from fastmaf._arrays import Seed
@@ -190,11 +186,13 @@ def fit(
     on_interrupt: Literal["raise", "return"] = "raise",
     progress: bool | None = None,
     members: Members | None = None,
+    poll: Callable[[], object] | None = None,
 ) -> History:
     """Fit a flow in place; parameters, result and errors are those of `Flow.fit`.
 
     With `members`, their common weights are trained instead of those of the flow: step t, counted from 0 over all epochs, those of member t
     modulo their number. The validation log-likelihood is that of the mean of their densities. Of the flow only the fixed layers change.
+    `poll` is called now and then, and may raise; it takes the place of what keeps the progress bar alive.
     """
     began = time.perf_counter()
     held_out = data.validation_of(validation)
@@ -280,7 +278,7 @@ def fit(
             run.set_state(saved)
     try:
         deadline = began + (settings["max_seconds"] or math.inf)
-        run.history.stopped = run.epochs(x if callable(x) else None, factor, deadline, callback, progress)
+        run.history.stopped = run.epochs(x if callable(x) else None, factor, deadline, callback, progress, poll)
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         run.history.stopped = "interrupted" if interrupted else f"{type(error).__name__} after {len(run.history.train)} epochs"
@@ -348,6 +346,7 @@ class _Run:
         deadline: float,
         callback: Callable[[Epoch], object] | None,
         progress: bool | None,
+        poll: Callable[[], object] | None,
     ) -> str:
         """Train until something ends it, and say what."""
         history, train, mass, members = self.history, self.train, self.train.mass(), self.members
@@ -367,6 +366,7 @@ class _Run:
             self.snapshot()
             self.save(last=True)
         with tqdm(total=last, initial=len(history.train), unit="epoch", disable=None if progress is None else not progress) as bar:
+            ask = poll or bar.refresh
             for epoch in range(len(history.train) + 1, last + 1):
                 if epoch - 1 - history.best_epoch >= patience:
                     return "patience"
@@ -379,7 +379,7 @@ class _Run:
                 rates = _rates(self.settings["lr"], factor, epoch, steps)
                 if members is not None and members.draw is not None:
                     self.engine.set_members(_behind(self.start, members.draw(epoch, seed)))
-                loss, done = self.engine.epoch(x, train.context, train.weights, rows, batch_size, rates, mean_weight, poll=bar.refresh)
+                loss, done = self.engine.epoch(x, train.context, train.weights, rows, batch_size, rates, mean_weight, poll=ask)
                 if done < steps:
                     return f"loss not finite in epoch {epoch}, batch {done + 1} of {steps}"
                 if members is not None and members.draw is not None:
