@@ -57,6 +57,8 @@ class Ensemble:
         That of the first member.
     dtype : numpy.dtype
     names : tuple of str or None
+    training : dict
+        That of the first member.
 
     Raises
     ------
@@ -172,6 +174,11 @@ class Ensemble:
     def names(self) -> tuple[str, ...] | None:
         """One name for each variable."""
         return self._flow.names
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """How the first member came to its weights; each of `member` has its own."""
+        return self._flow.training
 
     # Evaluation
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastmaf import _arrays, _tables, _words, maf
+from fastmaf.ensemble import Ensemble
 from fastmaf.train import data
 
 try:
@@ -47,6 +48,8 @@ class MAFDensity(DensityMixin, BaseEstimator):
         Of the flow, as in `fastmaf.MAF`. Columns of a data frame give the flow its names, by which bounds can go too.
     validation, patience, max_epochs, max_seconds
         When to stop, as in `fastmaf.Flow.fit`. Of a fraction of few rows one row is held out at least.
+    members : int
+        With more than one, so many independent flows, whose densities are averaged: a `fastmaf.Ensemble`.
     batch_size, optimizer, lr, schedule, l2, weight_decay, clip_norm, standardize, on_interrupt, progress
         How to train, as in `fastmaf.Flow.fit`.
     random_state : int, numpy.random.RandomState, numpy.random.Generator or None
@@ -55,10 +58,10 @@ class MAFDensity(DensityMixin, BaseEstimator):
 
     Attributes
     ----------
-    flow_ : fastmaf.Flow
+    flow_ : fastmaf.Flow or fastmaf.Ensemble
         The fitted flow.
-    history_ : fastmaf.History
-        What happened in the fit.
+    history_ : fastmaf.History, or list of them
+        What happened in the fit, of each member.
     n_features_in_ : int
         Number of columns of the rows that it was fitted to.
     feature_names_in_ : (n_features_in_,) array of str
@@ -73,8 +76,8 @@ class MAFDensity(DensityMixin, BaseEstimator):
     ((500,), (10, 2))
     """
 
-    flow_: Flow
-    history_: History
+    flow_: Flow | Ensemble
+    history_: History | list[History]
     n_features_in_: int
     feature_names_in_: Array
 
@@ -94,6 +97,7 @@ class MAFDensity(DensityMixin, BaseEstimator):
         direct: bool = False,
         clip: float | None = None,
         input_clip: float | None = maf.INPUT_CLIP,
+        members: int = 1,
         validation: float | ArrayLike | tuple[ArrayLike | None, ...] = 0.1,
         patience: int | None = 30,
         max_epochs: int = 1000,
@@ -123,6 +127,7 @@ class MAFDensity(DensityMixin, BaseEstimator):
         self.direct = direct
         self.clip = clip
         self.input_clip = input_clip
+        self.members = members
         self.validation = validation
         self.patience = patience
         self.max_epochs = max_epochs
@@ -175,9 +180,12 @@ class MAFDensity(DensityMixin, BaseEstimator):
             raise ValueError(f"sample_weight has {len(weights)} rows; X has {len(X)}")
         seed = _seed(self.random_state)
         parameters = self.get_params(deep=False)
-        flow = maf.MAF(
+        members = _words.count("members", self.members, 1)
+        flow: Flow | Ensemble = maf.MAF(
             self.n_features_in_, names=getattr(self, "feature_names_in_", None), seed=seed, **{name: parameters[name] for name in _OF_FLOW}
         )
+        if members > 1:
+            flow = Ensemble(cast("Flow", flow), members, seed)
         settings = {name: parameters[name] for name in _OF_FIT}
         settings["validation"] = _validation(self.validation, len(X) if weights is None else int(np.count_nonzero(weights)))
         history = flow.fit(X, weights=weights, seed=seed, **settings)

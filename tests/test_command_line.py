@@ -160,6 +160,27 @@ def test_going_on_from_a_flow_and_from_a_checkpoint(call, table, flow, tmp_path)
     said(call(*fit, "--start", flow, "-o", out, "--resume"), 2, "--resume needs --checkpoint")
 
 
+def test_members(call, table, flow, tmp_path):
+    out, again = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    fit = ["fit", table, "--columns", "z", "--context", "u g,r", "--missing", "drop", "--seed", "1", "--epochs", "2"]
+    result = call(*fit, "--members", "3", "--hidden", "8", "--transforms", "1", "--components", "2", "-o", out)
+    assert result.returncode == 0 and all(f"member {k}: 2 epochs" in result.stderr for k in range(3)), result.stderr
+    ensemble = fastmaf.load(out)
+    assert len(ensemble) == 3 and ensemble.names == ("z",)
+    assert "3 members have" in call("info", out).stdout
+    scored = call("log-prob", out, table, "--missing", "drop")
+    drawn = call("sample", out, "-n", "4", "--given", "u g=0", "--given", "r=1", "--seed", "2")
+    assert scored.returncode == 0 and drawn.stdout.startswith("z,u g,r\n") and drawn.stdout.count("\n") == 5, drawn.stderr
+    samples = np.loadtxt(drawn.stdout.splitlines()[1:], delimiter=",")
+    np.testing.assert_allclose(samples[:, 0], ensemble.sample(4, [0.0, 1.0], seed=2)[:, 0], rtol=1e-6)
+    assert call(*fit, "--start", out, "--quiet", "-o", again).stderr == ""
+    assert (fastmaf.load(again).parameters() != ensemble.parameters()).any()
+    said(call("plot", out, table, "--missing", "drop", "--noise", "-o", tmp_path / "p.png"), 2, "--noise is for a flow")
+    fastmaf.MADE(3, masks=2, hidden_features=(4,), names=NAMES).save(again)
+    result = call("fit", table, "--missing", "drop", "--start", again, "-o", out)
+    assert result.returncode == 2 and "ensemble of masks" in result.stderr
+
+
 def test_validation_rows_of_their_own(call, table, tmp_path):
     out = tmp_path / "flow.safetensors"
     arguments = [
@@ -623,17 +644,19 @@ def started(*arguments):
     )
 
 
+@pytest.mark.parametrize("members", [(), ("--members", "2")])
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_an_interrupted_fit_keeps_what_was_learned(number, status, table, tmp_path):
+def test_an_interrupted_fit_keeps_what_was_learned(number, status, members, table, tmp_path):
     out = tmp_path / "flow.safetensors"
-    process = started("fit", table, "--columns", "z,u g,r", "--missing", "drop", "--patience", "100000", "--epochs", "100000", "-o", out)
+    endless = ("--patience", "100000", "--epochs", "100000", *members)
+    process = started("fit", table, "--columns", "z,u g,r", "--missing", "drop", *endless, "-o", out)
     with process:
         lines = [process.stderr.readline(), process.stderr.readline()]
-        assert lines[1].startswith("fastmaf: epoch 1: ")
+        assert lines[1].removeprefix("fastmaf: member 0, ").removeprefix("fastmaf: ").startswith("epoch 1: ")
         process.send_signal(number)
         rest = process.stderr.read()
         assert process.wait(60) == status
-    assert rest.count("\n") == 1 and f"(interrupted): {out}" in rest
+    assert rest.count(f"(interrupted): {out}") == max(1, len(members)), rest
     assert fastmaf.load(out).training["stopped"] == "interrupted" and fastmaf.load(out).training["epochs"] >= 1
 
 

@@ -34,7 +34,9 @@ def data(n=300):
 # Rows of the checks are few or integers, which fit has words for. check_array_api_input, whose subject is arrays of other libraries, skips
 # itself unless SCIPY_ARRAY_API is set.
 @pytest.mark.filterwarnings("ignore::fastmaf.FitWarning")
-@parametrize_with_checks([MAFDensity(**SMALL), MAFDensity(**SMALL, batch_norm=True, components=2, dtype="float64")])
+@parametrize_with_checks(
+    [MAFDensity(**SMALL), MAFDensity(**SMALL, members=2), MAFDensity(**SMALL, batch_norm=True, components=2, dtype="float64")]
+)
 def test_the_checks_of_scikit_learn(estimator, check):
     check(estimator)
 
@@ -54,16 +56,27 @@ def test_the_estimator_is_the_flow():
     assert density.score(x, sample_weight=weights) == pytest.approx(np.average(flow.log_prob(x), weights=weights))
 
 
+def test_members_are_an_ensemble():
+    x = data()
+    density = MAFDensity(**SMALL, members=3, random_state=5).fit(x)
+    ensemble = fastmaf.Ensemble(fastmaf.MAF(2, transforms=1, hidden_features=(4,), seed=5), members=3, seed=5)
+    ensemble.fit(x, max_epochs=3, seed=5)
+    assert np.array_equal(density.flow_.parameters(), ensemble.parameters()) and len(density.history_) == 3
+    np.testing.assert_array_equal(density.score_samples(x), ensemble.log_prob(x))
+    np.testing.assert_array_equal(density.sample(20, random_state=7), ensemble.sample(20, seed=7))
+    with pytest.raises(ValueError, match="members is 0"):
+        MAFDensity(members=0).fit(x)
+
+
 def test_every_parameter_of_flow_and_fit_is_there_with_its_default():
     of = inspect.signature
     theirs = {**of(fastmaf.MAF).parameters, **of(fastmaf.Flow.fit).parameters}
     elsewhere = {"features", "context_features", "names", "seed", "self", "x", "context", "weights"}
     no_settings = {"device", "checkpoint", "checkpoint_every", "resume", "callback"}
     own = of(MAFDensity).parameters
-    assert set(own) - {"random_state"} == set(theirs) - elsewhere - no_settings
-    assert {name: own[name].default for name in own if name not in ("random_state", "progress")} == {
-        name: theirs[name].default for name in own if name not in ("random_state", "progress")
-    }
+    shared = set(own) - {"random_state", "members"}
+    assert shared == set(theirs) - elsewhere - no_settings
+    assert all(own[name].default == theirs[name].default for name in shared - {"progress"})
     given = {name: object() for name in own}
     assert MAFDensity(**given).get_params() == given
 

@@ -28,7 +28,7 @@ EXAMPLES = """\
   fastmaf fit galaxies.csv -o flow.safetensors
   fastmaf fit galaxies.csv --columns z --context u,g,r,i,z --bounds z=0: -o photoz.safetensors
   fastmaf fit table.parquet --weights w --missing drop --seconds 600 -o flow.safetensors
-  fastmaf fit chains/run1 --burn-in 0.3 -o posterior.safetensors
+  fastmaf fit chains/run1 --burn-in 0.3 --members 5 -o posterior.safetensors
   gunzip -c big.csv.gz | fastmaf fit - --columns x,y -o flow.safetensors"""
 
 BLOCK = 1 << 18
@@ -58,6 +58,7 @@ def add(commands: Any) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--start", metavar="FLOW", help="go on from the weights of this flow; no other option of the model then")
     _add(model, _MODEL)
+    model.add_argument("--members", type=positive, metavar="N", help="independent flows whose densities are averaged (default: 1)")
     model.add_argument("--batch-norm", action="store_true", default=None, help="batch norm behind every MADE")
     model.add_argument("--linear", action="store_true", default=None, help="a linear layer in front of every MADE")
     model.add_argument("--residual", action="store_true", default=None, help="residual networks")
@@ -145,7 +146,7 @@ def run(arguments: argparse.Namespace) -> int:
     _common.apart(arguments.output, arguments.data, arguments.validation if isinstance(arguments.validation, str) else None)
     if arguments.resume and arguments.checkpoint is None:
         raise UsageError("--resume needs --checkpoint")
-    model = _given(arguments, _MODEL, "batch_norm", "linear", "residual")
+    model = _given(arguments, _MODEL, "batch_norm", "linear", "residual", "members")
     if arguments.start is not None and (model or arguments.bounds):
         option = "--bounds" if arguments.bounds else "--" + next(iter(model)).replace("_", "-").replace("hidden-features", "hidden")
         raise UsageError(f"{option} does not go with --start, whose flow has a model already")
@@ -161,11 +162,11 @@ def run(arguments: argparse.Namespace) -> int:
     held = _held_out(arguments, features, context, weights)
     flow = start or _new(arguments, features, context, named, model)
     columns = {"features": [*features], "context": [*context], "named": named, "weights": weights}
-    flow.training = {**flow.training, _common.COLUMNS: columns}
+    flow = _noted(flow, {_common.COLUMNS: columns})
 
-    before = flow.record
+    before = _records(flow)
     try:
-        history = flow.fit(
+        result = flow.fit(
             rows.x,
             rows.context,
             rows.weights,
@@ -179,17 +180,19 @@ def run(arguments: argparse.Namespace) -> int:
             **({} if held is None else {"validation": held}),
         )
     except OSError as error:  # of the checkpoint, for which there is no room
-        if flow.record is before:
+        if _records(flow) == before:
             raise
         where = _save(flow, arguments.output)
         raise OSError(error.errno, f"{error.strerror}; the best weights so far are in {where}", error.filename) from None
-    interrupted = history.stopped == "interrupted"
-    if interrupted and flow.record is before:
+    histories = result if isinstance(result, list) else [result]
+    interrupted = any(history.stopped == "interrupted" for history in histories)
+    if interrupted and _records(flow) == before:
         note("interrupted before anything was learned: nothing is written")
         return 130
     where = _save(flow, arguments.output)
-    note(f"{_summed_up(history)}: {where}", arguments.quiet and not interrupted)
-    return 130 if interrupted else 0 if history.best_epoch else 3
+    for k, history in enumerate(histories):
+        note(f"{f'member {k}: ' * (len(histories) > 1)}{_summed_up(history)}: {where}", arguments.quiet and not interrupted)
+    return 130 if interrupted else 0 if any(history.best_epoch for history in histories) else 3
 
 
 def _check_output(target: str) -> None:
@@ -265,7 +268,8 @@ def _new(arguments: argparse.Namespace, features: Sequence[str], context: Sequen
         if label not in places:
             raise UsageError(f"--bounds {label}=...: no variable has this name; the variables are {listed(features)}")
         bounds[places[label]] = ends
-    return fastmaf.MAF(
+    members = model.pop("members", None)
+    flow = fastmaf.MAF(
         len(features),
         len(context),
         bounds=bounds if arguments.bounds else None,
@@ -273,6 +277,23 @@ def _new(arguments: argparse.Namespace, features: Sequence[str], context: Sequen
         seed=arguments.seed,
         **model,
     )
+    return flow if members is None else fastmaf.Ensemble(flow, members, arguments.seed)
+
+
+def _noted(flow: Any, notes: dict[str, Any]) -> Any:
+    """The flow, or ensemble, with more to tell of its training."""
+    if isinstance(flow, fastmaf.MaskedEnsemble):
+        raise UsageError("--start has an ensemble of masks, which only Python trains: fastmaf.load(path).fit(x)")
+    if isinstance(flow, fastmaf.Ensemble):
+        return fastmaf.Ensemble([_noted(flow.member(k), notes) for k in range(len(flow))])
+    flow.training = {**flow.training, **notes}
+    return flow
+
+
+def _records(flow: Any) -> list[int]:
+    """What tells whether a fit has changed the flow, or a member."""
+    members = [flow.member(k) for k in range(len(flow))] if isinstance(flow, fastmaf.Ensemble) else [flow]
+    return [id(member.record) for member in members]
 
 
 def _lines() -> Callable[[Any], None]:
@@ -284,7 +305,8 @@ def _lines() -> Callable[[Any], None]:
         if epoch["epoch"] == 1 or time.perf_counter() - last >= SECONDS:
             last = time.perf_counter()
             held = "" if epoch["validation"] is None else f", validation {epoch['validation']:.4f}"
-            note(f"epoch {epoch['epoch']}: train {epoch['train']:.4f}{held} nats, {epoch['seconds']:.0f} s")
+            whose = f"member {epoch['member']}, " if "member" in epoch else ""
+            note(f"{whose}epoch {epoch['epoch']}: train {epoch['train']:.4f}{held} nats, {epoch['seconds']:.0f} s")
 
     return line
 

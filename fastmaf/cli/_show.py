@@ -98,6 +98,8 @@ def _info(arguments: argparse.Namespace) -> int:
     if bounds is not None:
         ends = [f"{name} in ({low:g}, {high:g})" for name, low, high in zip(names, bounds.lower, bounds.upper, strict=True)]
         print(f"bounds          {', '.join(text for text, kind in zip(ends, bounds.kinds, strict=True) if kind != 'identity')}")
+    if isinstance(flow, fastmaf.Ensemble) and not isinstance(flow, fastmaf.MaskedEnsemble):
+        print(f"member          the first of {len(flow)}")
     for key, value in flow.training.items():
         if key != _common.COLUMNS:
             words = ", ".join(f"{name} {_short(each)}" for name, each in value.items()) if isinstance(value, dict) else _short(value)
@@ -143,6 +145,8 @@ def _plot(arguments: argparse.Namespace) -> int:
     from fastmaf import plot
 
     flow = _common.load(arguments)
+    if arguments.noise and isinstance(flow, fastmaf.Ensemble):
+        raise UsageError(f"--noise is for a flow, and {arguments.flow} is an ensemble, whose members have noise of their own")
     with _common.open_data(arguments) as table:
         features, contexts = _common.columns_of(flow, table, arguments)
         weight = arguments.weights if arguments.weights is not None else table.weights
