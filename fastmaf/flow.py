@@ -1016,7 +1016,7 @@ class Flow:
         patience: int | None = 30,
         max_epochs: int = 1000,
         max_seconds: float | None = None,
-        standardize: bool | Literal["again"] = True,
+        standardize: bool | Literal["again", "full"] = True,
         device: str = "auto",
         seed: Seed = None,
         checkpoint: str | os.PathLike[str] | None = None,
@@ -1070,10 +1070,11 @@ class Flow:
             Stop after so many epochs, those of a resumed checkpoint included.
         max_seconds : float, optional
             Stop at the first end of an epoch after this time, measured from this call.
-        standardize : bool or "again"
+        standardize : bool, "full" or "again"
             At the first fit, put the weighted mean and standard deviation of the training rows into the `Affine` in front of the networks
             (behind the bounds; added if there is none, left alone if it is not the identity), and into that of the context. Likelihoods
-            stay in the units of the data. Later fits keep it, or replace it with ``"again"``.
+            stay in the units of the data. Later fits keep it, or replace it with ``"again"``. With ``"full"`` a `Linear` behind it begins
+            as the map that makes the columns uncorrelated, and is trained with the rest: for columns that nearly follow from each other.
         device : {"auto", "cpu"}
             ``"auto"`` is the device of the flow; with ``"cpu"`` a flow on a GPU is trained there, and stays on the GPU.
         seed : int, numpy.random.Generator or SeedSequence, optional

@@ -233,7 +233,7 @@ class MaskedEnsemble(Ensemble):
         patience: int | None = 30,
         max_epochs: int = 1000,
         max_seconds: float | None = None,
-        standardize: bool | Literal["again"] = True,
+        standardize: bool | Literal["again", "full"] = True,
         device: str = "auto",
         seed: Seed = None,
         checkpoint: str | os.PathLike[str] | None = None,

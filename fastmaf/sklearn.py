@@ -109,7 +109,7 @@ class MAFDensity(DensityMixin, BaseEstimator):
         l2: float = 0.0,
         weight_decay: float = 0.0,
         clip_norm: float | None = None,
-        standardize: bool = True,
+        standardize: bool | Literal["full"] = True,
         on_interrupt: Literal["raise", "return"] = "raise",
         progress: bool | None = False,
         random_state: Any = None,

@@ -21,7 +21,7 @@ import pytest
 import fastmaf
 from fastmaf import backends, config
 from fastmaf.backends import reference
-from fastmaf.layers import Affine
+from fastmaf.layers import Affine, Linear
 from fastmaf.train import FitWarning, History, Members, shuffle
 from fastmaf.train import fit as fit_flow
 
@@ -346,7 +346,7 @@ def put(x, row, column, value):
         (lambda x: x, {"checkpoint_every": 0}, "checkpoint_every is 0"),
         (lambda x: x, {"checkpoint_every": math.nan}, "checkpoint_every is nan"),
         (lambda x: x, {"on_interrupt": "stop"}, "on_interrupt is 'stop'"),
-        (lambda x: x, {"standardize": "twice"}, "standardize is 'twice'; it must be True, False or 'again'"),
+        (lambda x: x, {"standardize": "twice"}, "standardize is 'twice'; it must be True, False, 'again' or 'full'"),
         (lambda x: x, {"validation": "some"}, "validation is 'some'"),
         (lambda x: x, {"validation": -0.1}, "validation is -0.1"),
         (lambda x: x, {"batch_size": 0}, "batch_size is 0"),
@@ -1192,6 +1192,67 @@ def test_other_data_in_a_second_fit(x):
     history = flow.fit(1e6 * x, standardize="again", max_epochs=1)
     assert history.start == pytest.approx(math.nan, nan_ok=True) or history.start > -60
     assert flow.layers[0].loc == pytest.approx(1e6 * x.mean(axis=0), rel=0.01)
+
+
+def correlated(n=3000):
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=(n, 4)) @ np.array([[1, 0.99, 0, 0], [0, 0.1, 0, 0], [0, 0, 1, -3], [0, 0, 0, 0.01]])
+    return 1e3 + x * [1, 10, 100, 1000], rng.integers(0, 4, n).astype(float)
+
+
+@pytest.mark.parametrize("options", [{}, {"linear": True}, {"bounds": [(900, None), None, None, None]}])
+def test_full_standardisation_makes_columns_uncorrelated(options, dtype):
+    x, weights = correlated()
+    flow = linear(4, dtype=dtype, **options)
+    number = len(flow.layers)
+    flow.fit(x, weights=weights, validation=0, standardize="full", lr=1e-300, max_epochs=1)
+    assert len(flow.layers) == number + ("linear" not in options)
+    k = next(k for k, layer in enumerate(flow.layers) if isinstance(layer, Linear))
+    assert isinstance(flow.layers[k - 1], Affine)
+    z = fastmaf.Flow(flow.layers[: k + 1], dtype=dtype).to_noise(x)
+    tolerance = 2e-3 if dtype == "float32" else 2e-4
+    assert np.average(z, axis=0, weights=weights) == pytest.approx(np.zeros(4), abs=tolerance)
+    assert np.cov(z.T, aweights=weights, ddof=0) == pytest.approx(np.eye(4), abs=tolerance)
+    before = flow.layers
+    flow.fit(x[::-1], weights=weights, validation=0, standardize="full", lr=1e-300, max_epochs=1)
+    assert np.allclose(flow.layers[k].lower, before[k].lower, atol=1e-6), "later fits keep it"
+    flow.reset()
+    flow.fit(x, weights=weights, validation=0, standardize="full", lr=1e-300, max_epochs=1)
+    assert len(flow.layers) == len(before), "in the place of the identity that is there"
+    assert np.allclose(flow.layers[k].lower, before[k].lower, atol=1e-6)
+
+
+def test_full_standardisation_is_trained_resumed_and_scored_like_all_else(tmp_path):
+    x, _ = correlated()
+    flow, plain = (fastmaf.MAF(4, transforms=2, hidden_features=(8,), seed=0) for _ in range(2))
+    arguments = {"max_epochs": 6, "seed": 1, "validation": (x[:500],)}
+    history = flow.fit(x[500:], standardize="full", **arguments)
+    assert history.start > plain.fit(x[500:], **arguments).start + 5, "a Gaussian of full covariance is where it starts"
+    assert np.mean(flow.log_prob(x[:500])) == pytest.approx(max(history.validation), abs=1e-4)
+    half = fastmaf.MAF(4, transforms=2, hidden_features=(8,), seed=0)
+    half.fit(x[500:], standardize="full", **{**arguments, "max_epochs": 3}, checkpoint=tmp_path / "c.safetensors")
+    resumed = fastmaf.MAF(4, transforms=2, hidden_features=(8,), seed=0)
+    resumed.fit(x[500:], standardize="full", **arguments, checkpoint=tmp_path / "c.safetensors", resume=True)
+    assert np.array_equal(resumed.parameters(), flow.parameters())
+
+
+def test_full_standardisation_of_what_has_no_covariance():
+    x = np.random.default_rng(0).normal(size=(300, 3))
+    with pytest.warns(FitWarning, match="follow from each other"):
+        history = linear(3).fit(np.c_[x[:, :2], x.sum(axis=1) - x[:, 2]], standardize="full", validation=0, lr=1e-5, max_epochs=2)
+    assert np.isfinite(history.train).all()
+    lone = fastmaf.MADE(1, "mixture", components=2)
+    lone.fit(x[:, :1], standardize="full", validation=0, max_epochs=1)
+    assert not any(isinstance(layer, Linear) for layer in lone.layers)
+    discrete = fastmaf.MADE(3, "bernoulli")
+    discrete.fit((x > 0).astype(float), standardize="full", validation=0, max_epochs=1)
+    assert discrete.layers == ()
+    kept = fastmaf.Flow([Affine([5.0] * 3, [2.0] * 3), *linear(3).layers[1:]])
+    with pytest.warns(FitWarning, match="not standard"):
+        kept.fit(x, standardize="full", validation=0, max_epochs=1)
+    assert not any(isinstance(layer, Linear) for layer in kept.layers), "an Affine that is not the identity is left alone"
+    with pytest.raises(ValueError, match="standardize is 'full', which an ensemble of masks has no layer for"):
+        fastmaf.MADE(3, masks=2).fit(x, standardize="full")
 
 
 def test_identical_fits_give_identical_files(x):

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastmaf import _arrays, _tables, _words
-from fastmaf.layers import Affine, Autoregressive, Elementwise, Terminal
+from fastmaf.layers import Affine, Autoregressive, Elementwise, Linear, Terminal
 from fastmaf.record import FlowRecord
 
 try:
@@ -57,6 +57,9 @@ MOST = 256
 
 ASTRAY = 10
 """Ranges of the training rows beyond which a validation row is none like them."""
+
+SHRINK = 1e-9
+"""By how much of the identity a correlation matrix is mixed with it before it is inverted, so that columns may follow from each other."""
 
 LARGE = 1e6
 """Values that float32 holds with steps that are felt."""
@@ -313,8 +316,8 @@ def _unbounded(values: NDArray[np.float64], layers: Layers) -> NDArray[np.float6
 def standardised(record: FlowRecord, train: Rows, wanted: bool | str, held: Rows | None = None) -> tuple[FlowRecord, list[str]]:
     """The record with the data's mean and deviation in the Affines in front, if that is wanted, and what to warn of; judges the data.
 
-    `wanted` is True for a flow that was never fitted, if its Affine is the identity or absent; "again" whatever was there. `held` are
-    validation rows that do not come from the same arrays.
+    `wanted` is True for a flow that was never fitted, if its Affine is the identity or absent; "again" whatever was there; "full" is
+    True and a `Linear` that makes the columns uncorrelated. `held` are validation rows that do not come from the same arrays.
     """
     weights = np.zeros(len(train.x))
     weights[train.rows] = 1.0 if train.weights is None else train.weights[train.rows]
@@ -342,6 +345,8 @@ def standardised(record: FlowRecord, train: Rows, wanted: bool | str, held: Rows
                 f"x varies in {where} only in rows to validate on, so that nothing can be learned of it: give more rows, or leave it out"
             )
         layers = _placed("x", layers, moments, fresh, wanted == "again", record.names)
+        if wanted == "full" and layers is not record.layers:
+            layers = _whitened(train, weights, layers, moments)
         notes += _notes(record, train, layers, moments) or _degenerate(record, train)
         if held is not None:
             notes += _astray("validation x", held.x, held, moments, record.names)
@@ -383,6 +388,30 @@ def _placed(name: str, layers: Layers, moments: Moments, fresh: bool, again: boo
     if wrong.size:
         raise ValueError(f"{name} has a scale that float64 cannot hold in {_words.columns(wrong, names)}; give it in other units")
     return (*layers[:k], Affine(moments.mean, scale), *layers[k + bool(there) :])
+
+
+def _whitened(train: Rows, weights: NDArray[np.float64], layers: Layers, moments: Moments) -> Layers:
+    """The layers with a Linear behind the Affine that makes standard columns uncorrelated; of the variable and those before it each."""
+    width = moments.mean.size
+    k = int(bool(layers) and isinstance(layers[0], Elementwise)) + 1
+    there = len(layers) > k and isinstance(layers[k], Linear)
+    if width == 1 or (there and not _is_identity(layers[k])):
+        return layers
+    correlation, total = np.zeros((width, width)), 0.0
+    for part, block in _blocks("x", train.x, layers, None, None):
+        used = weights[part] > 0
+        z = (_unbounded(block[used], layers) - moments.mean) / moments.deviation
+        correlation += (z.T * weights[part][used]) @ z
+        total += float(weights[part][used].sum())
+    correlation = (1 - SHRINK) * correlation / total + SHRINK * np.eye(width)
+    whitening = np.linalg.inv(np.linalg.cholesky(correlation))
+    scale = np.diag(whitening)
+    return (*layers[:k], Linear(np.tril(whitening / scale), np.diag(scale), np.zeros(width)), *layers[k + there :])
+
+
+def _is_identity(layer: Linear) -> bool:
+    one = np.eye(layer.bias.size)
+    return np.array_equal(layer.lower, one) and np.array_equal(layer.upper, one) and not layer.bias.any()
 
 
 # What is worth a warning

@@ -176,7 +176,7 @@ def fit(
     patience: int | None = 30,
     max_epochs: int = 1000,
     max_seconds: float | None = None,
-    standardize: bool | Literal["again"] = True,
+    standardize: bool | Literal["again", "full"] = True,
     device: str = "auto",
     seed: Seed = None,
     checkpoint: Path | None = None,
@@ -237,6 +237,8 @@ def fit(
     where = flow.device if isinstance(device, str) and device == "auto" else flow.to(device).device
     if where != "cpu":
         raise NotImplementedError(f'training on {where} is to come: flow = flow.to("cpu"), or flow.fit(..., device="cpu")')
+    if members is not None and standardize == "full":
+        raise ValueError("standardize is 'full', which an ensemble of masks has no layer for; leave it at True")
     record, backend = (flow if flow.device == "cpu" else flow.to("cpu"))._ready()
 
     first_x = _first_of(x) if callable(x) else x
@@ -588,8 +590,8 @@ def _true(value: Any) -> bool:
 def _standardize(value: Any) -> bool | str:
     if not isinstance(value, str):
         return _words.flag("standardize", value)
-    if value != "again":
-        raise ValueError(f"standardize is {_words.shown(value)}; it must be True, False or 'again'")
+    if value not in ("again", "full"):
+        raise ValueError(f"standardize is {_words.shown(value)}; it must be True, False, 'again' or 'full'")
     return value
 
 
