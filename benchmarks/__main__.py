@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-OPERATIONS = ("log_prob", "sample", "train", "members", "overhead", "embedding", "hmc", "interop", "quality", "samples")
+OPERATIONS = ("log_prob", "sample", "train", "members", "overhead", "embedding", "hmc", "interop", "quality", "samples", "calibration")
 
 
 def parse() -> argparse.Namespace:
