@@ -1096,7 +1096,8 @@ class Flow:
         on_interrupt : {"raise", "return"}
             What follows Ctrl-C, once the best weights are kept and the checkpoint is written.
         progress : bool, optional
-            Whether to show a bar; by default only if stderr is a terminal.
+            Whether to show a bar; by default only if stderr is a terminal. The logger ``fastmaf`` gets a line in ten seconds at most:
+            ``logging.basicConfig(level="INFO")`` shows them.
 
         Returns
         -------
@@ -1121,7 +1122,8 @@ class Flow:
         Notes
         -----
         An exception in an epoch, in the callback or in a callable `x`, Ctrl-C among them, leaves the flow with the best weights so far
-        and is raised. A loss that is not finite stops the fit, with a warning, and is named in ``history.stopped``.
+        and is raised. After Ctrl-C within an epoch its weights as they are count too; a second Ctrl-C does not wait for their score. A
+        loss that is not finite stops the fit, with a warning, and is named in ``history.stopped``.
 
         Examples
         --------

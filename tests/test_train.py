@@ -11,6 +11,7 @@ import math
 import re
 import threading
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -507,19 +508,92 @@ def test_interruption_between_callbacks(x):
     assert same(flow, reference)
 
 
+@contextmanager
+def engines(flow, epoch):
+    """Fits of the flow whose engines have another epoch: a function of the engine and its arguments."""
+
+    class Engine:
+        def __init__(self, engine):
+            self.engine = engine
+
+        def __getattr__(self, name):
+            return getattr(self.engine, name)
+
+        def epoch(self, *arguments, **options):
+            return epoch(self.engine, *arguments, **options)
+
+    backend = flow._ready()[1]
+    trainer = backend.trainer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(backend), "trainer", lambda self, *a, **k: Engine(trainer(*a, **k)))
+        yield
+
+
 def test_signal_within_an_epoch(backend):
     x = np.random.default_rng(0).normal(size=(400_000, 2))
     timer = threading.Timer(0.2, _thread.interrupt_main)
-
-    def draw(epoch):
-        if epoch:
-            timer.start()
-        return x
-
     flow = linear()
-    history = flow.fit(draw, validation=(x[:9],), batch_size=1, on_interrupt="return")
-    assert (history.stopped, history.train) == ("interrupted", [])
+    before = flow.parameters()
+    with engines(flow, lambda engine, *a, **k: (timer.start(), engine.epoch(*a, **k))[1]):
+        history = flow.fit(x, validation=(x[:9],), batch_size=1, on_interrupt="return")
     timer.join()
+    assert history.stopped == "interrupted" and len(history.train) == len(history.validation) == 1
+    assert history.best_epoch == (history.validation[0] > history.start), "what the epoch learned until then is not lost"
+    assert (flow.parameters() != before).any() == bool(history.best_epoch)
+    assert flow.log_prob(x[:9]).mean() == pytest.approx(max(history.start, history.validation[0]), abs=1e-5)
+
+
+def cut_short(flow, x, epoch, steps=5, **options):
+    """A fit that Ctrl-C ends within an epoch, after some steps."""
+    numbers = itertools.count(1)
+
+    def some(engine, x, context, weights, rows, size, rates, mean, poll):
+        if next(numbers) < epoch:
+            return engine.epoch(x, context, weights, rows, size, rates, mean, poll)
+        engine.epoch(x, context, weights, rows[: steps * size], size, rates[:steps], mean, poll)
+        raise KeyboardInterrupt
+
+    with engines(flow, some):
+        return flow.fit(x, on_interrupt="return", **options)
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+@pytest.mark.parametrize("held", [0.1, 0])
+@pytest.mark.parametrize("options", [{}, {"batch_norm": True}])
+def test_an_epoch_that_is_cut_short_counts(x, tmp_path, epoch, held, options):
+    flow, whole = (linear(seed=0, **options) for _ in range(2))
+    arguments = {"validation": held, "max_epochs": 5, "seed": 1}
+    history = cut_short(flow, x, epoch, checkpoint=tmp_path / "c", **arguments)
+    assert history.stopped == "interrupted" and len(history.train) == epoch == history.best_epoch
+    assert np.isfinite(history.train).all() and (not held or np.isfinite(history.validation).all())
+    scored = flow.log_prob(x).mean()
+    assert scored == pytest.approx(history.train[-1], abs=0.2)
+    assert same(fastmaf.load(tmp_path / "c"), flow), "the checkpoint shows the best"
+    whole.fit(x, **arguments)
+    again = linear(seed=0, **options)
+    again.fit(x, **arguments, checkpoint=tmp_path / "c", resume=True)
+    assert same(again, whole), "and goes on from the last whole epoch"
+
+
+def test_an_ensemble_of_masks_that_is_cut_short(x):
+    ensemble = fastmaf.MADE(2, masks=3, hidden_features=(9,), seed=0)
+    before = ensemble.parameters()
+    timer = threading.Timer(0.2, _thread.interrupt_main)
+    with engines(ensemble.member(0), lambda engine, *a, **k: (timer.start(), engine.epoch(*a, **k))[1]):
+        history = ensemble.fit(np.tile(x, (200, 1)), validation=(x[:200],), batch_size=1, resample=True, on_interrupt="return")
+    timer.join()
+    assert len(history.train) == 1 and (ensemble.parameters() != before).any() == bool(history.best_epoch)
+
+
+def test_lines_for_a_logger(x, caplog, monkeypatch):
+    linear().fit(x, max_epochs=3)
+    assert not caplog.records
+    with caplog.at_level("INFO", "fastmaf"):
+        linear().fit(x, max_epochs=3)
+        assert len(caplog.records) == 1, "one in ten seconds"
+        monkeypatch.setattr("fastmaf.train.loop.LOGGED", 0)
+        linear().fit(x, max_epochs=3)
+    assert re.fullmatch(r"epoch 3 of 3: train -\d\.\d{4}, validation -\d\.\d{4} nats", caplog.messages[-1]) and len(caplog.messages) == 4
 
 
 def test_loss_that_is_not_finite(x, backend):

@@ -7,6 +7,7 @@ checkpoint needs no more than the engine's state at the end of an epoch.
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import os
 import time
@@ -40,6 +41,9 @@ Statistics = list[tuple[Array, Array]]
 SHUFFLE = 3
 """Random stream of the order of an epoch."""
 
+LOGGED = 10.0
+"""Seconds between two lines for a logger."""
+
 SERIES = ("train", "validation", "lr", "seconds")
 """The lists of a `History`."""
 
@@ -51,7 +55,8 @@ class History:
     Attributes
     ----------
     train : list of float
-        Log-likelihood of the training rows, each scored just before the step that used it.
+        Log-likelihood of the training rows, each scored just before the step that used it; of some of them behind an epoch that Ctrl-C cut
+        short.
     validation : list of float
         Log-likelihood of the validation rows after the epoch; empty where there are none.
     lr : list of float
@@ -283,6 +288,9 @@ def fit(
         run.history.stopped = run.epochs(x if callable(x) else None, factor, deadline, callback, progress, poll)
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
+        if interrupted:
+            with suppress(KeyboardInterrupt):  # twice: that takes too long
+                run.cut_short()
         run.history.stopped = "interrupted" if interrupted else f"{type(error).__name__} after {len(run.history.train)} epochs"
         if run.history.train:  # else nothing was learned, and the flow stays as it was
             run.install()
@@ -334,9 +342,12 @@ class _Run:
         self.store, self.every = store, every
         self.at_start = self.at_end = math.nan  # what `glance` says at the start and at the end
         self.uneven = bool(data.uneven("weights", train.weights))
-        self.unsaved: dict[str, Any] = {}  # the state at the end of the last epoch, until it is written
+        self.state: dict[str, Any] = {}  # at the end of the last epoch
+        self.unsaved = False
         self.written, self.written_at = 0, time.perf_counter()
         self.history = History()
+        self.begun: tuple[Array, float, float] | None = None  # the rows of an epoch under way, its rate, and when the fit began
+        self.logged = -math.inf
         self.statistics: Statistics = [(layer.mean, layer.var) for layer in _norms(start.layers)]
         self.parameters: Array = engine.parameters()  # at the end of the last epoch
         self.best, self.best_statistics, self.best_score = self.parameters, self.statistics, -math.inf
@@ -379,6 +390,7 @@ class _Run:
                 if rows.size < train.rows.size:
                     mass = train._replace(rows=rows).mass()
                 rates = _rates(self.settings["lr"], factor, epoch, steps)
+                self.begun = x, float(rates[-1]), began
                 if members is not None and members.draw is not None:
                     self.engine.set_members(_behind(self.start, members.draw(epoch, seed)))
                 loss, done = self.engine.epoch(x, train.context, train.weights, rows, batch_size, rates, mean_weight, poll=ask)
@@ -388,11 +400,14 @@ class _Run:
                     self.engine.set_members(_behind(self.start, members.flows))
                 normed = self.renew(x, False)
                 self.record(-loss / mass, self.score(), normed, float(rates[-1]), time.perf_counter() - began)
+                self.begun = None
                 self.snapshot()
                 self.save()
                 last_of = {name: (getattr(history, name) or [None])[-1] for name in SERIES}
-                bar.set_postfix_str(", ".join(f"{name} {last_of[name]:.4f}" for name in SERIES[:2] if getattr(history, name)) + " nats")
+                words = ", ".join(f"{name} {last_of[name]:.4f}" for name in SERIES[:2] if getattr(history, name)) + " nats"
+                bar.set_postfix_str(words)
                 bar.update()
+                self.log(f"epoch {epoch} of {last}: {words}")
                 stops = callback is not None and _true(callback(self.told({"epoch": epoch, "best_epoch": history.best_epoch, **last_of})))
                 if self.flow._record is not before:
                     raise RuntimeError(
@@ -423,11 +438,30 @@ class _Run:
         self.engine.set_statistics(found)
         return True
 
+    def log(self, text: str) -> None:
+        """Give a line to the logger ``fastmaf``, if the last one was some time ago."""
+        if (now := time.perf_counter()) - self.logged >= LOGGED:
+            self.logged = now
+            logging.getLogger("fastmaf").info(text)
+
+    def cut_short(self) -> None:
+        """Take the weights of an epoch under way as those of an epoch."""
+        if self.begun is None or np.array_equal(self.engine.parameters(), self.parameters):
+            return
+        x, rate, began = self.begun
+        if self.members is not None and self.members.draw is not None:
+            self.engine.set_members(_behind(self.start, self.members.flows))
+        normed = self.renew(x, False)
+        self.record(self.of_some(), self.score(), normed, rate, time.perf_counter() - began)
+        self.unsaved = bool(self.state)  # a fit that goes on does so from there; the best is another now
+
     def glance(self) -> float:
         """Mean log-likelihood of some training rows, where there are no others to judge by; NaN where there are."""
+        return math.nan if self.held is not None else self.of_some()
+
+    def of_some(self) -> float:
+        """Mean log-likelihood of some training rows under the current weights."""
         x, context, weights, rows = self.train
-        if self.held is not None:
-            return math.nan
         some = rows[:: -(-rows.size // data.SOME)]
         values = self.engine.log_prob(x[some], None if context is None else context[some]).astype(np.float64)
         return float(values.mean() if weights is None else np.average(values, weights=weights[some]))
@@ -514,7 +548,7 @@ class _Run:
         if self.store is None:
             return
         arrays = {f"engine.{name}": value for name, value in self.engine.state().items()}
-        arrays |= {f"history.{name}": getattr(self.history, name) for name in SERIES}
+        arrays |= {f"history.{name}": getattr(self.history, name).copy() for name in SERIES}
         arrays |= {"best": self.best, "best_score": self.best_score, "best_epoch": self.history.best_epoch}
         arrays["start"] = math.nan if self.history.start is None else self.history.start
         for name, statistics in (("statistics", self.statistics), ("best_statistics", self.best_statistics)):
@@ -524,7 +558,7 @@ class _Run:
             for k, layer in enumerate(layers):
                 if isinstance(layer, Affine):
                     arrays |= {f"{prefix}.{k}.loc": layer.loc, f"{prefix}.{k}.scale": layer.scale}
-        self.unsaved = arrays
+        self.state, self.unsaved = arrays, True
 
     def save(self, last: bool = False) -> None:
         """Write the checkpoint, if it is time to."""
@@ -534,8 +568,8 @@ class _Run:
         due = now - self.written_at >= self.every if isinstance(self.every, float) else done - self.written >= self.every
         if due or last:
             best, members = self.built(self.best, self.best_statistics)._parts()
-            self.store.save(best, members, {name: np.array(value, order="C") for name, value in self.unsaved.items()})
-            self.unsaved, self.written, self.written_at = {}, done, now
+            self.store.save(best, members, {name: np.array(value, order="C") for name, value in self.state.items()})
+            self.unsaved, self.written, self.written_at = False, done, now
 
     def set_state(self, arrays: Mapping[str, Array]) -> None:
         """Go on from a checkpoint; its Affines are in `start` already."""
