@@ -480,6 +480,109 @@ class Ensemble:
         samples = self.sample(n, context, seed, offset, context_offset, dtype=dtype)
         return samples, self.log_prob(samples, context)
 
+    # Partial information
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The columns in the order in which all members generate them, if they share one; see `Flow.order`."""
+        order, *others = dict.fromkeys(flow.order for flow in self._flows())
+        if others:
+            raise AttributeError("members have orders of their own")
+        return order
+
+    def prefix(self, k: int) -> Ensemble:
+        """The marginal of the first k variables of `order`, exactly: the mean of those of the members.
+
+        Parameters
+        ----------
+        k : int
+            From 1 to D.
+
+        Returns
+        -------
+        Ensemble
+
+        Raises
+        ------
+        ValueError
+            If `k` is out of range, or the members share no order.
+
+        Examples
+        --------
+        >>> import fastmaf
+        >>> fastmaf.Ensemble(fastmaf.MADE(features=4, order=[3, 0, 2, 1]), members=3).prefix(2).features
+        2
+        """
+        self._ordered()
+        return Ensemble([flow.prefix(k) for flow in self._flows()])
+
+    def sample_given(
+        self,
+        x: ArrayLike,
+        n: int = 1,
+        context: ArrayLike | None = None,
+        seed: Seed = None,
+        offset: int = 0,
+        context_offset: int = 0,
+        dtype: DTypeLike | None = None,
+    ) -> Array:
+        """Draw rows whose first k variables of `order` have given values: from members drawn by the density that they give these.
+
+        Parameters
+        ----------
+        x, n, context, seed, offset, context_offset, dtype
+            As in `Flow.sample_given`.
+
+        Returns
+        -------
+        (n, D) array, or (c, n, D) where x or the context has two dimensions
+
+        Raises
+        ------
+        ValueError
+            As in `Flow.sample_given`; if the members share no order.
+
+        Examples
+        --------
+        >>> import fastmaf
+        >>> ensemble = fastmaf.Ensemble(fastmaf.MADE(features=4, order="sequential", dtype="float64"), members=3)
+        >>> ensemble.sample_given([0.5, -1.0], n=3, seed=1)[:, :2].tolist()
+        [[0.5, -1.0], [0.5, -1.0], [0.5, -1.0]]
+        """
+        self._ordered()
+        flows = self._flows()
+        seed = _arrays.seed_or_fresh(seed) if seed is None and not (offset or context_offset) else seed
+        drawn = [flow.sample_given(x, n, context, seed, offset, context_offset, dtype) for flow in flows]
+        rows = [_arrays.real("samples", each).reshape(-1, n, self.features) for each in drawn] if n else []
+        if rows:
+            k = getattr(x, "shape", np.shape(x))[-1]
+            given = rows[0][:, 0, sorted(self.order[:k])]
+            chosen = self._chosen_given(given, n, context, (seed, offset, context_offset))
+            for own, each in enumerate(rows[1:], 1):
+                np.copyto(rows[0], each, where=(chosen == own)[..., None])
+        return drawn[0] if not rows else _device.native(rows[0].reshape(drawn[0].shape), x)
+
+    def _ordered(self) -> None:
+        if len({flow.order for flow in self._flows()}) > 1:
+            raise ValueError("members have orders of their own, in which other variables come first: build them with one order")
+
+    def _chosen_given(self, given: Array, n: int, context: Any, place: tuple[Any, int, int]) -> Array:
+        """The member of each row, (c, n), by a counted number: in the shares of the densities that members give the values (c, k)."""
+        c, k = given.shape
+        shares = np.ones((len(self), c))
+        if k:
+            parts = [flow if k == self.features else flow.prefix(k) for flow in self._flows()]
+            values = np.array([part.log_prob(given, context).astype(np.float64) for part in parts])
+            with np.errstate(invalid="ignore"):
+                shares = _exp(values - values.max(axis=0))
+            shares[:, ~np.isfinite(shares).all(axis=0)] = 1  # what is impossible to all tells nothing
+        edges = np.cumsum(shares / shares.sum(axis=0), axis=0)[:-1, :, None]
+        seed, offset, context_offset = _arrays.seed_and_offsets(*place, n, c)
+        index = np.tile(np.arange(n, dtype=np.uint64) + np.uint64(offset), c)
+        row = np.repeat(np.arange(c, dtype=np.uint64) + np.uint64(context_offset), n)
+        uniform = _random.uniforms(seed, index, row, self.features + 1)[:, -1].reshape(c, n)
+        return np.asarray((uniform >= edges).sum(axis=0))
+
     def _choices(self, index: Array, row: Array, seed: int) -> Array:
         """The member of each row: a number of the stream of components in the column behind the last variable."""
         return _random.choices(seed, index, row, self.features, len(self))

@@ -409,3 +409,52 @@ def test_evaluation_while_the_ensemble_is_fitted():
     stop.set()
     thread.join()
     assert not faults and np.array_equal(ensemble.log_prob(x), allowed[1])
+
+
+def ordered(**options):
+    return fastmaf.Ensemble(fastmaf.MADE(4, order=[2, 0, 3, 1], hidden_features=(6,), dtype="float64", **options), members=3, seed=1)
+
+
+def test_what_comes_first_in_the_order_of_all():
+    ensemble = ordered()
+    assert ensemble.order == (2, 0, 3, 1)
+    x = ensemble.sample(7, seed=1)
+    expected = scipy.special.logsumexp([ensemble.member(k).prefix(2).log_prob(x[:, [0, 2]]) for k in range(3)], axis=0) - np.log(3)
+    np.testing.assert_allclose(ensemble.prefix(2).log_prob(x[:, [0, 2]]), expected, rtol=1e-12)
+    assert not hasattr(model("maf"), "order"), "the layers turn it around"
+
+
+def test_samples_given_what_only_one_member_expects():
+    near, far = (fastmaf.Flow([fastmaf.layers.Affine([shift, shift], [1.0, 1.0])], dtype="float64") for shift in (0.0, 30.0))
+    ensemble = fastmaf.Ensemble([near, far])
+    given = ensemble.sample_given(np.array([[0.3], [29.0]]), 500, seed=1)
+    assert given.shape == (2, 500, 2) and (given[:, :, 0] == [[0.3], [29.0]]).all()
+    assert (np.abs(given[0, :, 1]) < 6).all() and (np.abs(given[1, :, 1] - 30) < 6).all()
+    assert scipy.stats.kstest(given[1, :, 1] - 30, "norm").pvalue > 1e-4
+    between = ensemble.sample_given([15.0], 4000, seed=1)[:, 1]
+    assert abs((between > 15).mean() - 0.5) < 0.05, "both give it the same density"
+    weighted = ensemble.sample_given([15.05], 4000, seed=1)[:, 1]
+    assert (weighted > 15).mean() == pytest.approx(1 / (1 + math.exp(-0.05 * 30)), abs=0.04)
+    assert np.array_equal(ensemble.sample_given([15.05], 4, seed=1)[1:], ensemble.sample_given([15.05], 3, seed=1, offset=1))
+
+
+@pytest.mark.parametrize("conditional", ["gaussian", "bernoulli"])
+@pytest.mark.parametrize("c", [0, 2])
+def test_samples_given_values_follow_the_conditional_density(conditional, c):
+    ensemble = ordered(conditional=conditional, context_features=c)
+    context = np.random.default_rng(0).normal(size=(2, c)) if c else None
+    values = np.array([[0.0, 1.0], [1.0, 0.0]])
+    samples = ensemble.sample_given(values, 3000, context, seed=2)
+    assert (samples[:, :, [0, 2]] == values[:, None]).all()
+    assert ensemble.sample_given(values[0], 0, seed=2, context=None if context is None else context[0]).shape == (0, 4)
+    whole = ensemble.sample_given(np.tile(np.arange(4.0) % 2, (2, 1)), 2, context, seed=2)
+    assert (whole == np.arange(4.0) % 2).all()
+    nothing = ensemble.sample_given(np.zeros((2, 0)), 3000, context, seed=2)
+    free = ensemble.sample(3000, context, seed=5) if context is not None else ensemble.sample(3000, seed=5)
+    assert scipy.stats.ks_2samp(nothing[0, :, 3], np.atleast_3d(free).reshape(-1, 3000, 4)[0, :, 3]).pvalue > 1e-4
+    if conditional == "bernoulli":
+        for g in range(2):
+            rows = np.array([[values[g, 0], b, values[g, 1], a] for a in (0.0, 1.0) for b in (0.0, 1.0)])
+            p = np.exp(ensemble.log_prob(rows, None if context is None else context[g]))
+            counts = [np.count_nonzero((samples[g] == row).all(axis=1)) for row in rows]
+            assert sum(counts) == 3000 and scipy.stats.chisquare(counts, 3000 * p / p.sum()).pvalue > 1e-4

@@ -135,13 +135,16 @@ def test_gradients_of_impossible_and_missing_rows():
         model("bernoulli").log_prob_and_grad(np.zeros((1, 5)))
 
 
-@pytest.mark.parametrize("name", ["order", "prefix", "sample_given", "conditional_probs", "to_noise", "to"])
+@pytest.mark.parametrize("name", ["order", "conditional_probs", "to_noise", "to"])
 def test_what_only_members_have(name):
     ensemble = model("bernoulli")
     message = f"an ensemble has no {name}, since each member has an order and noise of its own: ensemble.member(k).{name}"
     with pytest.raises(AttributeError, match=re.escape(message)):
         getattr(ensemble, name)
     assert not hasattr(ensemble, name) and hasattr(ensemble.member(0), name)
+    for call in (lambda: ensemble.prefix(2), lambda: ensemble.sample_given([0, 1])):
+        with pytest.raises(ValueError, match="members have orders of their own, in which other variables come first"):
+            call()
     with pytest.raises(AttributeError, match="'MaskedEnsemble' object has no attribute 'nothing'"):
         _ = ensemble.nothing
 
