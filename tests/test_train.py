@@ -1310,6 +1310,22 @@ def test_full_standardisation_is_trained_resumed_and_scored_like_all_else(tmp_pa
     assert np.array_equal(resumed.parameters(), flow.parameters())
 
 
+def test_full_standardisation_where_a_backend_has_no_kernel_for_it(monkeypatch):
+    pytest.importorskip("numba")
+    numba = backends.require("numba")
+    x, _ = correlated()
+    monkeypatch.setattr(backends, "active", numba)
+    flow = linear(4)
+    before = flow.record
+    with pytest.raises(NotImplementedError, match="the numba backend has no kernel for a Linear layer"):
+        flow.fit(x, standardize="full", max_epochs=1)
+    assert flow.record is before
+    monkeypatch.setattr(backends, "default", numba)
+    monkeypatch.setattr(backends, "told", set())
+    with pytest.warns(RuntimeWarning, match="no kernel for a Linear layer: the reference runs this flow"):
+        flow.fit(x, standardize="full", max_epochs=1)
+
+
 def test_full_standardisation_of_what_has_no_covariance():
     x = np.random.default_rng(0).normal(size=(300, 3))
     with pytest.warns(FitWarning, match="follow from each other"):

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastmaf import _arrays, _codec, _tables, _words
-from fastmaf.backends import Backend
+from fastmaf.backends import Backend, runner
 from fastmaf.layers import Affine, Autoregressive, BatchNorm, Terminal, _one_of
 from fastmaf.record import FlowRecord
 from fastmaf.train import data
@@ -250,6 +250,7 @@ def fit(
     train, held = data.split(record, first_x, context, weights, held_out, settings["seed"], callable(x))
     apart = held if settings["validation"] == "given" else None
     start, notes = data.standardised(record, train, settings["standardize"], apart)
+    backend = runner(start, backend)
     if record.names is None and _tables.has_other_labels(x):
         notes.append(
             "x has column labels that cannot be names (text, all different), so that columns go by place: rename them, or x.to_numpy()"
