@@ -37,7 +37,7 @@ from fastmaf.maf import MAF
 from fastmaf.masked_ensemble import MaskedEnsemble
 
 if TYPE_CHECKING:
-    from fastmaf import data, interop, plot, train
+    from fastmaf import data, interop, plot, stats, train
     from fastmaf.interop import from_flowjax, from_nflows, from_normflows, from_pyro, from_sbi, from_zuko
     from fastmaf.train import FitWarning, History
 
@@ -71,12 +71,13 @@ __all__ = [
     "set_isa",
     "set_num_threads",
     "show_config",
+    "stats",
     "train",
 ]
 
 __version__ = version()
 
-_MODULES = ("data", "interop", "plot", "train")
+_MODULES = ("data", "interop", "plot", "stats", "train")
 _OPTIONAL = ("dask", "jax", "sklearn", "torch")  # which import other packages
 _IMPORTERS = tuple(name for name in __all__ if name.startswith("from_"))
 

@@ -46,6 +46,13 @@ ABSURD = {
 }
 
 
+class Zero:
+    """A log-density."""
+
+    def log_prob(self, x):
+        return np.zeros(len(x))
+
+
 def flow(**options):
     return fastmaf.MAF(features=3, context_features=2, transforms=1, hidden_features=(4,), names=["u", "g", "r"], **options)
 
@@ -125,6 +132,15 @@ CALLS = {
         made(masks=2).fit,
         {"x": np.eye(3)[np.arange(12) % 3], "context": np.eye(2)[np.arange(12) % 2], "max_epochs": 1, "progress": False},
     ),
+    "hdr_level": (fastmaf.stats.hdr_level, {"flow": flow(), "context": CONTEXT, "n": 50, "seed": 1}),
+    "p_value": (fastmaf.stats.p_value, {"flow": flow(), "x": X, "context": CONTEXT, "n": 50, "seed": 1}),
+    "entropy": (fastmaf.stats.entropy, {"flow": flow(), "context": CONTEXT, "n": 50, "seed": 1}),
+    "kl": (fastmaf.stats.kl, {"p": flow(), "q": flow(), "context": CONTEXT, "n": 50, "seed": 1}),
+    "importance": (fastmaf.stats.importance, {"flow": flow(), "log_density": Zero(), "context": CONTEXT[0], "n": 50, "seed": 1}),
+    "product": (fastmaf.stats.product, {"posteriors": [flow(), flow()], "contexts": CONTEXT[:2], "n": 50, "seed": 1}),
+    "calibration": (fastmaf.stats.calibration, {"flow": flow(), "x": X, "context": CONTEXT, "n": 50, "seed": 1}),
+    "marginal": (fastmaf.stats.marginal, {"flow": flow(), "columns": "u", "context": CONTEXT, "n": 50, "seed": 1}),
+    "context_distance": (fastmaf.stats.context_distance, {"flow": flow(), "context": CONTEXT}),
 }
 CALLS["fit of an ensemble"] = (flows().fit, CALLS["fit"][1])
 CALLS["with_parameters of an ensemble"] = (flows().with_parameters, {})

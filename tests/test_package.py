@@ -47,7 +47,7 @@ _device _files _random _tables data._text layers masks
 data._sink data._source
 _arrays _container _networks data
 _dask
-record plot
+record
 _codec _within
 backends
 backends.cpu backends.reference config
@@ -57,7 +57,8 @@ train.loop
 train
 flow
 ensemble export handle interop._common maf
-dask interop._made interop._torch interop.flowjax io made presets sklearn torch._module
+dask interop._made interop._torch interop.flowjax io made presets sklearn stats torch._module
+plot
 interop._zuko_parts interop.nflows interop.pyro torch._samplers torch._sbi
 interop.normflows interop.zuko jax torch
 interop.sbi
@@ -158,8 +159,8 @@ def test_all_is_reachable_after_one_import(tmp_path):
     code = """
 import sys
 import fastmaf
-assert "fastmaf.train" not in sys.modules and "tqdm" not in sys.modules and "matplotlib" not in sys.modules
-names = ["FitWarning", "History", "data", "layers", "masks", "plot", "presets", "train"]
+assert not {"fastmaf.train", "fastmaf.stats", "fastmaf.plot", "tqdm", "matplotlib"} & set(sys.modules)
+names = ["FitWarning", "History", "data", "layers", "masks", "plot", "presets", "stats", "train"]
 assert set(names) <= set(dir(fastmaf)) and set(fastmaf.__all__) <= set(dir(fastmaf))
 for name in names:
     getattr(fastmaf, name)
