@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastmaf import _arrays, _tables, _words
+from fastmaf import _arrays, _tables, _words, stats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import FigureBase
 
-__all__ = ["corner", "noise", "redshift"]
+    from fastmaf.train import History
+
+__all__ = ["calibration", "corner", "history", "noise", "redshift"]
 
 Array = NDArray[Any]
 
@@ -29,8 +31,8 @@ DATA, FLOW, INK, QUIET = "#0072B2", "#D55E00", "#222222", "#8A8A8A"
 """Blue and vermilion of Okabe and Ito, which colour-blind readers tell apart, and two greys."""
 
 FILLED: dict[str, Any] = {"density": True, "histtype": "stepfilled", "color": DATA, "alpha": 0.35, "linewidth": 0}
-PIECES = re.compile(r"\\\$|\$[^$]*\$|\[[^\]$]*\]|[^\s_\-/.,:;$\[\\]+[\s_\-/.,:;]*|.")
-"""Parts of a name that a line may end behind: mathematics, units in brackets, words with what follows them."""
+PIECES = re.compile(r"\\\$|\$[^$]*\$|\[[^\]$]*\]|\d+\.\d+\s*|[^\s_\-/.,:;$\[\\]+[\s_\-/.,:;]*|.")
+"""Parts of a name that a line may end behind: mathematics, units in brackets, numbers, words with what follows them."""
 
 GAP, EDGE, TICK, PAD = 5.0, 6.0, 2.5, 3.0
 """Points between panels, around all, of a tick, and between a tick, its label and the name of the axis."""
@@ -198,11 +200,11 @@ class _Ruler:
                     lines[-1] += letter
         return "\n".join(line.strip() for line in lines)
 
-    def names(self, names: Sequence[str], room: float, most: float) -> tuple[float, list[str]]:
-        """The largest size from `most` down in which all names take three lines at most, and their lines."""
+    def names(self, names: Sequence[str], room: float, most: float, lines: int = 3) -> tuple[float, list[str]]:
+        """The largest size from `most` down in which all names take so many lines at most, and their lines."""
         for size in np.arange(most, 3.5, -1):
             found = [self.wrapped(name, room, size) for name in names]
-            if all(text.count("\n") < 3 and self.size(text, size)[0] <= room for text in found):
+            if all(text.count("\n") < lines and self.size(text, size)[0] <= room for text in found):
                 break
         return float(size), found
 
@@ -426,7 +428,8 @@ def noise(u: ArrayLike, names: Sequence[str] | None = None, figure: FigureBase |
     """The noise that data become under a flow, which should be N(0, I): uncorrelated, round, and normal in each column.
 
     Filled blue is the noise; the vermilion lines are the standard normal density, and circles that should hold 50, 80, 95 and 99 per cent.
-    Columns without a row within 3.6 of zero say so.
+    Columns without a row within 3.6 of zero say so. Above each histogram is the Kolmogorov-Smirnov distance of the column from the normal,
+    in vermilion with the bound where it is above it: what all columns of so many rows stay below with a probability of 95 per cent.
 
     Parameters
     ----------
@@ -463,11 +466,19 @@ def noise(u: ArrayLike, names: Sequence[str] | None = None, figure: FigureBase |
     edges = np.linspace(-3.6, 3.6, 49)
     centres = 0.5 * (edges[1:] + edges[:-1])
     angle = np.linspace(0, 2 * np.pi, 97)
+    distances, bound = stats.ks_distance(stats.normal_cdf(u)), stats.ks_bound(len(u), columns)
     for i, row in enumerate(grid):
         for j, axes in enumerate(row):
             if i == j:
                 _histogram(axes, u[:, j], edges, **FILLED)
                 axes.plot(centres, np.exp(-0.5 * centres**2) / math.sqrt(2 * math.pi), color=FLOW, linewidth=1.0)
+                axes.set_ylim(0, 1.25 * axes.get_ylim()[1])
+                far = distances[i] > bound
+                text = f"KS {distances[i]:.3f}{f' > {bound:.3f}' if far else ''}"
+                points = 72 / axes.figure.dpi
+                size = min(8.0, 0.13 * axes.bbox.height * points, axes.bbox.width * points / (0.62 * len(text)))
+                options: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": size, "color": FLOW if far else INK}
+                axes.text(0.5, 0.97, text, transform=axes.transAxes, **options)
             else:
                 density = _density(u[:, j], u[:, i], edges, edges)
                 if density.any():
@@ -585,4 +596,246 @@ def redshift(
         _ticks(small.yaxis, [], 8)
         small.set(xlim=(0, 1), ylim=(0, 2))
         small.set_title("PIT", fontsize=8, color=INK, pad=2)
+    return figure
+
+
+def _grid(
+    page: Any, box: tuple[float, float, float, float], titles: Sequence[str], columns: int, x: tuple[str, _Axis], y: tuple[str, _Axis]
+) -> list[Axes]:
+    """Panels with common axes, each with a title, in a part of the page: left, bottom, width and height in points."""
+    ruler = _Ruler(page)
+    total = [ruler.points * pixels for pixels in (page.bbox.width, page.bbox.height)]
+    rows = -(-len(titles) // columns)
+    size, left, bottom = 9.0, 0.0, 0.0
+    for _ in range(3):
+        width = max((box[2] - left - 2 * EDGE - (columns - 1) * GAP) / columns, 4.0)
+        title_size, texts = ruler.names(titles, width, size, 4)
+        head = max(ruler.size(text, title_size)[1] for text in texts) + PAD if any(texts) else 0.0
+        height = max((box[3] - bottom - 2 * EDGE - rows * head - (rows - 1) * GAP) / rows, 4.0)
+        whole = columns * width + (columns - 1) * GAP, rows * (height + head) + (rows - 1) * GAP
+        labels = [ruler.names([name + axis.unit], room, size) for (name, axis), room in zip((x, y), whole, strict=True)]
+        ticks = [axis.ticks(room, ruler, 0.85 * size, k) for k, ((_, axis), room) in enumerate(((x, width), (y, height)))]
+        offs = [max((ruler.size(text, 0.85 * size)[1 - k] for _, text in ticks[k]), default=0) + TICK + 2 * PAD for k in range(2)]
+        bottom, left = (off + ruler.size(text, at)[1] for off, (at, (text,)) in zip(offs, labels, strict=True))
+    ruler.text.remove()
+    panels: list[Axes] = []
+    for k, text in enumerate(texts):
+        i, j = divmod(k, columns)
+        corner = box[0] + EDGE + left + j * (width + GAP), box[1] + EDGE + bottom + (rows - 1 - i) * (height + head + GAP)
+        panel = page.add_axes((corner[0] / total[0], corner[1] / total[1], width / total[0], height / total[1]))
+        panel.set(xlim=(x[1].low, x[1].high), ylim=(y[1].low, y[1].high))
+        panel.set_title(text, fontsize=title_size, color=INK, pad=PAD, linespacing=1.2)
+        _spines(panel)
+        _ticks(panel.xaxis, ticks[0], 0.85 * size)
+        _ticks(panel.yaxis, ticks[1], 0.85 * size)
+        panel.tick_params(labelbottom=k + columns >= len(texts), labelleft=not j)
+        panels.append(panel)
+    first = panels[(rows - 1) * columns]
+    places = (left + 0.5 * whole[0], bottom - offs[0]), (left - offs[1], bottom + 0.5 * (whole[1] - head))
+    for axis, (at, (text,)), place in zip((first.xaxis, first.yaxis), labels, places, strict=True):
+        axis.set_label_text(text, fontsize=at, color=INK, linespacing=1.2)
+        axis.set_label_coords((box[0] + EDGE + place[0]) / total[0], (box[1] + EDGE + place[1]) / total[1], transform=page.transSubfigure)
+    return panels
+
+
+def _key(page: Any, handles: list[Any], words: list[str]) -> float:
+    """A legend in a line above all, and the points that are left below it."""
+    points = 72 / page.figure.dpi
+    size = 9.0
+    while True:
+        legend = page.legend(
+            handles,
+            words,
+            loc="upper right",
+            bbox_to_anchor=(1 - EDGE / (points * page.bbox.width), 1 - EDGE / (points * page.bbox.height)),
+            bbox_transform=page.transSubfigure,
+            ncols=len(words),
+            frameon=False,
+            borderaxespad=0,
+            borderpad=0,
+            fontsize=size,
+            labelcolor=INK,
+            columnspacing=1.2,
+            handlelength=1.5,
+        )
+        box = legend.get_window_extent()
+        if box.width * points <= page.bbox.width * points - 2 * EDGE or size < 3:
+            return float(points * (page.bbox.height - box.height) - EDGE)
+        legend.remove()
+        size *= 0.9
+
+
+def _binomial(n: int, p: float, level: float) -> int:
+    """The smallest count that so many tries do not pass with this probability."""
+    k = np.arange(n)
+    log_mass = n * math.log1p(-p) + np.append(0.0, np.cumsum(np.log((n - k) / (k + 1)) + math.log(p / (1 - p))))
+    return int(np.searchsorted(np.cumsum(np.exp(log_mass)), level))
+
+
+def calibration(found: stats.Calibration, figure: FigureBase | None = None) -> FigureBase:
+    """Ranks of SBC and PIT of each variable, and the coverage of highest-density regions: flat, flat and diagonal if calibrated.
+
+    To the left is the share of rows inside the regions of each mass, with the band in which it stays with a probability of 95 per cent
+    together with all other distances; below the diagonal the flow is overconfident. To the right are, for each variable, filled blue, the
+    histogram of its ranks among the draws, and as a vermilion line that of its PIT, both of mean 1; 99 per cent of the bins lie in the grey
+    band, and those above 4 are cut off. The larger Kolmogorov-Smirnov distance of both stands above, beside the bound where it is larger.
+
+    Parameters
+    ----------
+    found : fastmaf.stats.Calibration
+    figure : Figure or SubFigure, optional
+        Where to draw; a new figure if None.
+
+    Returns
+    -------
+    Figure or SubFigure
+        With D + 1 axes, that of the coverage first.
+
+    Raises
+    ------
+    ValueError
+        If it is something else.
+    ImportError
+        Without matplotlib.
+
+    Examples
+    --------
+    >>> import fastmaf
+    >>> flow = fastmaf.Flow([], features=3)
+    >>> len(calibration(fastmaf.stats.calibration(flow, flow.sample(500, seed=1), n=100, seed=2)).axes)
+    4
+    """
+    _words.of_type("found", found, stats.Calibration)
+    rows, variables = found.ranks.shape
+    bins = int(np.clip(rows // 50, 4, min(20, found.draws + 1)))
+    edges = np.round(np.linspace(0, found.draws + 1, bins + 1))
+    heights = [np.histogram(column, edges - 0.5)[0] / (rows * np.diff(edges) / (found.draws + 1)) for column in found.ranks.T]
+    even = np.linspace(0, 1, bins + 1)
+    lines = [] if found.pit is None else [np.histogram(column, even)[0] * bins / rows for column in found.pit.T]
+    band = [_binomial(rows, 1 / bins, level) * bins / rows for level in (0.005, 0.995)]
+    largest = found.ks_ranks if found.ks_pit is None else np.maximum(found.ks_ranks, found.ks_pit)
+
+    down = -(-variables // math.ceil(math.sqrt(1.6 * variables)))
+    across = -(-variables // down)
+    new = (270 + across * max(97, 220 / across), 60 + max(240, down * max(100, 220 / down)))
+    figure = _figure(figure, new[0] / 72, new[1] / 72)
+    page: Any = figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles: list[Any] = [Patch(color=DATA, alpha=FILLED["alpha"], linewidth=0), Patch(color=QUIET, alpha=0.3, linewidth=0)]
+    words = ["rank", "within chance"]
+    if lines:
+        handles.insert(1, Line2D([], [], color=FLOW, linewidth=1.0))
+        words.insert(1, "PIT")
+    top = _key(page, handles, words)
+    width = page.bbox.width * 72 / page.figure.dpi
+    side = min(0.45 * width, 250.0, top)
+
+    def title(name: str, distance: float) -> str:
+        beside = f" > {found.ks_bound:.3f}" if distance > found.ks_bound else ""
+        return f"{name}\nKS {distance:.3f}{beside}"
+
+    unit = _Axis(0.0, 1.0)
+    (coverage,) = _grid(
+        page, (0, top - side, side, side), [title("coverage", found.ks_hdr)], 1, ("credible mass", unit), ("share of rows inside", unit)
+    )
+    mass = np.linspace(0, 1, 201)
+    coverage.fill_between(
+        mass, np.maximum(mass - found.ks_bound, 0), np.minimum(mass + found.ks_bound, 1), color=QUIET, alpha=0.3, linewidth=0
+    )
+    coverage.plot(mass, mass, color=QUIET, linewidth=0.8, linestyle=(0, (4, 3)))
+    coverage.plot(mass, found.coverage(mass), color=DATA, linewidth=1.5)
+    ruler = _Ruler(page)
+    names = [ruler.plain(str(name)) for name in (found.names or [f"$x_{{{j + 1}}}$" for j in range(variables)])]
+    ruler.text.remove()
+    highest = min(4.0, 1.08 * max(2.0, *(float(column.max()) for column in [*heights, *lines])))
+    panels = _grid(
+        page,
+        (side, 0, width - side, top),
+        [title(name, distance) for name, distance in zip(names, largest, strict=True)],
+        across,
+        ("rank / draws, PIT" if lines else "rank / draws", unit),
+        ("density", _Axis(0.0, highest)),
+    )
+    for j, panel in enumerate(panels):
+        panel.fill_between([0, 1], band[0], band[1], color=QUIET, alpha=0.3, linewidth=0)
+        panel.stairs(heights[j], edges / (found.draws + 1), fill=True, color=DATA, alpha=FILLED["alpha"], linewidth=0)
+        if lines:
+            panel.stairs(lines[j], even, baseline=None, color=FLOW, linewidth=1.0)
+    for panel, distance in zip((coverage, *panels), (found.ks_hdr, *largest), strict=True):
+        if distance > found.ks_bound:
+            panel.title.set_color(FLOW)
+    return figure
+
+
+def history(history: History, figure: FigureBase | None = None) -> FigureBase:
+    """Log-likelihood of the training and validation rows over the epochs of a fit.
+
+    A fit that learns goes up; where the blue line of the training rows leaves the vermilion one of the validation rows behind, it learns
+    them by heart. The dashed line is the epoch whose weights were kept. Epochs that are far worse than the others are cut off.
+
+    Parameters
+    ----------
+    history : History
+        From `fit`.
+    figure : Figure or SubFigure, optional
+        Where to draw; a new figure if None.
+
+    Returns
+    -------
+    Figure or SubFigure
+        With one axes.
+
+    Raises
+    ------
+    ValueError
+        If it is something else, or has no epochs.
+    ImportError
+        Without matplotlib.
+
+    Examples
+    --------
+    >>> import fastmaf
+    >>> flow = fastmaf.MAF(2, transforms=1, hidden_features=(8,), seed=0)
+    >>> fitted = flow.fit(np.random.default_rng(0).normal(size=(500, 2)), max_epochs=3, seed=0)
+    >>> history(fitted).axes[0].get_xlabel()
+    'epoch'
+    """
+    series = [getattr(history, name, None) for name in ("train", "validation")]
+    if not all(isinstance(values, list) for values in series) or not hasattr(history, "best_epoch"):
+        raise ValueError(f"history is {_words.shown(history)}; it must be the History that fit returns")
+    train, validation = (np.asarray(values, np.float64) for values in series)
+    values = np.concatenate([train, validation, [] if history.start is None else [history.start]])
+    values = values[np.isfinite(values)]
+    if not values.size:
+        raise ValueError("history has no epoch with a finite log-likelihood; there is nothing to draw")
+    figure = _figure(figure, 6.4, 4.0)
+    page: Any = figure
+    from matplotlib.lines import Line2D
+
+    handles, words = [Line2D([], [], color=DATA, linewidth=1.2)], ["train"]
+    if validation.size:
+        handles, words = [*handles, Line2D([], [], color=FLOW, linewidth=1.6)], [*words, "validation"]
+    if history.best_epoch:
+        handles, words = [*handles, Line2D([], [], color=QUIET, linestyle=(0, (4, 3)))], [*words, f"kept: epoch {history.best_epoch}"]
+    top = _key(page, handles, words)
+    high, middle = float(values.max()), float(np.median(values))
+    low = max(float(values.min()), middle - 6 * (high - middle)) if high > middle else float(values.min())
+    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    epochs = _Axis(-0.02 * len(train), max(4.0, 1.02 * len(train)))
+    (panel,) = _grid(
+        page,
+        (0, 0, page.bbox.width * 72 / page.figure.dpi, top),
+        [""],
+        1,
+        ("epoch", epochs),
+        ("log-likelihood per row, nats", _Axis.of(low - margin, high + margin)),
+    )
+    if history.best_epoch:
+        panel.axvline(history.best_epoch, color=QUIET, linewidth=1.0, linestyle=(0, (4, 3)))
+    panel.plot(np.arange(1, len(train) + 1), train, color=DATA, linewidth=1.2, marker="." if len(train) < 3 else None)
+    first, shown = (0, np.append(history.start, validation)) if history.start is not None else (1, validation)
+    if validation.size:
+        panel.plot(np.arange(first, first + len(shown)), shown, color=FLOW, linewidth=1.6, marker="." if len(shown) < 3 else None)
     return figure

@@ -169,7 +169,7 @@ def test_absurd_arguments_are_refused_in_a_few_words(name, parameter, tmp_path, 
     assert refused or parameter in ("conditional",), "nothing was refused"
 
 
-@pytest.mark.parametrize("name", ["corner", "noise", "redshift"])
+@pytest.mark.parametrize("name", ["calibration", "corner", "history", "noise", "redshift"])
 def test_absurd_arguments_of_pictures(name):
     pytest.importorskip("matplotlib")
     rows = np.random.default_rng(0).normal(size=(50, 3))
@@ -181,6 +181,10 @@ def test_absurd_arguments_of_pictures(name):
         arguments |= {"truth": abs(rows[:, 0]), "estimate": abs(rows[:, 1])}
     if name == "noise":
         arguments["names"] = None
+    if name == "calibration":
+        arguments = {"found": fastmaf.stats.calibration(fastmaf.Flow([], features=3), rows, n=10, seed=1), "figure": None}
+    if name == "history":
+        arguments = {"history": fastmaf.History([1.0, 2.0], [1.0, 2.0], best_epoch=2), "figure": None}
     for parameter in arguments:
         for what, value in ABSURD.items():
             if (parameter, what) in {("note", "text"), ("figure", "None"), ("u", "lists of lists")}:

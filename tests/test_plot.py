@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from fastmaf import plot
+import fastmaf
+from fastmaf import plot, stats
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from scipy.stats import kstest
 
 X = np.random.default_rng(0).normal(size=(500, 3)) @ np.triu(np.ones((3, 3)))
 
@@ -103,6 +106,63 @@ def test_labels_are_whole_and_apart(columns, monkeypatch):
         assert axes.get_xlabel().replace("\n", "").replace(" ", "").startswith(name.replace(" ", ""))
 
 
+def calibrated(columns, rows=1000, factor=1.0, names=None, **options):
+    """How a normal flow does on normal rows, of which the last column is multiplied."""
+    flow = fastmaf.Flow([], features=columns, names=names, **options)
+    x = np.random.default_rng(3).normal(size=(rows, columns)) * np.append(np.ones(columns - 1), factor)
+    return stats.calibration(flow, x, n=100, seed=1)
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+@pytest.mark.parametrize(("columns", "size"), [(1, None), (3, None), (4, (9, 3)), (2, (4, 4)), (27, None), (27, (12, 7))])
+def test_labels_of_a_calibration_are_whole_and_apart(columns, size, factor, monkeypatch):
+    names = [NAMES[j % 7] + str(j) for j in range(columns)]
+    found = calibrated(columns, 1000, factor, names)
+    figure = plot.calibration(found, None if size is None else Figure(figsize=size))
+    coverage, *panels = figure.axes
+    texts = texts_of(figure, monkeypatch)
+    check_texts(figure, figure.axes, texts)
+    assert len(panels) == columns and coverage.get_xlabel() == "credible mass"
+    assert coverage.get_ylabel().replace("\n", " ") == "share of rows inside" and "0.\n" not in coverage.get_title()
+    words = {text.get_text() for text in texts}
+    assert {"rank / draws, PIT", "density", "rank", "PIT", "within chance"} <= words
+    for panel, name in zip(panels, names, strict=True):
+        title, _, distance = panel.get_title().replace("\n", "").rpartition("KS ")
+        assert panel.title in texts and title.replace(" ", "") == name.replace(" ", "")
+        assert (">" in distance) == (panel is panels[-1] and factor > 1) == (panel.title.get_color() == plot.FLOW)
+    for labels in (coverage.get_xticklabels(), panels[0].get_yticklabels(), panels[-1].get_xticklabels()):
+        assert len(set(labels) & texts.keys()) > 1
+    assert drawn(figure).startswith(b"\x89PNG")
+
+
+def test_a_calibration_shows_its_ranks_and_its_coverage():
+    found = calibrated(2, factor=0.5)
+    coverage, first, last = plot.calibration(found).axes
+    band, ranks = first.collections[0], first.patches[0]
+    for column, panel in enumerate((first, last)):
+        heights, edges, _ = panel.patches[0].get_data()
+        counts = np.histogram(found.ranks[:, column], np.round(edges * 101) - 0.5)[0]
+        assert counts.sum() == len(found.ranks) and np.allclose(heights * np.diff(edges), counts / len(found.ranks))
+        assert panel.patches[1].get_data().values.mean() == pytest.approx(1)
+    low, high = band.get_paths()[0].get_extents().intervaly
+    inside = (ranks.get_data().values >= low) & (ranks.get_data().values <= high)
+    assert inside.mean() >= 0.9 and not ((last.patches[0].get_data().values >= low) & (last.patches[0].get_data().values <= high)).all()
+    mass, share = coverage.lines[1].get_data()
+    assert np.array_equal(share, found.coverage(mass)) and share[100] > 0.6
+    assert len(plot.calibration(stats.calibration(fastmaf.MADE(2, masks=2, seed=0), X[:, :2], n=20, seed=1)).axes[1].patches) == 1
+
+
+def test_ranks_that_are_even_are_flat_where_bins_hold_more_of_some():
+    found = replace(calibrated(1), ranks=np.tile(np.arange(101), 10)[:, None])
+    assert np.allclose(plot.calibration(found).axes[1].patches[0].get_data().values, 1)
+
+
+def test_bins_lie_within_chance_as_often_as_they_should():
+    counts = np.random.default_rng(0).binomial(500, 0.1, 100_000)
+    low, high = (plot._binomial(500, 0.1, level) for level in (0.005, 0.995))
+    assert 0.99 <= np.mean((counts >= low) & (counts <= high)) < 0.994
+
+
 @pytest.mark.parametrize("columns", [1, 2, 4])
 def test_labels_of_the_noise_are_whole_and_apart(columns, monkeypatch):
     figure = plot.noise(X[:, [0, 1, 2, 0]][:, :columns], NAMES[:columns])
@@ -175,6 +235,39 @@ def test_contours_hold_what_they_say():
     assert np.allclose(held, sorted(plot.MASS, reverse=True), atol=0.01)
 
 
+HISTORIES = {
+    "long": fastmaf.History(
+        [-9.0, *(-1 / k for k in range(1, 60))], [-8.0, *(-1.1 / k for k in range(1, 60))], [], [], 55, "patience", -1e4
+    ),
+    "one epoch": fastmaf.History([1e6 + 0.5], [1e6 + 0.25], [], [], 1, "max_epochs", 1e6),
+    "no validation": fastmaf.History([-1e9, -3.0, -2.5, -2.4, np.nan], [], [], [], 0, "the loss was not finite"),
+    "constant": fastmaf.History([2.0, 2.0], [2.0, 2.0], [], [], 0, "max_epochs", 2.0),
+}
+
+
+@pytest.mark.parametrize("case", HISTORIES)
+@pytest.mark.parametrize("size", [None, (3, 2)])
+def test_labels_of_a_history_are_whole_and_apart(case, size, monkeypatch):
+    history = HISTORIES[case]
+    figure = plot.history(history, None if size is None else Figure(figsize=size))
+    (panel,) = figure.axes
+    texts = texts_of(figure, monkeypatch)
+    check_texts(figure, [panel], texts)
+    assert panel.get_xlabel() == "epoch" and panel.get_ylabel().replace("\n", " ").startswith("log-likelihood per row, nats")
+    words = {text.get_text() for text in texts}
+    assert ("validation" in words) == bool(history.validation) and (f"kept: epoch {history.best_epoch}" in words) == bool(
+        history.best_epoch
+    )
+    low, high = panel.get_ylim()
+    assert low < history.train[-2:][0] < high and high - low < 20
+    assert panel.get_xlim()[0] <= 0 and panel.get_xlim()[1] >= len(history.train)
+    train = next(line for line in panel.lines if line.get_color() == plot.DATA)
+    assert train.get_xdata().tolist() == list(range(1, len(history.train) + 1)) and drawn(figure)
+    for line in (line for line in panel.lines if line.get_color() == plot.FLOW):
+        values = [history.start, *history.validation]
+        assert np.array_equal(line.get_data(), [range(len(values)), values])
+
+
 @pytest.mark.parametrize("columns", [1, 2])
 def test_few_columns(columns):
     assert len(plot.corner(X[:, :columns], X[:, :columns]).axes) == columns * (columns + 1) // 2
@@ -193,6 +286,24 @@ def test_noise_is_drawn_beside_the_normal_density():
     assert len(figure.axes) == 3 and len(figure.axes[1].lines) == len(plot.MASS)
     assert figure.axes[1].get_ylabel() == "$u_{2}$"
     drawn(figure)
+
+
+@pytest.mark.parametrize("columns", [2, 6])
+def test_the_distances_of_noise_stand_above_its_histograms(columns, monkeypatch):
+    monkeypatch.setattr(plot, "_density", lambda *_: np.zeros((1, 1)))
+    u = np.random.default_rng(0).normal(size=(1000, columns))
+    u[:, 1] *= 1.3
+    figure = plot.noise(u)
+    texts = [figure.axes[i * (i + 3) // 2].texts[0] for i in range(columns)]
+    distances = kstest(u[:, 0], "norm").statistic, kstest(u[:, 1], "norm").statistic
+    assert texts[0].get_text() == f"KS {distances[0]:.3f}" and texts[0].get_color() == plot.INK
+    assert texts[1].get_text() == f"KS {distances[1]:.3f} > {stats.ks_bound(1000, columns):.3f}" and texts[1].get_color() == plot.FLOW
+    figure.draw_without_rendering()
+    for text in texts:
+        box, panel = text.get_window_extent().extents, text.axes.get_window_extent().extents
+        assert (box[:2] > panel[:2]).all() and (box[2:] < panel[2:]).all()
+        curve = text.axes.transData.transform([0, 1 / np.sqrt(2 * np.pi)])[1]
+        assert box[1] > curve
 
 
 def test_redshift():
@@ -218,6 +329,9 @@ def test_a_part_of_a_page_can_be_given():
         (lambda: plot.corner(X, X, ("a", "b")), "names lists 2 names; there are 3 columns"),
         (lambda: plot.corner(X, X[:0]), "samples has no finite rows"),
         (lambda: plot.noise(X * np.nan), "u has no finite rows"),
+        (lambda: plot.calibration(X), r"found is an array of shape \(500, 3\) .*; it must be of type Calibration"),
+        (lambda: plot.history(X), r"history is an array of shape .*; it must be the History that fit returns"),
+        (lambda: plot.history(fastmaf.History()), "history has no epoch with a finite log-likelihood"),
         (lambda: plot.redshift(X[:, 0], X[:5, 0]), r"truth has shape \(500,\), estimate \(5,\); both must be \(n,\)"),
     ],
 )
@@ -228,7 +342,12 @@ def test_bad_input_is_named(call, message):
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    for call in (lambda: plot.corner(X, X), lambda: plot.noise(X), lambda: plot.redshift(X[:, 0], X[:, 0])):
+    for call in (
+        lambda: plot.corner(X, X),
+        lambda: plot.noise(X),
+        lambda: plot.redshift(X[:, 0], X[:, 0]),
+        lambda: plot.history(HISTORIES["long"]),
+    ):
         with pytest.raises(ImportError, match=r"fastmaf\.plot needs matplotlib .*pip install 'fastmaf\[plot\]'"):
             call()
 

@@ -122,6 +122,26 @@ def test_p_values_in_every_layout_of_contexts():
     assert p_value(flow, x[:0], context[0], n=10).shape == (0,)
 
 
+def test_the_rows_of_a_context_share_its_samples(monkeypatch):
+    most = noted(monkeypatch)
+    for x, context in ((np.zeros((9, 2)), np.zeros((4, 1, 2))), (np.zeros((4, 9, 2)), np.zeros((4, 2))), (np.zeros((9, 2)), np.zeros(2))):
+        p_value(following(2), x, context, n=30, seed=1)
+    assert most == [4 * 30 * 2, 4 * 30 * 2, 30 * 2]
+
+
+def noted(monkeypatch):
+    """How many numbers are drawn, call by call, from here on."""
+    most, draw = [], fastmaf.Flow.sample_and_log_prob
+
+    def sample_and_log_prob(self, *arguments, **options):
+        samples, log_prob = draw(self, *arguments, **options)
+        most.append(samples.size)
+        return samples, log_prob
+
+    monkeypatch.setattr(fastmaf.Flow, "sample_and_log_prob", sample_and_log_prob)
+    return most
+
+
 # Entropy and divergence
 
 
@@ -187,6 +207,12 @@ def test_poor_weights_are_said():
     with pytest.warns(StatsWarning, match=r"the importance weights are poor: .* effective samples of 5000, Pareto k \d"):
         found = importance(narrow, wide, n=5000, seed=1)
     assert found.pareto_k > 0.7 and found.ess < 500
+    with pytest.warns(StatsWarning, match="poor"):  # by the tail alone: the weights have a mean and no variance
+        found = importance(gaussian([0.0], [0.45]), gaussian([0.0], [1.0]), n=20_000, seed=1)
+    assert found.pareto_k > 0.7 and found.ess > 100
+    with pytest.warns(StatsWarning, match="poor"):  # by their number alone
+        found = importance(gaussian([0.0], [1.0]), lambda x: np.where(abs(x[:, 0]) < 0.05, 0.0, -np.inf), n=2000, seed=1)
+    assert not found.pareto_k > 0.7 and 40 < found.ess < 100
     assert importance(wide, wide, n=5000, seed=1).ess == pytest.approx(5000)  # and says nothing
     assert importance(wide.astype("float32"), wide, n=5000, seed=1).ess == pytest.approx(5000, rel=1e-4)
 
@@ -215,9 +241,9 @@ def test_weights_that_are_not_finite_are_said():
 
 
 def test_a_product_of_gaussians():
-    """N(1, 1) N(0, 0.5^2) / N(0, 3^2) has the precision 1 + 4 - 1/9."""
-    p, q, prior = gaussian([1.0], [1.0]), gaussian([0.0], [0.5]), gaussian([0.0], [3.0])
-    for given, precision in ((None, 5.0), (prior, 5 - 1 / 9)):
+    """N(1, 1) N(0, 0.5^2) / N(0, 1) has the precision 1 + 4 - 1."""
+    p, q, prior = gaussian([1.0], [1.0]), gaussian([0.0], [0.5]), gaussian([0.0], [1.0])
+    for given, precision in ((None, 5), (prior, 4)):
         found = product([p, q], given, n=20_000, seed=1)
         mean = float(found.weights @ found.samples[:, 0])
         var = float(found.weights @ (found.samples[:, 0] - mean) ** 2)
@@ -230,8 +256,8 @@ def test_a_product_of_one_flow_under_many_contexts():
     found = product([flow] * 3, lambda x: np.zeros(len(x)), contexts, n=30_001, seed=1)
     assert found.samples.shape == (30_001, 2)
     assert np.allclose(found.weights @ found.samples, contexts.mean(axis=0), atol=0.03)
-    apart = np.unique(found.samples[:, 0]).size
-    assert apart == 30_001  # not the same numbers under each context
+    noise = found.samples - np.repeat(contexts, [10_001, 10_000, 10_000], axis=0)
+    assert np.unique(noise.round(9), axis=0).shape == (30_001, 2)  # not the same numbers under each context
 
 
 def test_posteriors_that_do_not_meet():
@@ -373,6 +399,7 @@ def test_the_same_seed_gives_the_same_and_pieces_do_not_matter(monkeypatch):
 
     def everything(seed):
         found = calibration(flow, x, context, n=40, seed=seed)
+        shared = calibration(flow, x, context[0], n=40, seed=seed)
         weighted = importance(flow, lambda x: -0.5 * (x**2).sum(axis=1), context[0], n=300, seed=seed)
         both = product([flow, flow], None, context[:2], n=301, seed=seed)
         return [
@@ -386,6 +413,7 @@ def test_the_same_seed_gives_the_same_and_pieces_do_not_matter(monkeypatch):
             both.log_weights,
             found.ranks,
             found.hdr_ranks,
+            shared.ranks,
             marginal(flow, [0, 2], few, n=100, seed=seed).samples,
         ]
 
@@ -401,14 +429,7 @@ def test_the_same_seed_gives_the_same_and_pieces_do_not_matter(monkeypatch):
 def test_no_more_is_drawn_at_a_time_than_a_piece(monkeypatch):
     monkeypatch.setattr(fastmaf.stats, "PIECE", 1000)
     flow, x, context = pairs(50)
-    most, draw = [], fastmaf.Flow.sample_and_log_prob
-
-    def noted(self, *arguments, **options):
-        samples, log_prob = draw(self, *arguments, **options)
-        most.append(samples.size)
-        return samples, log_prob
-
-    monkeypatch.setattr(fastmaf.Flow, "sample_and_log_prob", noted)
+    most = noted(monkeypatch)
     calibration(flow, x, context, n=500, seed=1)
     entropy(flow, context, n=30, seed=1)
     assert len(most) > 100 and max(most) <= 1000
@@ -466,13 +487,16 @@ def test_the_normal_distribution_function():
     assert np.allclose(fastmaf.stats.normal_cdf(u), special.ndtr(u), rtol=1e-12, atol=0)
 
 
-def test_the_page_runs():
+def test_the_page_runs(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
     page = (pathlib.Path(__file__).parents[1] / "docs" / "uses.md").read_text(encoding="utf-8")
     code = "\n".join(block.partition("```")[0] for block in page.split("```python\n")[1:])
     names = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FitWarning)
         exec(compile(code, "docs/uses.md", "exec"), names)
+    assert {path.name for path in tmp_path.iterdir()} == {"calibration.png", "history.png", "noise.png"}
     assert names["weighted"].ess > 500 and names["joint"].ess > 500
     assert 0.97 < names["p"][0] < 0.99 and names["p"][1] < 0.001
     grid = np.stack(np.meshgrid(*[np.linspace(-5, 5, 401)] * 2), axis=-1).reshape(-1, 2)
