@@ -769,7 +769,7 @@ def calibration(found: stats.Calibration, figure: FigureBase | None = None) -> F
     return figure
 
 
-def history(history: History, figure: FigureBase | None = None) -> FigureBase:
+def history(history: History | Sequence[History], figure: FigureBase | None = None) -> FigureBase:
     """Log-likelihood of the training and validation rows over the epochs of a fit.
 
     A fit that learns goes up; where the blue line of the training rows leaves the vermilion one of the validation rows behind, it learns
@@ -777,8 +777,8 @@ def history(history: History, figure: FigureBase | None = None) -> FigureBase:
 
     Parameters
     ----------
-    history : History
-        From `fit`.
+    history : History, or sequence of them
+        From `fit`; of an ensemble one for each member.
     figure : Figure or SubFigure, optional
         Where to draw; a new figure if None.
 
@@ -802,40 +802,46 @@ def history(history: History, figure: FigureBase | None = None) -> FigureBase:
     >>> history(fitted).axes[0].get_xlabel()
     'epoch'
     """
-    series = [getattr(history, name, None) for name in ("train", "validation")]
-    if not all(isinstance(values, list) for values in series) or not hasattr(history, "best_epoch"):
-        raise ValueError(f"history is {_words.shown(history)}; it must be the History that fit returns")
-    train, validation = (np.asarray(values, np.float64) for values in series)
-    values = np.concatenate([train, validation, [] if history.start is None else [history.start]])
-    values = values[np.isfinite(values)]
+    fits: list[Any] = list(history) if isinstance(history, (list, tuple)) else [history]
+    if not fits or not all(hasattr(fit, "best_epoch") and isinstance(getattr(fit, "validation", None), list) for fit in fits):
+        raise ValueError(f"history is {_words.shown(history)}; it must be the History that fit returns, or a list of them")
+    lines = []  # x, y and whether of the validation rows, whose score before the first epoch is known
+    for fit in fits:
+        lines.append((np.arange(1, len(fit.train) + 1), np.array(fit.train, np.float64), False))
+        before = [] if fit.start is None else [fit.start]
+        if fit.validation:
+            shown = np.array([*before, *fit.validation], np.float64)
+            lines.append((np.arange(len(shown)) + 1 - len(before), shown, True))
+    values = np.concatenate([y[np.isfinite(y)] for _, y, _ in lines])
     if not values.size:
         raise ValueError("history has no epoch with a finite log-likelihood; there is nothing to draw")
     figure = _figure(figure, 6.4, 4.0)
     page: Any = figure
     from matplotlib.lines import Line2D
 
-    handles, words = [Line2D([], [], color=DATA, linewidth=1.2)], ["train"]
-    if validation.size:
-        handles, words = [*handles, Line2D([], [], color=FLOW, linewidth=1.6)], [*words, "validation"]
-    if history.best_epoch:
-        handles, words = [*handles, Line2D([], [], color=QUIET, linestyle=(0, (4, 3)))], [*words, f"kept: epoch {history.best_epoch}"]
+    styles: dict[bool, dict[str, Any]] = {False: {"color": DATA, "linewidth": 1.2}, True: {"color": FLOW, "linewidth": 1.6}}
+    kept: dict[str, Any] = {"color": QUIET, "linewidth": 1.0, "linestyle": (0, (4, 3))}
+    best = [fit.best_epoch for fit in fits if fit.best_epoch]
+    handles, words = [Line2D([], [], **styles[False])], ["train"]
+    if any(fit.validation for fit in fits):
+        handles, words = [*handles, Line2D([], [], **styles[True])], [*words, "validation"]
+    if best:
+        handles, words = [*handles, Line2D([], [], **kept)], [*words, "kept" if len(fits) > 1 else f"kept: epoch {best[0]}"]
     top = _key(page, handles, words)
     high, middle = float(values.max()), float(np.median(values))
     low = max(float(values.min()), middle - 6 * (high - middle)) if high > middle else float(values.min())
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
-    epochs = _Axis(-0.02 * len(train), max(4.0, 1.02 * len(train)))
+    last = max(len(fit.train) for fit in fits)
     (panel,) = _grid(
         page,
         (0, 0, page.bbox.width * 72 / page.figure.dpi, top),
         [""],
         1,
-        ("epoch", epochs),
+        ("epoch", _Axis(-0.02 * last, max(4.0, 1.02 * last))),
         ("log-likelihood per row, nats", _Axis.of(low - margin, high + margin)),
     )
-    if history.best_epoch:
-        panel.axvline(history.best_epoch, color=QUIET, linewidth=1.0, linestyle=(0, (4, 3)))
-    panel.plot(np.arange(1, len(train) + 1), train, color=DATA, linewidth=1.2, marker="." if len(train) < 3 else None)
-    first, shown = (0, np.append(history.start, validation)) if history.start is not None else (1, validation)
-    if validation.size:
-        panel.plot(np.arange(first, first + len(shown)), shown, color=FLOW, linewidth=1.6, marker="." if len(shown) < 3 else None)
+    for epoch in best:
+        panel.axvline(epoch, **kept)
+    for x, y, held_out in lines:
+        panel.plot(x, y, marker="." if len(y) < 3 else None, **styles[held_out])
     return figure

@@ -100,7 +100,7 @@ def _draws(flow: Density, n: int, context: Array | None, seed: int, groups: int 
     ValueError
         If some samples are NaN.
     """
-    own = context is not None and context.ndim == 2
+    own, said = context is not None and context.ndim == 2, set()
     groups = len(context) if own and context is not None else groups
     most = max(1, PIECE // (flow.features + flow.context_features))
     step = max(1, most // n)
@@ -108,12 +108,14 @@ def _draws(flow: Density, n: int, context: Array | None, seed: int, groups: int 
         b = min(a + step, groups)
         for i in range(0, n, most):
             m = min(most, n - i)
-            if own and context is not None:
-                part: Array | None = context[a:b]
-                samples, log_prob = flow.sample_and_log_prob(m, part, seed, i, first + a, dtype="float64")
-            else:
-                part = context
-                samples, log_prob = flow.sample_and_log_prob((b - a) * m, part, seed, a * n + i, first, dtype="float64")
+            part = context[a:b] if own and context is not None else context
+            place = (m, part, seed, i, first + a) if own else ((b - a) * m, part, seed, a * n + i, first)
+            with _words.gathering() as notes:
+                samples, log_prob = flow.sample_and_log_prob(*place, dtype="float64")
+            for note in notes:
+                if note not in said:
+                    said.add(note)
+                    _words.warn(*note)
             log_prob = log_prob.reshape(b - a, m).astype(np.float64)
             if np.isnan(log_prob).any():
                 where = f" under context {a + int(np.isnan(log_prob).any(axis=1).argmax())}" if own else ""
@@ -869,10 +871,10 @@ def marginal(
     flow, n = _held("flow", flow), _words.count("n", n, 1)
     chosen = _chosen(flow, columns)
     known: Density | None = flow if len(chosen) == flow.features else None
-    if known is None and isinstance(flow, Flow):
+    if known is None:
         try:
             first = flow.order[: len(chosen)]
-        except ValueError:  # it has none
+        except AttributeError:  # it has none
             first = ()
         known = flow.prefix(len(chosen)) if set(first) == set(chosen) else None
     source, taken = (flow, chosen) if known is None else (known, list(range(len(chosen))))

@@ -241,6 +241,10 @@ HISTORIES = {
     ),
     "one epoch": fastmaf.History([1e6 + 0.5], [1e6 + 0.25], [], [], 1, "max_epochs", 1e6),
     "no validation": fastmaf.History([-1e9, -3.0, -2.5, -2.4, np.nan], [], [], [], 0, "the loss was not finite"),
+    "members": [
+        fastmaf.History([-3.0, -2.0, -1.5], [-3.1, -2.1, -1.6], [], [], 2, "callback", -5.0),
+        fastmaf.History([-2.9, -2.2], [-3.0, -2.4], [], [], 2, "patience", -5.1),
+    ],
     "constant": fastmaf.History([2.0, 2.0], [2.0, 2.0], [], [], 0, "max_epochs", 2.0),
 }
 
@@ -255,17 +259,20 @@ def test_labels_of_a_history_are_whole_and_apart(case, size, monkeypatch):
     check_texts(figure, [panel], texts)
     assert panel.get_xlabel() == "epoch" and panel.get_ylabel().replace("\n", " ").startswith("log-likelihood per row, nats")
     words = {text.get_text() for text in texts}
-    assert ("validation" in words) == bool(history.validation) and (f"kept: epoch {history.best_epoch}" in words) == bool(
-        history.best_epoch
-    )
+    fits = history if isinstance(history, list) else [history]
+    kept = "kept" if len(fits) > 1 else f"kept: epoch {fits[0].best_epoch}"
+    assert ("validation" in words) == bool(fits[0].validation) and (kept in words) == bool(fits[0].best_epoch)
     low, high = panel.get_ylim()
-    assert low < history.train[-2:][0] < high and high - low < 20
-    assert panel.get_xlim()[0] <= 0 and panel.get_xlim()[1] >= len(history.train)
-    train = next(line for line in panel.lines if line.get_color() == plot.DATA)
-    assert train.get_xdata().tolist() == list(range(1, len(history.train) + 1)) and drawn(figure)
-    for line in (line for line in panel.lines if line.get_color() == plot.FLOW):
-        values = [history.start, *history.validation]
-        assert np.array_equal(line.get_data(), [range(len(values)), values])
+    assert low < fits[0].train[-2:][0] < high and high - low < 20
+    assert panel.get_xlim()[0] <= 0 and panel.get_xlim()[1] >= len(fits[0].train)
+    expected = [(plot.DATA, range(1, len(fit.train) + 1), fit.train) for fit in fits]
+    expected += [(plot.FLOW, range(len(fit.validation) + 1), [fit.start, *fit.validation]) for fit in fits if fit.validation]
+    for colour in (plot.DATA, plot.FLOW):
+        shown = [line.get_data() for line in panel.lines if line.get_color() == colour]
+        for line, (_, *data) in zip(shown, (each for each in expected if each[0] == colour), strict=True):
+            assert np.array_equal(line, data, equal_nan=True)
+    assert sum(line.get_color() == plot.QUIET for line in panel.lines) == sum(fit.best_epoch > 0 for fit in fits)
+    assert drawn(figure)
 
 
 @pytest.mark.parametrize("columns", [1, 2])

@@ -375,7 +375,14 @@ def test_marginals_of_flows_without_an_order():
         assert not marginal(flow, 0, n=10).exact and marginal(flow, [2, 0, 1], n=10).exact
 
 
-def test_distances_of_contexts():
+def test_marginals_of_flows_that_are_averaged():
+    flow = fastmaf.Ensemble(fastmaf.MADE(3, order=[2, 0, 1], hidden_features=(4,)), members=2, seed=0)
+    found = marginal(flow, [2, 0], n=10, seed=1)
+    assert found.exact and np.array_equal(found.flow.log_prob(found.samples), flow.prefix(2).log_prob(found.samples))
+    assert not marginal(flow, 0, n=10).exact
+
+
+def test_distances_of_contexts(monkeypatch):
     rng = np.random.default_rng(0)
     context = rng.normal([1000.0, 0.0], [10.0, 0.1], (400, 2))
     for masks in (1, 2):
@@ -385,8 +392,10 @@ def test_distances_of_contexts():
         flow.fit(rng.normal(size=(400, 1)), context, max_epochs=1, seed=0)
         assert np.allclose(context_distance(flow, [1030.0, -0.5]), [3, 5], rtol=0.15)
         assert context_distance(flow, context[:, None]).shape == (400, 1, 2)
-        with pytest.warns(RuntimeWarning, match="context is far away from those of the fit in column 1"):
-            entropy(flow, [1000.0, 50.0], n=10, seed=0)
+        monkeypatch.setattr(fastmaf.stats, "PIECE", 30)
+        with pytest.warns(RuntimeWarning, match="context is far away from those of the fit in column 1") as caught:
+            entropy(flow, [1000.0, 50.0], n=100, seed=0)
+        assert len(caught) == 1 and caught[0].filename == __file__
 
 
 # What holds for all
