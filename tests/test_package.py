@@ -52,13 +52,14 @@ _codec _within
 backends
 backends.cpu backends.reference config
 backends.cuda backends.numba _gradients _partial train.data
-_noise train.checkpoint
+_noise train._bar train.checkpoint
 train.loop
+train.many
 train
 flow
 ensemble export handle interop._common maf
-dask interop._made interop._torch interop.flowjax io made presets sklearn stats torch._module
-plot
+dask interop._made interop._torch interop.flowjax masked_ensemble presets sklearn stats torch._module
+io made plot
 interop._zuko_parts interop.nflows interop.pyro torch._samplers torch._sbi
 interop.normflows interop.zuko jax torch
 interop.sbi
