@@ -1,4 +1,4 @@
-// Evaluation on a GPU: defined by cuda/backend.cpp, or by cuda/none.cpp where CUDA was not built.
+// Evaluation on a GPU: defined by the sources in cuda, or by cuda/none.cpp where CUDA was not built.
 #pragma once
 
 #include <cstdint>
@@ -61,6 +61,9 @@ struct Gradients {
     Summed of_x, of_context;
 };
 
+template <class T>
+struct FlowState;
+
 // Weights with their copy on one device, made when first needed and freed with it. Results are those of the functions in cpu/backend.hpp.
 template <class T>
 class Flow {
@@ -82,8 +85,7 @@ public:
     void vjp(const Batch& batch, const Rows& cotangent, const Gradients<T>& out, const Place& place, const Poll& poll) const;
 
 private:
-    struct Parts;
-    std::unique_ptr<Parts> parts_;
+    std::unique_ptr<FlowState<T>> state_;
 };
 
 extern template class Flow<float>;

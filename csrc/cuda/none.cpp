@@ -22,7 +22,7 @@ int device_of(uintptr_t) { return -1; }
 void synchronize(int, uintptr_t) {}
 
 template <class T>
-struct Flow<T>::Parts {};
+struct FlowState {};
 
 template <class T>
 Flow<T>::Flow(std::shared_ptr<const Weights<T>>, int, Precision) {

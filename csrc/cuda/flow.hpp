@@ -1,0 +1,65 @@
+// A flow on a GPU as the parts of its host's side share it: backend.cpp keeps the copies, evaluation.cpp and differentiation.cpp launch.
+#pragma once
+
+#include <vector>
+
+#include "image.hpp"
+#include "kernels.hpp"
+#include "streaming.hpp"
+
+namespace fastmaf {
+namespace device {
+
+constexpr int kLanes = 128;                     // of the widest tile: four vectors
+constexpr int64_t kScratch = int64_t(1) << 30;  // at most, for the blocks of a launch
+
+template <class T>
+struct FlowState {
+    struct Copy {
+        FlowView<T> view;
+        TensorView tensor;
+        DrawView draws;
+    };
+
+    std::shared_ptr<const Weights<T>> weights;
+    std::shared_ptr<Station> station;
+    Precision precision = Precision::highest;
+    std::mutex mutex;
+    std::unique_ptr<Copy> copies[2];
+    std::unique_ptr<GradientView<T>> gradients;
+    std::unique_ptr<WeightsView<T>> tasks;
+    std::vector<void*> placed;  // where they lie
+
+    ~FlowState();
+
+    // What fill(image) lays out, where it will lie; it gets there before this returns.
+    template <class Fill>
+    void put(Fill fill);
+
+    // Made when first asked for.
+    const Copy& copy_for(Direction direction);
+    const GradientView<T>& gradient_view();
+    const WeightsView<T>& weights_view();
+
+    // Before anything is asked of the device.
+    void check_process() const {
+        if (station->process != getpid())
+            throw Error("CUDA does not survive a fork: this process was forked after a flow was used on a GPU; spawn it instead");
+    }
+
+    void run(cuda::Operation operation, const Job<T>& job, int64_t outer, int64_t inner, const Place& place, const Poll& poll);
+    void launch(cuda::Operation operation, Job<T> job, bool shared, cudaStream_t stream);
+    // Of arrays of the host, which `job` holds.
+    void stream_job(cuda::Operation operation, const Job<T>& job, bool shared, const Poll& poll);
+
+    void differentiate(const Batch& batch, const Rows& cotangent, const Gradients<T>& out, const Place& place, const Poll& poll);
+    // Gradients of arrays of the device. Parts of the rows follow each other where sums need what they leave: those of weights, into `sums`
+    // [master and one more], which go on unless they begin here, and those over rows that share a row or a context.
+    void launch_gradients(const Batch& batch, const Rows& cotangent, const Gradients<T>& out, double* sums, bool begins,
+                          cudaStream_t stream);
+    // What rows without any, or sums over them, have: zeros.
+    void no_gradients(const Batch& batch, const Gradients<T>& out, const Place& place) const;
+};
+
+}  // namespace device
+}  // namespace fastmaf
