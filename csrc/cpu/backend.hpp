@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../core/calls.hpp"
+#include "../core/training.hpp"
 #include "../core/weights.hpp"
 
 namespace fastmaf {
@@ -56,10 +57,6 @@ void sample(const Weights<T>& weights, const Draw& draw, Out* out, T* log_prob, 
 template <class T>
 void vjp(const Weights<T>& weights, const Batch& batch, const T* cotangent, T* value, T* d_x, T* d_context, T* d_parameters,
          const Poll& poll, Workspace<T>* workspace = nullptr);
-
-struct AdamSettings {
-    double beta1 = 0.9, beta2 = 0.999, eps = 1e-8, l2 = 0, weight_decay = 0, clip_norm = 0;  // clip_norm 0: none
-};
 
 template <class T>
 struct TrainerState;

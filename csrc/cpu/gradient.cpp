@@ -935,9 +935,7 @@ double Trainer<T>::epoch(const Batch& batch, const double* weights, int64_t batc
         // The last chunk's gradient, the step and the repacking of some rows are one task, unless something must be known of the whole
         // gradient in between.
         const int64_t step = s.steps + 1;
-        const double rate = rates[done] / (1 - std::pow(a.beta1, double(step)));
-        const double root_correction = 1 / std::sqrt(1 - std::pow(a.beta2, double(step)));
-        double scale = 1;
+        AdamStep<T> adam = adam_step<T>(a, step, rates[done]);
         const bool ready = a.clip_norm > 0 || s.shared;
         T* gradient = s.gradient.data();
         if (ready) parallel_for(call.threads, int64_t(tasks.size()), [&](int64_t t) { gradient_of(t, chunks > 1); });
@@ -948,11 +946,8 @@ double Trainer<T>::epoch(const Batch& batch, const double* weights, int64_t batc
         }
         if (a.clip_norm > 0) {
             const double norm = std::sqrt(k.sum_squares(gradient, s.weights(), T(2 * a.l2), int64_t(s.m.size())));
-            scale = std::min(1.0, a.clip_norm / (norm + 1e-6));
+            adam.scale = T(std::min(1.0, a.clip_norm / (norm + 1e-6)));
         }
-        const AdamStep<T> adam{T(scale),       T(2 * a.l2),        T(1 - rates[done] * a.weight_decay),
-                               T(1 - a.beta1), T(a.beta2),         T(1 - a.beta2),
-                               T(rate),        T(root_correction), T(a.eps)};
         auto apply = [&](int64_t first, int64_t count) {
             k.adam(s.weights() + first, s.m.data() + first, s.v.data() + first, gradient + first, count, adam);
         };

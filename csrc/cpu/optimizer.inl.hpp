@@ -1,8 +1,9 @@
-// Adam (Kingma and Ba 2015) with decoupled decay (Loshchilov and Hutter 2019), entry by entry over the master vector.
+// The optimizer entry by entry over the master vector.
 #pragma once
 
 #include "tile.hpp"
 #include "vec.inl.hpp"
+#include "../ops/optimizer.inl.hpp"
 
 namespace fastmaf {
 namespace FASTMAF_ISA {
@@ -22,34 +23,20 @@ static void sum_blocks(const T* blocks, int64_t stride, int count, int64_t n, bo
     }
 }
 
-// Zero in place of what is too small to matter. The moments of a unit that is never active fade for ever, and arithmetic on denormal numbers
-// is a hundred times slower.
-template <class T, class V>
-FASTMAF_INLINE V faded(V x, T least) {
-    return ((x < least) & (x > -least)) ? V{} : x;
-}
-
 template <class T>
 static void adam(T* w, T* m, T* v, const T* g, int64_t n, const AdamStep<T>& s) {
-    constexpr T small = sizeof(T) == 4 ? T(1e-18) : T(1e-150);  // its square is normal
-    auto step = [&](auto wi, auto mi, auto vi, auto gi, auto sqrt, auto write) {
-        const auto gradient = faded<T>((gi + s.l2 * wi) * s.scale, small);
-        const auto first = faded<T>(mi + s.gain1 * (gradient - mi), small);
-        const auto second = faded<T>(s.keep2 * vi + s.gain2 * (gradient * gradient), small * small);
-        write(wi * s.keep - s.rate * first / (sqrt(second) * s.root_correction + s.eps), first, second);
-    };
     int64_t i = 0;
     for (; i + Lanes<T>::W <= n; i += Lanes<T>::W)
-        step(
-            load_loose(w + i), load_loose(m + i), load_loose(v + i), load_loose(g + i), [](Vec<T> x) { return root(x); },
+        adam_entry<T>(
+            s, load_loose(w + i), load_loose(m + i), load_loose(v + i), load_loose(g + i), [](Vec<T> x) { return root(x); },
             [&](Vec<T> a, Vec<T> b, Vec<T> c) {
                 store_loose<T>(w + i, a);
                 store_loose<T>(m + i, b);
                 store_loose<T>(v + i, c);
             });
     for (; i < n; ++i)
-        step(
-            w[i], m[i], v[i], g[i], [](T x) { return sizeof(T) == 4 ? T(__builtin_sqrtf(float(x))) : T(__builtin_sqrt(x)); },
+        adam_entry<T>(
+            s, w[i], m[i], v[i], g[i], [](T x) { return sizeof(T) == 4 ? T(__builtin_sqrtf(float(x))) : T(__builtin_sqrt(x)); },
             [&](T a, T b, T c) {
                 w[i] = a;
                 m[i] = b;

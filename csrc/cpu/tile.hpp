@@ -1,6 +1,7 @@
 // What the backend hands to the kernels of an instruction set. Plain pointers, no code.
 #pragma once
 
+#include "../ops/optimizer.hpp"
 #include "../ops/tile.hpp"
 #include "../ops/trace.hpp"
 
@@ -24,14 +25,6 @@ constexpr int row_stride(int features) { return (features + 15) / 16 * 16; }
 
 // Most rows of a map whose weight gradients are summed together: its inputs, which may come from far away, are read once for all of them.
 constexpr int kTaskRows = 128;
-
-// The constants of one Adam step (Kingma and Ba 2015), each rounded once from double: 1 - beta taken in float would be off by 1e-5.
-template <class T>
-struct AdamStep {
-    T scale, l2, keep;      // gradient: (g + l2 w) scale; weights: keep w first (decoupled decay)
-    T gain1, keep2, gain2;  // 1 - beta1, beta2, 1 - beta2
-    T rate, root_correction, eps;
-};
 
 template <class T>
 struct Kernels {
