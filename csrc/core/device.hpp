@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "calls.hpp"
+#include "training.hpp"
 #include "weights.hpp"
 
 namespace fastmaf {
@@ -29,6 +30,7 @@ struct State {
 State state();
 int device_of(uintptr_t address);                // -1 for memory of the host
 void synchronize(int device, uintptr_t stream);  // waits for all that was enqueued
+void copy_to_host(int device, uintptr_t from, void* to, int64_t bytes, uintptr_t stream);
 
 // What products of matrices may lose: nothing beyond the dtype; about that (halves in two parts); what halves lose. Flows and devices
 // without use for tensor cores have the first, whatever is asked for.
@@ -88,8 +90,66 @@ private:
     std::unique_ptr<FlowState<T>> state_;
 };
 
+// Where what a step needs of several trainers is summed up between its halves: the gradient, in an order that all copies of a flow
+// share, and the loss. What is enqueued on the stream is in time.
+template <class T>
+struct StepArrays {
+    T* gradient;
+    int64_t size;
+    double* loss;
+    uintptr_t stream;
+};
+
+template <class T>
+struct TrainerState;
+
+// The trainer of cpu/backend.hpp on a device, for one flow without statistics of batches; results are those of the CPU to rounding, and the
+// same bits from run to run. The rows lie there too.
+template <class T>
+class Trainer {
+public:
+    using Value = T;
+
+    Trainer(std::shared_ptr<Weights<T>> weights, int device, const AdamSettings& settings);
+    ~Trainer();
+    Trainer(const Trainer&) = delete;
+    Trainer& operator=(const Trainer&) = delete;
+
+    // Rows of the host, to which later calls refer by number; weights [rows] may be null.
+    void set_rows(const Batch& rows, const double* weights, const Poll& poll);
+    // As on the CPU: steps over the rows order[0 .. rows) in batches, batch s with rates[s].
+    double epoch(const int64_t* order, int64_t rows, int64_t batch_size, const double* rates, double mean_weight, int64_t& done,
+                 const Poll& poll);
+
+    // An epoch in its parts. Gradient and loss of rows [begin, begin + rows) of the order, the gradient divided by `mass`; then the step.
+    // Both only enqueue; `look` waits for up to kMostSteps of them, adds up their losses and says how many were made: none from the first
+    // one on whose loss is no number.
+    static constexpr int64_t kMostSteps = 256;
+    void set_order(const int64_t* order, int64_t rows);
+    void grad(int64_t begin, int64_t rows, double mass);
+    StepArrays<T> arrays() const;
+    void apply(double rate);
+    int64_t look(double& sum);
+
+    void log_prob(const Batch& batch, T* out, const Poll& poll);  // under the weights as they are, of arrays of the host
+    int features() const;
+    int64_t parameter_count() const;
+    void get_parameters(T* parameters) const;
+    void set_parameters(const T* parameters);
+    void set_statistics(size_t stage, const double* mean, const double* var);  // of a norm
+    void get_moments(T* first, T* second) const;                               // in the order of the flat parameters
+    void set_moments(const T* first, const T* second);
+    int64_t steps() const;
+    void set_steps(int64_t steps);
+
+private:
+    std::unique_ptr<TrainerState<T>> state_;
+};
+
 extern template class Flow<float>;
 extern template class Flow<double>;
+extern template class Trainer<float>;
+extern template class Trainer<double>;
 
 }  // namespace device
 }  // namespace fastmaf

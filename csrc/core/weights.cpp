@@ -133,25 +133,28 @@ void Weights<T>::refresh_scales() {
     const Plan& plan = *plan_;
     const size_t features = size_t(plan.features());
     constant_ = plan.discrete() ? 0 : -double(features) * kHalfLog2Pi;
+    fixed_ = constant_;
     log_scales_ = 0;
-    auto add = [&](double log_scale) {
+    auto add = [&](double log_scale, double fixed) {
         constant_ += log_scale;
         log_scales_ += log_scale;
+        fixed_ += fixed;
     };
-    for (double scale : plan.spec().columns.scale) add(std::log(std::fabs(scale)));
+    auto add_fixed = [&](double scale) { add(std::log(std::fabs(scale)), std::log(std::fabs(scale))); };
+    for (double scale : plan.spec().columns.scale) add_fixed(scale);
     for (size_t k = 0; k < plan.stages(); ++k) {
         const StageSpec& stage = plan.spec().stages[k];
-        for (double scale : stage.scale) add(std::log(std::fabs(scale)));
+        for (double scale : stage.scale) add_fixed(scale);
         const T* const log_gammas = master_.data() + plan.bias_offset(k, 0);
         for (size_t v = 0; stage.trainable && v < features; ++v) {
             const double log_gamma = double(log_gammas[v]), variance = statistics_[k].var[v] + stage.eps;
             loc_[k][v] = T(statistics_[k].mean[v]);
             scale_[k][v] = T(std::exp(log_gamma) / std::sqrt(variance));
-            add(log_gamma - 0.5 * std::log(variance));
+            add(log_gamma - 0.5 * std::log(variance), -0.5 * std::log(variance));
         }
         const T* const upper = master_.data() + plan.weight_offset(k, 0);
         for (size_t r = 0; stage.output == Output::linear && r < features; ++r)
-            add(std::log(std::fabs(double(upper[plan.sorted()[k].maps[0].offset[r + 1] - 1]))));
+            add(std::log(std::fabs(double(upper[plan.sorted()[k].maps[0].offset[r + 1] - 1]))), 0);
     }
 }
 

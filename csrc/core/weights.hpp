@@ -24,6 +24,7 @@ public:
 
     const Plan& plan() const { return *plan_; }
     double constant() const { return constant_; }      // of log_prob: the normal's, and log|det| of all scales that rows share
+    double fixed_constant() const { return fixed_; }   // the part of constant() that trainable weights have no share in
     double log_scales() const { return log_scales_; }  // the latter alone: the constant of log|det| of the map to the noise
 
     // Views of all stages for one direction; tapes are packed on first use.
@@ -72,7 +73,7 @@ private:
     AlignedVector<T> master_;
     std::vector<Statistics> statistics_;         // [stage]; empty but for trainable norms
     std::vector<AlignedVector<T>> loc_, scale_;  // [stage][features]: the Affine behind a stage, or that of a norm
-    double constant_ = 0, log_scales_ = 0;
+    double constant_ = 0, fixed_ = 0, log_scales_ = 0;
     std::vector<std::vector<AlignedVector<T>>> bias_;  // [stage][map], with padded_rows
     std::vector<std::vector<const T*>> bias_pointers_;
     std::list<std::vector<T>> norms_;                             // of hidden maps, in the order of their units

@@ -41,30 +41,6 @@ FlowState<T>::~FlowState() {
 }
 
 template <class T>
-template <class Fill>
-void FlowState<T>::put(Fill fill) {
-    Image measure;
-    fill(measure);
-    const int64_t bytes = int64_t(measure.bytes().size());
-    void* memory = nullptr;
-    const cudaError_t error = cudaMalloc(&memory, size_t(bytes));
-    if (error == cudaErrorMemoryAllocation) out_of_memory(bytes, "the weights of a flow");
-    check(error, "allocating " + size_of(double(bytes)) + " for the weights of a flow");
-    try {
-        Image image(static_cast<char*>(memory));
-        fill(image);
-        const Stream stream;
-        const char* const attempt = "copying the weights of a flow";
-        check(cudaMemcpyAsync(memory, image.bytes().data(), size_t(bytes), cudaMemcpyHostToDevice, stream), attempt);
-        check(cudaStreamSynchronize(stream), attempt);
-        placed.push_back(memory);
-    } catch (...) {
-        cudaFree(memory);
-        throw;
-    }
-}
-
-template <class T>
 auto FlowState<T>::copy_for(Direction direction) -> const Copy& {
     std::lock_guard<std::mutex> lock(mutex);
     std::unique_ptr<Copy>& copy = copies[direction == Direction::sampler];
@@ -80,7 +56,7 @@ auto FlowState<T>::copy_for(Direction direction) -> const Copy& {
         }
     auto made = std::make_unique<Copy>();
     put([&](Image& image) {
-        made->view = lay_out(image, *weights, direction, kLanes);
+        made->view = lay_out(image, *weights, direction, kLanes, made->placed);
         if constexpr (std::is_same_v<T, float>) {
             if (shape.rows) made->tensor = lay_out_tensor(image, *weights, shape);
             if (draws.groups) made->draws = lay_out_draws(image, *weights, draws.parts, draws.groups);
@@ -96,7 +72,7 @@ const GradientView<T>& FlowState<T>::gradient_view() {
     std::lock_guard<std::mutex> lock(mutex);
     if (gradients) return *gradients;
     auto made = std::make_unique<GradientView<T>>();
-    put([&](Image& image) { *made = lay_out_gradients(image, *weights, flow, kLanes); });
+    put([&](Image& image) { *made = lay_out_gradients(image, *weights, flow, kLanes, backward); });
     gradients = std::move(made);
     return *gradients;
 }
@@ -113,14 +89,9 @@ const WeightsView<T>& FlowState<T>::weights_view() {
 
 template <class T>
 Flow<T>::Flow(std::shared_ptr<const Weights<T>> weights, int device, Precision precision) : state_(std::make_unique<FlowState<T>>()) {
-    const State found = state();
-    if (!found.reason.empty()) throw Error(found.reason);
-    if (device < 0 || device >= int(found.gpus.size()))
-        throw Error("there is no cuda:" + std::to_string(device) + " here; GPUs: " + std::to_string(found.gpus.size()));
-    const Current current(device);
+    state_->station = Station::of(device);
     state_->weights = std::move(weights);
     state_->precision = precision;
-    state_->station = Station::of(device);
 }
 
 template <class T>

@@ -20,6 +20,11 @@ struct Team {
     __device__ __forceinline__ int threads() const { return 32 * kWarps; }
 };
 
+constexpr int kThreads = 256;  // of a block whose threads work alone
+
+static __device__ __forceinline__ int64_t number_of_thread() { return int64_t(blockIdx.x) * kThreads + threadIdx.x; }
+inline unsigned blocks_for(int64_t numbers) { return unsigned((numbers + kThreads - 1) / kThreads); }
+
 // Blocks of a kernel that one multiprocessor holds at a time, each with so much shared memory. `limit`: what any block may have; the kernel
 // gets it for good, so that calls from several threads do not take it from each other.
 template <class Kernel>

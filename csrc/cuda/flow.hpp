@@ -19,6 +19,7 @@ struct FlowState {
         FlowView<T> view;
         TensorView tensor;
         DrawView draws;
+        PlacedWeights<T> placed;
     };
 
     std::shared_ptr<const Weights<T>> weights;
@@ -27,6 +28,7 @@ struct FlowState {
     std::mutex mutex;
     std::unique_ptr<Copy> copies[2];
     std::unique_ptr<GradientView<T>> gradients;
+    PlacedWeights<T> backward;
     std::unique_ptr<WeightsView<T>> tasks;
     std::vector<void*> placed;  // where they lie
 
@@ -34,7 +36,27 @@ struct FlowState {
 
     // What fill(image) lays out, where it will lie; it gets there before this returns.
     template <class Fill>
-    void put(Fill fill);
+    void put(Fill fill) {
+        Image measure;
+        fill(measure);
+        const int64_t bytes = int64_t(measure.bytes().size());
+        void* memory = nullptr;
+        const cudaError_t error = cudaMalloc(&memory, size_t(bytes));
+        if (error == cudaErrorMemoryAllocation) out_of_memory(bytes, "the weights of a flow");
+        check(error, "allocating " + size_of(double(bytes)) + " for the weights of a flow");
+        try {
+            Image image(static_cast<char*>(memory));
+            fill(image);
+            const Stream stream;
+            const char* const attempt = "copying the weights of a flow";
+            check(cudaMemcpyAsync(memory, image.bytes().data(), size_t(bytes), cudaMemcpyHostToDevice, stream), attempt);
+            check(cudaStreamSynchronize(stream), attempt);
+            placed.push_back(memory);
+        } catch (...) {
+            cudaFree(memory);
+            throw;
+        }
+    }
 
     // Made when first asked for.
     const Copy& copy_for(Direction direction);

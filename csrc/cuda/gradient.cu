@@ -14,11 +14,6 @@ namespace {
 template <class T>
 constexpr int kResident = sizeof(T) == 4 ? 2 : 1;
 
-constexpr int kThreads = 256;  // of a block whose threads work alone
-
-__device__ int64_t number_of_thread() { return int64_t(blockIdx.x) * kThreads + threadIdx.x; }
-unsigned blocks_for(int64_t numbers) { return unsigned((numbers + kThreads - 1) / kThreads); }
-
 template <class T>
 __global__ void __launch_bounds__(32 * kWarps, kResident<T>)
     gradient_kernel(const __grid_constant__ GradientView<T> view, const __grid_constant__ GradientJob<T> job) {

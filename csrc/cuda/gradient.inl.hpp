@@ -319,10 +319,9 @@ FASTMAF_FN void sum_slices(const Sum<From>& sum, int64_t i) {
     sum.out[i] = total;
 }
 
-// The gradient of parameter index[i] from its sum and that of the cotangents.
+// Which of the weights whose logarithms log|det| has a sum of is entry i of the master, or -1.
 template <class T>
-FASTMAF_FN void write_parameter(const WeightsView<T>& weights, const double* sums, int64_t i, T* out) {
-    double value = sums[i];
+FASTMAF_INLINE int diagonal_of(const WeightsView<T>& weights, int64_t i) {
     int low = 0, high = weights.diagonals;
     while (low < high) {
         const int middle = (low + high) / 2;
@@ -331,7 +330,15 @@ FASTMAF_FN void write_parameter(const WeightsView<T>& weights, const double* sum
         else
             high = middle;
     }
-    if (low < weights.diagonals && weights.diagonal[low] == i) value += sums[weights.size] / double(weights.diagonal_weights[low]);
+    return low < weights.diagonals && weights.diagonal[low] == i ? low : -1;
+}
+
+// The gradient of parameter index[i] from its sum and that of the cotangents.
+template <class T>
+FASTMAF_FN void write_parameter(const WeightsView<T>& weights, const double* sums, int64_t i, T* out) {
+    double value = sums[i];
+    if (const int diagonal = diagonal_of(weights, i); diagonal >= 0)
+        value += sums[weights.size] / double(weights.diagonal_weights[diagonal]);
     out[weights.index[i]] = T(value);
 }
 

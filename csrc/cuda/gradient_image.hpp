@@ -9,11 +9,11 @@ namespace fastmaf {
 
 // `flow`: that of the density, where it lies already. `lanes`: rows of the widest tile.
 template <class T>
-GradientView<T> lay_out_gradients(Image& image, const Weights<T>& weights, const FlowView<T>& flow, int lanes) {
+GradientView<T> lay_out_gradients(Image& image, const Weights<T>& weights, const FlowView<T>& flow, int lanes, PlacedWeights<T>& placed) {
     const Plan& plan = weights.plan();
     GradientView<T> view{};
     view.flow = flow;
-    view.backward = put_stages(image, weights, Direction::backward);
+    view.backward = put_stages(image, weights, Direction::backward, placed);
     view.zeros = image.put(std::vector<T>(8, T(0)));
 
     Room room;

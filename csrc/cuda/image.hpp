@@ -42,19 +42,51 @@ inline std::vector<ColumnView> views_of(const Columns& columns) {
     return views;
 }
 
+// Where the weights of a direction lie, see sources_of, and its stages as they lie there.
+template <class T>
+struct PlacedWeights {
+    const T* at = nullptr;
+    std::vector<StageView<T>> stages;
+};
+
+constexpr size_t padded_entries(size_t count) { return (count + kPanel - 1) / kPanel * kPanel; }
+
+// Which entry of the master each weight of a direction is, or kNoSource: those of the tape, then the biases of all maps. Not of samplers,
+// where a Linear has others.
+inline std::vector<uint32_t> sources_of(const Plan& plan, Direction direction) {
+    std::vector<uint32_t> sources = plan.layout(direction).sources();
+    sources.resize(padded_entries(sources.size()), kNoSource);
+    for (size_t k = 0; k < plan.stages(); ++k)
+        for (size_t m = 0; m < plan.sorted()[k].maps.size(); ++m) {
+            const int rows = plan.sorted()[k].maps[m].rows();
+            for (int row = 0; row < padded_rows(rows); ++row)
+                sources.push_back(row < plan.bias_count(k, m) ? uint32_t(plan.bias_offset(k, m) + row) : kNoSource);
+        }
+    return sources;
+}
+
 // The stages of a direction with everything that they point to.
 template <class T>
-const StageView<T>* put_stages(Image& image, const Weights<T>& weights, Direction direction) {
+const StageView<T>* put_stages(Image& image, const Weights<T>& weights, Direction direction, PlacedWeights<T>& placed) {
     const Plan& plan = weights.plan();
     const size_t features = size_t(plan.features());
-    const T* const tape = image.put(weights.tape(direction));
     std::vector<StageView<T>> stages = weights.views(direction);
+    std::vector<T> all(weights.tape(direction).begin(), weights.tape(direction).end());
+    all.resize(padded_entries(all.size()), T(0));
+    std::vector<size_t> biases;
+    for (size_t k = 0; k < stages.size(); ++k)
+        for (size_t m = 0; m < plan.sorted()[k].maps.size(); ++m) {
+            const T* const own = stages[k].bias[m];
+            biases.push_back(all.size());
+            all.insert(all.end(), own, own + padded_rows(plan.sorted()[k].maps[m].rows()));
+        }
+    placed.at = image.put(all);
+    auto bias_of_next = biases.begin();
     for (size_t k = 0; k < stages.size(); ++k) {
         StageView<T>& stage = stages[k];
         const size_t maps = size_t(stage.maps), all = maps + size_t(stage.contexts);
         std::vector<const T*> bias;
-        for (size_t m = 0; m < plan.sorted()[k].maps.size(); ++m)
-            bias.push_back(image.put(stage.bias[m], size_t(padded_rows(plan.sorted()[k].maps[m].rows()))));
+        for (size_t m = 0; m < plan.sorted()[k].maps.size(); ++m) bias.push_back(placed.at + *bias_of_next++);
         stage.bias = image.put(bias);
         if (is_network(stage.output)) {
             std::vector<const int*> added, adders;
@@ -86,9 +118,11 @@ const StageView<T>* put_stages(Image& image, const Weights<T>& weights, Directio
             stage.scale = image.put(stage.scale, features);
         }
         stage.steps = image.put(stage.steps, size_t(stage.step_count));
-        stage.tape = tape;
+        stage.tape = placed.at;
     }
-    return image.put(stages);
+    const StageView<T>* const there = image.put(stages);
+    placed.stages = std::move(stages);
+    return there;
 }
 
 // Bytes of a tile's scratch, handed out from the front.
@@ -107,7 +141,7 @@ private:
 
 // `lanes`: rows of the widest tile.
 template <class T>
-FlowView<T> lay_out(Image& image, const Weights<T>& weights, Direction direction, int lanes) {
+FlowView<T> lay_out(Image& image, const Weights<T>& weights, Direction direction, int lanes, PlacedWeights<T>& placed) {
     const Plan& plan = weights.plan();
     FlowView<T> flow{};
     flow.stage_count = int(plan.stages());
@@ -136,7 +170,7 @@ FlowView<T> lay_out(Image& image, const Weights<T>& weights, Direction direction
     flow.first = image.put(plan.first());
     flow.noise = image.put(plan.noise());
 
-    flow.stages = put_stages(image, weights, direction);
+    flow.stages = put_stages(image, weights, direction, placed);
     std::vector<int64_t> units, raw;  // rows that map m needs in any stage
     for (size_t k = 0; k < plan.stages(); ++k) {
         const std::vector<int>& widths = plan.widths(k);

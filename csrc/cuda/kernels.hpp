@@ -4,7 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "draw.hpp"
-#include "gradient.hpp"
+#include "training.hpp"
 
 namespace fastmaf {
 namespace cuda {
@@ -36,6 +36,10 @@ template <class T>
 cudaError_t launch_parameters(const WeightsView<T>& weights, const double* sums, T* out, cudaStream_t stream);
 template <class T>
 cudaError_t launch_narrow(const double* in, T* out, int64_t count, cudaStream_t stream);
+
+// Each number of a job of training.hpp.
+template <class Job>
+cudaError_t launch_each(const Job& job, cudaStream_t stream);
 
 // Whether the current device runs code that was compiled for tensor cores.
 bool has_tensor_cores();

@@ -20,6 +20,7 @@ State state() {
 
 int device_of(uintptr_t) { return -1; }
 void synchronize(int, uintptr_t) {}
+void copy_to_host(int, uintptr_t, void*, int64_t, uintptr_t) {}
 
 template <class T>
 struct FlowState {};
@@ -47,8 +48,66 @@ void Flow<T>::sample(const Draw&, const Samples&, T*, const Place&, const Poll&)
 template <class T>
 void Flow<T>::vjp(const Batch&, const Rows&, const Gradients<T>&, const Place&, const Poll&) const {}
 
+template <class T>
+struct TrainerState {};
+
+template <class T>
+Trainer<T>::Trainer(std::shared_ptr<Weights<T>>, int, const AdamSettings&) {
+    throw Error(kReason);
+}
+template <class T>
+Trainer<T>::~Trainer() = default;
+template <class T>
+void Trainer<T>::set_rows(const Batch&, const double*, const Poll&) {}
+template <class T>
+double Trainer<T>::epoch(const int64_t*, int64_t, int64_t, const double*, double, int64_t&, const Poll&) {
+    return 0;
+}
+template <class T>
+void Trainer<T>::set_order(const int64_t*, int64_t) {}
+template <class T>
+void Trainer<T>::grad(int64_t, int64_t, double) {}
+template <class T>
+StepArrays<T> Trainer<T>::arrays() const {
+    return {};
+}
+template <class T>
+void Trainer<T>::apply(double) {}
+template <class T>
+int64_t Trainer<T>::look(double&) {
+    return 0;
+}
+template <class T>
+void Trainer<T>::log_prob(const Batch&, T*, const Poll&) {}
+template <class T>
+int Trainer<T>::features() const {
+    return 0;
+}
+template <class T>
+int64_t Trainer<T>::parameter_count() const {
+    return 0;
+}
+template <class T>
+void Trainer<T>::get_parameters(T*) const {}
+template <class T>
+void Trainer<T>::set_parameters(const T*) {}
+template <class T>
+void Trainer<T>::set_statistics(size_t, const double*, const double*) {}
+template <class T>
+void Trainer<T>::get_moments(T*, T*) const {}
+template <class T>
+void Trainer<T>::set_moments(const T*, const T*) {}
+template <class T>
+int64_t Trainer<T>::steps() const {
+    return 0;
+}
+template <class T>
+void Trainer<T>::set_steps(int64_t) {}
+
 template class Flow<float>;
 template class Flow<double>;
+template class Trainer<float>;
+template class Trainer<double>;
 
 }  // namespace device
 }  // namespace fastmaf

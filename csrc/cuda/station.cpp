@@ -96,6 +96,11 @@ Station::~Station() {
 }
 
 std::shared_ptr<Station> Station::of(int device) {
+    const State found = state();
+    if (!found.reason.empty()) throw Error(found.reason);
+    if (device < 0 || device >= int(found.gpus.size()))
+        throw Error("there is no cuda:" + std::to_string(device) + " here; GPUs: " + std::to_string(found.gpus.size()));
+    const Current current(device);
     static std::map<int, std::weak_ptr<Station>>& all = *new std::map<int, std::weak_ptr<Station>>;
     std::lock_guard<std::mutex> lock(stations);
     std::shared_ptr<Station> station = all[device].lock();
@@ -141,6 +146,15 @@ int device_of(uintptr_t address) {
 void synchronize(int device, uintptr_t stream) {
     const Current current(device);
     check(cudaStreamSynchronize(reinterpret_cast<cudaStream_t>(stream)), "waiting for a stream");
+}
+
+void copy_to_host(int device, uintptr_t from, void* to, int64_t bytes, uintptr_t stream) {
+    const Current current(device);
+    const cudaStream_t on = reinterpret_cast<cudaStream_t>(stream);
+    if (bytes)
+        check(cudaMemcpyAsync(to, reinterpret_cast<const void*>(from), size_t(bytes), cudaMemcpyDeviceToHost, on),
+              "copying rows to the host");
+    check(cudaStreamSynchronize(on), "copying rows to the host");
 }
 
 }  // namespace device

@@ -54,16 +54,19 @@ private:
 // Grow-only memory, of the device or pinned on the host.
 class Buffer {
 public:
-    explicit Buffer(bool pinned) : pinned_(pinned) {}
+    explicit Buffer(bool pinned, const char* what = "rows on their way") : pinned_(pinned), what_(what) {}
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
     ~Buffer() { release(); }
+    char* data() const { return data_; }
+    int64_t size() const { return size_; }
+    // What was in it is lost where it grows, so nothing may be under way there.
     char* at_least(int64_t bytes) {
         if (bytes <= size_) return data_;
         release();
         void* p = nullptr;
         const cudaError_t error = pinned_ ? cudaHostAlloc(&p, size_t(bytes), cudaHostAllocDefault) : cudaMalloc(&p, size_t(bytes));
-        if (error == cudaErrorMemoryAllocation && !pinned_) out_of_memory(bytes, "rows on their way");
+        if (error == cudaErrorMemoryAllocation && !pinned_) out_of_memory(bytes, what_);
         check(error, "allocating " + size_of(double(bytes)) + (pinned_ ? " of pinned memory" : ""));
         size_ = bytes;
         return data_ = static_cast<char*>(p);
@@ -76,6 +79,7 @@ private:
         size_ = 0;
     }
     bool pinned_;
+    const char* what_;
     char* data_ = nullptr;
     int64_t size_ = 0;
 };

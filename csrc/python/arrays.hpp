@@ -170,6 +170,15 @@ private:
     const bool outer_;
 };
 
+// The end of what lies on a device waits for it, and other Python threads must not wait with it.
+struct DeleteUnlocked {
+    template <class F>
+    void operator()(F* object) const {
+        const Unlocked unlocked(0);
+        delete object;
+    }
+};
+
 // Lets Ctrl-C through during long calls.
 inline void check_signals() {
     if (keeps_lock) return;

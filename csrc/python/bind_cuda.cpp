@@ -45,15 +45,6 @@ Rows rows_at(const Description& array, int64_t& outer, int64_t& inner) {
     return rows;
 }
 
-// The end of a flow waits for its device, and other Python threads must not wait with it.
-struct DeleteUnlocked {
-    template <class F>
-    void operator()(F* flow) const {
-        const Unlocked unlocked(0);
-        delete flow;
-    }
-};
-
 struct PyDeviceFlow {
     std::variant<std::unique_ptr<device::Flow<float>, DeleteUnlocked>, std::unique_ptr<device::Flow<double>, DeleteUnlocked>> flow;
 
@@ -149,6 +140,12 @@ void bind_cuda(py::module_& module) {
     module.def("device_of", &device::device_of);
     module.def(
         "synchronize", [](int device, uintptr_t stream) { device::synchronize(device, stream); }, py::call_guard<py::gil_scoped_release>());
+    module.def("copy_to_host", [](int device, uintptr_t from, py::array_t<uint8_t, py::array::c_style> to, uintptr_t stream) {
+        uint8_t* const out = to.mutable_data();
+        const int64_t bytes = to.size();
+        py::gil_scoped_release unlocked;
+        device::copy_to_host(device, from, out, bytes, stream);
+    });
     // With a stream, arrays are descriptions or addresses on the device; without one, NumPy arrays.
     py::class_<PyDeviceFlow>(module, "DeviceFlow")
         .def(py::init([](const PackedFlow& flow, int device, const std::string& precision) {

@@ -19,7 +19,8 @@ namespace {
 template <class T, class F>
 void run(const Weights<T>& packed, Direction direction, const Batch& batch, const Warps& warps, Job<T> job, F f) {
     FlowView<T> flow;
-    const AlignedVector<char> memory = placed([&](Image& image) { flow = lay_out(image, packed, direction, warp::lanes_of<T>()); });
+    PlacedWeights<T> stages;
+    const AlignedVector<char> memory = placed([&](Image& image) { flow = lay_out(image, packed, direction, warp::lanes_of<T>(), stages); });
     AlignedVector<char> scratch(size_t(flow.scratch), char(0xFF));
 
     job.rows = batch.rows();

@@ -40,9 +40,10 @@ void run_draws(const FlowView<float>& flow, const DrawView& view, const Job<floa
 void warp_draws(const Weights<float>& packed, const Batch& batch, const Draw* draw, int parts, int groups, int active, int warps,
                 float* out, float* log_prob) {
     FlowView<float> flow;
+    PlacedWeights<float> stages;
     DrawView view;
     const AlignedVector<char> memory = placed([&](Image& image) {
-        flow = lay_out(image, packed, Direction::sampler, tensor::lanes_of<float>());
+        flow = lay_out(image, packed, Direction::sampler, tensor::lanes_of<float>(), stages);
         view = lay_out_draws(image, packed, parts, groups);
     });
     view.groups = active;

@@ -40,9 +40,10 @@ void run_tensor(const FlowView<float>& flow, const TensorView& view, const Job<f
 
 void warp_halves(const Weights<float>& packed, const Batch& batch, const TensorShape& shape, float* log_prob, float* noise) {
     FlowView<float> flow;
+    PlacedWeights<float> stages;
     TensorView view;
     const AlignedVector<char> memory = placed([&](Image& image) {
-        flow = lay_out(image, packed, Direction::density, tensor::lanes_of<float>());
+        flow = lay_out(image, packed, Direction::density, tensor::lanes_of<float>(), stages);
         view = lay_out_tensor(image, packed, shape);
     });
     AlignedVector<char> scratch(size_t(flow.scratch), char(0xFF));

@@ -1,0 +1,100 @@
+// What the launches of a step of training take, beside those of gradients. Plain structures whose pointers are the device's; each is done
+// number by number, `count` of them, and no two write the same place.
+#pragma once
+
+#include "../ops/optimizer.hpp"
+#include "gradient.hpp"
+
+namespace fastmaf {
+
+// Rows of the data, whatever their dtype, into a batch; and the weight and the cotangent of each.
+template <class T>
+struct TakeJob {
+    struct Part {
+        const char* from;
+        char* to;
+        int64_t width, size;  // numbers in a row, bytes of each
+    } x, context;
+    const int64_t* rows;    // [batch]
+    const double* weights;  // of all rows, or null: ones
+    double mass;            // cotangents are -weight / mass
+    double* weight;         // [batch]
+    T* cotangent;           // [batch]
+    int64_t count;          // batch times the numbers of x, of the context, and one
+};
+
+// The loss, -weight * (value + *shared), of each slice of rows.
+template <class T>
+struct LossJob {
+    const T* value;
+    const double *weight, *shared;
+    double* out;  // [slices]
+    int64_t rows, slice, count;
+};
+
+// The gradient in each entry of the master from its sum and that of the cotangents.
+template <class T>
+struct EntryJob {
+    WeightsView<T> weights;
+    const double* sums;
+    const T* master;
+    T* out;
+    int64_t count;
+};
+
+// Sums of (g + l2 w)^2 over every count-th entry.
+template <class T>
+struct SquaresJob {
+    const T *gradient, *master;
+    T l2;
+    int64_t size;
+    double* out;
+    int64_t count;
+};
+
+// What a step must know before it may begin: whether the loss is a number, and the factor on the gradient. Once it was none, no step is
+// made until `halted` is set back: so the host need not look at each loss.
+template <class T>
+struct JudgeJob {
+    const double *loss, *squares;  // null: no norm to clip at
+    double clip_norm;
+    T* scale;
+    int* halted;
+    int64_t count;
+};
+
+template <class T>
+struct AdamJob {
+    AdamStep<T> step;  // but for the scale
+    const T *scale, *gradient;
+    const int* halted;
+    T *master, *first, *second;
+    int64_t count;
+};
+
+// The weights where stages read them: of two directions, see sources_of.
+template <class T>
+struct RepackJob {
+    const T* master;
+    T* to[2];
+    const uint32_t* sources[2];
+    uint32_t nothing;     // the source of an entry that stays as it is
+    int64_t size, count;  // of the first; of both
+};
+
+// A weight that all rows share a scale by: on the diagonal of a Linear, |w|; of a norm, e^w * factor, which stages read at `scale`.
+template <class T>
+struct SharedScale {
+    int64_t entry;
+    double factor;
+    T* scale[2];  // of two directions; null for a Linear
+};
+template <class T>
+struct ScaleJob {
+    const SharedScale<T>* scales;
+    const T* master;
+    double* out;  // [count] logarithms, but for those of the factors
+    int64_t count;
+};
+
+}  // namespace fastmaf

@@ -1,0 +1,317 @@
+// Training on a device, over the runtime of runtime.cpp: beside the trainer of the CPU, in parts, and when something is missing.
+#include <algorithm>
+#include <memory>
+#include <random>
+
+#include "device.hpp"
+
+namespace {
+
+// A Linear and a norm in front, whose scales all rows share.
+FlowSpec scaled(int features, int context) {
+    FlowSpec spec = small(features, context);
+    StageSpec linear, norm;
+    linear.output = Output::linear;
+    norm.output = Output::norm;
+    for (int i = 0; i < features; ++i) {
+        linear.variable.push_back((i + 2) % features);
+        norm.variable.push_back(i);
+        norm.mean.push_back(0.1 * i);
+        norm.var.push_back(0.5 + 0.1 * i);
+    }
+    norm.trainable = true;
+    norm.eps = 1e-3;
+    spec.stages.insert(spec.stages.begin(), {linear, norm});
+    return spec;
+}
+
+struct Course {
+    const char* name;
+    FlowSpec spec;
+    AdamSettings settings;
+    bool weighted;
+};
+
+std::vector<Course> courses() {
+    AdamSettings careful;
+    careful.l2 = 1e-2;
+    careful.weight_decay = 0.1;
+    careful.clip_norm = 0.5;
+    AdamSettings blunt;  // a small eps would follow the rounding of gradients that are zero
+    blunt.eps = careful.eps = 1e-3;
+    return {{"small", small(5, 2), blunt, false},
+            {"rich", rich(4, 2), careful, true},
+            {"without context", small(3, 0), careful, false},
+            {"scaled", scaled(4, 1), careful, true}};
+}
+
+constexpr int64_t kBatch = 600;  // more rows than may go together where memory is short
+
+template <class T>
+struct Session {
+    static constexpr int64_t kRows = 1100;
+    std::shared_ptr<Weights<T>> weights;
+    std::vector<T> start;
+    Reals x, context, shares;
+    std::vector<int64_t> order;
+    AdamSettings settings;
+    double mean = 0;
+    int64_t done = 0;
+
+    explicit Session(const Course& course) : weights(std::make_shared<Weights<T>>(course.spec)), settings(course.settings) {
+        std::mt19937 rng(3);
+        std::normal_distribution<double> normal;
+        const int features = course.spec.features;
+        start.resize(size_t(weights->plan().parameter_count()));
+        for (T& p : start) p = T(0.3 * normal(rng));
+        if (course.spec.stages[0].output == Output::linear)
+            for (int i = 0; i < features; ++i) start[size_t(features * features + i * features + i)] += 1;  // pivots
+        x.resize(size_t(kRows * features));
+        context.resize(size_t(kRows * course.spec.context));
+        for (double& v : x) v = normal(rng);
+        for (double& v : context) v = normal(rng);
+        if (course.weighted)
+            for (int64_t i = 0; i < kRows; ++i) shares.push_back(0.5 + double(i % 4));
+        order.resize(size_t(kRows) - 30);
+        std::vector<int64_t> all(size_t{kRows});
+        shuffle(9, 3, 0, kRows, all.data());
+        std::copy_n(all.begin(), order.size(), order.begin());
+        mean = course.weighted ? 2 : 1;
+        reset();
+    }
+    void reset() { weights->set_parameters(start.data()); }
+
+    Batch rows() const {
+        Batch batch;
+        batch.inner = kRows;
+        batch.x = rows_of(x.data(), weights->plan().features());
+        batch.context = rows_of(context.data(), weights->plan().context());
+        return batch;
+    }
+    const double* weights_of_rows() const { return shares.empty() ? nullptr : shares.data(); }
+
+    // A trainer of a copy of the weights, with the rows.
+    std::unique_ptr<device::Trainer<T>> on_device(int device = 0) const {
+        auto trainer = std::make_unique<device::Trainer<T>>(std::make_shared<Weights<T>>(*weights), device, settings);
+        trainer->set_rows(rows(), weights_of_rows(), {});
+        return trainer;
+    }
+    std::unique_ptr<Trainer<T>> on_host() const {
+        return std::make_unique<Trainer<T>>(std::vector<std::shared_ptr<Weights<T>>>{std::make_shared<Weights<T>>(*weights)}, false,
+                                            settings);
+    }
+    double epoch(device::Trainer<T>& trainer, int64_t batch_size, double rate, const Poll& poll = {}) {
+        const Reals rates(order.size(), rate);
+        return trainer.epoch(order.data(), int64_t(order.size()), batch_size, rates.data(), mean, done, poll);
+    }
+    double epoch(Trainer<T>& trainer, int64_t batch_size, double rate) {
+        Batch batch = rows();
+        batch.index = order.data();
+        batch.inner = int64_t(order.size());
+        const Reals rates(order.size(), rate);
+        return trainer.epoch(batch, weights_of_rows(), batch_size, rates.data(), mean, done, {});
+    }
+};
+
+template <class T>
+struct State {
+    std::vector<T> parameters, first, second;
+    int64_t steps;
+    template <class Any>
+    explicit State(const Any& trainer)
+        : parameters(size_t(trainer.parameter_count())), first(parameters), second(parameters), steps(trainer.steps()) {
+        trainer.get_parameters(parameters.data());
+        trainer.get_moments(first.data(), second.data());
+    }
+    template <class Any>
+    void give(Any& trainer) const {
+        trainer.set_parameters(parameters.data());
+        trainer.set_moments(first.data(), second.data());
+        trainer.set_steps(steps);
+    }
+    bool operator==(const State& o) const {
+        return parameters == o.parameters && first == o.first && second == o.second && steps == o.steps;
+    }
+};
+
+template <class T>
+double distance(const std::vector<T>& a, const std::vector<T>& b) {
+    double worst = 0;
+    for (size_t i = 0; i < a.size(); ++i) worst = std::max(worst, std::fabs(double(a[i]) - double(b[i])));
+    return a.size() == b.size() && std::isfinite(worst) ? worst : INFINITY;
+}
+
+// Ends where the CPU ends, in the same bits every time, whatever it is cut into.
+template <class T>
+void beside_the_cpu(const Course& course) {
+    Session<T> of(course);
+    const auto host = of.on_host();
+    const auto trainer = of.on_device(), other = of.on_device(1);
+    // Twelve steps at a rate of 1e-2 with an eps that bounds what a step makes of an error in the gradient.
+    const double limit = sizeof(T) == 4 ? 2e-4 : 1e-11;
+    bool close = true;
+    std::unique_ptr<State<T>> half;
+    for (int epoch = 0; epoch < 4; ++epoch) {
+        const double expected = of.epoch(*host, kBatch, 1e-2), made = of.epoch(*trainer, kBatch, 1e-2),
+                     again = of.epoch(*other, kBatch, 1e-2);
+        close = close && of.done == 2 && std::fabs(made - expected) <= 1100 * limit && made == again;
+        if (epoch == 1) half = std::make_unique<State<T>>(*trainer);
+    }
+    const State<T> end(*trainer), of_host(*host);
+    const bool right = close && distance(end.parameters, of_host.parameters) <= limit && distance(end.first, of_host.first) <= limit &&
+                       end.steps == of_host.steps;
+    if (!right)
+        std::fprintf(stderr, "%s, %d bytes: parameters %g, moments %g\n", course.name, int(sizeof(T)),
+                     distance(end.parameters, of_host.parameters), distance(end.first, of_host.first));
+    CHECK(right);
+    CHECK(State<T>(*other) == end);
+    // What comes out of the middle goes on to the same end, in as little memory as there may be; and on the CPU.
+    bool enough = true;
+    for (int64_t bytes = int64_t(16) << 20; enough; bytes = bytes * 3 / 4) {
+        const auto resumed = of.on_device();
+        half->give(*resumed);
+        runtime_limit(bytes);
+        const std::string error = error_of([&] {
+            of.epoch(*resumed, kBatch, 1e-2);
+            of.epoch(*resumed, kBatch, 1e-2);
+        });
+        runtime_limit(int64_t(1) << 40);
+        enough = error.empty();
+        CHECK(enough ? State<T>(*resumed) == end : contains(error, "is out of memory"));
+    }
+    const auto on_host = of.on_host();
+    half->give(*on_host);
+    of.epoch(*on_host, kBatch, 1e-2);
+    of.epoch(*on_host, kBatch, 1e-2);
+    CHECK(distance(State<T>(*on_host).parameters, end.parameters) <= limit);
+    // Densities under the weights as they are.
+    std::vector<T> values(size_t{Session<T>::kRows}), expected(values);
+    trainer->log_prob(of.rows(), values.data(), {});
+    of.weights->set_parameters(end.parameters.data());
+    log_prob<T>(*of.weights, of.rows(), expected.data(), {});
+    CHECK(distance(values, expected) <= (sizeof(T) == 4 ? 1e-4 : 1e-11));
+    trainer->set_parameters(of.start.data());
+    of.reset();
+    trainer->log_prob(of.rows(), values.data(), {});
+    log_prob<T>(*of.weights, of.rows(), expected.data(), {});
+    CHECK(distance(values, expected) <= (sizeof(T) == 4 ? 1e-4 : 1e-11));
+}
+
+// Two trainers with half of a batch each, whose gradients are summed up between the halves of a step, are one with all of it.
+void in_two_places() {
+    Session<double> of(courses()[1]);
+    const int64_t rows = int64_t(of.order.size()), half = rows / 2;
+    const double mass = double(rows) * of.mean;
+    const auto whole = of.on_device(), first = of.on_device(), second = of.on_device(1);
+    whole->set_order(of.order.data(), rows);
+    first->set_order(of.order.data(), half);
+    second->set_order(of.order.data() + half, rows - half);
+    double sum = 0, parts = 0, others = 0;
+    for (int step = 0; step < 3; ++step) {
+        whole->grad(0, rows, mass);
+        whole->apply(1e-2);
+        first->grad(0, half, mass);
+        second->grad(0, rows - half, mass);
+        const device::StepArrays<double> a = first->arrays(), b = second->arrays();
+        device::synchronize(0, a.stream);
+        device::synchronize(1, b.stream);
+        for (int64_t i = 0; i < a.size; ++i) a.gradient[i] = b.gradient[i] = a.gradient[i] + b.gradient[i];
+        *a.loss = *b.loss = *a.loss + *b.loss;
+        first->apply(1e-2);
+        second->apply(1e-2);
+    }
+    CHECK(whole->look(sum) == 3 && first->look(parts) == 3 && second->look(others) == 3);
+    CHECK(std::fabs(sum - parts) < 1e-9 && parts == others);
+    const State<double> end(*whole), one(*first);
+    CHECK(one == State<double>(*second) && distance(one.parameters, end.parameters) < 1e-12);
+}
+
+void when_something_is_wrong() {
+    Session<float> of(courses()[0]);
+    const auto trainer = of.on_device(), same = of.on_device();
+    const auto host = of.on_host();
+    // A step too far: the next loss is no number, and no step is made behind it.
+    Reals rates(of.order.size(), 1e-3);
+    rates[3] = 1e30;
+    int64_t done = 0, of_host = 0;
+    const double sum = trainer->epoch(of.order.data(), int64_t(of.order.size()), 50, rates.data(), 1, done, {});
+    Batch batch = of.rows();
+    batch.index = of.order.data();
+    batch.inner = int64_t(of.order.size());
+    host->epoch(batch, nullptr, 50, rates.data(), 1, of_host, {});
+    CHECK(done == of_host && done == 4 && std::isfinite(sum) && trainer->steps() == 4);
+    same->epoch(of.order.data(), 200, 50, rates.data(), 1, done, {});
+    CHECK(done == 4 && State<float>(*same) == State<float>(*trainer));
+    State<float>(*of.on_device()).give(*trainer);
+    CHECK(std::isfinite(of.epoch(*trainer, 50, 1e-3)) && of.done == 22);
+
+    // A poll that throws; the order of the rows; statistics.
+    const Poll impatient = [] { throw std::runtime_error("enough"); };
+    CHECK(error_of([&] {
+              for (;;) of.epoch(*trainer, 1, 1e-3, impatient);
+          }) == "enough");
+    const int64_t beyond[] = {3, 1100};
+    bool refused = false;
+    try {
+        trainer->set_order(beyond, 2);
+    } catch (const std::invalid_argument& error) { refused = contains(error.what(), "row 1100 is not among the 1100 rows"); }
+    CHECK(refused);
+    Session<double> norms(courses()[3]);
+    const auto other = norms.on_device();
+    norms.epoch(*other, kBatch, 1e-2);
+    const Reals mean{0.3, 0.2, 0.1, 0}, var{2, 1, 3, 0.5};
+    const State<double> before(*other);
+    other->set_statistics(1, mean.data(), var.data());
+    CHECK(State<double>(*other) == before);
+    norms.weights->set_parameters(before.parameters.data());
+    norms.weights->set_statistics(1, mean.data(), var.data());
+    Reals values(1100), expected(1100);
+    other->log_prob(norms.rows(), values.data(), {});
+    log_prob<double>(*norms.weights, norms.rows(), expected.data(), {});
+    CHECK(distance(values, expected) < 1e-11);
+    const auto beside = norms.on_host();
+    before.give(*beside);
+    CHECK(std::fabs(norms.epoch(*other, kBatch, 1e-2) - norms.epoch(*beside, kBatch, 1e-2)) < 1e-9);
+    CHECK(distance(State<double>(*other).parameters, State<double>(*beside).parameters) < 1e-11);
+
+    FlowSpec of_batch = courses()[3].spec;
+    of_batch.stages[1].of_batch = true;
+    refused = false;
+    try {
+        device::Trainer<double>(std::make_shared<Weights<double>>(of_batch), 0, {});
+    } catch (const std::invalid_argument&) { refused = true; }
+    CHECK(refused);
+    CHECK(contains(error_of([&] { of.on_device(2); }), "there is no cuda:2 here; GPUs: 2"));
+
+    // Memory and the device.
+    runtime_limit(3000);
+    CHECK(contains(error_of([&] { of.on_device(); }), "is out of memory"));
+    runtime_limit(20000);
+    const auto late = [&] { of.epoch(*trainer, 600, 1e-3); };
+    CHECK(contains(error_of(late), "is out of memory"));
+    runtime_limit(int64_t(1) << 40);
+    late();
+    CHECK(of.done == 2);
+    runtime_break(cudaErrorIllegalAddress);
+    CHECK(contains(error_of(late), "the device is lost to this process"));
+}
+
+}  // namespace
+
+int main() {
+    for (const Course& course : courses()) {
+        beside_the_cpu<float>(course);
+        beside_the_cpu<double>(course);
+    }
+    in_two_places();
+    when_something_is_wrong();
+    CHECK(runtime_blocks() == 0);  // nothing stays
+    {
+        runtime_pools(false);
+        beside_the_cpu<double>(courses()[0]);
+        runtime_pools(true);
+    }
+    CHECK(runtime_blocks() == 0);
+    std::printf("%d passed, %d failed\n", passed, failed);
+    return failed ? 1 : 0;
+}
