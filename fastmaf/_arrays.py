@@ -90,6 +90,11 @@ def real(name: str, value: Any, device: str = "cpu", names: Sequence[str] | None
     return cast("Array", value.astype(np.float64 if value.dtype.kind == "f" else value.dtype.newbyteorder("=")))
 
 
+def fetched(name: str, value: Any, device: str) -> Any:
+    """A copy on the host of an array of this GPU; anything else as it is."""
+    return cast("Any", real(name, value, device)).host() if _device.is_on_device(name, value) else value
+
+
 def _foreign(name: str, value: Any, device: str, names: Sequence[str] | None) -> Any:
     """What is no plain ndarray, as one, or as a `_device.DeviceArray`; without a copy where that can be."""
     if isinstance(value, _device.DeviceArray):

@@ -150,6 +150,18 @@ class DeviceArray:
         """What `_core.DeviceFlow` takes."""
         return int(self.address or 0), self.dtype.name, list(self.shape), list(self.strides)
 
+    def host(self) -> NDArray[Any]:
+        """A copy on the host, behind what its stream still has to do."""
+        from fastmaf import _core
+
+        if not self.size:
+            return np.empty(self.shape, self.dtype)
+        low, high = self.span()
+        memory = np.empty(high - low, np.uint8)
+        _core.copy_to_host(self.device, low, memory, self.stream)
+        result: NDArray[Any] = np.ndarray(self.shape, self.dtype, memory.data, int(self.address) - low, self.strides)
+        return result
+
     def empty(self, shape: Shape, dtype: np.dtype[Any]) -> DeviceArray:
         """A new array of the same kind in the same place."""
         return DeviceArray("out", _empty(_maker(self.kind), self.device, shape, dtype), self.device)

@@ -1075,8 +1075,9 @@ class Flow:
             (behind the bounds; added if there is none, left alone if it is not the identity), and into that of the context. Likelihoods
             stay in the units of the data. Later fits keep it, or replace it with ``"again"``. With ``"full"`` a `Linear` behind it begins
             as the map that makes the columns uncorrelated, and is trained with the rest: for columns that nearly follow from each other.
-        device : {"auto", "cpu"}
-            ``"auto"`` is the device of the flow; with ``"cpu"`` a flow on a GPU is trained there, and stays on the GPU.
+        device : {"auto", "cpu", "cuda", "cuda:0", "cuda:1", ...}
+            Where the steps are made; ``"auto"`` is the device of the flow, which stays where it is. A GPU holds all rows, and takes arrays
+            of its own too, which are copied to the host once to be judged.
         seed : int, numpy.random.Generator or SeedSequence, optional
             For the validation split and the shuffling. None draws one, or takes that of the checkpoint which is resumed; it is found in
             ``flow.training["settings"]["seed"]``.
@@ -1111,7 +1112,9 @@ class Flow:
             data are no integers in range; if weights are negative or all zero; if an argument is out of range; if a batch norm would see
             batches of one row; if the checkpoint exists and is not to be resumed, or is that of another fit.
         RuntimeError
-            If the flow is changed meanwhile, by the callback for instance.
+            If the flow is changed meanwhile, by the callback for instance; if the device is absent here, or its memory is not enough.
+        NotImplementedError
+            On a GPU, where `BatchNorm` layers of kind "batch" and ensembles are not trained.
 
         Warns
         -----

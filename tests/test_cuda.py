@@ -236,19 +236,6 @@ def test_rows_beyond_halves_are_computed_as_without(precision):
             assert value == 2.5 or not later.any() or np.array_equal(density[j], highest.log_prob(x)[j], equal_nan=True)
 
 
-@needs_device
-def test_training_says_where_it_runs():
-    flow = fastmaf.MAF(features=2).to("cuda")
-    x = np.random.default_rng(0).normal(size=(100, 2))
-    with pytest.raises(
-        NotImplementedError, match=r'training on cuda:0 is to come: flow = flow.to\("cpu"\), or flow.fit\(..., device="cpu"\)'
-    ):
-        flow.fit(x)
-    before = flow.log_prob(x)
-    flow.fit(x, device="cpu", max_epochs=2, validation=0)
-    assert flow.device == "cuda:0" and flow.training["epochs"] == 2 and not np.array_equal(flow.log_prob(x), before)
-
-
 FORMS = [
     ((9, 7), (1,)),
     ((9, 7), (9, 1)),

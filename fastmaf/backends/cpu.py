@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["backend", "pack", "unsupported"]
+__all__ = ["TrainerState", "backend", "pack", "unsupported"]
 
 
 def _read(flow: FlowRecord) -> _core.Flow | str:
@@ -47,8 +47,32 @@ def unsupported(flow: FlowRecord) -> str | None:
     return packed if isinstance(packed, str) else None
 
 
-class _Engine:
+class TrainerState:
+    """What a trainer of the core keeps from step to step, as a checkpoint has it."""
+
+    _flow: FlowRecord
+    _trainer: _core._TrainerState
+
+    def parameters(self) -> Array:
+        return self._trainer.parameters()
+
+    def set_parameters(self, parameters: Array) -> None:
+        self._trainer.set_parameters(np.ascontiguousarray(parameters, self._flow.dtype))
+
+    def state(self) -> dict[str, Array]:
+        first, second = self._trainer.moments()
+        return {"parameters": self.parameters(), "first_moment": first, "second_moment": second, "step": np.array(self._trainer.steps)}
+
+    def load_state(self, state: dict[str, Array]) -> None:
+        self.set_parameters(state["parameters"])
+        self._trainer.set_moments(*(np.ascontiguousarray(state[name], self._flow.dtype) for name in ("first_moment", "second_moment")))
+        self._trainer.steps = int(state["step"])
+
+
+class _Engine(TrainerState):
     """Trains a packed flow, or several with different masks over the same weights; see `fastmaf.train`."""
+
+    _trainer: _core.Trainer
 
     def __init__(
         self,
@@ -116,21 +140,6 @@ class _Engine:
             return np.asarray(out[0])
         mean: Array = np.logaddexp.reduce(out.astype(np.float64), axis=0) - math.log(len(out))
         return mean.astype(out.dtype)
-
-    def parameters(self) -> Array:
-        return self._trainer.parameters()
-
-    def set_parameters(self, parameters: Array) -> None:
-        self._trainer.set_parameters(np.ascontiguousarray(parameters, self._flow.dtype))
-
-    def state(self) -> dict[str, Array]:
-        first, second = self._trainer.moments()
-        return {"parameters": self.parameters(), "first_moment": first, "second_moment": second, "step": np.array(self._trainer.steps)}
-
-    def load_state(self, state: dict[str, Array]) -> None:
-        self.set_parameters(state["parameters"])
-        self._trainer.set_moments(*(np.ascontiguousarray(state[name], self._flow.dtype) for name in ("first_moment", "second_moment")))
-        self._trainer.steps = int(state["step"])
 
 
 class _Cpu:

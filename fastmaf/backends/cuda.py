@@ -1,7 +1,7 @@
 """The CUDA kernels as a backend: flows are packed as for the compiled core, and copied to a device when first used there.
 
 Arrays of the host are streamed; arrays of a device are used in place, on the caller's stream.  Densities in float32 multiply halves on
-tensor cores unless the precision is "highest", gradients never; training is left to the cpu.
+tensor cores unless the precision is "highest"; gradients and training never do.
 """
 
 from __future__ import annotations
@@ -9,12 +9,17 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fastmaf import _core
 from fastmaf._device import DeviceArray, finished, index_of
-from fastmaf.backends.cpu import pack, unsupported
+from fastmaf.backends.cpu import TrainerState, pack, unsupported
+from fastmaf.layers import BatchNorm
 from fastmaf.record import FlowRecord
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from numpy.typing import NDArray
 
     Array = NDArray[Any]
@@ -41,6 +46,55 @@ def _where(out: Any, *inputs: Any) -> tuple[Any, int | None]:
         return out, None
     finished(*inputs, stream=out.stream)
     return out.address, out.stream
+
+
+class _Engine(TrainerState):
+    """Trains a flow on a device, where the rows lie too; see `fastmaf.train`."""
+
+    _trainer: _core.DeviceTrainer
+
+    def __init__(
+        self,
+        flow: FlowRecord,
+        device: int,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        l2: float = 0.0,
+        weight_decay: float = 0.0,
+        clip_norm: float | None = None,
+    ) -> None:
+        self._flow, self._packed = flow, pack(flow).copy()
+        self._trainer = _core.DeviceTrainer(self._packed, device, *betas, eps, l2, weight_decay, clip_norm or 0.0)
+        self._held: tuple[Any, ...] = ()
+
+    def epoch(
+        self,
+        x: Array,
+        context: Array | None,
+        weights: Array | None,
+        rows: Array,
+        batch_size: int,
+        lr: Array,
+        mean_weight: float,
+        poll: Callable[[], None] | None = None,
+    ) -> tuple[float, int]:
+        """As on the CPU. Arrays go to the device, unless they are those of the last call, whose numbers must be the same then."""
+        given = (x, context, weights)
+        if len(self._held) != len(given) or any(new is not old for new, old in zip(given, self._held, strict=True)):
+            self._held = ()
+            self._trainer.set_rows(*given)
+            self._held = given
+        return self._trainer.epoch(rows, batch_size, lr, mean_weight, poll)
+
+    def log_prob(self, x: Array, context: Array | None) -> Array:
+        out = np.empty(len(x), self._flow.dtype)
+        self._trainer.log_prob(x, context, out)
+        return out
+
+    def set_statistics(self, statistics: Sequence[tuple[Array, Array]]) -> None:
+        for stage, (mean, var) in zip(self._packed.norms(), statistics, strict=True):
+            self._trainer.set_statistics(stage, np.ascontiguousarray(mean, np.float64), np.ascontiguousarray(var, np.float64))
 
 
 class _Cuda:
@@ -95,8 +149,15 @@ class _Cuda:
         if stream is not None and isinstance(dcontext, DeviceArray) and dcontext.stream != stream:  # where the caller looks for it
             _core.synchronize(self._device, stream)
 
-    def trainer(self, flow: FlowRecord, **options: Any) -> Any:
-        raise NotImplementedError("the cuda backend has no training yet; it runs on the cpu: flow.fit(..., device='cpu')")
+    def trainer(self, flow: FlowRecord, *, members: Sequence[FlowRecord] | None = None, **options: Any) -> _Engine:
+        if members is not None:
+            raise NotImplementedError('the cuda backend has no training of ensembles: fit(..., device="cpu")')
+        if any(isinstance(layer, BatchNorm) and layer.statistics == "batch" for layer in flow.layers):
+            raise NotImplementedError(
+                "the cuda backend has no training with the statistics of batches: a MAF with batch_norm trains on the CPU, "
+                'fit(..., device="cpu")'
+            )
+        return _Engine(flow, self._device, **options)
 
 
 @functools.cache

@@ -248,7 +248,7 @@ def drawn(draw: Callable[[int], ArrayLike], epoch: int, shape: tuple[int, ...], 
     if x.shape != shape:
         raise ValueError(f"{name} has shape {_words.shapes(x.shape)}; x(0) has shape {_words.shapes(shape)}")
     _check(name, x, record.layers, _counts(record), record.names)
-    return x
+    return x[:]  # one array may come again, with other numbers: to who keeps the last one, it is another object
 
 
 # Standardisation

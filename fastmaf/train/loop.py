@@ -6,6 +6,7 @@ checkpoint needs no more than the engine's state at the end of an epoch.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import math
@@ -239,23 +240,24 @@ def fit(
         raise ValueError(
             f"checkpoint_every is {_words.shown(checkpoint_every)}; it must be positive: an int counts epochs, a float seconds"
         )
-    where = flow.device if isinstance(device, str) and device == "auto" else flow.to(device).device
-    if where != "cpu":
-        raise NotImplementedError(f'training on {where} is to come: flow = flow.to("cpu"), or flow.fit(..., device="cpu")')
     if members is not None and standardize == "full":
         raise ValueError("standardize is 'full', which an ensemble of masks has no layer for; leave it at True")
-    record, backend = (flow if flow.device == "cpu" else flow.to("cpu"))._ready()
+    there = flow if isinstance(device, str) and device == "auto" else flow.to(device)
+    record, backend = there._ready()
+    labelled = x
+    if there.device != "cpu":
+        x, context, weights, held_out = _fetched(there.device, x, context, weights, held_out)
 
     first_x = _first_of(x) if callable(x) else x
     train, held = data.split(record, first_x, context, weights, held_out, settings["seed"], callable(x))
     apart = held if settings["validation"] == "given" else None
     start, notes = data.standardised(record, train, settings["standardize"], apart)
     backend = runner(start, backend)
-    if record.names is None and _tables.has_other_labels(x):
+    if record.names is None and _tables.has_other_labels(labelled):
         notes.append(
             "x has column labels that cannot be names (text, all different), so that columns go by place: rename them, or x.to_numpy()"
         )
-    if weights is None and _tables.is_weighted(x):
+    if weights is None and _tables.is_weighted(labelled):
         notes.append("x has weights of its own, which a fit takes only if they are given: weights=x.get_weights(), or np.ones(len(x))")
     if apart is not None and (few := data.uneven("validation weights", apart.weights)):
         notes.append(few)
@@ -267,7 +269,7 @@ def fit(
     if checkpoint is not None:
         flows = None if members is None else [member.record for member in members.flows]
         redrawn = members is not None and members.draw is not None
-        store = Store(checkpoint, fingerprint(record, backend.name, settings, train, held, flows, redrawn))
+        store = Store(checkpoint, fingerprint(record, _lineage(backend), settings, train, held, flows, redrawn))
         saved = store.load(resume)
     if saved:
         with _codec.reading_checkpoint(checkpoint):
@@ -306,6 +308,33 @@ def fit(
     for note in run.complaints():
         _words.warn(note, FitWarning)
     return run.history
+
+
+def _fetched(device: str, x: Any, context: Any, weights: Any, held_out: Any) -> tuple[Any, ...]:
+    """The arrays, those of this GPU copied to the host, where they are judged; all others as they are."""
+
+    def fetched(name: str, value: Any) -> Any:
+        return _arrays.fetched(name, value, device)
+
+    if callable(x):
+        draw = x
+
+        @functools.wraps(draw, updated=())
+        def drawn(epoch: int) -> Any:
+            return fetched(f"x({epoch})", draw(epoch))
+
+        x = drawn
+    else:
+        x = fetched("x", x)
+    if isinstance(held_out, tuple):
+        names = ("validation x", "validation context", "validation weights")
+        held_out = tuple(fetched(name, value) for name, value in zip(names, held_out, strict=False))
+    return x, fetched("context", context), fetched("weights", weights), held_out
+
+
+def _lineage(backend: Backend) -> str:
+    """Under which name checkpoints know a backend: a fit may go on on another device."""
+    return "cpu" if backend.name == "cuda" else backend.name
 
 
 def _first_of(draw: Callable[[int], ArrayLike]) -> ArrayLike:
