@@ -1114,7 +1114,7 @@ class Flow:
         RuntimeError
             If the flow is changed meanwhile, by the callback for instance; if the device is absent here, or its memory is not enough.
         NotImplementedError
-            On a GPU, where `BatchNorm` layers of kind "batch" and ensembles are not trained.
+            On a GPU, where `BatchNorm` layers of kind "batch" are not trained.
 
         Warns
         -----

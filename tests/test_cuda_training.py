@@ -175,6 +175,24 @@ def test_arrays_of_the_device(framework):
         flow.fit(framework.put(np.where(np.arange(3 * ROWS).reshape(-1, 3) == 10, np.nan, x)), CONTEXT)
 
 
+@pytest.mark.parametrize("resample", [False, True])
+@pytest.mark.parametrize("conditional", ["bernoulli", "mixture"])
+def test_ensembles_end_where_those_of_the_cpu_end(conditional, resample, tmp_path):
+    x = BITS[:ROWS] if conditional == "bernoulli" else BENT[:ROWS]
+    options = {"max_epochs": 3, "batch_size": 90, "lr": 1e-2, "seed": 2, "resample": resample, "clip_norm": 1.0, "weight_decay": 0.1}
+
+    def fit(device, **more):
+        ensemble = fastmaf.MADE(x.shape[1], conditional, hidden_features=(12,), masks=4, seed=1, dtype="float64")
+        return ensemble, ensemble.fit(x, device=device, **{**options, **more})
+
+    (here, history), (there, other) = fit("cpu"), fit("cuda")
+    assert there.device == "cpu" and np.allclose(there.parameters(), here.parameters(), rtol=1e-8, atol=1e-10)
+    assert other.train == pytest.approx(history.train, rel=1e-9) and other.validation == pytest.approx(history.validation, rel=1e-9)
+    assert np.allclose(there.log_prob(x), here.log_prob(x), rtol=1e-8)
+    fit("cuda", max_epochs=2, checkpoint=tmp_path / "c")
+    assert np.array_equal(fit("cuda", checkpoint=tmp_path / "c", resume=True)[0].parameters(), there.parameters())
+
+
 def test_a_callable_may_use_one_array_again():
     results, buffer = [], np.empty((ROWS, 3))
 
@@ -194,6 +212,4 @@ def test_what_is_not_trained_there_says_so():
         fastmaf.MAF(3, batch_norm=True).fit(BENT, device="cuda")
     said = str(error.value)
     assert "a MAF with batch_norm trains on the CPU" in said and 'fit(..., device="cpu")' in said
-    with pytest.raises(NotImplementedError) as error:
-        fastmaf.MADE(5, "bernoulli", masks=3).fit(BITS, device="cuda")
-    assert 'has no training of ensembles: fit(..., device="cpu")' in str(error.value)
+    assert fastmaf.MAF(3, batch_norm=True).to("cuda").fit(BENT, device="cpu", max_epochs=1).train

@@ -90,8 +90,8 @@ private:
     std::unique_ptr<FlowState<T>> state_;
 };
 
-// Where what a step needs of several trainers is summed up between its halves: the gradient, in an order that all copies of a flow
-// share, and the loss. What is enqueued on the stream is in time.
+// Where what a step needs of several trainers is summed up between its halves: the gradient, in the order of the flat parameters, and the
+// loss. What is enqueued on the stream is in time.
 template <class T>
 struct StepArrays {
     T* gradient;
@@ -103,17 +103,18 @@ struct StepArrays {
 template <class T>
 struct TrainerState;
 
-// The trainer of cpu/backend.hpp on a device, for one flow without statistics of batches; results are those of the CPU to rounding, and the
+// The trainer of cpu/backend.hpp on a device, for flows without statistics of batches; results are those of the CPU to rounding, and the
 // same bits from run to run. The rows lie there too.
 template <class T>
 class Trainer {
 public:
     using Value = T;
 
-    Trainer(std::shared_ptr<Weights<T>> weights, int device, const AdamSettings& settings);
+    Trainer(const std::vector<std::shared_ptr<Weights<T>>>& members, bool shared, int device, const AdamSettings& settings);
     ~Trainer();
     Trainer(const Trainer&) = delete;
     Trainer& operator=(const Trainer&) = delete;
+    void set_members(const std::vector<std::shared_ptr<Weights<T>>>& members);  // of a shared trainer
 
     // Rows of the host, to which later calls refer by number; weights [rows] may be null.
     void set_rows(const Batch& rows, const double* weights, const Poll& poll);
@@ -131,7 +132,7 @@ public:
     void apply(double rate);
     int64_t look(double& sum);
 
-    void log_prob(const Batch& batch, T* out, const Poll& poll);  // under the weights as they are, of arrays of the host
+    void log_prob(size_t member, const Batch& batch, T* out, const Poll& poll);  // under the weights as they are, of arrays of the host
     int features() const;
     int64_t parameter_count() const;
     void get_parameters(T* parameters) const;

@@ -133,7 +133,7 @@ void FlowState<T>::no_gradients(const Batch& batch, const Gradients<T>& out, con
 
 template <class T>
 void FlowState<T>::differentiate(const Batch& batch, const Rows& cotangent, const Gradients<T>& out, const Place& place, const Poll& poll) {
-    check_process();
+    check_process(*station);
     const Current current(station->device);
     const PlainFloats floats;
     const int64_t rows = batch.rows(), parameters = weights->plan().parameter_count();

@@ -120,7 +120,7 @@ void FlowState<T>::stream_job(cuda::Operation operation, const Job<T>& job, bool
 template <class T>
 void FlowState<T>::run(cuda::Operation operation, const Job<T>& job, int64_t outer, int64_t inner, const Place& place, const Poll& poll) {
     if (job.rows == 0) return;
-    check_process();
+    check_process(*station);
     const Current current(station->device);
     const PlainFloats floats;
     const bool shared = weights->plan().context() > 0 && shares_context(job.context.rows, outer, inner);

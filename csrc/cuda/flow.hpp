@@ -63,12 +63,6 @@ struct FlowState {
     const GradientView<T>& gradient_view();
     const WeightsView<T>& weights_view();
 
-    // Before anything is asked of the device.
-    void check_process() const {
-        if (station->process != getpid())
-            throw Error("CUDA does not survive a fork: this process was forked after a flow was used on a GPU; spawn it instead");
-    }
-
     void run(cuda::Operation operation, const Job<T>& job, int64_t outer, int64_t inner, const Place& place, const Poll& poll);
     void launch(cuda::Operation operation, Job<T> job, bool shared, cudaStream_t stream);
     // Of arrays of the host, which `job` holds.

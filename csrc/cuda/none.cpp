@@ -52,7 +52,7 @@ template <class T>
 struct TrainerState {};
 
 template <class T>
-Trainer<T>::Trainer(std::shared_ptr<Weights<T>>, int, const AdamSettings&) {
+Trainer<T>::Trainer(const std::vector<std::shared_ptr<Weights<T>>>&, bool, int, const AdamSettings&) {
     throw Error(kReason);
 }
 template <class T>
@@ -78,7 +78,9 @@ int64_t Trainer<T>::look(double&) {
     return 0;
 }
 template <class T>
-void Trainer<T>::log_prob(const Batch&, T*, const Poll&) {}
+void Trainer<T>::log_prob(size_t, const Batch&, T*, const Poll&) {}
+template <class T>
+void Trainer<T>::set_members(const std::vector<std::shared_ptr<Weights<T>>>&) {}
 template <class T>
 int Trainer<T>::features() const {
     return 0;

@@ -136,6 +136,12 @@ struct Station {
     static std::shared_ptr<Station> of(int device);
 };
 
+// Before anything is asked of the device.
+inline void check_process(const Station& station) {
+    if (station.process != getpid())
+        throw Error("CUDA does not survive a fork: this process was forked after a flow was used on a GPU; spawn it instead");
+}
+
 // Memory of the device for the time of a scope, in the order of a stream.
 class Lent {
 public:

@@ -19,101 +19,49 @@ constexpr int64_t kSquaresSlice = 64;  // so many at a time
 
 }  // namespace
 
+// A network that trains the weights: its copy on the device, and what is copied there from the vector of all weights.
 template <class T>
-struct TrainerState {
+struct Member {
     std::shared_ptr<Weights<T>> weights;
-    AdamSettings settings;
     std::unique_ptr<FlowState<T>> flow;
-    std::unique_ptr<Stream> stream;
-    bool ahead = false;              // the weights of the device are newer than those of the host
-    int64_t steps = 0, pending = 0;  // those done; those under way, which are not counted there
-
-    // The rows to train on, in the dtypes in which they came.
-    DType x_dtype = DType::f64, context_dtype = DType::f64;
-    Buffer x{false, "the rows to train on"}, context{false, "their contexts"}, row_weights{false, "their weights"};
-    int64_t all_rows = 0;
-    bool weighted = false;
-    // Of an epoch: the order of the rows, and what a batch takes of them.
-    Buffer order{false, "the order of the rows"}, batch{false, "a batch"}, host_losses{true, "losses"};
-    int64_t ordered = 0;
-
-    // The state: in the order of the master, but for a few numbers.
-    Buffer state{false, "the weights and their moments"};
-    T *master = nullptr, *first = nullptr, *second = nullptr, *gradient = nullptr, *scale = nullptr;
-    double *sums = nullptr, *squares = nullptr, *losses = nullptr, *shared = nullptr, *logarithms = nullptr;
-    int* halted = nullptr;
     RepackJob<T> repack{};
     ScaleJob<T> scales{};
+    double* shared = nullptr;              // the sum of the logarithms of the scales that all rows share and weights make
+    int64_t on_device = -1, on_host = -1;  // which version of the weights its copies are
 
-    TrainerState(std::shared_ptr<Weights<T>> given, std::shared_ptr<Station> station, const AdamSettings& settings)
-        : weights(std::move(given)), settings(settings), stream(std::make_unique<Stream>()) {
-        make_flow(std::move(station));
-        const int64_t size = master_size();
-        Room room;
-        const int64_t of_scales = scale_count();
-        const int64_t places[] = {room.take(size * int64_t(sizeof(T))),
-                                  room.take(size * int64_t(sizeof(T))),
-                                  room.take(size * int64_t(sizeof(T))),
-                                  room.take(size * int64_t(sizeof(T))),
-                                  room.take((size + 1) * int64_t(sizeof(double))),
-                                  room.take((kSquares + kSquares / kSquaresSlice + 1) * int64_t(sizeof(double))),
-                                  room.take(Trainer<T>::kMostSteps * int64_t(sizeof(double))),
-                                  room.take((of_scales + 1) * int64_t(sizeof(double))),
-                                  room.take(int64_t(sizeof(T))),
-                                  room.take(int64_t(sizeof(int)))};
-        char* const base = state.at_least(room.size());
-        T** const reals[] = {&master, &first, &second, &gradient};
-        for (int i = 0; i < 4; ++i) *reals[i] = reinterpret_cast<T*>(base + places[i]);
-        double** const wides[] = {&sums, &squares, &losses, &shared};
-        for (int i = 0; i < 4; ++i) *wides[i] = reinterpret_cast<double*>(base + places[4 + i]);
-        logarithms = shared + 1;
-        scale = reinterpret_cast<T*>(base + places[8]);
-        halted = reinterpret_cast<int*>(base + places[9]);
-        check(cudaMemsetAsync(base, 0, size_t(room.size()), *stream), "setting moments to zero");
-        push();
-    }
-    ~TrainerState() {
-        if (flow->station->process == getpid()) cudaStreamSynchronize(*stream);
-    }
+    Member(std::shared_ptr<Weights<T>> given, const std::shared_ptr<Station>& station) : weights(std::move(given)) { make(station); }
 
-    int64_t master_size() const { return int64_t(weights->master().size()); }
-    int64_t scale_count() const {
+    void make(const std::shared_ptr<Station>& station) {
+        auto made = std::make_unique<FlowState<T>>();
+        made->weights = weights;
+        made->station = station;
+        made->copy_for(Direction::density);
+        made->gradient_view();
+        made->weights_view();
+        made->gradients->flow.constant = weights->fixed_constant();
         const Plan& plan = weights->plan();
-        int64_t count = 0;
-        for (const StageSpec& stage : plan.spec().stages)
-            if (stage.output == Output::linear || stage.trainable) count += plan.features();
-        return count;
-    }
-
-    // The copy of the flow with the weights of the host, and the tables of what is copied there from the master.
-    void make_flow(std::shared_ptr<Station> station) {
-        flow = std::make_unique<FlowState<T>>();
-        flow->weights = weights;
-        flow->station = std::move(station);
-        flow->copy_for(Direction::density);
-        flow->gradient_view();
-        flow->weights_view();
-        flow->gradients->flow.constant = weights->fixed_constant();
-        const Plan& plan = weights->plan();
+        const std::vector<uint32_t>& index = plan.index();
         const Direction directions[] = {Direction::density, Direction::backward};
-        const PlacedWeights<T>* const placed[] = {&flow->copies[0]->placed, &flow->backward};
+        const PlacedWeights<T>* const placed[] = {&made->copies[0]->placed, &made->backward};
         std::vector<SharedScale<T>> table;
         for (size_t k = 0; k < plan.stages(); ++k) {
             const StageSpec& stage = plan.spec().stages[k];
             for (size_t v = 0; v < size_t(plan.features()); ++v) {
                 if (stage.output == Output::linear)
-                    table.push_back({plan.weight_offset(k, 0) + plan.sorted()[k].maps[0].offset[v + 1] - 1, 0, {nullptr, nullptr}});
+                    table.push_back({index[size_t(plan.weight_offset(k, 0) + plan.sorted()[k].maps[0].offset[v + 1] - 1)], 0, {}});
                 if (!stage.trainable) continue;
-                SharedScale<T> own{plan.bias_offset(k, 0) + int64_t(v), 1 / std::sqrt(weights->statistics(k).var[v] + stage.eps), {}};
+                SharedScale<T> own{index[size_t(plan.bias_offset(k, 0)) + v], std::sqrt(weights->statistics(k).var[v] + stage.eps), {}};
                 for (int d = 0; d < 2; ++d) own.scale[d] = const_cast<T*>(placed[d]->stages[k].scale) + v;
                 table.push_back(own);
             }
         }
-        flow->put([&](Image& image) {
+        repack.nothing = kNoSource;
+        made->put([&](Image& image) {
             repack.count = 0;
-            repack.nothing = kNoSource;
             for (int d = 0; d < 2; ++d) {
-                const std::vector<uint32_t> sources = sources_of(plan, directions[d]);
+                std::vector<uint32_t> sources = sources_of(plan, directions[d]);
+                for (uint32_t& source : sources)
+                    if (source != kNoSource) source = index[source];
                 repack.to[d] = const_cast<T*>(placed[d]->at);
                 repack.sources[d] = image.put(sources);
                 if (d == 0) repack.size = int64_t(sources.size());
@@ -121,64 +69,147 @@ struct TrainerState {
             }
             scales.scales = image.put(table);
             scales.count = int64_t(table.size());
+            shared = const_cast<double*>(image.put(std::vector<double>(table.size() + 1, 0.0)));
+            scales.out = shared + 1;
         });
+        flow = std::move(made);
+        on_device = -1;
+    }
+};
+
+// Launches with one check at the end.
+struct Launches {
+    const cudaStream_t stream;
+    cudaError_t error = cudaSuccess;
+    template <class F>
+    void then(F call) {
+        if (error == cudaSuccess) error = call();
+    }
+    template <class Job>
+    void each(const Job& job) {
+        then([&] { return cuda::launch_each(job, stream); });
+    }
+    void sum(const double* in, double* out, int64_t count, int64_t slice) {
+        then([&] { return cuda::launch_sum<double>({in, out, 1, count, 1, slice, false}, stream); });
+    }
+    void done() const { check(error, "launching a kernel"); }
+};
+
+template <class T>
+struct TrainerState {
+    const std::shared_ptr<Station> station;
+    const bool members_share;
+    const AdamSettings settings;
+    std::vector<std::unique_ptr<Member<T>>> members;
+    const std::unique_ptr<Stream> stream = std::make_unique<Stream>();
+    int64_t steps = 0, pending = 0;  // those done; those under way, which are not counted there
+    int64_t version = 0;             // of the weights
+    std::vector<T> weights;          // on the host ...
+    int64_t of_weights = -1;         // ... those of this version
+
+    // The rows to train on, in the dtypes in which they came.
+    DType x_dtype = DType::f64, context_dtype = DType::f64;
+    Buffer x{false, "the rows to train on"}, context{false, "their contexts"}, row_weights{false, "their weights"};
+    int64_t all_rows = 0;
+    bool weighted = false;
+    // Of an epoch: the order of the rows, what a batch takes of them, and sums of gradients.
+    Buffer order{false, "the order of the rows"}, batch{false, "a batch"}, host_losses{true, "losses"}, sums{false, "sums of gradients"};
+
+    // In the order of the flat parameters, but for a few numbers. What no mask of a lone network leaves is zero for good.
+    Buffer state{false, "the weights and their moments"};
+    int64_t size = 0;
+    T *parameters = nullptr, *first = nullptr, *second = nullptr, *gradient = nullptr, *scale = nullptr;
+    double *squares = nullptr, *losses = nullptr;
+    int* halted = nullptr;
+
+    TrainerState(const std::vector<std::shared_ptr<Weights<T>>>& given, bool shared, std::shared_ptr<Station> where,
+                 const AdamSettings& settings)
+        : station(std::move(where)), members_share(shared), settings(settings), size(given.at(0)->plan().parameter_count()) {
+        set_members(given);
+        Room room;
+        int64_t places[8];
+        for (int i = 0; i < 4; ++i) places[i] = room.take(size * int64_t(sizeof(T)));
+        places[4] = room.take((kSquares + kSquares / kSquaresSlice + 1) * int64_t(sizeof(double)));
+        places[5] = room.take(Trainer<T>::kMostSteps * int64_t(sizeof(double)));
+        places[6] = room.take(int64_t(sizeof(T)));
+        places[7] = room.take(int64_t(sizeof(int)));
+        char* const base = state.at_least(room.size());
+        T** const reals[] = {&parameters, &first, &second, &gradient};
+        for (int i = 0; i < 4; ++i) *reals[i] = reinterpret_cast<T*>(base + places[i]);
+        squares = reinterpret_cast<double*>(base + places[4]);
+        losses = reinterpret_cast<double*>(base + places[5]);
+        scale = reinterpret_cast<T*>(base + places[6]);
+        halted = reinterpret_cast<int*>(base + places[7]);
+        check(cudaMemsetAsync(base, 0, size_t(room.size()), *stream), "setting moments to zero");
+        weights.resize(size_t(size));
+        members[0]->weights->get_parameters(weights.data());
+        set_parameters(std::vector<T>(weights).data());
+    }
+    ~TrainerState() {
+        if (station->process == getpid()) cudaStreamSynchronize(*stream);
     }
 
-    // Launches with one check at the end.
-    struct Launches {
-        cudaError_t error = cudaSuccess;
-        template <class F>
-        void then(F call) {
-            if (error == cudaSuccess) error = call();
+    void set_members(const std::vector<std::shared_ptr<Weights<T>>>& given) {
+        std::vector<std::unique_ptr<Member<T>>> made;
+        int64_t most = 0;
+        for (const auto& own : given) {
+            made.push_back(std::make_unique<Member<T>>(own, station));
+            most = std::max(most, made.back()->flow->weights_view().size);
         }
-        template <class Job>
-        void each(const Job& job, cudaStream_t stream) {
-            then([&] { return cuda::launch_each(job, stream); });
-        }
-        void sum(const double* in, double* out, int64_t count, int64_t slice, cudaStream_t stream) {
-            then([&] { return cuda::launch_sum<double>({in, out, 1, count, 1, slice, false}, stream); });
-        }
-        void done() const { check(error, "launching a kernel"); }
-    };
-
-    // What stages read of the master.
-    void spread(Launches& launches) {
-        repack.master = scales.master = master;
-        scales.out = logarithms;
-        launches.each(repack, *stream);
-        launches.each(scales, *stream);
-        if (scales.count) launches.sum(logarithms, shared, scales.count, scales.count, *stream);
+        sums.at_least((most + 1) * int64_t(sizeof(double)));
+        members = std::move(made);
     }
 
-    // The weights of the host to the device ...
-    void push() {
-        send(weights->master().data(), master);
-        Launches launches;
-        spread(launches);
+    void send(const T* from, T* to) const {
+        const size_t bytes = size_t(size) * sizeof(T);
+        if (bytes) check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, *stream), "copying weights");
+        check(cudaStreamSynchronize(*stream), "copying weights");
+    }
+    void fetch(const T* from, T* to) const {
+        const size_t bytes = size_t(size) * sizeof(T);
+        if (bytes) check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, *stream), "copying weights");
+        check(cudaStreamSynchronize(*stream), "copying weights");
+    }
+    // Without what no mask leaves, where that is nobody's.
+    std::vector<T> masked(const T* given) const {
+        std::vector<T> result(size_t(size), T(0));
+        if (members_share)
+            std::copy_n(given, result.size(), result.begin());
+        else
+            for (uint32_t place : members[0]->weights->plan().index()) result[place] = given[place];
+        return result;
+    }
+
+    void set_parameters(const T* given) {
+        weights = masked(given);
+        send(weights.data(), parameters);
+        of_weights = ++version;
+    }
+    const std::vector<T>& host_weights() {
+        if (of_weights != version) fetch(parameters, weights.data());
+        of_weights = version;
+        return weights;
+    }
+    // The weights as they are, where the stages of a member read them ...
+    void renew(Member<T>& member) {
+        if (member.on_device == version) return;
+        member.repack.weights = member.scales.weights = parameters;
+        Launches launches{*stream};
+        launches.each(member.repack);
+        launches.each(member.scales);
+        if (const int64_t count = member.scales.count) launches.sum(member.shared + 1, member.shared, count, count);
         launches.done();
-        check(cudaStreamSynchronize(*stream), "copying weights");
-        ahead = false;
+        member.on_device = version;
     }
-    // ... and back, if steps were made since.
-    void pull() {
-        if (!ahead) return;
-        fetch(master, weights->master().data());
-        weights->repack();
-        ahead = false;
-    }
-    void send(const T* like_master, T* to) const {
-        const size_t bytes = size_t(master_size()) * sizeof(T);
-        if (bytes) check(cudaMemcpyAsync(to, like_master, bytes, cudaMemcpyHostToDevice, *stream), "copying weights");
-        check(cudaStreamSynchronize(*stream), "copying weights");
-    }
-    void fetch(const T* like_master, T* out) const {
-        const size_t bytes = size_t(master_size()) * sizeof(T);
-        if (bytes) check(cudaMemcpyAsync(out, like_master, bytes, cudaMemcpyDeviceToHost, *stream), "copying weights");
-        check(cudaStreamSynchronize(*stream), "copying weights");
+    // ... and on the host.
+    void renew_host(Member<T>& member) {
+        if (member.on_host == version) return;
+        member.weights->set_parameters(host_weights().data());
+        member.on_host = version;
     }
 
     void set_rows(const Batch& given, const double* given_weights, const Poll& poll) {
-        const Plan& plan = weights->plan();
+        const Plan& plan = members[0]->weights->plan();
         x_dtype = given.x.dtype;
         context_dtype = given.context.dtype;
         all_rows = given.rows();
@@ -193,7 +224,7 @@ struct TrainerState {
         std::vector<char*> to;
         for (size_t i = 0; i < inputs.size(); ++i) to.push_back(places[i]->at_least(all_rows * inputs[i].row()));
         stream_rows(
-            *flow->station, all_rows, inputs, {}, 1, 2, poll,
+            *station, all_rows, inputs, {}, 1, 2, poll,
             [&](const std::vector<Source>& in, const std::vector<char*>&, int64_t begin, int64_t count, cudaStream_t on) {
                 for (size_t i = 0; i < inputs.size(); ++i)
                     if (const int64_t row = inputs[i].row(); in[i].rows.data && row)
@@ -208,11 +239,12 @@ struct TrainerState {
               "copying the order of the rows");
         check(cudaMemsetAsync(halted, 0, sizeof *halted, *stream), "copying the order of the rows");
         check(cudaStreamSynchronize(*stream), "copying the order of the rows");
-        ordered = count;
     }
 
     void grad(int64_t begin, int64_t count, double mass) {
-        const Plan& plan = weights->plan();
+        Member<T>& member = *members[size_t(steps + pending) % members.size()];
+        const Plan& plan = member.weights->plan();
+        renew(member);
         TakeJob<T> take{};
         const int64_t x_size = size_of(x_dtype), context_size = size_of(context_dtype);
         const int64_t losses_of_slices = (count + kLossRows - 1) / kLossRows;
@@ -233,8 +265,8 @@ struct TrainerState {
         take.weight = wide(at_weight);
         take.cotangent = real(at_cotangent);
         take.count = count * (plan.features() + plan.context() + 1);
-        Launches before;
-        before.each(take, *stream);
+        Launches before{*stream};
+        before.each(take);
         before.done();
         auto packed = [](const char* data, DType dtype, int64_t width) {
             const int64_t size = size_of(dtype);
@@ -246,31 +278,34 @@ struct TrainerState {
         if (plan.context()) part.context = packed(take.context.to, context_dtype, plan.context());
         Gradients<T> out;
         out.value = real(at_value);
-        flow->launch_gradients(part, packed(base + at_cotangent, sizeof(T) == 4 ? DType::f32 : DType::f64, 1), out, sums, true, *stream);
-        Launches launches;
-        launches.each(LossJob<T>{real(at_value), wide(at_weight), shared, wide(at_loss), count, kLossRows, losses_of_slices}, *stream);
-        launches.sum(wide(at_loss), losses + pending, losses_of_slices, losses_of_slices, *stream);
-        launches.each(EntryJob<T>{flow->weights_view(), sums, master, gradient, master_size()}, *stream);
+        double* const sums = reinterpret_cast<double*>(this->sums.data());
+        member.flow->launch_gradients(part, packed(base + at_cotangent, sizeof(T) == 4 ? DType::f32 : DType::f64, 1), out, sums, true,
+                                      *stream);
+        Launches launches{*stream};
+        launches.each(LossJob<T>{real(at_value), wide(at_weight), member.shared, wide(at_loss), count, kLossRows, losses_of_slices});
+        launches.sum(wide(at_loss), losses + pending, losses_of_slices, losses_of_slices);
+        launches.then([&] { return cudaMemsetAsync(gradient, 0, size_t(size) * sizeof(T), *stream); });
+        const WeightsView<T>& view = member.flow->weights_view();
+        launches.each(EntryJob<T>{view, sums, parameters, gradient, view.size});
         launches.done();
     }
 
     void apply(double rate) {
         const AdamSettings& a = settings;
-        const int64_t size = master_size();
-        Launches launches;
+        Launches launches{*stream};
+        double* norm = nullptr;
         if (a.clip_norm > 0) {
             constexpr int64_t slices = kSquares / kSquaresSlice;
-            launches.each(SquaresJob<T>{gradient, master, T(2 * a.l2), size, squares, kSquares}, *stream);
-            launches.sum(squares, squares + kSquares, kSquares, kSquaresSlice, *stream);
-            launches.sum(squares + kSquares, squares + kSquares + slices, slices, slices, *stream);
+            norm = squares + kSquares + slices;
+            launches.each(SquaresJob<T>{gradient, parameters, T(2 * a.l2), size, squares, kSquares});
+            launches.sum(squares, squares + kSquares, kSquares, kSquaresSlice);
+            launches.sum(squares + kSquares, norm, slices, slices);
         }
-        const double* const norm = a.clip_norm > 0 ? squares + kSquares + kSquares / kSquaresSlice : nullptr;
-        launches.each(JudgeJob<T>{losses + pending, norm, a.clip_norm, scale, halted, 1}, *stream);
+        launches.each(JudgeJob<T>{losses + pending, norm, a.clip_norm, scale, halted, 1});
         const AdamStep<T> step = adam_step<T>(a, steps + pending + 1, rate);
-        launches.each(AdamJob<T>{step, scale, gradient, halted, master, first, second, size}, *stream);
-        spread(launches);
+        launches.each(AdamJob<T>{step, scale, gradient, halted, parameters, first, second, size});
         launches.done();
-        ahead = true;
+        ++version;
         ++pending;
     }
 
@@ -297,13 +332,14 @@ struct TrainerState {
 };
 
 template <class T>
-Trainer<T>::Trainer(std::shared_ptr<Weights<T>> weights, int device, const AdamSettings& settings) {
-    for (const StageSpec& stage : weights->plan().spec().stages)
-        if (stage.of_batch) throw std::invalid_argument("a norm with the statistics of the batch is trained on the CPU");
+Trainer<T>::Trainer(const std::vector<std::shared_ptr<Weights<T>>>& members, bool shared, int device, const AdamSettings& settings) {
+    for (const auto& member : members)
+        for (const StageSpec& stage : member->plan().spec().stages)
+            if (stage.of_batch) throw std::invalid_argument("a norm with the statistics of the batch is trained on the CPU");
     const std::shared_ptr<Station> station = Station::of(device);
     const Current current(device);
     const PlainFloats floats;
-    state_ = std::make_unique<TrainerState<T>>(std::move(weights), station, settings);
+    state_ = std::make_unique<TrainerState<T>>(members, shared, station, settings);
 }
 
 template <class T>
@@ -315,7 +351,7 @@ namespace {
 template <class T>
 class Call {
 public:
-    explicit Call(const TrainerState<T>& state) : current_((state.flow->check_process(), state.flow->station->device)) {}
+    explicit Call(const TrainerState<T>& state) : current_((check_process(*state.station), state.station->device)) {}
 
 private:
     const Current current_;
@@ -361,7 +397,7 @@ int64_t Trainer<T>::look(double& sum) {
 template <class T>
 StepArrays<T> Trainer<T>::arrays() const {
     const TrainerState<T>& s = *state_;
-    return {s.gradient, s.master_size(), s.losses + s.pending, reinterpret_cast<uintptr_t>(cudaStream_t(*s.stream))};
+    return {s.gradient, s.size, s.losses + s.pending, reinterpret_cast<uintptr_t>(cudaStream_t(*s.stream))};
 }
 
 template <class T>
@@ -403,73 +439,72 @@ double Trainer<T>::epoch(const int64_t* order, int64_t rows, int64_t batch_size,
 }
 
 template <class T>
-void Trainer<T>::log_prob(const Batch& batch, T* out, const Poll& poll) {
+void Trainer<T>::log_prob(size_t member, const Batch& batch, T* out, const Poll& poll) {
     const Call<T> call(*state_);
     TrainerState<T>& s = *state_;
-    s.pull();
-    s.flow->copies[0]->view.constant = s.weights->constant();
+    Member<T>& own = *s.members.at(member);
+    s.renew(own);
+    s.renew_host(own);
+    check(cudaStreamSynchronize(*s.stream), "waiting for weights");
+    own.flow->copies[0]->view.constant = own.weights->constant();
     Job<T> job;
     job.rows = batch.rows();
     job.x = {batch.x, batch.inner};
     job.context = {batch.context, batch.inner};
     job.log_prob = out;
-    s.flow->run(cuda::Operation::evaluate, job, batch.outer, batch.inner, {}, poll);
+    own.flow->run(cuda::Operation::evaluate, job, batch.outer, batch.inner, {}, poll);
 }
 
 template <class T>
-int Trainer<T>::features() const {
-    return state_->weights->plan().features();
-}
-template <class T>
-int64_t Trainer<T>::parameter_count() const {
-    return state_->weights->plan().parameter_count();
-}
-
-template <class T>
-void Trainer<T>::get_parameters(T* parameters) const {
+void Trainer<T>::set_members(const std::vector<std::shared_ptr<Weights<T>>>& members) {
     const Call<T> call(*state_);
-    state_->pull();
-    state_->weights->get_parameters(parameters);
-}
-
-template <class T>
-void Trainer<T>::set_parameters(const T* parameters) {
-    const Call<T> call(*state_);
-    state_->weights->set_parameters(parameters);
-    state_->push();
+    state_->set_members(members);
 }
 
 template <class T>
 void Trainer<T>::set_statistics(size_t stage, const double* mean, const double* var) {
     const Call<T> call(*state_);
     TrainerState<T>& s = *state_;
-    s.pull();
-    s.weights->set_statistics(stage, mean, var);
-    s.make_flow(s.flow->station);
-    s.push();
+    for (auto& member : s.members) {
+        member->weights->set_statistics(stage, mean, var);
+        member->make(s.station);
+    }
+}
+
+template <class T>
+int Trainer<T>::features() const {
+    return state_->members[0]->weights->plan().features();
+}
+template <class T>
+int64_t Trainer<T>::parameter_count() const {
+    return state_->size;
+}
+
+template <class T>
+void Trainer<T>::get_parameters(T* parameters) const {
+    const Call<T> call(*state_);
+    const std::vector<T>& weights = state_->host_weights();
+    std::copy(weights.begin(), weights.end(), parameters);
+}
+
+template <class T>
+void Trainer<T>::set_parameters(const T* parameters) {
+    const Call<T> call(*state_);
+    state_->set_parameters(parameters);
 }
 
 template <class T>
 void Trainer<T>::get_moments(T* first, T* second) const {
     const Call<T> call(*state_);
-    const TrainerState<T>& s = *state_;
-    std::vector<T> own(size_t(s.master_size()));
-    for (const auto& [from, to] : {std::make_pair(s.first, first), std::make_pair(s.second, second)}) {
-        s.fetch(from, own.data());
-        s.weights->spread(own.data(), to);
-    }
+    state_->fetch(state_->first, first);
+    state_->fetch(state_->second, second);
 }
 
 template <class T>
 void Trainer<T>::set_moments(const T* first, const T* second) {
     const Call<T> call(*state_);
-    const TrainerState<T>& s = *state_;
-    const std::vector<uint32_t>& index = s.weights->plan().index();
-    std::vector<T> own(index.size());
-    for (const auto& [from, to] : {std::make_pair(first, s.first), std::make_pair(second, s.second)}) {
-        for (size_t i = 0; i < index.size(); ++i) own[i] = from[index[i]];
-        s.send(own.data(), to);
-    }
+    state_->send(state_->masked(first).data(), state_->first);
+    state_->send(state_->masked(second).data(), state_->second);
 }
 
 template <class T>

@@ -32,20 +32,21 @@ struct LossJob {
     int64_t rows, slice, count;
 };
 
-// The gradient in each entry of the master from its sum and that of the cotangents.
+// The gradient in each weight of a network from its sum and that of the cotangents. Here and below, weights lie in the order of the flat
+// parameters.
 template <class T>
 struct EntryJob {
-    WeightsView<T> weights;
+    WeightsView<T> view;
     const double* sums;
-    const T* master;
+    const T* weights;
     T* out;
-    int64_t count;
+    int64_t count;  // of the network's own
 };
 
-// Sums of (g + l2 w)^2 over every count-th entry.
+// Sums of (g + l2 w)^2 over every count-th weight.
 template <class T>
 struct SquaresJob {
-    const T *gradient, *master;
+    const T *gradient, *weights;
     T l2;
     int64_t size;
     double* out;
@@ -68,32 +69,32 @@ struct AdamJob {
     AdamStep<T> step;  // but for the scale
     const T *scale, *gradient;
     const int* halted;
-    T *master, *first, *second;
+    T *weights, *first, *second;
     int64_t count;
 };
 
 // The weights where stages read them: of two directions, see sources_of.
 template <class T>
 struct RepackJob {
-    const T* master;
+    const T* weights;
     T* to[2];
     const uint32_t* sources[2];
     uint32_t nothing;     // the source of an entry that stays as it is
     int64_t size, count;  // of the first; of both
 };
 
-// A weight that all rows share a scale by: on the diagonal of a Linear, |w|; of a norm, e^w * factor, which stages read at `scale`.
+// A weight that all rows share a scale by: on the diagonal of a Linear, |w|; of a norm, e^w / root, which stages read at `scale`.
 template <class T>
 struct SharedScale {
-    int64_t entry;
-    double factor;
+    int64_t place;
+    double root;
     T* scale[2];  // of two directions; null for a Linear
 };
 template <class T>
 struct ScaleJob {
     const SharedScale<T>* scales;
-    const T* master;
-    double* out;  // [count] logarithms, but for those of the factors
+    const T* weights;
+    double* out;  // [count] logarithms, but for those of the roots
     int64_t count;
 };
 

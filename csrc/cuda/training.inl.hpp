@@ -42,16 +42,17 @@ FASTMAF_INLINE void run(const LossJob<T>& job, int64_t i) {
 
 template <class T>
 FASTMAF_INLINE void run(const EntryJob<T>& job, int64_t i) {
+    const uint32_t place = job.view.index[i];
     double value = job.sums[i];
-    if (diagonal_of(job.weights, i) >= 0) value += job.sums[job.weights.size] / double(job.master[i]);
-    job.out[i] = T(value);
+    if (diagonal_of(job.view, i) >= 0) value += job.sums[job.view.size] / double(job.weights[place]);
+    job.out[place] = T(value);
 }
 
 template <class T>
 FASTMAF_INLINE void run(const SquaresJob<T>& job, int64_t i) {
     double sum = 0;
     for (int64_t k = i; k < job.size; k += job.count) {
-        const T x = job.gradient[k] + job.l2 * job.master[k];
+        const T x = job.gradient[k] + job.l2 * job.weights[k];
         sum += double(x) * double(x);
     }
     job.out[i] = sum;
@@ -73,9 +74,9 @@ FASTMAF_INLINE void run(const AdamJob<T>& job, int64_t i) {
     AdamStep<T> step = job.step;
     step.scale = *job.scale;
     adam_entry<T>(
-        step, job.master[i], job.first[i], job.second[i], job.gradient[i], [](T x) { return root_of(x); },
+        step, job.weights[i], job.first[i], job.second[i], job.gradient[i], [](T x) { return root_of(x); },
         [&](T w, T first, T second) {
-            job.master[i] = w;
+            job.weights[i] = w;
             job.first[i] = first;
             job.second[i] = second;
         });
@@ -86,16 +87,16 @@ FASTMAF_INLINE void run(const RepackJob<T>& job, int64_t i) {
     const int direction = i < job.size ? 0 : 1;
     const int64_t place = direction ? i - job.size : i;
     const uint32_t source = job.sources[direction][place];
-    if (source != job.nothing) job.to[direction][place] = job.master[source];
+    if (source != job.nothing) job.to[direction][place] = job.weights[source];
 }
 
 template <class T>
 FASTMAF_INLINE void run(const ScaleJob<T>& job, int64_t i) {
     const SharedScale<T> own = job.scales[i];
-    const double weight = double(job.master[own.entry]);
+    const double weight = double(job.weights[own.place]);
     job.out[i] = own.scale[0] ? weight : ::log(::fabs(weight));
     for (T* scale : own.scale)
-        if (scale) *scale = T(::exp(weight) * own.factor);
+        if (scale) *scale = T(::exp(weight) / own.root);
 }
 
 }  // namespace FASTMAF_ISA

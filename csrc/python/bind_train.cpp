@@ -27,6 +27,18 @@ std::vector<std::shared_ptr<Weights<T>>> weights_of(const std::vector<PackedFlow
     return result;
 }
 
+// What make_one(weights of the flows) returns, in the dtype of the flows.
+template <class Py, class F>
+void make(Py& self, const std::vector<PackedFlow>& flows, bool shared, F make_one) {
+    if (flows.empty() || (flows.size() > 1 && !shared))
+        throw std::invalid_argument("a trainer has " + std::to_string(flows.size()) + " flows");
+    flows[0].visit([&](const auto& weights) {
+        using T = typename std::decay_t<decltype(weights)>::Value;
+        auto* const made = make_one(weights_of<T>(flows));
+        self.trainer = std::unique_ptr<std::remove_pointer_t<decltype(made)>, DeleteUnlocked>(made);
+    });
+}
+
 using Order = py::array_t<int64_t, py::array::c_style>;
 using Rates = py::array_t<double, py::array::c_style>;
 
@@ -51,7 +63,7 @@ Poll polls(const py::object& user_poll) {
     };
 }
 
-// The weights, the moments and the number of steps.
+// The weights, the moments and the number of steps, and whose they are.
 template <class Py>
 void bind_state(py::class_<Py>& type) {
     type.def("parameters",
@@ -86,6 +98,14 @@ void bind_state(py::class_<Py>& type) {
                      trainer.set_moments(input<T>(first, trainer.parameter_count()), input<T>(second, trainer.parameter_count()));
                  });
              })
+        .def("set_members",
+             [](const Py& self, const std::vector<PackedFlow>& flows) {
+                 if (flows.empty()) throw std::invalid_argument("a trainer needs a flow");
+                 self.visit([&](auto& trainer) {
+                     using T = typename std::decay_t<decltype(trainer)>::Value;
+                     trainer.set_members(weights_of<T>(flows));
+                 });
+             })
         .def_property(
             "steps", [](const Py& self) { return self.visit([](auto& trainer) { return trainer.steps(); }); },
             [](const Py& self, int64_t steps) { self.visit([&](auto& trainer) { trainer.set_steps(steps); }); });
@@ -97,11 +117,9 @@ void bind_cpu(py::module_& module) {
                          double weight_decay, double clip_norm) {
                  const AdamSettings settings{beta1, beta2, eps, l2, weight_decay, clip_norm};
                  CpuTrainer self;
-                 if (flows.empty() || (flows.size() > 1 && !shared))
-                     throw std::invalid_argument("a trainer has " + std::to_string(flows.size()) + " flows");
-                 flows[0].visit([&](auto& weights) {
-                     using T = typename std::decay_t<decltype(weights)>::Value;
-                     self.trainer = std::unique_ptr<Trainer<T>, DeleteUnlocked>(new Trainer<T>(weights_of<T>(flows), shared, settings));
+                 make(self, flows, shared, [&](auto weights) {
+                     using T = typename decltype(weights)::value_type::element_type::Value;
+                     return new Trainer<T>(std::move(weights), shared, settings);
                  });
                  return self;
              }),
@@ -131,34 +149,24 @@ void bind_cpu(py::module_& module) {
                 return py::make_tuple(sum, done);
             },
             py::arg("x"), py::arg("context"), py::arg("weights"), py::arg("rows"), py::arg("batch_size"), py::arg("rates"),
-            py::arg("mean_weight"), py::arg("poll"))
-        .def("set_members", [](const CpuTrainer& self, const std::vector<PackedFlow>& flows) {
-            if (flows.empty()) throw std::invalid_argument("a trainer needs a flow");
-            self.visit([&](auto& trainer) {
-                using T = typename std::decay_t<decltype(trainer)>::Value;
-                trainer.set_members(weights_of<T>(flows));
-            });
-        });
+            py::arg("mean_weight"), py::arg("poll"));
     bind_state(type);
 }
 
 void bind_device(py::module_& module) {
     py::class_<DeviceTrainer> type(module, "DeviceTrainer");
-    type.def(py::init([](const PackedFlow& flow, int device, double beta1, double beta2, double eps, double l2, double weight_decay,
-                         double clip_norm) {
+    type.def(py::init([](const std::vector<PackedFlow>& flows, bool shared, int device, double beta1, double beta2, double eps, double l2,
+                         double weight_decay, double clip_norm) {
                  const AdamSettings settings{beta1, beta2, eps, l2, weight_decay, clip_norm};
                  DeviceTrainer self;
-                 std::visit(
-                     [&](const auto& weights) {
-                         using T = typename std::decay_t<decltype(*weights)>::Value;
-                         self.trainer =
-                             std::unique_ptr<device::Trainer<T>, DeleteUnlocked>(new device::Trainer<T>(weights, device, settings));
-                     },
-                     flow.weights);
+                 make(self, flows, shared, [&](auto weights) {
+                     using T = typename decltype(weights)::value_type::element_type::Value;
+                     return new device::Trainer<T>(weights, shared, device, settings);
+                 });
                  return self;
              }),
-             py::arg("flow"), py::arg("device"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("l2"), py::arg("weight_decay"),
-             py::arg("clip_norm"))
+             py::arg("flows"), py::arg("shared"), py::arg("device"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("l2"),
+             py::arg("weight_decay"), py::arg("clip_norm"))
         .def("set_rows",
              [](const DeviceTrainer& self, const py::array& x, const py::object& context, const py::object& weights) {
                  Batch batch = batch_of(x, context);
@@ -182,13 +190,13 @@ void bind_device(py::module_& module) {
                  return py::make_tuple(sum, done);
              })
         .def("log_prob",
-             [](const DeviceTrainer& self, const py::array& x, const py::object& context, const py::object& out) {
+             [](const DeviceTrainer& self, size_t member, const py::array& x, const py::object& context, const py::object& out) {
                  const Batch batch = batch_of(x, context);
                  self.visit([&](auto& trainer) {
                      using T = typename std::decay_t<decltype(trainer)>::Value;
                      T* const result = output<T>(out, batch.rows());
                      Unlocked unlocked;
-                     trainer.log_prob(batch, result, check_signals);
+                     trainer.log_prob(member, batch, result, check_signals);
                  });
              })
         .def("set_statistics", [](const DeviceTrainer& self, size_t stage, const Rates& mean, const Rates& var) {

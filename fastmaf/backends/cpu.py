@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["TrainerState", "backend", "pack", "unsupported"]
+__all__ = ["Engine", "backend", "pack", "unsupported"]
 
 
 def _read(flow: FlowRecord) -> _core.Flow | str:
@@ -47,32 +47,10 @@ def unsupported(flow: FlowRecord) -> str | None:
     return packed if isinstance(packed, str) else None
 
 
-class TrainerState:
-    """What a trainer of the core keeps from step to step, as a checkpoint has it."""
+class Engine:
+    """Trains a packed flow, or several with different masks over the same weights, by a trainer of the core; see `fastmaf.train`."""
 
-    _flow: FlowRecord
-    _trainer: _core._TrainerState
-
-    def parameters(self) -> Array:
-        return self._trainer.parameters()
-
-    def set_parameters(self, parameters: Array) -> None:
-        self._trainer.set_parameters(np.ascontiguousarray(parameters, self._flow.dtype))
-
-    def state(self) -> dict[str, Array]:
-        first, second = self._trainer.moments()
-        return {"parameters": self.parameters(), "first_moment": first, "second_moment": second, "step": np.array(self._trainer.steps)}
-
-    def load_state(self, state: dict[str, Array]) -> None:
-        self.set_parameters(state["parameters"])
-        self._trainer.set_moments(*(np.ascontiguousarray(state[name], self._flow.dtype) for name in ("first_moment", "second_moment")))
-        self._trainer.steps = int(state["step"])
-
-
-class _Engine(TrainerState):
-    """Trains a packed flow, or several with different masks over the same weights; see `fastmaf.train`."""
-
-    _trainer: _core.Trainer
+    _trainer: _core.Trainer | _core.DeviceTrainer
 
     def __init__(
         self,
@@ -90,9 +68,12 @@ class _Engine(TrainerState):
         self._packed = [pack(member).copy() for member in members or [flow]]
         self._shared = members is not None
         self._statistics: Sequence[tuple[Array, Array]] = []
-        self._trainer = _core.Trainer(self._packed, self._shared, *betas, eps, l2, weight_decay, clip_norm or 0.0)
+        self._trainer = self._made(*betas, eps, l2, weight_decay, clip_norm or 0.0)
         if self._shared:
             self.set_parameters(flow.parameters())
+
+    def _made(self, *settings: float) -> Any:
+        return _core.Trainer(self._packed, self._shared, *settings)
 
     def set_members(self, members: Sequence[FlowRecord]) -> None:
         if not self._shared:
@@ -111,9 +92,12 @@ class _Engine(TrainerState):
         if len(statistics) != self._norms:
             raise ValueError(f"{len(statistics)} pairs of mean and variance; the flow has {self._norms} batch norms")
         self._statistics = statistics
+        for stage, moments in zip(self._packed[0].norms(), statistics, strict=True):
+            self._set_statistics(stage, *(np.ascontiguousarray(moment, np.float64) for moment in moments))
+
+    def _set_statistics(self, stage: int, mean: Array, var: Array) -> None:
         for packed in self._packed:
-            for stage, (mean, var) in zip(packed.norms(), statistics, strict=True):
-                packed.set_statistics(stage, np.ascontiguousarray(mean, np.float64), np.ascontiguousarray(var, np.float64))
+            packed.set_statistics(stage, mean, var)
 
     def epoch(
         self,
@@ -126,20 +110,40 @@ class _Engine(TrainerState):
         mean_weight: float,
         poll: Callable[[], None] | None = None,
     ) -> tuple[float, int]:
-        return self._trainer.epoch(x, context, weights, rows, batch_size, lr, mean_weight, poll)
+        trainer: _core.Trainer = self._trainer  # type: ignore[assignment]
+        return trainer.epoch(x, context, weights, rows, batch_size, lr, mean_weight, poll)
 
     def log_prob(self, x: Array, context: Array | None) -> Array:
         out = np.empty((len(self._packed), len(x)), self._flow.dtype)
+        self._log_prob(x, context, out)
+        if not self._shared:
+            return np.asarray(out[0])
+        mean: Array = np.logaddexp.reduce(out.astype(np.float64), axis=0) - math.log(len(out))
+        return mean.astype(out.dtype)
+
+    def _log_prob(self, x: Array, context: Array | None, out: Array) -> None:
+        """Of each member."""
         if self._shared:
             parameters = self.parameters()
         for packed, own in zip(self._packed, out, strict=True):
             if self._shared:
                 packed.set_parameters(parameters)
             packed.log_prob(x, context, own)
-        if not self._shared:
-            return np.asarray(out[0])
-        mean: Array = np.logaddexp.reduce(out.astype(np.float64), axis=0) - math.log(len(out))
-        return mean.astype(out.dtype)
+
+    def parameters(self) -> Array:
+        return self._trainer.parameters()
+
+    def set_parameters(self, parameters: Array) -> None:
+        self._trainer.set_parameters(np.ascontiguousarray(parameters, self._flow.dtype))
+
+    def state(self) -> dict[str, Array]:
+        first, second = self._trainer.moments()
+        return {"parameters": self.parameters(), "first_moment": first, "second_moment": second, "step": np.array(self._trainer.steps)}
+
+    def load_state(self, state: dict[str, Array]) -> None:
+        self.set_parameters(state["parameters"])
+        self._trainer.set_moments(*(np.ascontiguousarray(state[name], self._flow.dtype) for name in ("first_moment", "second_moment")))
+        self._trainer.steps = int(state["step"])
 
 
 class _Cpu:
@@ -192,8 +196,8 @@ class _Cpu:
     ) -> None:
         self._core(flow).vjp(x, context, cotangent, value, dx, dcontext, dparameters)
 
-    def trainer(self, flow: FlowRecord, **options: Any) -> _Engine:
-        return _Engine(flow, **options)
+    def trainer(self, flow: FlowRecord, **options: Any) -> Engine:
+        return Engine(flow, **options)
 
     def own(self, flow: FlowRecord) -> _Own:
         return _Own(flow)

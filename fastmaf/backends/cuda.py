@@ -9,16 +9,14 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from fastmaf import _core
 from fastmaf._device import DeviceArray, finished, index_of
-from fastmaf.backends.cpu import TrainerState, pack, unsupported
+from fastmaf.backends.cpu import Engine, pack, unsupported
 from fastmaf.layers import BatchNorm
 from fastmaf.record import FlowRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from numpy.typing import NDArray
 
@@ -48,25 +46,21 @@ def _where(out: Any, *inputs: Any) -> tuple[Any, int | None]:
     return out.address, out.stream
 
 
-class _Engine(TrainerState):
-    """Trains a flow on a device, where the rows lie too; see `fastmaf.train`."""
+class _Engine(Engine):
+    """The same on a device, where the rows lie too."""
 
     _trainer: _core.DeviceTrainer
 
-    def __init__(
-        self,
-        flow: FlowRecord,
-        device: int,
-        *,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        l2: float = 0.0,
-        weight_decay: float = 0.0,
-        clip_norm: float | None = None,
-    ) -> None:
-        self._flow, self._packed = flow, pack(flow).copy()
-        self._trainer = _core.DeviceTrainer(self._packed, device, *betas, eps, l2, weight_decay, clip_norm or 0.0)
+    def __init__(self, flow: FlowRecord, device: int, **options: Any) -> None:
+        self._device = device
         self._held: tuple[Any, ...] = ()
+        super().__init__(flow, **options)
+
+    def _made(self, *settings: float) -> Any:
+        return _core.DeviceTrainer(self._packed, self._shared, self._device, *settings)
+
+    def _set_statistics(self, stage: int, mean: Array, var: Array) -> None:
+        self._trainer.set_statistics(stage, mean, var)
 
     def epoch(
         self,
@@ -87,14 +81,9 @@ class _Engine(TrainerState):
             self._held = given
         return self._trainer.epoch(rows, batch_size, lr, mean_weight, poll)
 
-    def log_prob(self, x: Array, context: Array | None) -> Array:
-        out = np.empty(len(x), self._flow.dtype)
-        self._trainer.log_prob(x, context, out)
-        return out
-
-    def set_statistics(self, statistics: Sequence[tuple[Array, Array]]) -> None:
-        for stage, (mean, var) in zip(self._packed.norms(), statistics, strict=True):
-            self._trainer.set_statistics(stage, np.ascontiguousarray(mean, np.float64), np.ascontiguousarray(var, np.float64))
+    def _log_prob(self, x: Array, context: Array | None, out: Array) -> None:
+        for member, own in enumerate(out):
+            self._trainer.log_prob(member, x, context, own)
 
 
 class _Cuda:
@@ -149,9 +138,7 @@ class _Cuda:
         if stream is not None and isinstance(dcontext, DeviceArray) and dcontext.stream != stream:  # where the caller looks for it
             _core.synchronize(self._device, stream)
 
-    def trainer(self, flow: FlowRecord, *, members: Sequence[FlowRecord] | None = None, **options: Any) -> _Engine:
-        if members is not None:
-            raise NotImplementedError('the cuda backend has no training of ensembles: fit(..., device="cpu")')
+    def trainer(self, flow: FlowRecord, **options: Any) -> _Engine:
         if any(isinstance(layer, BatchNorm) and layer.statistics == "batch" for layer in flow.layers):
             raise NotImplementedError(
                 "the cuda backend has no training with the statistics of batches: a MAF with batch_norm trains on the CPU, "

@@ -25,9 +25,19 @@ FlowSpec scaled(int features, int context) {
     return spec;
 }
 
+// Another order of the variables, and of the degrees: other masks on the same arrays.
+FlowSpec turned(FlowSpec spec) {
+    for (StageSpec& stage : spec.stages) {
+        for (int64_t& rank : stage.ranks) rank = spec.features + 1 - rank;
+        for (MapSpec& map : stage.maps)
+            std::rotate(map.degrees.begin(), map.degrees.begin() + (map.degrees.empty() ? 0 : 2), map.degrees.end());
+    }
+    return spec;
+}
+
 struct Course {
     const char* name;
-    FlowSpec spec;
+    std::vector<FlowSpec> members;
     AdamSettings settings;
     bool weighted;
 };
@@ -39,10 +49,11 @@ std::vector<Course> courses() {
     careful.clip_norm = 0.5;
     AdamSettings blunt;  // a small eps would follow the rounding of gradients that are zero
     blunt.eps = careful.eps = 1e-3;
-    return {{"small", small(5, 2), blunt, false},
-            {"rich", rich(4, 2), careful, true},
-            {"without context", small(3, 0), careful, false},
-            {"scaled", scaled(4, 1), careful, true}};
+    return {{"small", {small(5, 2)}, blunt, false},
+            {"rich", {rich(4, 2)}, careful, true},
+            {"without context", {small(3, 0)}, careful, false},
+            {"scaled", {scaled(4, 1)}, careful, true},
+            {"members", {rich(4, 1), turned(rich(4, 1)), rich(4, 1)}, careful, true}};
 }
 
 constexpr int64_t kBatch = 600;  // more rows than may go together where memory is short
@@ -50,7 +61,8 @@ constexpr int64_t kBatch = 600;  // more rows than may go together where memory 
 template <class T>
 struct Session {
     static constexpr int64_t kRows = 1100;
-    std::shared_ptr<Weights<T>> weights;
+    std::vector<std::shared_ptr<Weights<T>>> members;
+    std::shared_ptr<Weights<T>> weights;  // of the first one
     std::vector<T> start;
     Reals x, context, shares;
     std::vector<int64_t> order;
@@ -58,16 +70,18 @@ struct Session {
     double mean = 0;
     int64_t done = 0;
 
-    explicit Session(const Course& course) : weights(std::make_shared<Weights<T>>(course.spec)), settings(course.settings) {
+    explicit Session(const Course& course) : settings(course.settings) {
+        for (const FlowSpec& spec : course.members) members.push_back(std::make_shared<Weights<T>>(spec));
+        weights = members[0];
         std::mt19937 rng(3);
         std::normal_distribution<double> normal;
-        const int features = course.spec.features;
+        const int features = course.members[0].features;
         start.resize(size_t(weights->plan().parameter_count()));
         for (T& p : start) p = T(0.3 * normal(rng));
-        if (course.spec.stages[0].output == Output::linear)
+        if (course.members[0].stages[0].output == Output::linear)
             for (int i = 0; i < features; ++i) start[size_t(features * features + i * features + i)] += 1;  // pivots
         x.resize(size_t(kRows * features));
-        context.resize(size_t(kRows * course.spec.context));
+        context.resize(size_t(kRows * course.members[0].context));
         for (double& v : x) v = normal(rng);
         for (double& v : context) v = normal(rng);
         if (course.weighted)
@@ -79,7 +93,9 @@ struct Session {
         mean = course.weighted ? 2 : 1;
         reset();
     }
-    void reset() { weights->set_parameters(start.data()); }
+    void reset() {
+        for (auto& member : members) member->set_parameters(start.data());
+    }
 
     Batch rows() const {
         Batch batch;
@@ -92,13 +108,20 @@ struct Session {
 
     // A trainer of a copy of the weights, with the rows.
     std::unique_ptr<device::Trainer<T>> on_device(int device = 0) const {
-        auto trainer = std::make_unique<device::Trainer<T>>(std::make_shared<Weights<T>>(*weights), device, settings);
+        auto trainer = std::make_unique<device::Trainer<T>>(copies(), members.size() > 1, device, settings);
+        if (members.size() > 1) trainer->set_parameters(start.data());
         trainer->set_rows(rows(), weights_of_rows(), {});
         return trainer;
     }
     std::unique_ptr<Trainer<T>> on_host() const {
-        return std::make_unique<Trainer<T>>(std::vector<std::shared_ptr<Weights<T>>>{std::make_shared<Weights<T>>(*weights)}, false,
-                                            settings);
+        auto trainer = std::make_unique<Trainer<T>>(copies(), members.size() > 1, settings);
+        if (members.size() > 1) trainer->set_parameters(start.data());
+        return trainer;
+    }
+    std::vector<std::shared_ptr<Weights<T>>> copies() const {
+        std::vector<std::shared_ptr<Weights<T>>> result;
+        for (const auto& member : members) result.push_back(std::make_shared<Weights<T>>(*member));
+        return result;
     }
     double epoch(device::Trainer<T>& trainer, int64_t batch_size, double rate, const Poll& poll = {}) {
         const Reals rates(order.size(), rate);
@@ -186,15 +209,28 @@ void beside_the_cpu(const Course& course) {
     CHECK(distance(State<T>(*on_host).parameters, end.parameters) <= limit);
     // Densities under the weights as they are.
     std::vector<T> values(size_t{Session<T>::kRows}), expected(values);
-    trainer->log_prob(of.rows(), values.data(), {});
-    of.weights->set_parameters(end.parameters.data());
-    log_prob<T>(*of.weights, of.rows(), expected.data(), {});
-    CHECK(distance(values, expected) <= (sizeof(T) == 4 ? 1e-4 : 1e-11));
-    trainer->set_parameters(of.start.data());
-    of.reset();
-    trainer->log_prob(of.rows(), values.data(), {});
-    log_prob<T>(*of.weights, of.rows(), expected.data(), {});
-    CHECK(distance(values, expected) <= (sizeof(T) == 4 ? 1e-4 : 1e-11));
+    for (const std::vector<T>& weights : {end.parameters, of.start}) {
+        trainer->set_parameters(weights.data());
+        for (size_t m = 0; m < of.members.size(); ++m) {
+            trainer->log_prob(m, of.rows(), values.data(), {});
+            of.members[m]->set_parameters(weights.data());
+            log_prob<T>(*of.members[m], of.rows(), expected.data(), {});
+            CHECK(distance(values, expected) <= (sizeof(T) == 4 ? 1e-4 : 1e-11));
+        }
+    }
+    // Other members go on with the weights.
+    if (of.members.size() < 2) return;
+    std::reverse(of.members.begin(), of.members.end());
+    of.members.pop_back();
+    of.start = end.parameters;
+    const auto fewer = of.on_host();
+    end.give(*trainer);
+    end.give(*fewer);
+    trainer->set_members(of.copies());
+    of.epoch(*fewer, kBatch, 1e-2);
+    of.epoch(*trainer, kBatch, 1e-2);
+    CHECK(distance(State<T>(*fewer).parameters, State<T>(*trainer).parameters) <= limit);
+    CHECK(State<T>(*trainer).parameters != end.parameters);
 }
 
 // Two trainers with half of a batch each, whose gradients are summed up between the halves of a step, are one with all of it.
@@ -266,7 +302,7 @@ void when_something_is_wrong() {
     norms.weights->set_parameters(before.parameters.data());
     norms.weights->set_statistics(1, mean.data(), var.data());
     Reals values(1100), expected(1100);
-    other->log_prob(norms.rows(), values.data(), {});
+    other->log_prob(0, norms.rows(), values.data(), {});
     log_prob<double>(*norms.weights, norms.rows(), expected.data(), {});
     CHECK(distance(values, expected) < 1e-11);
     const auto beside = norms.on_host();
@@ -274,11 +310,11 @@ void when_something_is_wrong() {
     CHECK(std::fabs(norms.epoch(*other, kBatch, 1e-2) - norms.epoch(*beside, kBatch, 1e-2)) < 1e-9);
     CHECK(distance(State<double>(*other).parameters, State<double>(*beside).parameters) < 1e-11);
 
-    FlowSpec of_batch = courses()[3].spec;
+    FlowSpec of_batch = courses()[3].members[0];
     of_batch.stages[1].of_batch = true;
     refused = false;
     try {
-        device::Trainer<double>(std::make_shared<Weights<double>>(of_batch), 0, {});
+        device::Trainer<double>({std::make_shared<Weights<double>>(of_batch)}, false, 0, {});
     } catch (const std::invalid_argument&) { refused = true; }
     CHECK(refused);
     CHECK(contains(error_of([&] { of.on_device(2); }), "there is no cuda:2 here; GPUs: 2"));
