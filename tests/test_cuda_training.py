@@ -92,6 +92,7 @@ OPTIONS = {
     "patience": {"validation": 0.25, "patience": 2, "lr": 0.05, "max_epochs": 30},
     "no weights": {"weights": None},
     "no standardisation": {"standardize": False},
+    "a Linear in front": {"standardize": "full"},
     "a callback that stops": {"callback": lambda epoch: epoch["epoch"] == 2},
     "Ctrl-C": {"callback": at(2, interrupt), "on_interrupt": "return"},
     "one batch": {"batch_size": 10_000},
