@@ -1113,8 +1113,6 @@ class Flow:
             batches of one row; if the checkpoint exists and is not to be resumed, or is that of another fit.
         RuntimeError
             If the flow is changed meanwhile, by the callback for instance; if the device is absent here, or its memory is not enough.
-        NotImplementedError
-            On a GPU, where `BatchNorm` layers of kind "batch" are not trained.
 
         Warns
         -----

@@ -103,8 +103,8 @@ struct StepArrays {
 template <class T>
 struct TrainerState;
 
-// The trainer of cpu/backend.hpp on a device, for flows without statistics of batches; results are those of the CPU to rounding, and the
-// same bits from run to run. The rows lie there too.
+// The trainer of cpu/backend.hpp on a device; results are those of the CPU to rounding, and the same bits from run to run. The rows lie
+// there too.
 template <class T>
 class Trainer {
 public:

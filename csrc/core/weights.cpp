@@ -150,7 +150,7 @@ void Weights<T>::refresh_scales() {
             const double log_gamma = double(log_gammas[v]), variance = statistics_[k].var[v] + stage.eps;
             loc_[k][v] = T(statistics_[k].mean[v]);
             scale_[k][v] = T(std::exp(log_gamma) / std::sqrt(variance));
-            add(log_gamma - 0.5 * std::log(variance), -0.5 * std::log(variance));
+            add(log_gamma - 0.5 * std::log(variance), stage.of_batch ? 0 : -0.5 * std::log(variance));
         }
         const T* const upper = master_.data() + plan.weight_offset(k, 0);
         for (size_t r = 0; stage.output == Output::linear && r < features; ++r)

@@ -24,7 +24,7 @@ public:
 
     const Plan& plan() const { return *plan_; }
     double constant() const { return constant_; }      // of log_prob: the normal's, and log|det| of all scales that rows share
-    double fixed_constant() const { return fixed_; }   // the part of constant() that trainable weights have no share in
+    double fixed_constant() const { return fixed_; }   // the part of constant() without trainable weights and the statistics of batches
     double log_scales() const { return log_scales_; }  // the latter alone: the constant of log|det| of the map to the noise
 
     // Views of all stages for one direction; tapes are packed on first use.

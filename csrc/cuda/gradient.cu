@@ -33,6 +33,14 @@ __global__ void __launch_bounds__(32 * kWarps, kResident<T>)
     sum_weights<T>(view, weights, tiles, rows, vectors, int(blockIdx.x), int64_t(blockIdx.y), out, Team());
 }
 
+template <class T>
+__global__ void __launch_bounds__(32 * kWarps, kResident<T>)
+    stretch_kernel(const __grid_constant__ GradientView<T> view, const __grid_constant__ GradientJob<T> job,
+                   const __grid_constant__ Stretch stretch) {
+    const int64_t begin = int64_t(blockIdx.x) * 32 * job.rows.vectors;
+    go<T>(view, job, stretch, begin, job.rows.scratch + int64_t(blockIdx.x) * view.scratch, Team());
+}
+
 template <class From>
 __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ Sum<From> sum, int64_t count) {
     const int64_t i = number_of_thread();
@@ -61,6 +69,12 @@ cudaError_t resident_gradient_blocks(int* blocks) {
 template <class T>
 cudaError_t launch_gradient(const GradientView<T>& view, const GradientJob<T>& job, int blocks, cudaStream_t stream) {
     gradient_kernel<T><<<unsigned(blocks), 32 * kWarps, 0, stream>>>(view, job);
+    return cudaGetLastError();
+}
+
+template <class T>
+cudaError_t launch_stretch(const GradientView<T>& view, const GradientJob<T>& job, const Stretch& stretch, int tiles, cudaStream_t stream) {
+    stretch_kernel<T><<<unsigned(tiles), 32 * kWarps, 0, stream>>>(view, job, stretch);
     return cudaGetLastError();
 }
 
@@ -94,6 +108,7 @@ cudaError_t launch_narrow(const double* in, T* out, int64_t count, cudaStream_t 
 using Real = FASTMAF_REAL;
 template cudaError_t resident_gradient_blocks<Real>(int*);
 template cudaError_t launch_gradient<Real>(const GradientView<Real>&, const GradientJob<Real>&, int, cudaStream_t);
+template cudaError_t launch_stretch<Real>(const GradientView<Real>&, const GradientJob<Real>&, const Stretch&, int, cudaStream_t);
 template cudaError_t launch_weights<Real>(const GradientView<Real>&, const WeightsView<Real>&, const char*, int64_t, int, Real*,
                                           cudaStream_t);
 template cudaError_t launch_sum<Real>(const Sum<Real>&, cudaStream_t);

@@ -31,6 +31,13 @@ struct GradientJob {
     bool keeps = false;                      // scratch is per tile instead of per block
 };
 
+// A part of the way of all tiles of a batch, which has to be looked at in between: some stages forward, from the rows on if they are the
+// first and to the densities if they are the last, or backward.
+struct Stretch {
+    int first, last;
+    bool backward;
+};
+
 // Eight rows at most of a map: entries [0, limit) of row i go to number offset[i] of a vector laid out like the master.
 struct WeightTask {
     int stage, map, row, rows;

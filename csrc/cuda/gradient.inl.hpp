@@ -245,6 +245,34 @@ FASTMAF_FN void differentiate(const GradientView<T>& view, const GradientJob<T>&
     }
 }
 
+// A part of the way of the rows from `begin`, whose scratch keeps the parts before.
+template <class T, class Team>
+FASTMAF_FN void go(const GradientView<T>& view, const GradientJob<T>& job, const Stretch& stretch, int64_t begin, char* scratch,
+                   const Team& team) {
+    const int vectors = job.rows.vectors;
+    const Kept<T> kept = keep(view, scratch, team);
+    if (!stretch.backward && stretch.first == 0) {
+        Tile<T> tile{};
+        tile.x[0] = tile.x[1] = reinterpret_cast<T*>(scratch + view.x[0]);
+        tile.log_det = kept.log_det;
+        load_rows(view.flow, job.rows, begin, tile, team);
+        load_contexts(view.flow, job.rows, begin, tile, team);
+        team.sync();
+        spread(view, vectors, kept, kept.log_det, team);
+    }
+    team.sync();
+    if (stretch.backward) {
+        for (int k = stretch.last; k-- > stretch.first;) backward_stage(view, k, vectors, k ? 1 : 2, kept, team);
+        return;
+    }
+    for (int k = stretch.first; k < stretch.last; ++k) forward_stage(view.flow, k, vectors, kept, team);
+    if (stretch.last < view.flow.stage_count) return;
+    team.sync();
+    weigh(view, job.rows, begin, kept, team);
+    team.sync();
+    turn(view, job, begin, kept, team);
+}
+
 // The sums over the rows of some tiles that weights get of a task, rows in lanes. `out` is laid out like the master.
 template <class T, class Team>
 FASTMAF_FN void sum_task(const GradientView<T>& view, const WeightTask& task, const char* tiles, int count, int vectors, T* out,

@@ -43,6 +43,7 @@ GradientView<T> lay_out_gradients(Image& image, const Weights<T>& weights, const
     for (const auto& own : buffers) all.insert(all.end(), own.begin(), own.end());
     view.buffers = image.put(all);
     view.x = image.put(x);
+    placed.x = x;
     view.read = image.put(read);
     view.scaled = image.put(scaled);
     view.first = image.put(first);

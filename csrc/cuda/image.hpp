@@ -47,6 +47,7 @@ template <class T>
 struct PlacedWeights {
     const T* at = nullptr;
     std::vector<StageView<T>> stages;
+    std::vector<int64_t> x;  // of gradients: where the tile of each stage lies in the scratch
 };
 
 constexpr size_t padded_entries(size_t count) { return (count + kPanel - 1) / kPanel * kPanel; }

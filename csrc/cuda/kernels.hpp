@@ -25,6 +25,9 @@ template <class T>
 cudaError_t resident_gradient_blocks(int* blocks);
 template <class T>
 cudaError_t launch_gradient(const GradientView<T>& view, const GradientJob<T>& job, int blocks, cudaStream_t stream);
+// A block for each tile.
+template <class T>
+cudaError_t launch_stretch(const GradientView<T>& view, const GradientJob<T>& job, const Stretch& stretch, int tiles, cudaStream_t stream);
 // From what a launch of `rows` rows has kept, by tile: out [groups of rows][master and one more].
 template <class T>
 cudaError_t launch_weights(const GradientView<T>& view, const WeightsView<T>& weights, const char* tiles, int64_t rows, int vectors, T* out,

@@ -26,6 +26,8 @@ struct Member {
     std::unique_ptr<FlowState<T>> flow;
     RepackJob<T> repack{};
     ScaleJob<T> scales{};
+    std::vector<int64_t> first_scale;      // of each stage among these
+    bool together = false;                 // norms take the statistics of the batch
     double* shared = nullptr;              // the sum of the logarithms of the scales that all rows share and weights make
     int64_t on_device = -1, on_host = -1;  // which version of the weights its copies are
 
@@ -44,14 +46,24 @@ struct Member {
         const Direction directions[] = {Direction::density, Direction::backward};
         const PlacedWeights<T>* const placed[] = {&made->copies[0]->placed, &made->backward};
         std::vector<SharedScale<T>> table;
+        first_scale.resize(plan.stages());
         for (size_t k = 0; k < plan.stages(); ++k) {
             const StageSpec& stage = plan.spec().stages[k];
+            first_scale[k] = int64_t(table.size());
+            together = together || stage.of_batch;
             for (size_t v = 0; v < size_t(plan.features()); ++v) {
                 if (stage.output == Output::linear)
-                    table.push_back({index[size_t(plan.weight_offset(k, 0) + plan.sorted()[k].maps[0].offset[v + 1] - 1)], 0, {}});
+                    table.push_back({index[size_t(plan.weight_offset(k, 0) + plan.sorted()[k].maps[0].offset[v + 1] - 1)], 0, 0, {}, {}});
                 if (!stage.trainable) continue;
-                SharedScale<T> own{index[size_t(plan.bias_offset(k, 0)) + v], std::sqrt(weights->statistics(k).var[v] + stage.eps), {}};
-                for (int d = 0; d < 2; ++d) own.scale[d] = const_cast<T*>(placed[d]->stages[k].scale) + v;
+                SharedScale<T> own{index[size_t(plan.bias_offset(k, 0)) + v],
+                                   std::sqrt(weights->statistics(k).var[v] + stage.eps),
+                                   weights->statistics(k).mean[v],
+                                   {},
+                                   {}};
+                for (int d = 0; d < 2; ++d) {
+                    own.scale[d] = const_cast<T*>(placed[d]->stages[k].scale) + v;
+                    own.loc[d] = const_cast<T*>(placed[d]->stages[k].loc) + v;
+                }
                 table.push_back(own);
             }
         }
@@ -276,11 +288,15 @@ struct TrainerState {
         part.inner = count;
         part.x = packed(take.x.to, x_dtype, plan.features());
         if (plan.context()) part.context = packed(take.context.to, context_dtype, plan.context());
-        Gradients<T> out;
-        out.value = real(at_value);
+        const Rows cotangent = packed(base + at_cotangent, sizeof(T) == 4 ? DType::f32 : DType::f64, 1);
         double* const sums = reinterpret_cast<double*>(this->sums.data());
-        member.flow->launch_gradients(part, packed(base + at_cotangent, sizeof(T) == 4 ? DType::f32 : DType::f64, 1), out, sums, true,
-                                      *stream);
+        if (member.together) {
+            gradients_together(member, part, cotangent, real(at_value), sums);
+        } else {
+            Gradients<T> out;
+            out.value = real(at_value);
+            member.flow->launch_gradients(part, cotangent, out, sums, true, *stream);
+        }
         Launches launches{*stream};
         launches.each(LossJob<T>{real(at_value), wide(at_weight), member.shared, wide(at_loss), count, kLossRows, losses_of_slices});
         launches.sum(wide(at_loss), losses + pending, losses_of_slices, losses_of_slices);
@@ -288,6 +304,89 @@ struct TrainerState {
         const WeightsView<T>& view = member.flow->weights_view();
         launches.each(EntryJob<T>{view, sums, parameters, gradient, view.size});
         launches.done();
+    }
+
+    // The same where norms take the statistics of the batch: all rows go as far as a norm before any goes on, and back.
+    void gradients_together(Member<T>& member, const Batch& part, const Rows& cotangent, T* values, double* sums) {
+        const GradientView<T>& view = member.flow->gradient_view();
+        const WeightsView<T>& of_weights = member.flow->weights_view();
+        const Plan& plan = member.weights->plan();
+        const std::vector<StageSpec>& stages = plan.spec().stages;
+        const int64_t count = part.inner, features = plan.features(), entries = of_weights.size + 1;
+        const int vectors = count >= int64_t(128) * station->processors ? 4 : count >= int64_t(64) * station->processors ? 2 : 1;
+        const int64_t width = 32 * vectors, tiles = (count + width - 1) / width, groups = (count + kGroup - 1) / kGroup;
+        const int64_t slices = (count + kLossRows - 1) / kLossRows, reals = int64_t(sizeof(T)), wides = int64_t(sizeof(double));
+        Room room;
+        const int64_t at_tiles = room.take(tiles * view.scratch), at_partial = room.take(groups * entries * reals);
+        const int64_t at_slices = room.take(2 * features * slices * wides), at_sums = room.take((2 * features + 1) * wides);
+        const int64_t at_statistics = room.take(2 * features * int64_t(stages.size()) * wides);
+        Lent memory(*station, *stream);
+        if (!memory.take(room.size(), "scratch"))
+            out_of_memory(room.size(), "a batch as batch norm keeps it, which a smaller batch_size makes smaller");
+        auto wide = [&](int64_t at) { return reinterpret_cast<double*>(memory.at(at)); };
+        auto mean_of = [&](size_t k) { return wide(at_statistics) + 2 * features * int64_t(k); };
+        double *const of_slices = wide(at_slices), *const found = wide(at_sums), *const total = found + 2 * features;
+        T* const partial = reinterpret_cast<T*>(memory.at(at_partial));
+        const T* const cotangents = reinterpret_cast<const T*>(cotangent.data);
+
+        GradientJob<T> job;
+        job.rows.rows = count;
+        job.rows.vectors = vectors;
+        job.rows.x = {part.x, count};
+        job.rows.context = {part.context, count};
+        job.rows.scratch = memory.at(at_tiles);
+        job.rows.log_prob = values;
+        job.cotangent = {cotangent, count};
+        job.keeps = true;
+        NormRows<T> rows{memory.at(at_tiles), view.scratch, 0, 0, count, kLanes, int(width), int(features), cotangents, total};
+        Launches launches{*stream};
+        auto go = [&](size_t first, size_t last, bool backward) {
+            const Stretch stretch{int(first), int(last), backward};
+            launches.then([&] { return cuda::launch_stretch<T>(view, job, stretch, int(tiles), *stream); });
+        };
+        auto look_at = [&](size_t k) {
+            const int64_t variables = plan.context() * kLanes * reals;
+            rows.x = member.flow->backward.x[k] + variables;
+            rows.d = view.dx[k % 2] + variables;
+        };
+        auto moment = [&](Moment moment, const double* mean, double* out) {
+            const int64_t all = (moment == Moment::gradients ? 2 : 1) * features;
+            launches.each(MomentJob<T>{rows, moment, mean, of_slices, kLossRows, slices, features * slices});
+            launches.then([&] { return cuda::launch_sum<double>({of_slices, out, all, slices, 1, slices, false}, *stream); });
+        };
+        launches.then([&] { return cuda::launch_sum<T>({cotangents, of_slices, 1, count, 1, kLossRows, false}, *stream); });
+        launches.sum(of_slices, total, slices, slices);
+        size_t from = 0;
+        for (size_t k = 0; k < stages.size(); ++k) {
+            if (!stages[k].of_batch) continue;
+            double *const mean = mean_of(k), *const variance = mean + features;
+            go(from, k, false);
+            look_at(k);
+            moment(Moment::mean, nullptr, mean);
+            moment(Moment::variance, mean, variance);
+            const int64_t first = member.first_scale[k];
+            launches.each(
+                NormJob<T>{member.scales.scales + first, parameters, mean, variance, stages[k].eps, member.scales.out + first, features});
+            from = k;
+        }
+        go(from, stages.size(), false);
+        launches.sum(member.scales.out, member.shared, member.scales.count, member.scales.count);
+        size_t last = stages.size();
+        for (size_t k = last; k-- > 0;) {
+            if (!stages[k].of_batch) continue;
+            go(k, last, true);
+            last = k;
+            look_at(k);
+            moment(Moment::gradients, mean_of(k), found);
+            launches.each(ThroughJob<T>{rows, mean_of(k), mean_of(k) + features, found, stages[k].eps, count * features});
+        }
+        if (last > 0) go(0, last, true);
+        launches.then([&] { return cudaMemsetAsync(partial, 0, size_t(groups * entries * reals), *stream); });
+        launches.then([&] { return cuda::launch_weights<T>(view, of_weights, memory.at(at_tiles), count, vectors, partial, *stream); });
+        launches.then([&] { return cuda::launch_sum<T>({partial, sums, 1, groups, entries, groups, false}, *stream); });
+        launches.done();
+        check(memory.release(), "freeing scratch");
+        member.on_device = -1;  // its norms have the statistics of this batch
     }
 
     void apply(double rate) {
@@ -333,9 +432,6 @@ struct TrainerState {
 
 template <class T>
 Trainer<T>::Trainer(const std::vector<std::shared_ptr<Weights<T>>>& members, bool shared, int device, const AdamSettings& settings) {
-    for (const auto& member : members)
-        for (const StageSpec& stage : member->plan().spec().stages)
-            if (stage.of_batch) throw std::invalid_argument("a norm with the statistics of the batch is trained on the CPU");
     const std::shared_ptr<Station> station = Station::of(device);
     const Current current(device);
     const PlainFloats floats;

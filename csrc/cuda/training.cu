@@ -35,6 +35,9 @@ template cudaError_t launch_each(const JudgeJob<Real>&, cudaStream_t);
 template cudaError_t launch_each(const AdamJob<Real>&, cudaStream_t);
 template cudaError_t launch_each(const RepackJob<Real>&, cudaStream_t);
 template cudaError_t launch_each(const ScaleJob<Real>&, cudaStream_t);
+template cudaError_t launch_each(const MomentJob<Real>&, cudaStream_t);
+template cudaError_t launch_each(const NormJob<Real>&, cudaStream_t);
+template cudaError_t launch_each(const ThroughJob<Real>&, cudaStream_t);
 
 }  // namespace cuda
 }  // namespace fastmaf

@@ -83,18 +83,63 @@ struct RepackJob {
     int64_t size, count;  // of the first; of both
 };
 
-// A weight that all rows share a scale by: on the diagonal of a Linear, |w|; of a norm, e^w / root, which stages read at `scale`.
+// A weight that all rows share a scale by: on the diagonal of a Linear, |w|; of a norm, e^w / root, which stages read at `scale`, and its
+// mean at `loc`.
 template <class T>
 struct SharedScale {
     int64_t place;
-    double root;
-    T* scale[2];  // of two directions; null for a Linear
+    double root, mean;
+    T *scale[2], *loc[2];  // of two directions; null for a Linear
 };
 template <class T>
 struct ScaleJob {
     const SharedScale<T>* scales;
     const T* weights;
     double* out;  // [count] logarithms, but for those of the roots
+    int64_t count;
+};
+
+// Norms with the statistics of the batch. The rows of a batch as its tiles keep them in front of the norm; all weights are shares, the
+// cotangents by their sum.
+template <class T>
+struct NormRows {
+    const char* tiles;
+    int64_t scratch, x, d;  // bytes of a tile; where the variables lie in it, and the gradient in them
+    int64_t rows;
+    int lanes, width, features;  // of a tile: its lanes, how many of them are rows
+    const T* cotangent;
+    const double* total;
+};
+
+// Sums over slices of rows, [features][slices]: of x; of (x - mean)^2, the mean being given; or, both shares left out, of -d and of
+// d (x - mean), behind each other.
+enum class Moment { mean, variance, gradients };
+template <class T>
+struct MomentJob {
+    NormRows<T> rows;
+    Moment moment;
+    const double* mean;
+    double* out;
+    int64_t slice, slices, count;
+};
+
+// The scale of a norm from its statistics.
+template <class T>
+struct NormJob {
+    const SharedScale<T>* scales;  // [features]
+    const T* weights;
+    const double *mean, *variance;
+    double eps;
+    double* out;  // [features] the logarithms of the scales
+    int64_t count;
+};
+
+// What the statistics add to the gradient in each number.
+template <class T>
+struct ThroughJob {
+    NormRows<T> rows;
+    const double *mean, *variance, *sums;  // sums: [2][features], see Moment::gradients
+    double eps;
     int64_t count;
 };
 

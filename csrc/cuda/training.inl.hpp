@@ -95,8 +95,61 @@ FASTMAF_INLINE void run(const ScaleJob<T>& job, int64_t i) {
     const SharedScale<T> own = job.scales[i];
     const double weight = double(job.weights[own.place]);
     job.out[i] = own.scale[0] ? weight : ::log(::fabs(weight));
-    for (T* scale : own.scale)
-        if (scale) *scale = T(::exp(weight) / own.root);
+    for (int d = 0; own.scale[0] && d < 2; ++d) {
+        *own.scale[d] = T(::exp(weight) / own.root);
+        *own.loc[d] = T(own.mean);
+    }
+}
+
+// Where the number of variable v of a row lies; `first`: where variables begin in the scratch of a tile.
+template <class T>
+FASTMAF_INLINE const T* number_of_row(const NormRows<T>& rows, int64_t first, int64_t row, int64_t v) {
+    const char* const tile = rows.tiles + row / rows.width * rows.scratch + first;
+    return reinterpret_cast<const T*>(tile) + v * rows.lanes + row % rows.width;
+}
+
+template <class T>
+FASTMAF_INLINE void run(const MomentJob<T>& job, int64_t i) {
+    const NormRows<T>& rows = job.rows;
+    const int64_t v = i / job.slices, begin = i % job.slices * job.slice,
+                  end = begin + job.slice < rows.rows ? begin + job.slice : rows.rows;
+    const double mean = job.moment == Moment::mean ? 0 : job.mean[v];
+    double sum = 0, other = 0;
+    for (int64_t row = begin; row < end; ++row) {
+        const double x = double(*number_of_row(rows, rows.x, row, v));
+        if (job.moment == Moment::gradients) {
+            const double d = double(*number_of_row(rows, rows.d, row, v));
+            sum -= d;
+            other += d * (x - mean);
+            continue;
+        }
+        const double share = double(rows.cotangent[row]) / *rows.total;
+        sum += job.moment == Moment::mean ? share * x : share * (x - mean) * (x - mean);
+    }
+    job.out[i] = sum;
+    if (job.moment == Moment::gradients) job.out[job.count + i] = other;
+}
+
+template <class T>
+FASTMAF_INLINE void run(const NormJob<T>& job, int64_t v) {
+    const SharedScale<T> own = job.scales[v];
+    const double weight = double(job.weights[own.place]), variance = job.variance[v] + job.eps;
+    job.out[v] = weight - 0.5 * ::log(variance);
+    for (int d = 0; d < 2; ++d) {
+        *own.scale[d] = T(::exp(weight) / ::sqrt(variance));
+        *own.loc[d] = T(job.mean[v]);
+    }
+}
+
+template <class T>
+FASTMAF_INLINE void run(const ThroughJob<T>& job, int64_t i) {
+    const NormRows<T>& rows = job.rows;
+    const int64_t row = i / rows.features, v = i % rows.features;
+    const double share = double(rows.cotangent[row]) / *rows.total, shift = job.sums[v];
+    const double bend = -(job.sums[rows.features + v] + *rows.total) / (job.variance[v] + job.eps);
+    const double x = double(*number_of_row(rows, rows.x, row, v));
+    T* const d = const_cast<T*>(number_of_row(rows, rows.d, row, v));
+    *d += T(share * (shift + bend * (x - job.mean[v])));
 }
 
 }  // namespace FASTMAF_ISA

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from fastmaf import _core
 from fastmaf._device import DeviceArray, finished, index_of
 from fastmaf.backends.cpu import Engine, pack, unsupported
-from fastmaf.layers import BatchNorm
 from fastmaf.record import FlowRecord
 
 if TYPE_CHECKING:
@@ -139,11 +138,6 @@ class _Cuda:
             _core.synchronize(self._device, stream)
 
     def trainer(self, flow: FlowRecord, **options: Any) -> _Engine:
-        if any(isinstance(layer, BatchNorm) and layer.statistics == "batch" for layer in flow.layers):
-            raise NotImplementedError(
-                "the cuda backend has no training with the statistics of batches: a MAF with batch_norm trains on the CPU, "
-                'fit(..., device="cpu")'
-            )
         return _Engine(flow, self._device, **options)
 
 

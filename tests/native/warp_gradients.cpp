@@ -33,6 +33,17 @@ cudaError_t launch_gradient(const GradientView<T>& view, const GradientJob<T>& j
 }
 
 template <class T>
+cudaError_t launch_stretch(const GradientView<T>& view, const GradientJob<T>& job, const Stretch& stretch, int tiles, cudaStream_t stream) {
+    enqueue(stream, [=] {
+        for (int64_t tile = 0; tile < tiles; ++tile)
+            with_team(kWarpsOfTheHost, [&](const Team& team) {
+                warp_gradients::go<T>(view, job, stretch, tile * 32 * job.rows.vectors, job.rows.scratch + tile * view.scratch, team);
+            });
+    });
+    return cudaSuccess;
+}
+
+template <class T>
 cudaError_t launch_weights(const GradientView<T>& view, const WeightsView<T>& weights, const char* tiles, int64_t rows, int vectors, T* out,
                            cudaStream_t stream) {
     enqueue(stream, [=] {
@@ -73,6 +84,7 @@ cudaError_t launch_narrow(const double* in, T* out, int64_t count, cudaStream_t 
 #define FASTMAF_INSTANTIATE(T) \
     template cudaError_t resident_gradient_blocks<T>(int*); \
     template cudaError_t launch_gradient<T>(const GradientView<T>&, const GradientJob<T>&, int, cudaStream_t); \
+    template cudaError_t launch_stretch<T>(const GradientView<T>&, const GradientJob<T>&, const Stretch&, int, cudaStream_t); \
     template cudaError_t launch_weights<T>(const GradientView<T>&, const WeightsView<T>&, const char*, int64_t, int, T*, cudaStream_t); \
     template cudaError_t launch_sum<T>(const Sum<T>&, cudaStream_t); \
     template cudaError_t launch_parameters<T>(const WeightsView<T>&, const double*, T*, cudaStream_t); \

@@ -25,7 +25,10 @@ cudaError_t launch_each(const Job& job, cudaStream_t stream) {
     template cudaError_t launch_each(const JudgeJob<T>&, cudaStream_t); \
     template cudaError_t launch_each(const AdamJob<T>&, cudaStream_t); \
     template cudaError_t launch_each(const RepackJob<T>&, cudaStream_t); \
-    template cudaError_t launch_each(const ScaleJob<T>&, cudaStream_t);
+    template cudaError_t launch_each(const ScaleJob<T>&, cudaStream_t); \
+    template cudaError_t launch_each(const MomentJob<T>&, cudaStream_t); \
+    template cudaError_t launch_each(const NormJob<T>&, cudaStream_t); \
+    template cudaError_t launch_each(const ThroughJob<T>&, cudaStream_t);
 FASTMAF_INSTANTIATE(float)
 FASTMAF_INSTANTIATE(double)
 
