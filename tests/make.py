@@ -15,7 +15,7 @@ import pytest
 import fastmaf
 from fastmaf import backends, masks
 from fastmaf.backends import reference as definition
-from fastmaf.layers import ACTIVATIONS, Affine, Autoregressive, Block, Conditioner, Dense, Elementwise, Law, Permutation, Terminal
+from fastmaf.layers import ACTIVATIONS, Affine, Autoregressive, Block, Conditioner, Dense, Elementwise, Law, Linear, Permutation, Terminal
 
 SHAPES = (
     (1, (), 0),
@@ -122,6 +122,7 @@ def flow(
     affine=False,
     bounds=None,
     between=False,
+    linear=False,
     ranks=None,
     input_clip=None,
     base=None,
@@ -131,7 +132,8 @@ def flow(
 
     `ranks`, one vector for all MADEs, goes before `order`; `law` is a kind or a `Law`; `affine` puts random Affines in front of
     the layers and of the context; `bounds` are those of `MAF`, or True
-    for a bit of everything; `between` puts a Permutation and an Affine behind every MADE; `base` is the law of a mixture of three;
+    for a bit of everything; `between` puts a Permutation and an Affine behind every MADE; `linear` puts a Linear and a Permutation in
+    front of the first one and behind every one; `base` is the law of a mixture of three;
     `blocks` are arguments of `blocks_network` in place of `hidden`.
     """
     rng = np.random.default_rng([seed, features, len(hidden), context_features])
@@ -141,6 +143,8 @@ def flow(
     if affine:
         layers.append(random_affine(rng, features))
         context_layers += [random_affine(rng, context_features)] * (context_features > 0)
+    if linear:
+        layers += [random_linear(rng, features), Permutation(rng.permutation(features))]
     for own in masks.layer_ranks(order, features, transforms, seed) if ranks is None else [np.array(ranks)] * transforms:
         if blocks is None:
             net = conditioner(rng, own, hidden, context_features, activation, input_clip=input_clip)
@@ -151,6 +155,8 @@ def flow(
         layers.append(Autoregressive(own, net, law if isinstance(law, Law) else Law(law)))
         if between:
             layers += [Permutation(rng.permutation(features)), random_affine(rng, features)]
+        if linear:
+            layers += [random_linear(rng, features), Permutation(rng.permutation(features))]
     if base is not None:
         own = rng.permutation(features) + 1
         net = conditioner(rng, own, hidden, context_features, activation, rows=9)
@@ -161,6 +167,13 @@ def flow(
 def random_affine(rng, width):
     """Scales around 1 of either sign."""
     return Affine(0.5 * rng.normal(size=width), rng.choice([-1, 1], size=width) * rng.uniform(0.7, 1.4, size=width))
+
+
+def random_linear(rng, features):
+    """Diagonals around 1 of either sign; what lies beside them is smaller, and is there where the triangles are zero too."""
+    lower, upper = 0.3 * rng.normal(size=(2, features, features)) / np.sqrt(features)
+    np.fill_diagonal(upper, rng.choice([-1, 1], size=features) * rng.uniform(0.7, 1.4, size=features))
+    return Linear(lower, upper, 0.5 * rng.normal(size=features))
 
 
 def file_bytes(flow):
@@ -291,6 +304,36 @@ CASES = {
     "no layer": [],
     "fixed layers": FIXED,
     "fixed layers in front": [*FIXED, *flow(6, (9,), 1).layers, *FIXED[2:]],
+    **{
+        f"Linear {features} {hidden} {c}": {
+            "features": features,
+            "hidden": hidden,
+            "context_features": c,
+            "activation": activation,
+            "linear": True,
+        }
+        for (features, hidden, c), activation in zip(
+            [(1, (4,), 1), (2, (), 0), (7, (17, 5), 1), (16, (9,), 0), (23, (11,), 2), (33, (30,), 0)], itertools.cycle(ACTIVATIONS)
+        )
+    },
+    "Linear front": {
+        "features": 9,
+        "context_features": 2,
+        "affine": True,
+        "bounds": True,
+        "between": True,
+        "linear": True,
+        "activation": "gelu",
+        "input_clip": 0.7,
+    },
+    "Linear alone": [random_linear(np.random.default_rng(3), 6)],
+    "Linear between fixed layers": [*FIXED, random_linear(np.random.default_rng(4), 6), *FIXED[2:]],
+    "Linears around one MADE": [
+        random_linear(np.random.default_rng(5), 6),
+        random_linear(np.random.default_rng(6), 6),
+        *flow(6, (9,), 1).layers,
+        random_linear(np.random.default_rng(7), 6),
+    ],
 }
 """Arguments of `flow`, or layers of a flow of six columns."""
 

@@ -10,7 +10,7 @@ import fastmaf
 from fastmaf import backends, config
 
 SIZES = (1, 2, 3, 15, 16, 17, 47, 48, 49, 191, 192, 193)
-NAMES = ["7 (17, 5) 1", "front", "blocks", "larger than a cache", "fixed layers in front"]
+NAMES = ["7 (17, 5) 1", "front", "blocks", "larger than a cache", "fixed layers in front", "Linear front", "Linears around one MADE"]
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -116,7 +116,10 @@ def test_instruction_sets(both, dtype, name):
         make.assert_same_bits(narrow, wide)
 
 
-@pytest.mark.parametrize("name", ["13 (49, 50) 3", "8 (33, 16, 31) 0", "blocks", "front", "front of 9", "larger than a cache"])
+@pytest.mark.parametrize(
+    "name",
+    ["13 (49, 50) 3", "8 (33, 16, 31) 0", "blocks", "front", "front of 9", "larger than a cache", "Linear 23 (11,) 2", "Linear front"],
+)
 def test_scratch_holds_nothing(core, dtype, name):
     from fastmaf import _core
 

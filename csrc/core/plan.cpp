@@ -63,7 +63,6 @@ void Plan::shape_stage(const StageSpec& stage) {
     std::vector<char> raw(widths.size(), 0);
     for (int map : adds)
         if (map >= 0 && (activated[size_t(map)] || !stage.maps[size_t(map)].norm_scale.empty())) raw[size_t(map)] = 1;
-    for (size_t m = 0; m + 1 < widths.size(); ++m) row_path_ = row_path_ && activated[m] && adds[m] < 0 && stage.maps[m].norm_scale.empty();
 
     std::vector<int> context_units(stage.maps.size(), -1);
     std::vector<Joins> joins;
@@ -83,7 +82,10 @@ void Plan::shape_stage(const StageSpec& stage) {
     }
 
     const bool joined = widths.size() > stage.maps.size() && is_network(stage.output);
-    row_path_ = row_path_ && stage.output == Output::transform && !stage.direct() && !joined && wires_.back()[0].first == kTile;
+    bool one_by_one = stage.output == Output::linear || (stage.output == Output::transform && !stage.direct() && !joined);
+    for (size_t m = 0; m + 1 < stage.maps.size(); ++m)
+        one_by_one = one_by_one && activated[m] && adds[m] < 0 && stage.maps[m].norm_scale.empty();
+    row_path_ = row_path_ && one_by_one;
     clips_ = clips_ || stage.input_clip > 0;
     late_context_ = late_context_ || stage.late_context() || joined;
     has_base_ = is_base(stage.output);

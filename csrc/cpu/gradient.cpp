@@ -170,12 +170,12 @@ private:
                 const StageSpec& stage = plan_.spec().stages[k];
                 const auto& widths = plan_.widths(k);
                 if (stage.input_clip > 0) own.read = row(context + features);
-                own.scaled = carve.take<T>(3 * size_t(row_stride(features)));
+                if (stage.output == Output::transform) own.scaled = carve.take<T>(3 * size_t(row_stride(features)));
                 own.units = carve.take<T*>(widths.size());
                 own.raw = carve.take<T*>(widths.size());
                 for (size_t m = 0; m < widths.size(); ++m) {
                     T* const units = row(widths[m]);
-                    T* const raw = m + 1 < widths.size() && keeps_argument(stage.activation) ? row(widths[m]) : nullptr;
+                    T* const raw = plan_.activated(k)[m] && keeps_argument(stage.activation) ? row(widths[m]) : nullptr;
                     if (!own.units) continue;  // measuring
                     own.units[m] = units;
                     own.raw[m] = raw;

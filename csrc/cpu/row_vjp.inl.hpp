@@ -37,26 +37,12 @@ FASTMAF_INLINE void join_pairs(Vec<T> first, Vec<T> second, T* pairs) {
     at(pairs + W) = shuffle<T>(first, second, high);
 }
 
+// As traced_transform.
 template <class T>
-static void forward_row(const StageView<T>& stage, const Trace<T>& here, T* next, double* log_det) {
+FASTMAF_INLINE void traced_row(const StageView<T>& stage, const Trace<T>& here, T* next, double* log_det) {
     constexpr int W = Lanes<T>::W;
     const int features = stage.features, stride = row_stride(features);
     const T* const x = here.x + stage.context;
-    if (here.read != here.x) {
-        for (int c = 0; c < stage.context; ++c) here.read[c] = here.x[c];
-        for (int s = 0; s < features; s += W) store_loose<T>(here.read + stage.context + s, clipped<T>(stage, load_loose(x + s)));
-    }
-    for (int i = 0; i < stage.step_count && stage.steps[i].kind == Kind::panel;) {
-        RowMap<T> map(stage, stage.steps + i, here.read, here.units, nullptr);
-        const int m = map.step->map;
-        if (here.raw[m]) map.out = here.raw[m];
-        map.run(0, map.panels);
-        i += map.panels;
-        if (m + 1 == stage.maps) continue;
-        with_activation<T>(stage.activation, [&](auto f) {
-            for (int u = 0; u < stage.rows[m]; u += W) at(here.units[m] + u) = f(at(map.out + u));
-        });
-    }
     double sum = 0;
     for (int s = 0; s < features; s += W) {
         Vec<T> m, raw;
@@ -74,6 +60,33 @@ static void forward_row(const StageView<T>& stage, const Trace<T>& here, T* next
         for (int i = 0; i < n; ++i) sum -= double(law.log_scale[i]);
     }
     *log_det += sum;
+}
+
+template <class T>
+static void forward_row(const StageView<T>& stage, const Trace<T>& here, T* next, double* log_det) {
+    constexpr int W = Lanes<T>::W;
+    if (here.read != here.x) {
+        const int first = stage.context;
+        for (int c = 0; c < first; ++c) here.read[c] = here.x[c];
+        for (int s = first; s < first + stage.features; s += W) store_loose<T>(here.read + s, clipped<T>(stage, load_loose(here.x + s)));
+    }
+    for (int i = 0; i < stage.step_count; ++i) {
+        while (stage.steps[i].kind == Kind::panel) {
+            RowMap<T> map(stage, stage.steps + i, here.read, here.units, nullptr);
+            const int m = map.step->map;
+            if (here.raw[m]) map.out = here.raw[m];
+            map.run(0, map.panels);
+            i += map.panels;
+            if (!stage.activated[m]) continue;
+            with_activation<T>(stage.activation, [&](auto f) {
+                for (int u = 0; u < stage.rows[m]; u += W) at(here.units[m] + u) = f(at(map.out + u));
+            });
+        }
+        if (stage.output == Output::linear)
+            row_linear<T>(stage, stage.steps[i].row, here.units, next);
+        else
+            traced_row<T>(stage, here, next, log_det);
+    }
 }
 
 // P consecutive panels of backward, N of them under way: these as far as the next one begins. As in row_panels, only the last one's tape may
@@ -124,19 +137,23 @@ static void row_suffix_group(const Step* step, const T* tape, const T* x, T* out
             sum[p].store_first(out + step[p].row, step[p].rows);
 }
 
+// As law_gradient, of all variables: the gradient in the outputs of the last map, and what x has of it beside the network; where maps read
+// variables clipped, that waits in `scaled`.
 template <class T>
-static void backward_row(const StageView<T>& stage, const Trace<T>& here, T cotangent, const T* above, T* below, bool of_context) {
+FASTMAF_INLINE void row_law_gradient(const StageView<T>& stage, const Trace<T>& here, T cotangent, const T* above, T* dx) {
     constexpr int W = Lanes<T>::W;
-    const int features = stage.features, context = stage.context, stride = row_stride(features);
-    T* const dx = below + context;
+    const int features = stage.features, stride = row_stride(features);
     T* const delta = here.delta[stage.maps - 1];
+    if (stage.output == Output::linear) {
+        for (int s = 0; s < features; ++s) delta[s] = here.delta[0][s] = above[stage.next[s]];
+        return;
+    }
     const bool clips = here.read != here.x;
-    for (int c = 0; c < context; ++c) below[c] = above[c];
     for (int s = 0; s < features; s += W) {
         T of_z[W] __attribute__((aligned(64))) = {};
         const int n = features - s < W ? features - s : W;
         for (int i = 0; i < n; ++i) {
-            const T gz = above[context + stage.next[s + i]];
+            const T gz = above[stage.next[s + i]];
             of_z[i] = stage.scale ? gz * stage.scale[s + i] : gz;
         }
         T* const scaled = here.scaled + s;
@@ -146,18 +163,36 @@ static void backward_row(const StageView<T>& stage, const Trace<T>& here, T cota
         if (clips) at(scaled) = law.dx;
         store_loose<T>(dx + s, clips ? Vec<T>{} : law.dx);
     }
+}
+
+template <class T>
+static void backward_row(const StageView<T>& stage, const Trace<T>& here, T cotangent, const T* above, T* below, bool of_context) {
+    constexpr int W = Lanes<T>::W;
+    const int features = stage.features, context = stage.context;
+    T* const dx = below + context;
+    const bool clips = here.read != here.x;
+    for (int c = 0; c < context; ++c) below[c] = above[c];
+    row_law_gradient<T>(stage, here, cotangent, above + context, dx);
     for (int i = 0; i < stage.step_count;) {
         const Step* const step = stage.steps + i;
-        const bool hidden = step->out >= 0, contexts = !hidden && step->row < context;
+        if (step->kind == Kind::law) {
+            flip_row(here.delta[0], features);
+            ++i;
+            continue;
+        }
+        auto of_contexts = [&](const Step& step) { return step.out == kTile && step.row < context; };
+        const bool contexts = of_contexts(*step);
         int count = 1;
-        while (i + count < stage.step_count && step[count].map == step->map && (hidden || (step[count].row < context) == contexts)) ++count;
+        while (i + count < stage.step_count && step[count].kind == Kind::panel && step[count].map == step->map &&
+               of_contexts(step[count]) == contexts)
+            ++count;
         i += count;
         if (contexts && !of_context) continue;
-        T* const out = hidden ? here.delta[step->out] : below;
+        T* const out = buffer<T>(stage, step->out, below, here.delta, 1);
         side_by_side<T>(step, count, [&](auto panels, const Step* step) {
             row_suffix_group<T, decltype(panels)::value>(step, stage.tape, here.delta[step->in], out);
         });
-        if (!hidden) continue;
+        if (step->out < 0 || !is_network(stage.output)) continue;
         const T* const argument = keeps_argument(stage.activation) ? here.raw[step->out] : here.units[step->out];
         times_derivative<T>(stage.activation, out, argument, 1, (stage.rows[step->out] + W - 1) / W, 0);
     }

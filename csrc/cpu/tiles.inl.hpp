@@ -205,14 +205,14 @@ struct RowMap {
     const T *tape, *x, *bias;
     T* out;
 
+    // The last map of a stage has a law behind it.
     RowMap(const StageView<T>& stage, const Step* step, T* tile, T* const* units, const T* folded) : step(step), panels(1) {
-        const Step* const end = stage.steps + stage.step_count;
-        while (step + panels < end && step[panels].kind == Kind::panel && step[panels].map == step->map) ++panels;
-        first = folded && step->map == 0 ? stage.context : 0;
+        while (step[panels].kind == Kind::panel && step[panels].map == step->map) ++panels;
+        first = folded && folds(*step) ? stage.context : 0;
         tape = stage.tape;
-        x = step->map ? units[step->map - 1] : tile;
+        x = buffer<T>(stage, step->in, tile, units, 1);
         bias = first ? folded : stage.bias[step->map];
-        out = units[step->map];
+        out = units[step->out];
     }
     void run(int begin, int count) const { row_range<T>(step + begin, count, tape, x, first, bias, out); }
 };
@@ -261,17 +261,59 @@ static void assist_row(const StageView<T>* stages, int count, T* const x[2], T* 
     uint64_t job = 0;
     for (int k = 0; k < count; ++k) {
         const StageView<T>& stage = stages[k];
-        for (int i = 0; i < stage.step_count && stage.steps[i].kind == Kind::panel;) {
-            const RowMap<T> map(stage, stage.steps + i, stage.input_clip > 0 ? read : x[k % 2], units, folded ? folded[k] : nullptr);
-            ++job;
-            wait_until(crew, [&] { return __atomic_load_n(&crew->claims, __ATOMIC_ACQUIRE) >> 32 >= job; });
-            for (int group; (group = take_group(crew, job, false)) >= 0;) {
-                run_group<T>(map, group);
-                __atomic_fetch_add(&crew->done, 1, __ATOMIC_ACQ_REL);
+        for (int i = 0; i < stage.step_count; ++i)
+            while (stage.steps[i].kind == Kind::panel) {
+                const RowMap<T> map(stage, stage.steps + i, stage.input_clip > 0 ? read : x[k % 2], units, folded ? folded[k] : nullptr);
+                ++job;
+                wait_until(crew, [&] { return __atomic_load_n(&crew->claims, __ATOMIC_ACQUIRE) >> 32 >= job; });
+                for (int group; (group = take_group(crew, job, false)) >= 0;) {
+                    run_group<T>(map, group);
+                    __atomic_fetch_add(&crew->done, 1, __ATOMIC_ACQ_REL);
+                }
+                i += map.panels;
             }
-            i += map.panels;
-        }
     }
+}
+
+// As transform_law.
+template <class T>
+FASTMAF_INLINE void row_transform(const StageView<T>& stage, const T* parameters, const T* variables, T* next, double* log_det) {
+    constexpr int W = Lanes<T>::W;
+    double sum = 0;
+    for (int s = 0; s < stage.features; s += W) {
+        Vec<T> m{}, raw{}, v{};
+        const int n = stage.features - s < W ? stage.features - s : W;
+        for (int i = 0; i < n; ++i) {
+            m[i] = parameters[2 * (s + i)];
+            raw[i] = parameters[2 * (s + i) + 1];
+            v[i] = variables[s + i];
+        }
+        const Vec<T> scale = log_scale<T>(stage, raw), z = to_z<T>(stage, v, m, scale);
+        for (int i = 0; i < n; ++i) {
+            T value = z[i];
+            if (stage.scale) value = (value - stage.loc[s + i]) * stage.scale[s + i];
+            next[stage.next[s + i]] = value;
+        }
+        // The order of a tile's sums: each MADE's log-scales from zero, then onto the total.
+        for (int i = 0; i < n; ++i) sum -= double(scale[i]);
+    }
+    *log_det += sum;
+}
+
+template <class T>
+FASTMAF_FN void flip_row(T* units, int rows) {
+    for (int s = 0; 2 * s < rows - 1; ++s) {
+        const T kept = units[s];
+        units[s] = units[rows - 1 - s];
+        units[rows - 1 - s] = kept;
+    }
+}
+
+// As linear_law.
+template <class T>
+FASTMAF_FN void row_linear(const StageView<T>& stage, int part, T* const* units, T* next) {
+    if (part == 0) return flip_row(units[0], stage.features);
+    for (int i = 0; i < stage.features; ++i) next[stage.next[i]] = units[1][i] + units[0][i];
 }
 
 // Buffers hold their rows padded to a multiple of 16, so whole vectors may be processed.
@@ -279,7 +321,6 @@ template <class T>
 static int to_noise_row(const StageView<T>* stages, int count, T* const x[2], T* read, T* const* units, double* log_det,
                         const T* const* folded, Crew* crew) {
     constexpr int W = Lanes<T>::W;
-    double sum = 0;
     uint64_t job = 0, helped = 0;
     for (int k = 0; k < count; ++k) {
         const StageView<T>& stage = stages[k];
@@ -290,38 +331,23 @@ static int to_noise_row(const StageView<T>* stages, int count, T* const x[2], T*
                 read[i] = own < -stage.input_clip ? -stage.input_clip : own > stage.input_clip ? stage.input_clip : own;
             }
         }
-        for (int i = 0; i < stage.step_count && stage.steps[i].kind == Kind::panel;) {
-            const RowMap<T> map(stage, stage.steps + i, stage.input_clip > 0 ? read : x[k % 2], units, folded ? folded[k] : nullptr);
-            if (crew)
-                lead<T>(map, crew, ++job, helped);
+        T* const next = x[(k + 1) % 2] + stage.context;
+        for (int i = 0; i < stage.step_count; ++i) {
+            while (stage.steps[i].kind == Kind::panel) {
+                const RowMap<T> map(stage, stage.steps + i, stage.input_clip > 0 ? read : x[k % 2], units, folded ? folded[k] : nullptr);
+                if (crew)
+                    lead<T>(map, crew, ++job, helped);
+                else
+                    map.run(0, map.panels);
+                const int m = stage.steps[i].map;
+                if (stage.activated[m]) activate<T>(stage.activation, units[m], 1, (stage.rows[m] + W - 1) / W, 0);
+                i += map.panels;
+            }
+            if (stage.output == Output::linear)
+                row_linear<T>(stage, stage.steps[i].row, units, next);
             else
-                map.run(0, map.panels);
-            const int m = stage.steps[i].map;
-            if (m + 1 < stage.maps) activate<T>(stage.activation, units[m], 1, (stage.rows[m] + W - 1) / W, 0);
-            i += map.panels;
+                row_transform<T>(stage, units[stage.maps - 1], x[k % 2] + stage.context, next, log_det);
         }
-        const T* parameters = units[stage.maps - 1];
-        const T* variables = x[k % 2] + stage.context;
-        T* next = x[(k + 1) % 2] + stage.context;
-        for (int s = 0; s < stage.features; s += W) {
-            Vec<T> m{}, raw{}, v{};
-            const int n = stage.features - s < W ? stage.features - s : W;
-            for (int i = 0; i < n; ++i) {
-                m[i] = parameters[2 * (s + i)];
-                raw[i] = parameters[2 * (s + i) + 1];
-                v[i] = variables[s + i];
-            }
-            const Vec<T> scale = log_scale<T>(stage, raw), z = to_z<T>(stage, v, m, scale);
-            for (int i = 0; i < n; ++i) {
-                T value = z[i];
-                if (stage.scale) value = (value - stage.loc[s + i]) * stage.scale[s + i];
-                next[stage.next[s + i]] = value;
-            }
-            // The order of a tile's sums: each MADE's log-scales from zero, then onto the total.
-            for (int i = 0; i < n; ++i) sum -= double(scale[i]);
-        }
-        *log_det += sum;
-        sum = 0;
     }
     return count % 2;
 }

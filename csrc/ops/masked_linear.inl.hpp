@@ -84,8 +84,8 @@ FASTMAF_INLINE void panel(int vectors, int width, bool ahead, const T* w, const 
 
 // The tile or the units that a panel reads or writes.
 template <class T, class P>
-FASTMAF_INLINE P* buffer(const StageView<T>& stage, int wire, P* tile, P* const* units) {
-    return wire >= 0 ? units[wire] : wire == kTile ? tile : tile + stage.context * lanes_of<T>();
+FASTMAF_INLINE P* buffer(const StageView<T>& stage, int wire, P* tile, P* const* units, int lanes = lanes_of<T>()) {
+    return wire >= 0 ? units[wire] : wire == kTile ? tile : tile + stage.context * lanes;
 }
 
 // Whether a step begins with the context, so that a context that all rows share can be added to its bias.

@@ -248,11 +248,12 @@ std::vector<Case> cases() {
     add("wide", 9, 0, {n, n});
     all.push_back(all.back());
     all.back().name = "bounds";
-    Columns& columns = all.back().spec.columns;
+    Columns columns = all.back().spec.columns;
     columns.kind = {Bijection::logit,    Bijection::log_above, Bijection::log_below, Bijection::identity, Bijection::logit,
                     Bijection::identity, Bijection::log_above, Bijection::log_below, Bijection::logit};
     columns.lower = {-1, 2, -INFINITY, -INFINITY, 0, -INFINITY, -3, -INFINITY, -5};
     columns.upper = {1, INFINITY, 2, INFINITY, 1, INFINITY, INFINITY, 0, 5};
+    all.back().spec.columns = columns;
 
     Network block;
     block.residual = true;
@@ -330,6 +331,17 @@ std::vector<Case> cases() {
     add("more categories", 5, 0, {base});
     base.late = true;
     add("more categories given a context", 5, 4, {base});
+
+    n = {};
+    n.hidden = {11, 20};
+    n.activation = Activation::gelu;
+    n.after = true;
+    stages("Linears around networks", 5, 2, {linear(5, rng), net(5, 2, n), linear(5, rng), linear(5, rng), net(5, 2, n), linear(5, rng)});
+    stages("a Linear in front of a network with bounds", 9, 0, {linear(9, rng), net(9, 0, n)});
+    all.back().spec.columns = columns;
+    stages("wide Linears", 130, 1, {linear(130, rng), net(130, 1, n), linear(130, rng)});
+    stages("Linears of one variable", 1, 1, {linear(1, rng), net(1, 1, n), linear(1, rng)});
+    stages("a Linear alone", 6, 0, {linear(6, rng)});
     return all;
 }
 
@@ -784,14 +796,25 @@ void operations(const Case& one, size_t n, bool alone) {
         if (!alone) continue;
 
         // Rows alone give the bits that they give among others; so do draws in parts, whether split by row or by context.
-        for (size_t i : {size_t(0), n / 2, n - 1}) {
-            Batch batch = batch_of(*packed, r.x, context, 1);
-            batch.x.data += int64_t(i) * batch.x.inner;
-            batch.context.data += int64_t(i) * batch.context.inner;
-            T value = 0;
-            log_prob<T>(*packed, batch, &value, {});
-            CHECK(value == r.log_prob[i]);
-        }
+        for (size_t rows : {1, 2})
+            for (size_t i : {size_t(0), n / 2, n - rows}) {
+                Batch batch = batch_of(*packed, r.x, context, rows);
+                batch.x.data += int64_t(i) * batch.x.inner;
+                batch.context.data += int64_t(i) * batch.context.inner;
+                auto part = [&](const std::vector<T>& all) {
+                    const long width = long(all.size() / n);
+                    return std::vector<T>(all.begin() + long(i) * width, all.begin() + long(i + rows) * width);
+                };
+                std::vector<T> density(rows), value(rows), noise(part(r.noise)), d_x(part(r.d_x)), d_context(part(r.d_context));
+                for (auto* result : {&noise, &d_x, &d_context}) std::fill(result->begin(), result->end(), T(0));
+                log_prob<T>(*packed, batch, density.data(), {});
+                CHECK(density == part(r.log_prob));
+                if (!noise.empty()) to_noise<T>(*packed, batch, noise.data(), {});
+                CHECK(noise == part(r.noise));
+                vjp<T>(*packed, batch, cotangent.data() + i, value.data(), d_x.empty() ? nullptr : d_x.data(),
+                       d_context.empty() ? nullptr : d_context.data(), nullptr, {});
+                CHECK(value == part(r.value) && d_x == part(r.d_x) && d_context == part(r.d_context));
+            }
         // So does a context that all rows share.
         std::vector<T> repeats;
         for (size_t i = 0; i < n; ++i) repeats.insert(repeats.end(), context.begin(), context.begin() + long(width));
@@ -1261,15 +1284,32 @@ void settings_change() {
     set_num_threads(2);
 }
 
+// Which flows the path of a single row runs.
+void row_paths() {
+    std::map<std::string, bool> runs;
+    for (const Case& one : cases()) runs[one.name] = Plan(one.spec).row_path();
+    for (const char* name : {"narrow", "bounds", "Linears around networks", "a Linear in front of a network with bounds", "wide Linears",
+                             "Linears of one variable", "a Linear alone"}) {
+        what_runs = name;
+        CHECK(runs.at(name));
+    }
+    for (const char* name : {"ties", "residual with Linear and norm of the batch", "bernoulli", "wide residual"}) {
+        what_runs = name;
+        CHECK(!runs.at(name));
+    }
+}
+
 // A row alone whose weights are enough for several threads.
 void crew() {
     Random rng(5);
     Network n;
     n.hidden = {301, 299};
-    std::vector<StageSpec> stages;
-    for (int k = 0; k < 5; ++k) stages.push_back(network(9, 2, n, rng));
-    const FlowSpec spec = flow(9, 2, stages, rng);
-    const Reals parameters = random_parameters(spec, rng), x = normals(9 * 5, rng), context = normals(2 * 5, rng);
+    constexpr int features = 70;
+    std::vector<StageSpec> stages(1, linear(features, rng));
+    for (int k = 0; k < 5; ++k) stages.push_back(network(features, 2, n, rng));
+    stages.insert(stages.begin() + 3, linear(features, rng));
+    const FlowSpec spec = flow(features, 2, stages, rng);
+    const Reals parameters = random_parameters(spec, rng), x = normals(features * 5, rng), context = normals(2 * 5, rng);
     for (const std::string& isa : available_isas()) {
         what_runs = "crew, " + isa;
         set_isa(isa);
@@ -1281,10 +1321,10 @@ void crew() {
             bool same = true;
             for (size_t i = 0; i < 5; ++i) {
                 double value = 0;
-                log_prob<double>(
-                    *packed,
-                    batch_of(*packed, Reals(x.begin() + 9 * long(i), x.end()), Reals(context.begin() + 2 * long(i), context.end()), 1),
-                    &value, {});
+                log_prob<double>(*packed,
+                                 batch_of(*packed, Reals(x.begin() + features * long(i), x.end()),
+                                          Reals(context.begin() + 2 * long(i), context.end()), 1),
+                                 &value, {});
                 same = same && value == expected[i];
             }
             return same;
@@ -1373,6 +1413,7 @@ int main(int argc, char** argv) {
     set_num_threads(2);
     many_callers();
     settings_change();
+    row_paths();
     crew();
     set_num_threads(2);
     if (!few) after_fork();
