@@ -13,7 +13,7 @@ from tolerances import assert_close
 import fastmaf
 from fastmaf import _random, backends
 from fastmaf.backends import reference as definition
-from fastmaf.layers import ACTIVATIONS, Affine, Autoregressive, BatchNorm, Block, Elementwise, Law, Linear, Terminal
+from fastmaf.layers import ACTIVATIONS, Affine, Autoregressive, BatchNorm, Block, Elementwise, Law, Terminal
 
 numba = pytest.importorskip("fastmaf.backends.numba", exc_type=ImportError, reason="numba is not installed")
 N = 70
@@ -49,9 +49,10 @@ def check(flow, contexts=None):
 
 @pytest.mark.parametrize("shape", make.SHAPES)
 @pytest.mark.parametrize("between", [False, True])
-def test_equals_the_reference(shape, dtype, between):
+@pytest.mark.parametrize("linear", [False, True])
+def test_equals_the_reference(shape, dtype, between, linear):
     features, hidden, context_features = shape
-    flow = make.flow(features, hidden, 3, context_features, "tanh", dtype=dtype, affine=True, between=between)
+    flow = make.flow(features, hidden, 3, context_features, "tanh", dtype=dtype, affine=True, between=between, linear=linear)
     check(flow, make.contexts(flow, N))
 
 
@@ -72,8 +73,9 @@ def test_contexts_of_every_shape(shape, dtype):
         assert_close("gradient", dtype, mine, theirs, factor=N)
 
 
-def test_samples_are_those_of_the_reference(dtype):
-    flow = make.flow(5, (8, 8), 2, 2, "tanh", dtype=dtype, affine=True, bounds=True)
+@pytest.mark.parametrize("linear", [False, True])
+def test_samples_are_those_of_the_reference(dtype, linear):
+    flow = make.flow(5, (8, 8), 2, 2, "tanh", dtype=dtype, affine=True, bounds=True, linear=linear)
     contexts = make.contexts(flow, 3)
     mine = flow.sample_and_log_prob(N, contexts, 2**63 + 1, 2**40, 7)
     index, row = np.divmod(np.arange(3 * N, dtype=np.uint64), np.uint64(N))[::-1]
@@ -97,8 +99,9 @@ def test_philox_known_answers():
     assert [f"{word:08x}" for word in numba._philox(*[words[1]] * 6)] == ["408f276d", "41c83b0e", "a20bc7c6", "6d5451fd"]
 
 
-def test_a_row_does_not_depend_on_its_neighbours(dtype):
-    flow = make.flow(7, (17, 5), 2, 3, "silu", dtype=dtype, affine=True)
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_row_does_not_depend_on_its_neighbours(dtype, linear):
+    flow = make.flow(7, (17, 5), 2, 3, "silu", dtype=dtype, affine=True, linear=linear)
     x, contexts = np.random.default_rng(0).normal(size=(1000, 7)), make.contexts(flow, 1000)
     value, noise = flow.log_prob(x, contexts), flow.to_noise(x, contexts)
     for rows in (slice(0, 1), slice(999, None), slice(3, 130), slice(500, 629)):
@@ -171,7 +174,6 @@ def unsupported():
     gated = dataclasses.replace(net.initial, context="gated", context_weight=np.zeros((4, 2)))
     mixture = Terminal([1], make.conditioner(np.random.default_rng(0), np.array([1]), (), rows=6), "mixture", 2)
     yield [BatchNorm(np.zeros(3), np.zeros(3), np.zeros(3), np.ones(3))], {}, "a BatchNorm layer"
-    yield [Linear(np.eye(3), np.eye(3), np.zeros(3))], {}, "a Linear layer"
     yield [made, Elementwise.from_bounds([(0, 1), None, None])], {}, "an? Elementwise layer behind other layers"
     yield [dataclasses.replace(made, direction="noise")], {}, "direction 'noise'"
     yield [dataclasses.replace(made, law=Law("softplus"))], {}, "law 'softplus' in form 'standardize'"

@@ -1,14 +1,15 @@
 """The numba backend: densities, samples and gradients in x and the context, where there is no compiled core.
 
-A flow is packed once into a `Program`.  Units and variables are sorted by degree and rank, and the network of each MADE becomes a list of
+A flow is packed once into a `Program`. Units and variables are sorted by degree and rank, and the network of each MADE becomes a list of
 jobs in the order in which a sampler can run them: the parameters of the variables of one rank, then the hidden units, layer by layer, that
-these variables bring to life.  A job is a dense panel, since everything in it reads the same prefix of sorted inputs.  Density and
-sampler run the same jobs and differ only in which side of the law they solve for, so that both cost the same.
+these variables bring to life. A job is a dense panel, since everything in it reads the same prefix of sorted inputs. Density and sampler
+run the same jobs and differ only in which side of the law they solve for, so that both cost the same. A Linear is a stage of its own among
+the MADEs: products with its triangles one way, substitution the other way.
 
 Layout: work arrays are (unit, lane) with `LANES` rows of data in lanes; unit 0..D-1 are the variables in the order of their ranks, then
-come the hidden layers, then shift and raw log-scale of each variable.  The context enters the first map as a bias per row, computed
-beforehand.  Kernels release the GIL and run in plain threads, a tile of rows each: of numba's own threading layers one dies in a
-forked process and another when two threads call it.
+come the hidden layers, then the variables as they are, then shift and raw log-scale of each. The context enters the first map as a bias per
+row, computed beforehand. Kernels release the GIL and run in plain threads, a tile of rows each: of numba's own threading layers one dies in
+a forked process and another when two threads call it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 
 from fastmaf import _random
 from fastmaf.backends import reference
-from fastmaf.layers import ACTIVATIONS, Affine, Autoregressive, Dense, Elementwise, Permutation, Terminal
+from fastmaf.layers import ACTIVATIONS, Affine, Autoregressive, Dense, Elementwise, Linear, Permutation, Terminal
 from fastmaf.record import FlowRecord
 
 __all__ = ["backend"]
@@ -50,20 +51,21 @@ def _compiled(function: Kernel) -> Kernel:
 
 
 class Program(NamedTuple):
-    """What the kernels read: panels, biases and jobs of all MADEs, and the maps between them."""
+    """What the kernels read: panels, biases and jobs of all stages, which are MADEs and Linears, and the maps between them."""
 
     tape: Array  # weights of the panels, one after the other, in the dtype of the flow
     bias: Array  # biases of all maps but the first ones
     jobs: Array  # (J, 8) int64, fields as below
     starts: Array  # (K + 1,) first job of each MADE
-    source: Array  # (K + 1, D): variable p of MADE k is (z[source] - loc) * scale, z the result of MADE k - 1
+    linear: Array  # (K,) where on the tape a Linear has its lower and upper triangle (D, D) and its bias (D,), or -1 for a MADE
+    source: Array  # (K + 1, D): variable p of stage k is (z[source] - loc) * scale, z the result of stage k - 1
     loc: Array
     scale: Array
-    clip: Array  # (K,) of the exp_soft law, or 0 for exp
+    clip: Array  # (K,) of the exp_soft law, or 0
     reach: Array  # (K + 1,) where what the networks read is clipped, or infinity
     activation: Array  # (K,) index into ACTIVATIONS
     height: int  # rows of the work array: variables as networks read them, units, variables as they are, parameters
-    constant: float  # log det of the affine maps between the MADEs
+    constant: float  # log det of the affine maps between the stages and of the Linears
     base: float  # -D/2 log(2 pi)
 
 
@@ -170,6 +172,48 @@ def _made(p: Any, k: Any, h: Any, z: Any, logdet: Any, first: Any, which: Any, l
 
 
 @_compiled
+def _linear(p: Any, k: Any, h: Any, z: Any, lanes: Any, inverse: Any) -> None:
+    """The Linear of stage k: from the variables in h to z = L (U x) + b, or back."""
+    features = z.shape[0]
+    x, middle = h[h.shape[0] - 3 * features : h.shape[0] - 2 * features], h[h.shape[0] - 2 * features : h.shape[0] - features]
+    lower, upper = p.linear[k], p.linear[k] + features * features
+    bias = upper + features * features
+    if not inverse:
+        middle[:, :lanes] = 0
+        for i in range(features):
+            _accumulate(middle[i : i + 1], x[i:], p.tape[upper + i * features + i :], 0, 1, lanes)
+        for i in range(features):
+            z[i, :lanes] = middle[i, :lanes] + p.tape[bias + i]
+            _accumulate(z[i : i + 1], middle[:i], p.tape[lower + i * features :], 0, 1, lanes)
+        return
+    for i in range(features):  # what is subtracted comes first
+        middle[i, :lanes] = 0
+        _accumulate(middle[i : i + 1], middle[:i], p.tape[lower + i * features :], 0, 1, lanes)
+        for b in range(lanes):
+            middle[i, b] = z[i, b] - p.tape[bias + i] - middle[i, b]
+    for i in range(features - 1, -1, -1):
+        x[i, :lanes] = 0
+        diagonal = upper + i * features + i
+        _accumulate(x[i : i + 1], x[i + 1 :], p.tape[diagonal + 1 :], 0, 1, lanes)
+        for b in range(lanes):
+            x[i, b] = (middle[i, b] - x[i, b]) / p.tape[diagonal]
+
+
+@_compiled
+def _linear_vjp(p: Any, k: Any, dz: Any, dh: Any, lanes: Any) -> None:
+    """From the gradient in the result of the Linear of stage k to that in its variables."""
+    features = dz.shape[0]
+    dx, middle = dh[dh.shape[0] - 3 * features : dh.shape[0] - 2 * features], dh[dh.shape[0] - 2 * features : dh.shape[0] - features]
+    lower, upper = p.linear[k], p.linear[k] + features * features
+    for i in range(features):
+        middle[i, :lanes] = dz[i, :lanes]
+        _accumulate(middle[i : i + 1], dz[i + 1 :], p.tape[lower + (i + 1) * features + i :], 0, features, lanes)
+    dx[:, :lanes] = 0
+    for i in range(features):
+        _accumulate(dx[i : i + 1], middle[: i + 1], p.tape[upper + i :], 0, features, lanes)
+
+
+@_compiled
 def _clipped(x: Any, reach: Any) -> Any:
     """NaN stays NaN."""
     return -reach if x < -reach else reach if x > reach else x
@@ -177,7 +221,7 @@ def _clipped(x: Any, reach: Any) -> Any:
 
 @_compiled
 def _gather(p: Any, k: Any, z: Any, h: Any, lanes: Any) -> None:
-    """The variables of MADE k, or the noise for k = K, from the result of the one before."""
+    """The variables of stage k, or the noise for k = K, from the result of the one before."""
     features, reach = p.source.shape[1], p.reach[k]
     for i in range(features):
         x, y, read, loc, scale = z[p.source[k, i]], h[h.shape[0] - 3 * features + i], h[i], p.loc[k, i], p.scale[k, i]
@@ -210,7 +254,10 @@ def _forward(p: Any, x: Any, first: Any, which: Any, noise: Any, density: Any, v
         total[:] = p.constant + (p.base if density else 0.0)
         for k in range(p.clip.size):
             _gather(p, k, z, h, lanes)
-            _made(p, k, h, z, total, first, which[start:], lanes, False, none)
+            if p.linear[k] < 0:
+                _made(p, k, h, z, total, first, which[start:], lanes, False, none)
+            else:
+                _linear(p, k, h, z, lanes, False)
         _gather(p, p.clip.size, z, h, lanes)
         for i in range(features if density else 0):
             for b in range(lanes):
@@ -238,7 +285,10 @@ def _backward(p: Any, u: Any, first: Any, which: Any, x: Any, density: Any, valu
                     total[b] -= 0.5 * u[start + b, i] * u[start + b, i]
         _scatter(p, p.clip.size, h, z, lanes)
         for k in range(p.clip.size - 1, -1, -1):
-            _made(p, k, h, z, total, first, which[start:], lanes, True, none)
+            if p.linear[k] < 0:
+                _made(p, k, h, z, total, first, which[start:], lanes, True, none)
+            else:
+                _linear(p, k, h, z, lanes, True)
             _scatter(p, k, h, z, lanes)
         for b in range(lanes):
             for i in range(features):
@@ -264,7 +314,10 @@ def _vjp(p: Any, x: Any, first: Any, which: Any, cotangent: Any, value: Any, dx:
         total[:] = p.constant + p.base
         for k in range(count):
             _gather(p, k, z[k], h, lanes)
-            _made(p, k, h, z[k + 1], total, first, which[start:], lanes, False, slopes[k])
+            if p.linear[k] < 0:
+                _made(p, k, h, z[k + 1], total, first, which[start:], lanes, False, slopes[k])
+            else:
+                _linear(p, k, h, z[k + 1], lanes, False)
         _gather(p, count, z[count], h, lanes)
         for i in range(features):
             for b in range(lanes):
@@ -272,7 +325,9 @@ def _vjp(p: Any, x: Any, first: Any, which: Any, cotangent: Any, value: Any, dx:
                 dh[p.height - 3 * features + i, b] = -cotangent[start + b] * h[i, b]
         value[start:stop] = total[:lanes]
         for k in range(count, -1, -1):
-            if k < count:
+            if k < count and p.linear[k] >= 0:
+                _linear_vjp(p, k, dz, dh, lanes)
+            elif k < count:
                 _made_vjp(p, k, z[k + 1], dz, dh, slopes[k], cotangent[start:stop], dfirst[start:stop], lanes)
             for i in range(features):
                 y, g, scale = dz[p.source[k, i]], dh[p.height - 3 * features + i], p.scale[k, i]
@@ -393,12 +448,13 @@ class Packed(NamedTuple):
 
 def _pack(flow: FlowRecord) -> Packed:
     features = flow.features
-    mades = [layer for layer in flow.layers if isinstance(layer, Autoregressive)]
+    stages = [layer for layer in flow.layers if isinstance(layer, (Autoregressive, Linear))]
+    mades = [layer if isinstance(layer, Autoregressive) else None for layer in stages]
     split = reference._front(flow)
-    source, loc, scale = np.empty((3, len(mades) + 1, features))
+    source, loc, scale = np.empty((3, len(stages) + 1, features))
     identity: tuple[Array, Array, Array] = (np.arange(features), np.zeros(features), np.ones(features))
-    columns = identity  # source, loc and scale of each column since the last MADE
-    place = np.arange(features)  # of each column in the result of the last MADE
+    columns = identity  # source, loc and scale of each column since the last stage
+    place = np.arange(features)  # of each column in the result of the last stage
     k = 0
     for layer in (*flow.layers[split:], None):
         if isinstance(layer, Permutation):
@@ -412,12 +468,18 @@ def _pack(flow: FlowRecord) -> Packed:
             place = np.argsort(order)
             k += 1
 
-    height = 4 * features + max((sum(dense.bias.size for dense in made.conditioner.hidden) for made in mades), default=0)
+    height = 4 * features + max((sum(dense.bias.size for dense in made.conditioner.hidden) for made in mades if made), default=0)
     tape, bias, first, context_weight = _Tape(), _Tape(), _Tape(), []
     jobs: list[tuple[int, ...]] = []
-    starts = [0]
-    for made in mades:
-        for output, row, rows, below, inputs, dense, units, columns_read, is_first in _steps(made, height):
+    starts, linear = [0], np.full(len(stages), -1)
+    constant = float(np.log(np.abs(scale)).sum())
+    for k, layer in enumerate(stages):
+        if isinstance(layer, Linear):
+            linear[k] = tape.add(np.concatenate([layer.lower.ravel(), layer.upper.ravel(), layer.bias]))
+            constant += float(np.log(np.abs(np.diagonal(layer.upper))).sum(dtype=np.float64))
+            starts.append(len(jobs))
+            continue
+        for output, row, rows, below, inputs, dense, units, columns_read, is_first in _steps(layer, height):
             panel = dense.weight[np.ix_(units, columns_read[:inputs])]
             offset = dense.bias[units]
             if dense.context_bias is not None:
@@ -432,14 +494,15 @@ def _pack(flow: FlowRecord) -> Packed:
         bias.array(flow.dtype),
         np.array(jobs, np.int64).reshape(-1, 8),
         np.array(starts, np.int64),
+        linear.astype(np.int64),
         source.astype(np.int64),
         loc.astype(flow.dtype),
         scale.astype(flow.dtype),
-        np.array([made.law.constants.get("clip", 0.0) for made in mades], flow.dtype),
-        np.array([*(made.conditioner.input_clip or math.inf for made in mades), math.inf], flow.dtype),
-        np.array([ACTIVATIONS.index(made.conditioner.activation) for made in mades], np.int64),
+        np.array([made.law.constants.get("clip", 0.0) if made else 0.0 for made in mades], flow.dtype),
+        np.array([*((made and made.conditioner.input_clip) or math.inf for made in mades), math.inf], flow.dtype),
+        np.array([ACTIVATIONS.index(made.conditioner.activation) if made else 0 for made in mades], np.int64),
         height,
-        float(np.log(np.abs(scale)).sum()),
+        constant,
         -0.5 * features * math.log(2 * math.pi),
     )
     front = tuple(layer for layer in flow.layers[:split] if isinstance(layer, (Elementwise, Affine)))
@@ -722,7 +785,7 @@ class _Numba:
 
 def _unsupported(layer: Any, front: bool) -> str | None:
     """What has no kernel, in a layer that has only Elementwise and Affine before it or not."""
-    if isinstance(layer, (Affine, Permutation)) or (front and isinstance(layer, Elementwise)):
+    if isinstance(layer, (Affine, Linear, Permutation)) or (front and isinstance(layer, Elementwise)):
         return None
     if not isinstance(layer, Autoregressive):
         return f"a {type(layer).__name__} layer" + " behind other layers" * isinstance(layer, Elementwise)
