@@ -29,7 +29,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
         return f"{found[1]} (`{target.relative_to(root.parent)}`)"
 
     def formula(found: re.Match[str]) -> str:
-        return convert(found[2], display="block" if found[1] == "$$" else "inline")
+        if found[1] == "$$":
+            return convert(found[2], display="block")
+        return f"<span>{convert(found[2])}</span>"  # <math> at the start of a line would be a paragraph of its own
 
     parts = CODE.split(markdown)
     parts[::2] = [FORMULA.sub(formula, LINK.sub(link, text)) for text in parts[::2]]
