@@ -29,6 +29,7 @@ with warnings.catch_warnings():
     samples = loaded.sample(100, x[0, 2:3], seed=1)
     assert samples.shape == (100, 2) and (samples[:, 0] > 0).all()
     assert np.array_equal(loaded.log_prob(samples, x[0, 2:3]), flow.log_prob(samples, x[0, 2:3]))
+    assert Path(fastmaf.__file__).with_name("py.typed").exists()
     assert np.allclose(flow.from_noise(flow.to_noise(samples, x[0, 2:3]), x[0, 2:3]), samples, rtol=1e-3, atol=1e-4)
 
 command = shutil.which("fastmaf", path=str(Path(sys.executable).parent)) or "fastmaf"
