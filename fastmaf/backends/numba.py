@@ -172,45 +172,66 @@ def _made(p: Any, k: Any, h: Any, z: Any, logdet: Any, first: Any, which: Any, l
 
 
 @_compiled
+def _add(y: Any, source: Any, first: Any, last: Any, tape: Any, place: Any, stride: Any, lanes: Any) -> None:
+    """Add to y the rows source[first:last], times the numbers of the tape that lie `stride` apart from `place` on.
+
+    Apart from `_accumulate`, which is inlined into a MADE as long as nobody else calls it.
+    """
+    for c in range(first, last):
+        w, x = tape[place], source[c]
+        for b in range(lanes):
+            y[b] += w * x[b]
+        place += stride
+
+
+@_compiled
 def _linear(p: Any, k: Any, h: Any, z: Any, lanes: Any, inverse: Any) -> None:
     """The Linear of stage k: from the variables in h to z = L (U x) + b, or back."""
-    features = z.shape[0]
-    x, middle = h[h.shape[0] - 3 * features : h.shape[0] - 2 * features], h[h.shape[0] - 2 * features : h.shape[0] - features]
+    features, zero = z.shape[0], h.dtype.type(0)
+    own, middle = h.shape[0] - 3 * features, h.shape[0] - 2 * features
     lower, upper = p.linear[k], p.linear[k] + features * features
     bias = upper + features * features
-    if not inverse:
-        middle[:, :lanes] = 0
-        for i in range(features):
-            _accumulate(middle[i : i + 1], x[i:], p.tape[upper + i * features + i :], 0, 1, lanes)
-        for i in range(features):
-            z[i, :lanes] = middle[i, :lanes] + p.tape[bias + i]
-            _accumulate(z[i : i + 1], middle[:i], p.tape[lower + i * features :], 0, 1, lanes)
-        return
-    for i in range(features):  # what is subtracted comes first
-        middle[i, :lanes] = 0
-        _accumulate(middle[i : i + 1], middle[:i], p.tape[lower + i * features :], 0, 1, lanes)
+    for i in range(features):
+        y, v, offset = h[middle + i], z[i], p.tape[bias + i]
         for b in range(lanes):
-            middle[i, b] = z[i, b] - p.tape[bias + i] - middle[i, b]
+            y[b] = zero
+        if inverse:
+            _add(y, h, middle, middle + i, p.tape, lower + i * features, 1, lanes)
+            for b in range(lanes):
+                y[b] = v[b] - offset - y[b]
+        else:
+            _add(y, h, own + i, own + features, p.tape, upper + i * (features + 1), 1, lanes)
     for i in range(features - 1, -1, -1):
-        x[i, :lanes] = 0
-        diagonal = upper + i * features + i
-        _accumulate(x[i : i + 1], x[i + 1 :], p.tape[diagonal + 1 :], 0, 1, lanes)
-        for b in range(lanes):
-            x[i, b] = (middle[i, b] - x[i, b]) / p.tape[diagonal]
+        x, y, v, offset = h[own + i], h[middle + i], z[i], p.tape[bias + i]
+        diagonal = upper + i * (features + 1)
+        if inverse:
+            for b in range(lanes):
+                x[b] = zero
+            _add(x, h, own + i + 1, own + features, p.tape, diagonal + 1, 1, lanes)
+            for b in range(lanes):
+                x[b] = (y[b] - x[b]) / p.tape[diagonal]
+        else:
+            for b in range(lanes):
+                v[b] = y[b] + offset
+            _add(v, h, middle, middle + i, p.tape, lower + i * features, 1, lanes)
 
 
 @_compiled
 def _linear_vjp(p: Any, k: Any, dz: Any, dh: Any, lanes: Any) -> None:
     """From the gradient in the result of the Linear of stage k to that in its variables."""
-    features = dz.shape[0]
-    dx, middle = dh[dh.shape[0] - 3 * features : dh.shape[0] - 2 * features], dh[dh.shape[0] - 2 * features : dh.shape[0] - features]
+    features, zero = dz.shape[0], dh.dtype.type(0)
+    own, middle = dh.shape[0] - 3 * features, dh.shape[0] - 2 * features
     lower, upper = p.linear[k], p.linear[k] + features * features
     for i in range(features):
-        middle[i, :lanes] = dz[i, :lanes]
-        _accumulate(middle[i : i + 1], dz[i + 1 :], p.tape[lower + (i + 1) * features + i :], 0, features, lanes)
-    dx[:, :lanes] = 0
+        y, v = dh[middle + i], dz[i]
+        for b in range(lanes):
+            y[b] = v[b]
+        _add(y, dz, i + 1, features, p.tape, lower + (i + 1) * features + i, features, lanes)
     for i in range(features):
-        _accumulate(dx[i : i + 1], middle[: i + 1], p.tape[upper + i :], 0, features, lanes)
+        x = dh[own + i]
+        for b in range(lanes):
+            x[b] = zero
+        _add(x, dh, middle, middle + i + 1, p.tape, upper + i, features, lanes)
 
 
 @_compiled
