@@ -160,6 +160,17 @@ def test_going_on_from_a_flow_and_from_a_checkpoint(call, table, flow, tmp_path)
     said(call(*fit, "--start", flow, "-o", out, "--resume"), 2, "--resume needs --checkpoint")
 
 
+def test_columns_are_made_uncorrelated(call, table, tmp_path):
+    fit = ["fit", table, "--columns", "z,u g,r", "--missing", "drop", "--seed", "1", "--epochs", "1", "--hidden", "8", "-o"]
+    kinds = {}
+    for how in ("yes", "full", "no"):
+        call(*fit, tmp_path / how, "--standardize", how)
+        kinds[how] = [type(layer).__name__ for layer in fastmaf.load(tmp_path / how).layers[:2]]
+    assert kinds["full"] == ["Affine", "Linear"] and kinds["yes"] == kinds["no"] == ["Affine", "Autoregressive"]
+    assert fastmaf.load(tmp_path / "no").layers[0].loc.tolist() == [0.0] * 3 != fastmaf.load(tmp_path / "yes").layers[0].loc.tolist()
+    assert call(*fit, tmp_path / "a", "--standardize", "half").returncode == 2
+
+
 def test_members(call, table, flow, tmp_path):
     out, again = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     fit = ["fit", table, "--columns", "z", "--context", "u g,r", "--missing", "drop", "--seed", "1", "--epochs", "2"]

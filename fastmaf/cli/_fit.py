@@ -107,6 +107,7 @@ _TRAINING: list[tuple[str, Any, str, str]] = [
         "NAME",
         "of the learning rate: constant, or cosine, which falls to 0 over --epochs (default: constant)",
     ),
+    ("--standardize", ("yes", "full", "no"), "NAME", "the columns: yes, full (and make them uncorrelated) or no (default: yes)"),
     ("--clip-norm", real, "NORM", "largest norm of a gradient"),
     ("--weight-decay", real_or_zero, "RATE", "decoupled, of AdamW"),
     ("--l2", real_or_zero, "FACTOR", "of the squared weights in the loss"),
@@ -120,12 +121,16 @@ def _add(group: Any, options: Sequence[tuple[str, Any, str, str]]) -> None:
 
 
 _NAMES = {"hidden": "hidden_features", "epochs": "max_epochs", "seconds": "max_seconds"}
+_STANDARDIZE = {"yes": True, "full": "full", "no": False}
 
 
 def _given(arguments: argparse.Namespace, options: Sequence[tuple[str, Any, str, str]], *flags: str) -> dict[str, Any]:
     """The options that were given, as arguments of Python."""
     found = [option.removeprefix("--").replace("-", "_") for option, *_ in options] + list(flags)
-    return {_NAMES.get(name, name): getattr(arguments, name) for name in found if getattr(arguments, name) is not None}
+    given = {_NAMES.get(name, name): getattr(arguments, name) for name in found if getattr(arguments, name) is not None}
+    if "standardize" in given:
+        given["standardize"] = _STANDARDIZE[given["standardize"]]
+    return given
 
 
 class _Rows(NamedTuple):
