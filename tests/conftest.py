@@ -55,17 +55,6 @@ def use(case: str) -> Iterator[str]:
     backends.active = previous
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
-    """Skip what the cuda backend says that it leaves to the cpu."""
-    try:
-        return (yield)
-    except NotImplementedError as error:
-        if not str(error).startswith("the cuda backend has no"):
-            raise
-        pytest.skip(str(error))
-
-
 @pytest.fixture(autouse=True)
 def reproducible(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seeds that nobody gave are drawn, but for each test the same ones in every run."""
