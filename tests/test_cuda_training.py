@@ -200,6 +200,20 @@ def test_ensembles_end_where_those_of_the_cpu_end(conditional, resample, tmp_pat
     assert np.array_equal(fit("cuda", checkpoint=tmp_path / "c", resume=True)[0].parameters(), there.parameters())
 
 
+def test_ensembles_of_flows(framework):
+    """Each member ends where it would end alone, of arrays of either side, and of callables that give them."""
+    x, options = BENT[:ROWS], {"max_epochs": 2, "batch_size": 90, "seed": 1, "device": "cuda"}
+    results = []
+    for given in (x, framework.put(x), lambda epoch: framework.put(x)):
+        ensemble = fastmaf.Ensemble(fastmaf.MAF(3, transforms=1, hidden_features=(8,), seed=1), members=2, seed=3)
+        ensemble.fit(given, **options)
+        results.append(ensemble.parameters())
+    assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
+    alone = fastmaf.Ensemble(fastmaf.MAF(3, transforms=1, hidden_features=(8,), seed=1), members=2, seed=3).member(1)
+    alone.fit(x, **{**options, "seed": ensemble.member(1).training["settings"]["seed"]})
+    assert np.array_equal(alone.parameters(), ensemble.member(1).parameters())
+
+
 def test_a_callable_may_use_one_array_again():
     results, buffer = [], np.empty((ROWS, 3))
 

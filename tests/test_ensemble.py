@@ -348,7 +348,12 @@ def test_names_of_the_first_frame_are_taken():
     with pytest.raises(ValueError, match="batch_size"):
         ensemble.fit(frame, batch_size=0)
     assert ensemble.names is None
-    ensemble.fit(frame, max_epochs=1)
+    by_name = copy.deepcopy(ensemble)
+    ensemble.fit(frame, max_epochs=1, seed=0)
+    by_name.fit(frame, max_epochs=1, seed=0)
+    by_name.reset(seed=1)
+    by_name.fit(lambda epoch: frame[["b", "c", "a"]], max_epochs=1, seed=0)
+    assert np.array_equal(by_name.parameters(), ensemble.parameters()), "frames of a callable go by name too"
     assert ensemble.names == ("a", "b", "c") and ensemble.member(1).names == ("a", "b", "c")
     assert np.array_equal(ensemble.log_prob(frame[["c", "a", "b"]]), ensemble.log_prob(frame))
 

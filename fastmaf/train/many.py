@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import threading
@@ -11,16 +12,15 @@ from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from fastmaf import _words, backends, config
+from fastmaf import _arrays, _words, backends, config
 from fastmaf.layers import _one_of
 from fastmaf.train._bar import tqdm
 from fastmaf.train.loop import Epoch, History, Trainee, _real, fit
 
 __all__ = ["fit_members"]
 
-Array = NDArray[Any]
 Note = tuple[str, type[Warning]]
 
 
@@ -34,6 +34,7 @@ def fit_members(
     max_epochs: int = 1000,
     max_seconds: float | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    device: str = "auto",
     callback: Callable[[Epoch], object] | None = None,
     on_interrupt: str = "raise",
     progress: bool | None = None,
@@ -51,12 +52,13 @@ def fit_members(
     progress = None if progress is None else _words.flag("progress", progress)
     options |= {
         "max_epochs": max_epochs,
+        "device": device,
         "max_seconds": None if max_seconds is None else _real("max_seconds", max_seconds) / -(-len(flows) // jobs),
         "on_interrupt": "return",
         "progress": False,
     }
     if callable(x):
-        x = _in_turn(x)
+        x = _in_turn(x, flows[0].device if device == "auto" else flows[0].to(device).device)
     with tqdm(unit="epoch", disable=None if progress is None else not progress) as bar, ThreadPoolExecutor(jobs, "fastmaf-fit") as pool:
         together = _Together(len(flows), bar, callback)
 
@@ -134,14 +136,14 @@ class _Together:
         return tell
 
 
-def _in_turn(draw: Callable[[int], ArrayLike]) -> Callable[[int], Array]:
+def _in_turn(draw: Callable[[int], ArrayLike], device: str) -> Callable[[int], Any]:
     """The function, called by one thread at a time; what it gives is copied, since it may use its array again."""
     lock = threading.Lock()
 
     @functools.wraps(draw)
-    def drawn(epoch: int) -> Array:
+    def drawn(epoch: int) -> Any:
         with lock:
-            return np.array(draw(epoch))
+            return copy.deepcopy(draw(epoch) if device == "cpu" else _arrays.fetched(f"x({epoch})", draw(epoch), device))
 
     return drawn
 
