@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastmaf import _device, _tables, _words
 
@@ -93,6 +93,33 @@ def real(name: str, value: Any, device: str = "cpu", names: Sequence[str] | None
 def fetched(name: str, value: Any, device: str) -> Any:
     """A copy on the host of an array of this GPU; anything else as it is."""
     return cast("Any", real(name, value, device)).host() if _device.is_on_device(name, value) else value
+
+
+def weights(name: str, value: ArrayLike) -> NDArray[np.float64]:
+    """Weights of rows, (n,), in other units: by a power of two, so that sums of them are finite.
+
+    Raises
+    ------
+    ValueError
+        If one is negative or not finite, all are zero, or the shape is another.
+
+    Examples
+    --------
+    >>> weights("weights", [3, 0, 1]).tolist()
+    [0.75, 0.0, 0.25]
+    """
+    array: NDArray[np.float64] = real(name, value).astype(np.float64)
+    if array.ndim != 1:
+        raise ValueError(f"{name} has shape {_words.shapes(array.shape)}; it must have one number per row")
+    wrong = ~(np.isfinite(array) & (array >= 0))
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ValueError(f"{name} has {array[row]} in row {row}; weights must be finite and not negative")
+    if array.size and not array.any():
+        raise ValueError(f"{name} are all zero: no row is left; leave {name} out, or give some rows a positive one")
+    # In other units, so that sums are finite; the powers of two leave all bits, and no row is lost.
+    scaled: NDArray[np.float64] = np.ldexp(array, -np.frexp(array.max(initial=1.0))[1])
+    return np.maximum(scaled, np.minimum(array, np.nextafter(0.0, 1.0)))
 
 
 def _foreign(name: str, value: Any, device: str, names: Sequence[str] | None) -> Any:

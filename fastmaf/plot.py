@@ -53,13 +53,27 @@ def _figure(figure: FigureBase | None, width: float, height: float) -> FigureBas
 
 def _table(name: str, value: ArrayLike, columns: int | None = None, names: Sequence[str] | None = None) -> Array:
     """Finite rows (n, D) in float64; of a data frame the columns of these names, if there are any."""
+    return _weighted(name, value, None, columns, names)[0]
+
+
+def _weighted(
+    name: str, value: ArrayLike, weights: ArrayLike | None, columns: int | None = None, names: Sequence[str] | None = None
+) -> tuple[Array, Array | None]:
+    """Finite rows of positive weight, and their weights."""
     array = _arrays.real(name, value, names=names).astype(np.float64)
     if array.ndim != 2 or (columns is not None and array.shape[1] != columns):
         raise ValueError(f"{name} has shape {_words.shapes(array.shape)}; it must be (n, {'D' if columns is None else columns})")
-    array = array[np.isfinite(array).all(axis=1)]
-    if not len(array):
+    kept, shares = np.isfinite(array).all(axis=1), None
+    if weights is not None:
+        whose = "weights" if name == "data" else f"{name}_weights"
+        shares = _arrays.weights(whose, weights)
+        if len(shares) != len(array):
+            raise ValueError(f"{whose} has {len(shares)} rows; {name} has {len(array)}")
+        kept &= shares > 0
+        shares = shares[kept]
+    if not kept.any():
         raise ValueError(f"{name} has no finite rows")
-    return array
+    return array[kept], shares
 
 
 def _labels(names: Sequence[str] | None, columns: int, letter: str) -> Sequence[str]:
@@ -70,12 +84,13 @@ def _labels(names: Sequence[str] | None, columns: int, letter: str) -> Sequence[
     return names if names is not None else [f"${letter}_{{{j + 1}}}$" for j in range(columns)]
 
 
-def _density(x: Array, y: Array, x_edges: Array, y_edges: Array, blur: float = 1.2) -> Array:
+def _density(x: Array, y: Array, x_edges: Array, y_edges: Array, weights: Array | None = None, blur: float = 1.2) -> Array:
     """A histogram of mass 1 over (y, x), in cells of one size, smoothed by a Gaussian of `blur` cells."""
     rows, columns = _cells(y, y_edges), _cells(x, x_edges)
     shape = len(y_edges) - 1, len(x_edges) - 1
     inside = (rows >= 0) & (rows < shape[0]) & (columns >= 0) & (columns < shape[1])
-    counts = np.bincount(rows[inside] * shape[1] + columns[inside], minlength=shape[0] * shape[1]).reshape(shape)
+    shares = None if weights is None else weights[inside]
+    counts = np.bincount(rows[inside] * shape[1] + columns[inside], shares, minlength=shape[0] * shape[1]).reshape(shape)
     density: Array = _blur(shape[0], blur) @ counts @ _blur(shape[1], blur)
     density /= max(density.sum(), 1e-300)
     return density
@@ -94,11 +109,11 @@ def _blur(cells: int, width: float) -> Array:
     return np.where(np.abs(apart) <= math.ceil(3 * width) / width, np.exp(-0.5 * apart**2), 0.0)
 
 
-def _levels(density: Array) -> list[float]:
-    """Heights of the contours that hold `MASS`, from low to high."""
+def _levels(density: Array, masses: Sequence[float]) -> list[float]:
+    """Heights of the contours that hold these masses, from low to high."""
     heights = np.sort(density.ravel())[::-1]
     held = np.cumsum(heights)
-    return sorted({float(heights[min(int(np.searchsorted(held, mass)), heights.size - 1)]) for mass in MASS})
+    return sorted({float(heights[min(int(np.searchsorted(held, mass)), heights.size - 1)]) for mass in masses})
 
 
 def _spines(axes: Axes) -> None:
@@ -334,19 +349,29 @@ def _ticks(axis: Any, ticks: list[tuple[float, str]], size: float) -> None:
     axis.set_tick_params(length=TICK, width=0.6, pad=PAD, labelsize=size, color=QUIET, labelcolor=INK)
 
 
-def _histogram(axes: Axes, values: Array, edges: Array, **options: Any) -> None:
+def _histogram(axes: Axes, values: Array, edges: Array, weights: Array | None = None, **options: Any) -> None:
     """Of the values within the edges; a word where there are none."""
-    inside = values[(values >= edges[0]) & (values <= edges[-1])]
-    if inside.size:
-        axes.hist(inside, edges.tolist(), **options)
+    inside = (values >= edges[0]) & (values <= edges[-1])
+    if inside.any():
+        axes.hist(values[inside], edges.tolist(), weights=None if weights is None else weights[inside], **options)
     else:
         axes.text(0.5, 0.5, "all outside", transform=axes.transAxes, ha="center", va="center", fontsize=7, color=options["color"])
 
 
-def corner(data: ArrayLike, samples: ArrayLike, names: Sequence[str] | None = None, figure: FigureBase | None = None) -> FigureBase:
+def corner(
+    data: ArrayLike,
+    samples: ArrayLike,
+    names: Sequence[str] | None = None,
+    figure: FigureBase | None = None,
+    *,
+    weights: ArrayLike | None = None,
+    samples_weights: ArrayLike | None = None,
+    columns: Sequence[str | int] | None = None,
+    levels: Sequence[float] = (0.68, 0.95),
+) -> FigureBase:
     """Data against samples of a flow: all pairs of columns, and histograms of each.
 
-    Filled blue is the data, vermilion lines are the samples. Contours hold 50, 80, 95 and 99 per cent of the rows.
+    Filled blue is the data, vermilion lines are the samples.
     The name of an axis bears the unit of its ticks where their labels are shortened by one: at "mass [1e8]" a tick 3 is 3e8, and at
     "jd [+ 2450000]" it is 2450003. Names that are long are broken into lines; a new figure has the size that panels and names need.
 
@@ -358,16 +383,22 @@ def corner(data: ArrayLike, samples: ArrayLike, names: Sequence[str] | None = No
         One label per column; those of `data` where it is a data frame. By them the columns of `samples` are taken, if that is one too.
     figure : Figure or SubFigure, optional
         Where to draw; a new figure if None.
+    weights, samples_weights : (n,), (m,) arrays, optional
+        Of the rows of data and samples: not negative. Those of `fastmaf.stats.importance` belong to its samples.
+    columns : sequence of str or int, optional
+        Which to show, by name or number, in this order; all, if None.
+    levels : sequence of float
+        Shares of the rows that contours hold, each between 0 and 1.
 
     Returns
     -------
     Figure or SubFigure
-        With D (D + 1) / 2 axes.
+        With k (k + 1) / 2 axes for k columns.
 
     Raises
     ------
     ValueError
-        If the shapes or the number of names do not fit.
+        If the shapes or the number of names do not fit, or an argument is out of range.
     ImportError
         Without matplotlib.
 
@@ -375,35 +406,61 @@ def corner(data: ArrayLike, samples: ArrayLike, names: Sequence[str] | None = No
     --------
     >>> import numpy as np
     >>> x = np.random.default_rng(0).normal(size=(2, 1000, 3))
-    >>> len(corner(x[0], x[1]).axes)
-    6
+    >>> len(corner(x[0], x[1]).axes), len(corner(x[0], x[1], columns=[2, 0]).axes)
+    (6, 3)
     """
     own = _tables.names_of(data)
-    data = _table("data", data)
-    columns = data.shape[1]
-    samples, names = _table("samples", samples, columns, own), own if names is None else names
-    names = _labels(names, columns, "x")
-    axes_of = [_Axis.of(*_limits(data[:, j], samples[:, j])) for j in range(columns)]
-    figure, grid = _triangle(figure, names, axes_of, max(96.0, 300 / columns), 10, ("data space", "data", "samples"))
+    data, shares = _weighted("data", data, weights)
+    width, masses = data.shape[1], _masses(levels)
+    samples, drawn = _weighted("samples", samples, samples_weights, width, own)
+    names = own if names is None else names
+    names = _labels(names, width, "x")
+    chosen = _chosen(columns, names)
+    data, samples, names = data[:, chosen], samples[:, chosen], [names[j] for j in chosen]
+    axes_of = [_Axis.of(*_limits(data[:, j], samples[:, j])) for j in range(len(chosen))]
+    figure, grid = _triangle(figure, names, axes_of, max(96.0, 300 / len(chosen)), 10, ("data space", "data", "samples"))
     edges = [np.linspace(axis.low, axis.high, 61) for axis in axes_of]
     centres = [0.5 * (edge[1:] + edge[:-1]) for edge in edges]
     for i, row in enumerate(grid):
         for j, axes in enumerate(row):
             if i == j:
-                _histogram(axes, data[:, j], edges[j], **FILLED)
-                _histogram(axes, samples[:, j], edges[j], density=True, histtype="step", color=FLOW, linewidth=1.2)
+                _histogram(axes, data[:, j], edges[j], shares, **FILLED)
+                _histogram(axes, samples[:, j], edges[j], drawn, density=True, histtype="step", color=FLOW, linewidth=1.2)
             else:
-                for rows, filled in ((data, True), (samples, False)):
-                    density = _density(rows[:, j], rows[:, i], edges[j], edges[i])
+                for rows, own_shares, filled in ((data, shares, True), (samples, drawn, False)):
+                    density = _density(rows[:, j], rows[:, i], edges[j], edges[i], own_shares)
                     if not density.any():
                         continue
-                    levels = _levels(density)
+                    heights = _levels(density, masses)
                     if filled:
-                        shades = [_shade(DATA, 0.25 + 0.6 * k / len(levels)) for k in range(len(levels))]
-                        axes.contourf(centres[j], centres[i], density, [*levels, density.max() * 1.001], colors=shades)
+                        shades = [_shade(DATA, 0.25 + 0.6 * k / len(heights)) for k in range(len(heights))]
+                        axes.contourf(centres[j], centres[i], density, [*heights, density.max() * 1.001], colors=shades)
                     else:
-                        axes.contour(centres[j], centres[i], density, levels, colors=FLOW, linewidths=0.8)
+                        axes.contour(centres[j], centres[i], density, heights, colors=FLOW, linewidths=0.8)
     return figure
+
+
+def _masses(levels: Any) -> list[float]:
+    masses = _arrays.real("levels", levels).astype(np.float64)
+    if masses.ndim != 1 or not masses.size or not ((masses > 0) & (masses < 1)).all():
+        raise ValueError(f"levels is {_words.shown(levels)}; it must list shares between 0 and 1, such as (0.68, 0.95)")
+    return [float(mass) for mass in masses]
+
+
+def _chosen(columns: Any, names: Sequence[str]) -> list[int]:
+    """Numbers of the columns that are named."""
+    if columns is None:
+        return list(range(len(names)))
+    listed = [] if isinstance(columns, str) or not np.iterable(columns) else list(columns)
+    if not listed:
+        raise ValueError(f"columns is {_words.shown(columns)}; it must list names or numbers of columns")
+    for column in listed:
+        if isinstance(column, str) and column not in names:
+            raise ValueError(f"columns has {_words.shown(column)}, which is no name; the names are {_words.named(names)}")
+    return [
+        names.index(column) if isinstance(column, str) else _words.count("columns", column, limit=len(names), must="a name or a number")
+        for column in listed
+    ]
 
 
 def _limits(data: Array, samples: Array) -> tuple[float, float]:
@@ -482,7 +539,7 @@ def noise(u: ArrayLike, names: Sequence[str] | None = None, figure: FigureBase |
             else:
                 density = _density(u[:, j], u[:, i], edges, edges)
                 if density.any():
-                    levels = _levels(density)
+                    levels = _levels(density, MASS)
                     shades = [_shade(DATA, 0.2 + 0.55 * k / len(levels)) for k in range(len(levels))]
                     axes.contourf(centres, centres, density, [*levels, density.max() * 1.001], colors=shades)
                 for mass in MASS:

@@ -175,7 +175,7 @@ class MAFDensity(DensityMixin, BaseEstimator):
                 "X has weights of its own, which a fit takes only if they are given: sample_weight=X.get_weights()", data.FitWarning
             )
         X = validate_data(self, X, dtype=_DTYPES, ensure_min_samples=2)
-        weights = None if sample_weight is None else data.weights_of("sample_weight", sample_weight)
+        weights = None if sample_weight is None else _arrays.weights("sample_weight", sample_weight)
         if weights is not None and len(weights) != len(X):
             raise ValueError(f"sample_weight has {len(weights)} rows; X has {len(X)}")
         seed = _seed(self.random_state)
@@ -236,7 +236,7 @@ class MAFDensity(DensityMixin, BaseEstimator):
         values = self.score_samples(X).astype(np.float64)
         if sample_weight is None:
             return float(values.mean())
-        weights = data.weights_of("sample_weight", sample_weight)
+        weights = _arrays.weights("sample_weight", sample_weight)
         if len(weights) != len(values):
             raise ValueError(f"sample_weight has {len(weights)} rows; X has {len(values)}")
         return float(np.average(values[weights > 0], weights=weights[weights > 0]))

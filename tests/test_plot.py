@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from dataclasses import replace
 
@@ -231,7 +232,7 @@ def test_contours_hold_what_they_say():
     rows = np.random.default_rng(1).normal(size=(200_000, 2))
     edges = np.linspace(-5, 5, 101)
     density = plot._density(rows[:, 0], rows[:, 1], edges, edges, blur=0.5)
-    held = [density[density >= level].sum() for level in plot._levels(density)]
+    held = [density[density >= level].sum() for level in plot._levels(density, plot.MASS)]
     assert np.allclose(held, sorted(plot.MASS, reverse=True), atol=0.01)
 
 
@@ -364,3 +365,32 @@ def test_rows_that_lie_elsewhere_are_said_in_the_picture():
     x = rng.normal(size=(100, 2))
     for figure in (plot.noise(x + 50), plot.corner(x, x + 1000)):
         assert sum(text.get_text() == "all outside" for axes in figure.axes for text in axes.texts) == 2
+
+
+def test_weights_levels_and_columns_of_a_corner():
+    """Rows by their weights are the rows drawn by them; contours hold the shares that are asked for; columns come by name or number."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40_000, 3))
+    weights = np.where(x[:, 0] > 0, 3.0, 0.0)
+    weights[:100] = 0.0
+    figure = plot.corner(x, x[weights > 0], names=["a", "b", "c"], weights=weights, columns=["c", 0], levels=[0.5])
+    assert len(figure.axes) == 3
+    names = {axes.get_xlabel() for axes in figure.axes} | {axes.get_ylabel() for axes in figure.axes}
+    assert {"a", "c"} <= names and "b" not in names
+    drawn, filled = (patch for patch in figure.axes[2].patches)
+    assert min(drawn.get_xy()[:, 0]) >= -0.7, "what has no weight is not drawn"
+    same = plot.corner(x, x[weights > 0], columns=[2, 0], levels=[0.5], samples_weights=rng.uniform(1, 1.0001, (weights > 0).sum()))
+    contours = [axes.collections[-1] for axes in (figure.axes[1], same.axes[1])]
+    one, two = (np.concatenate([path.vertices for path in contour.get_paths()]) for contour in contours)
+    assert one.min(axis=0) == pytest.approx(two.min(axis=0), abs=0.05) and one.max(axis=0) == pytest.approx(two.max(axis=0), abs=0.05)
+    for options, message in (
+        ({"weights": np.ones(3)}, "weights has 3 rows; data has 40000"),
+        ({"samples_weights": -np.ones(len(x))}, "samples_weights has -1.0 in row 0; weights must be finite and not negative"),
+        ({"columns": ["d"]}, "columns has 'd', which is no name"),
+        ({"columns": [3]}, "columns is 3"),
+        ({"columns": "a"}, "columns is 'a'; it must list names or numbers"),
+        ({"levels": [0.5, 1.0]}, "levels is "),
+        ({"levels": []}, "levels is "),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            plot.corner(x, x, names=["a", "b", "c"], **options)

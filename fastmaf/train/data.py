@@ -109,28 +109,13 @@ def rows_of(record: FlowRecord, prefix: str, x: ArrayLike, context: ArrayLike | 
     if contexts is None and record.context_features:
         remedy = "; pass validation=(x, context)" * bool(prefix)
         raise ValueError(f"{prefix}context is missing; the flow has {record.context_features} context features{remedy}")
-    shares = None if weights is None else weights_of(f"{prefix}weights", weights)
+    shares = None if weights is None else _arrays.weights(f"{prefix}weights", weights)
     for name, array in (("context", contexts), ("weights", shares)):
         if array is not None and len(array) != len(rows):
             raise ValueError(f"{prefix}{name} has {len(array)} rows; {prefix}x has {len(rows)}")
     if not len(rows):
         raise ValueError(f"{prefix}x has no rows")
     return Rows(rows, contexts, shares, np.arange(len(rows)) if shares is None else np.flatnonzero(shares))
-
-
-def weights_of(name: str, value: ArrayLike) -> NDArray[np.float64]:
-    weights: NDArray[np.float64] = _arrays.real(name, value).astype(np.float64)
-    if weights.ndim != 1:
-        raise ValueError(f"{name} has shape {_words.shapes(weights.shape)}; it must have one number per row")
-    wrong = ~(np.isfinite(weights) & (weights >= 0))
-    if wrong.any():
-        row = int(wrong.argmax())
-        raise ValueError(f"{name} has {weights[row]} in row {row}; weights must be finite and not negative")
-    if weights.size and not weights.any():
-        raise ValueError(f"{name} are all zero: no row is left; leave {name} out, or give some rows a positive one")
-    # In other units, so that sums are finite; the powers of two leave all bits, and no row is lost.
-    scaled: NDArray[np.float64] = np.ldexp(weights, -np.frexp(weights.max(initial=1.0))[1])
-    return np.maximum(scaled, np.minimum(weights, np.nextafter(0.0, 1.0)))
 
 
 def split(
