@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any, Literal, NoReturn, cast, overload
 
 import numpy as np
@@ -41,8 +41,8 @@ class Ensemble:
     Parameters
     ----------
     flows : Flow or sequence of Flow
-        The members, as they are; of the same features, context features, dtype and names. Or one flow, as which `members` new ones are
-        made: with its layers, orders and bounds, and other weights.
+        The members, of which copies are kept; of the same features, context features, dtype and names. Or one flow, as which
+        `members` new ones are made: with its layers, orders and bounds, and other weights.
     members : int, optional
         How many to make of one flow.
     seed : int, numpy.random.Generator or SeedSequence, optional
@@ -88,6 +88,9 @@ class Ensemble:
     def __len__(self) -> int:
         return len(self._flows())
 
+    def __iter__(self) -> Iterator[Flow]:
+        return iter([flow._still() for flow in self._flows()])
+
     def _flows(self) -> Sequence[Flow]:
         """The members as they are now."""
         return self._all
@@ -106,6 +109,7 @@ class Ensemble:
         Returns
         -------
         Flow
+            A copy: to fit it leaves the ensemble as it is.
 
         Raises
         ------
@@ -129,7 +133,9 @@ class Ensemble:
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("_") or not hasattr(Flow, name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        raise AttributeError(f"an ensemble has no {name}, since each member has an order and noise of its own: ensemble.member(k).{name}")
+        own = "order", "to_noise", "from_noise", "conditional_probs"
+        reason = ", since each member has an order and noise of its own" * (name in own)
+        raise AttributeError(f"an ensemble has no {name}{reason}: ensemble.member(k).{name} is that of a member")
 
     @property
     def device(self) -> str:
@@ -737,8 +743,8 @@ class Ensemble:
         -----
         `max_seconds` is the time of the whole: members that wait for a thread get their share. The checkpoint of member k has the number
         k in front of its extension, ``fit.0.safetensors`` and so on. A callback finds the number under ``"member"``; it is called by one
-        thread at a time, and stops the member alone. Warnings come at the end, each of them once. After Ctrl-C all members keep their best
-        weights.
+        thread at a time, and stops the member alone. Warnings come at the end, each of them once. After Ctrl-C, or an exception, members
+        keep their best weights; if some never began, a warning names them.
 
         Examples
         --------

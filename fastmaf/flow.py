@@ -974,8 +974,9 @@ class Flow:
         """Start anew, in place: the flow as it was before it was ever fitted, with new weights.
 
         Weights and biases are those that `fastmaf.MAF` or `fastmaf.MADE` draws for this seed. Standardisation and the statistics of batch
-        norms are forgotten: every `Affine` and `Linear` is the identity, so that the next fit standardises; and so is all that `training`
-        tells. Architecture, orders (those that were drawn too), bounds, names, dtype and device stay, and what was saved.
+        norms are forgotten: every `Affine` and `Linear` is the identity, but for the one that ``standardize="full"`` has added, which is
+        taken out again, so that the next fit standardises; and so is all that `training` tells. Architecture, orders (those that were
+        drawn too), bounds, names, dtype and device stay, and what was saved.
 
         Parameters
         ----------

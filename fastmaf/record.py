@@ -190,7 +190,10 @@ class FlowRecord:
         True
         """
         rng = np.random.default_rng(seed)
-        layers, base = [_anew(layer, rng) for layer in self.layers], _anew(self.base, rng)
+        kept = list(self.layers)
+        if self.training.get("whitened") is True:  # a fit has put it there
+            kept.remove(next(layer for layer in kept if isinstance(layer, Linear)))
+        layers, base = [_anew(layer, rng) for layer in kept], _anew(self.base, rng)
         context_layers = [_anew(layer, rng) for layer in self.context_layers]
         return self.replaced(layers=layers, base=base, context_layers=context_layers, training={"init_seed": seed})
 

@@ -44,6 +44,12 @@ Density = Flow | Ensemble
 PIECE = 1 << 19
 """Numbers that are drawn together."""
 
+BEYOND = 5
+"""Samples on either side of the edge of a region below which its error is not to be trusted."""
+
+LEAST = 10
+"""Rows below which nothing can be told of a calibration."""
+
 FEW = 100
 """Effective samples below which weights are called poor."""
 
@@ -157,6 +163,11 @@ def _log_density(name: str, density: Any, whose: str, flow: Density) -> Callable
 
 def _alike(name: str, flow: Density, other: str, density: Density) -> None:
     """Refuse densities of other variables."""
+    kinds = [(each if isinstance(each, Flow) else each.member(0)).record.discrete for each in (flow, density)]
+    if bool(kinds[0]) != bool(kinds[1]):
+        raise ValueError(
+            f"{name} has {'discrete' if kinds[0] else 'continuous'} variables and {other} has none; densities cannot be compared"
+        )
     if density.features != flow.features:
         raise ValueError(f"{other} has {density.features} features; {name} has {flow.features}")
     if flow.names and density.names and flow.names != density.names:
@@ -199,6 +210,11 @@ def hdr_level(flow: Density, mass: ArrayLike = 0.9, context: ArrayLike | None = 
     ValueError
         If an argument does not fit.
 
+    Warns
+    -----
+    StatsWarning
+        If fewer than 5 samples are to be expected on one side of an edge.
+
     Examples
     --------
     >>> import fastmaf
@@ -211,6 +227,8 @@ def hdr_level(flow: Density, mass: ArrayLike = 0.9, context: ArrayLike | None = 
     masses = _arrays.real("mass", mass).astype(np.float64)
     if masses.ndim > 1 or not ((masses > 0) & (masses < 1)).all():
         raise ValueError(f"mass is {_words.shown(mass)}; it must be a number between 0 and 1, or (k,) of them")
+    if n * np.minimum(masses, 1 - masses).min() < BEYOND:
+        _words.warn(f"of {n} samples fewer than {BEYOND} lie beyond the edge of a region: draw more for this mass, n=...", StatsWarning)
     context, lead = _contexts(flow, context)
     value, error = (np.empty((*(lead or (1,)), masses.size)) for _ in range(2))
     place = np.minimum(np.floor((1 - masses.ravel()) * n + 1e-9).astype(int), n - 1)
@@ -361,8 +379,10 @@ def kl(p: Density, q: Any, context: ArrayLike | None = None, n: int = 10_000, se
 
     def difference(piece: _Piece) -> Array:
         other = log_q(piece.samples, piece.context)
-        if (lost := np.count_nonzero(np.isnan(other))) > 0:
-            raise ValueError(f"q is NaN at {lost} of {other.size} samples of p; it must be a log-density, -inf where there is none")
+        if (lost := np.count_nonzero(np.isnan(other) | (other == np.inf))) > 0:
+            raise ValueError(
+                f"q is NaN or infinite at {lost} of {other.size} samples of p; it must be a log-density, -inf where there is none"
+            )
         return piece.log_prob - other
 
     return _mean(p, n, context, seed, difference)
@@ -670,6 +690,8 @@ class Calibration:
         float, or array of the shape of mass
         """
         masses = _arrays.real("mass", mass).astype(np.float64)
+        if not ((masses >= 0) & (masses <= 1)).all():
+            raise ValueError(f"mass is {_words.shown(mass)}; it must be from 0 to 1")
         inside = np.searchsorted(np.sort(self.hdr_ranks), masses * (self.draws + 1) - 1e-9, "left") / len(self.hdr_ranks)
         return _plain(np.asarray(inside))
 
@@ -761,6 +783,8 @@ def calibration(flow: Density, x: ArrayLike, context: ArrayLike | None = None, n
             f"the flow cannot follow {np.count_nonzero(lost)} of {rows} rows of x, outside its bounds or far out; their PIT counts as 1",
             StatsWarning,
         )
+    if rows < LEAST:
+        _words.warn(f"{rows} row{'s' * (rows > 1)} can hardly tell whether a flow is calibrated: hold out more", StatsWarning)
     distances = _ks_of_ranks(ranks, n)
     tests = columns * (1 if pit is None else 2) + 1
     return Calibration(

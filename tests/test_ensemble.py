@@ -269,6 +269,30 @@ def test_interrupted_members_keep_their_best(how):
     assert (ensemble.parameters() != before).any() and ensemble.member(1).training["stopped"] == "interrupted"
 
 
+@pytest.mark.usefixtures("core")
+@pytest.mark.parametrize("times", [1, 4])
+def test_ctrl_c_any_number_of_times(times, monkeypatch):
+    """All that is asked for is the end; what members have learned is kept, and those that never began are named."""
+    from fastmaf.train import many
+
+    begun, left, wait = threading.Event(), [times], many.wait
+
+    def interrupted(futures, **options):
+        begun.wait(60)
+        if left[0]:
+            left[0] -= 1
+            raise KeyboardInterrupt
+        return wait(futures, **options)
+
+    monkeypatch.setattr(many, "wait", interrupted)
+    ensemble = fastmaf.Ensemble(fastmaf.MAF(3, transforms=1, hidden_features=(8,), seed=0), members=5, seed=1)
+    options = {"max_epochs": 100_000, "patience": None, "seed": 5, "on_interrupt": "return"}
+    with fastmaf.num_threads(1), pytest.warns(FitWarning, match="members 1, 2, 3, 4 of 5 never began to be trained, and spoil the mean"):
+        histories = ensemble.fit(data(), callback=lambda epoch: begun.set(), **options)
+    assert len(histories) == 5 and {history.stopped for history in histories} == {"interrupted"} and left == [0]
+    assert ensemble.member(0).record.fitted and not ensemble.member(4).record.fitted
+
+
 def test_errors_leave_what_was_learned():
     def callback(epoch):
         if epoch["member"] == 1 and epoch["epoch"] == 2:
@@ -331,6 +355,14 @@ def test_checkpoints_of_members(tmp_path):
     assert np.array_equal(again.parameters(), whole.parameters()), "without a seed that of the checkpoints is taken"
     with pytest.raises(ValueError, match=re.escape("'fit.0.safetensors' exists; pass resume=True")):
         fitted(checkpoint=path)
+    before = again.parameters()
+    (tmp_path / "fit.0.safetensors").unlink()
+    with pytest.raises(ValueError, match=re.escape("'fit.1.safetensors' exists; pass resume=True")):
+        again.fit(data(), max_epochs=9, checkpoint=path)
+    (tmp_path / "fit.2.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=re.escape("fit.2.safetensors cannot be read as a checkpoint")):
+        again.fit(data(), max_epochs=9, checkpoint=path, resume=True)
+    assert np.array_equal(again.parameters(), before), "nobody was trained before it was found out"
 
 
 def test_progress_is_one_bar(capfd):
@@ -363,6 +395,17 @@ def test_reset():
     ensemble.reset(seed=1)
     new = fastmaf.Ensemble(fastmaf.MAF(3, transforms=1, hidden_features=(8,), seed=0), members=3, seed=1)
     assert np.array_equal(ensemble.parameters(), new.parameters()) and not ensemble.member(0).record.fitted
+
+
+def test_lines_for_a_logger_say_whose_they_are(caplog):
+    with caplog.at_level("INFO", "fastmaf"):
+        fitted(members=2)
+    assert sorted(message[:16] for message in caplog.messages) == ["member 0, epoch ", "member 1, epoch "]
+
+
+def test_members_can_be_gone_through():
+    ensemble = model("maf")
+    assert [flow.parameters().tolist() for flow in ensemble] == [ensemble.member(k).parameters().tolist() for k in range(3)]
 
 
 def test_help_shows_the_parameters():

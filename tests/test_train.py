@@ -1290,6 +1290,9 @@ def test_full_standardisation_makes_columns_uncorrelated(options, dtype):
     before = flow.layers
     flow.fit(x[::-1], weights=weights, validation=0, standardize="full", lr=1e-300, max_epochs=1)
     assert np.allclose(flow.layers[k].lower, before[k].lower, atol=1e-6), "later fits keep it"
+    again = fastmaf.load(make.file_bytes(flow))
+    again.reset()
+    assert len(again.layers) == number and "whitened" not in again.training, "without what the fit has added"
     flow.reset()
     flow.fit(x, weights=weights, validation=0, standardize="full", lr=1e-300, max_epochs=1)
     assert len(flow.layers) == len(before), "in the place of the identity that is there"
@@ -1346,8 +1349,14 @@ def test_full_standardisation_of_what_has_no_covariance():
     discrete.fit((x > 0).astype(float), standardize="full", validation=0, max_epochs=1)
     assert discrete.layers == ()
     kept = fastmaf.Flow([Affine([5.0] * 3, [2.0] * 3), *linear(3).layers[1:]])
-    with pytest.warns(FitWarning, match="not standard"):
+    with pytest.warns(FitWarning, match="does nothing, since the flow is standardised"), pytest.warns(FitWarning, match="not standard"):
         kept.fit(x, standardize="full", validation=0, max_epochs=1)
+    with pytest.warns(FitWarning, match="x has 11 rows that count for 3 columns, too few to tell how these go together"):
+        few = linear(3)
+        few.fit(x[:11], standardize="full", validation=0, max_epochs=1)
+    assert not any(isinstance(layer, Linear) for layer in few.layers) and few.layers[0].loc.any()
+    with pytest.warns(FitWarning, match="does nothing, since the flow is standardised already"):
+        few.fit(x, standardize="full", validation=0, max_epochs=1)
     assert not any(isinstance(layer, Linear) for layer in kept.layers), "an Affine that is not the identity is left alone"
     with pytest.raises(ValueError, match="standardize is 'full', which an ensemble of masks has no layer for"):
         fastmaf.MADE(3, masks=2).fit(x, standardize="full")

@@ -194,6 +194,7 @@ def run(arguments: argparse.Namespace) -> int:
     if interrupted and _records(flow) == before:
         note("interrupted before anything was learned: nothing is written")
         return 130
+    flow = _trained(flow)
     where = _save(flow, arguments.output)
     for k, history in enumerate(histories):
         note(f"{f'member {k}: ' * (len(histories) > 1)}{_summed_up(history)}: {where}", arguments.quiet and not interrupted)
@@ -282,7 +283,7 @@ def _new(arguments: argparse.Namespace, features: Sequence[str], context: Sequen
         seed=arguments.seed,
         **model,
     )
-    return flow if members is None else fastmaf.Ensemble(flow, members, arguments.seed)
+    return flow if members in (None, 1) else fastmaf.Ensemble(flow, members, arguments.seed)
 
 
 def _noted(flow: Any, notes: dict[str, Any]) -> Any:
@@ -293,6 +294,17 @@ def _noted(flow: Any, notes: dict[str, Any]) -> Any:
         return fastmaf.Ensemble([_noted(flow.member(k), notes) for k in range(len(flow))])
     flow.training = {**flow.training, **notes}
     return flow
+
+
+def _trained(flow: Any) -> Any:
+    """The flow, or an ensemble without the members that Ctrl-C came before."""
+    if not isinstance(flow, fastmaf.Ensemble) or isinstance(flow, fastmaf.MaskedEnsemble):
+        return flow
+    members = [member for member in flow if member.record.fitted]
+    if not members or len(members) == len(flow):
+        return flow
+    note(f"{len(flow) - len(members)} of {len(flow)} members never began to be trained, and are left out")
+    return fastmaf.Ensemble(members)
 
 
 def _records(flow: Any) -> list[int]:

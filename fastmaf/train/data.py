@@ -61,6 +61,9 @@ ASTRAY = 10
 SHRINK = 1e-9
 """By how much of the identity a correlation matrix is mixed with it before it is inverted, so that columns may follow from each other."""
 
+ENOUGH = 4
+"""Rows for each column that are needed to tell how columns go together."""
+
 LARGE = 1e6
 """Values that float32 holds with steps that are felt."""
 
@@ -331,7 +334,16 @@ def standardised(record: FlowRecord, train: Rows, wanted: bool | str, held: Rows
             )
         layers = _placed("x", layers, moments, fresh, wanted == "again", record.names)
         if wanted == "full" and layers is not record.layers:
-            layers = _whitened(train, weights, layers, moments)
+            rows = float(weights.sum() ** 2 / (weights**2).sum())
+            if rows < ENOUGH * record.features:
+                notes.append(
+                    f"x has {rows:.3g} rows that count for {record.features} columns, too few to tell how these go together: their "
+                    "covariance is left alone, as standardize=True does"
+                )
+            else:
+                layers = _whitened(train, weights, layers, moments)
+        elif wanted == "full" and not _whitens(layers):
+            notes.append('standardize="full" does nothing, since the flow is standardised already: flow.reset() before, or make a new flow')
         notes += _notes(record, train, layers, moments) or _degenerate(record, train)
         if held is not None:
             notes += _astray("validation x", held.x, held, moments, record.names)
@@ -357,7 +369,8 @@ def standardised(record: FlowRecord, train: Rows, wanted: bool | str, held: Rows
         notes = [few]
     if layers is record.layers and context_layers is record.context_layers:
         return record, notes
-    return record.replaced(layers=layers, context_layers=context_layers), notes
+    training = {**record.training, **({"whitened": True} if len(layers) > len(record.layers) and _whitens(layers) else {})}
+    return record.replaced(layers=layers, context_layers=context_layers, training=training), notes
 
 
 def _placed(name: str, layers: Layers, moments: Moments, fresh: bool, again: bool, names: Sequence[str] | None) -> Layers:
@@ -392,6 +405,12 @@ def _whitened(train: Rows, weights: NDArray[np.float64], layers: Layers, moments
     whitening = np.linalg.inv(np.linalg.cholesky(correlation))
     scale = np.diag(whitening)
     return (*layers[:k], Linear(np.tril(whitening / scale), np.diag(scale), np.zeros(width)), *layers[k + there :])
+
+
+def _whitens(layers: Layers) -> bool:
+    """Whether a Linear is where `_whitened` puts it."""
+    k = int(bool(layers) and isinstance(layers[0], Elementwise)) + 1
+    return len(layers) > k and isinstance(layers[k], Linear)
 
 
 def _is_identity(layer: Linear) -> bool:

@@ -193,12 +193,14 @@ def fit(
     progress: bool | None = None,
     members: Members | None = None,
     poll: Callable[[], object] | None = None,
+    label: str = "",
 ) -> History:
     """Fit a flow in place; parameters, result and errors are those of `Flow.fit`.
 
     With `members`, their common weights are trained instead of those of the flow: step t, counted from 0 over all epochs, those of member t
     modulo their number. The validation log-likelihood is that of the mean of their densities. Of the flow only the fixed layers change.
     `poll` is called now and then, and may raise; it takes the place of what keeps the progress bar alive.
+    `label` is how lines for a logger begin.
     """
     began = time.perf_counter()
     held_out = data.validation_of(validation)
@@ -288,7 +290,7 @@ def fit(
             run.set_state(saved)
     try:
         deadline = began + (settings["max_seconds"] or math.inf)
-        run.history.stopped = run.epochs(x if callable(x) else None, factor, deadline, callback, progress, poll)
+        run.history.stopped = run.epochs(x if callable(x) else None, factor, deadline, callback, progress, poll, label)
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         if interrupted:
@@ -390,6 +392,7 @@ class _Run:
         callback: Callable[[Epoch], object] | None,
         progress: bool | None,
         poll: Callable[[], object] | None,
+        label: str,
     ) -> str:
         """Train until something ends it, and say what."""
         history, train, mass, members = self.history, self.train, self.train.mass(), self.members
@@ -437,7 +440,7 @@ class _Run:
                 words = ", ".join(f"{name} {last_of[name]:.4f}" for name in SERIES[:2] if getattr(history, name)) + " nats"
                 bar.set_postfix_str(words)
                 bar.update()
-                self.log(f"epoch {epoch} of {last}: {words}")
+                self.log(f"{label}epoch {epoch} of {last}: {words}")
                 stops = callback is not None and _true(callback(self.told({"epoch": epoch, "best_epoch": history.best_epoch, **last_of})))
                 if self.flow._record is not before:
                     raise RuntimeError(

@@ -7,16 +7,18 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ALL_COMPLETED, FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastmaf import _arrays, _words, backends, config
+from fastmaf import _arrays, _codec, _words, backends, config
 from fastmaf.layers import _one_of
 from fastmaf.train._bar import tqdm
+from fastmaf.train.checkpoint import Store
+from fastmaf.train.data import FitWarning
 from fastmaf.train.loop import Epoch, History, Trainee, _real, fit
 
 __all__ = ["fit_members"]
@@ -38,6 +40,7 @@ def fit_members(
     callback: Callable[[Epoch], object] | None = None,
     on_interrupt: str = "raise",
     progress: bool | None = None,
+    resume: bool = False,
     **options: Any,
 ) -> list[History]:
     """Fit flows in place, as many at once as there are threads; parameters and errors are those of `Ensemble.fit`.
@@ -53,13 +56,22 @@ def fit_members(
     options |= {
         "max_epochs": max_epochs,
         "device": device,
+        "resume": resume,
         "max_seconds": None if max_seconds is None else _real("max_seconds", max_seconds) / -(-len(flows) // jobs),
         "on_interrupt": "return",
         "progress": False,
     }
     if callable(x):
         x = _in_turn(x, flows[0].device if device == "auto" else flows[0].to(device).device)
-    with tqdm(unit="epoch", disable=None if progress is None else not progress) as bar, ThreadPoolExecutor(jobs, "fastmaf-fit") as pool:
+    for k in range(len(flows)):  # before any of them is changed
+        path = _numbered(checkpoint, k)
+        if isinstance(path, (str, os.PathLike)) and os.path.isfile(path):
+            if _words.flag("resume", resume):
+                _codec.read_checkpoint(path)
+            else:
+                Store(path, {}).load(False)
+    pool = ThreadPoolExecutor(jobs, "fastmaf-fit")
+    with tqdm(unit="epoch", disable=None if progress is None else not progress) as bar:
         together = _Together(len(flows), bar, callback)
 
         def one(k: int) -> tuple[History, list[Note]]:
@@ -75,6 +87,7 @@ def fit_members(
                     checkpoint=_numbered(checkpoint, k),
                     callback=together.told(k),
                     poll=together.poll,
+                    label=f"member {k}, ",
                     **options,
                 )
             if history.stopped == "interrupted":
@@ -83,6 +96,15 @@ def fit_members(
 
         futures = [pool.submit(one, k) for k in range(len(flows))]
         interrupted = _ended(futures, together.stopped)
+        pool.shutdown(wait=False)  # there is nothing left to wait for
+    trained = [flow._record.fitted for flow in flows]
+    if any(trained) and not all(trained):
+        who = [str(k) for k, fitted in enumerate(trained) if not fitted]
+        _words.warn(
+            f"member{'s' * (len(who) > 1)} {', '.join(who[:5])}{' ...' * (len(who) > 5)} of {len(flows)} never began to be trained, and "
+            "spoil the mean: fit again, or leave them out, fastmaf.Ensemble([ensemble.member(k) for k in ...])",
+            FitWarning,
+        )
     done = [future.result() for future in futures]
     for note, category in _merged([notes for _, notes in done]):
         _words.warn(note, category)
@@ -93,14 +115,18 @@ def fit_members(
 
 def _ended(futures: Sequence[Future[Any]], stopped: threading.Event) -> bool:
     """Wait for the end of all, which comes soon after Ctrl-C and after an error; whether Ctrl-C came, here or in one of them."""
-    try:
-        wait(futures, return_when=FIRST_EXCEPTION)
-    except KeyboardInterrupt:
+    interrupted, first = False, FIRST_EXCEPTION
+    while True:
+        try:
+            wait(futures, return_when=first)
+        except KeyboardInterrupt:  # however often: all keep what they have learned
+            interrupted = True
+        else:
+            interrupted |= stopped.is_set() and first == FIRST_EXCEPTION
+            if first == ALL_COMPLETED:
+                return interrupted
         stopped.set()
-    interrupted = stopped.is_set()
-    stopped.set()  # nobody is left but those that one which failed has left behind
-    wait(futures)
-    return interrupted
+        first = ALL_COMPLETED
 
 
 class _Together:
