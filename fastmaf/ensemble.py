@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import IO, TYPE_CHECKING, Any, Literal, NoReturn, cast, overload
+from typing import IO, TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar, cast, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -19,17 +19,35 @@ if TYPE_CHECKING:
     import os
 
     from fastmaf._arrays import Seed
-    from fastmaf.train import Epoch, History
+    from fastmaf.train import History
 
 __all__ = ["Ensemble", "parameters_of"]
 
 Array = NDArray[Any]
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
 def parameters_of(function: Callable[..., Any]) -> str:
     """The parameters in the docstring of a function, but for the line above them."""
     text = inspect.cleandoc(function.__doc__ or "").partition("Parameters\n----------\n")[2].partition("\n\nReturns")[0]
     return text.replace("\n", "\n" + " " * 8)
+
+
+def _with_parameters_of(
+    other: Callable[Concatenate[Any, P], Any],
+) -> Callable[[Callable[Concatenate[Any, ...], R]], Callable[Concatenate[Any, P], R]]:
+    """The parameters of another method, which stand for ``{parameters}`` in the docstring; the result stays."""
+
+    def changed(method: Callable[Concatenate[Any, ...], R]) -> Callable[Concatenate[Any, P], R]:
+        returned = inspect.signature(method).return_annotation
+        method.__signature__ = inspect.signature(other).replace(return_annotation=returned)  # type: ignore[attr-defined]
+        method.__doc__ = (method.__doc__ or "").replace("{parameters}", parameters_of(other))
+        return cast("Callable[Concatenate[Any, P], R]", method)
+
+    return changed
 
 
 class Ensemble:
@@ -534,6 +552,8 @@ class Ensemble:
     ) -> Array:
         """Draw rows whose first k variables of `order` have given values: from members drawn by the density that they give these.
 
+        Each member draws all rows, of which those of the one that was drawn are kept: it costs what the members cost together.
+
         Parameters
         ----------
         x, n, context, seed, offset, context_offset, dtype
@@ -697,33 +717,8 @@ class Ensemble:
         flows = self._flows()
         self._all = tuple(flow._holding(flow.record.anew(own)) for flow, own in zip(flows, _seeds(seed, len(flows)), strict=True))
 
-    def fit(
-        self,
-        x: ArrayLike | Callable[[int], ArrayLike],
-        context: ArrayLike | None = None,
-        weights: ArrayLike | None = None,
-        *,
-        validation: float | ArrayLike | tuple[ArrayLike | None, ...] = 0.1,
-        batch_size: int = 256,
-        optimizer: str = "adam",
-        lr: float = 1e-3,
-        schedule: str | Callable[[float], float] = "constant",
-        l2: float = 0.0,
-        weight_decay: float = 0.0,
-        clip_norm: float | None = None,
-        patience: int | None = 30,
-        max_epochs: int = 1000,
-        max_seconds: float | None = None,
-        standardize: bool | Literal["again", "full"] = True,
-        device: str = "auto",
-        seed: Seed = None,
-        checkpoint: str | os.PathLike[str] | None = None,
-        checkpoint_every: float = 1,
-        resume: bool = False,
-        callback: Callable[[Epoch], object] | None = None,
-        on_interrupt: Literal["raise", "return"] = "raise",
-        progress: bool | None = None,
-    ) -> list[History]:
+    @_with_parameters_of(Flow.fit)
+    def fit(self, x: Any, context: Any = None, weights: Any = None, **options: Any) -> list[History]:
         """Train the members in place, each by itself as `Flow.fit` does, and return their histories.
 
         As many are trained at once as there are threads. Member k shuffles, and holds out a fraction of the rows, by a seed of its own,
@@ -756,44 +751,17 @@ class Ensemble:
         """
         from fastmaf import train  # as in `Flow.fit`
 
-        before = self._flows()
-        flows, names = [flow._still() for flow in before], _tables.names_of(x)
+        flows, names = [flow._still() for flow in self._flows()], _tables.names_of(x)
         for flow in flows:
             if flow.names is None and names is not None:
                 flow.names = names
-        named = [flow.record for flow in flows]
+        named, seed = [flow.record for flow in flows], options.pop("seed", None)
+        seeds = [None] * len(flows) if seed is None and options.get("resume") is True else _seeds(seed, len(flows))
         try:
-            return train.fit_members(
-                flows,
-                [None] * len(flows) if seed is None and resume is True else _seeds(seed, len(flows)),
-                x,
-                context,
-                weights,
-                validation=validation,
-                batch_size=batch_size,
-                optimizer=optimizer,
-                lr=lr,
-                schedule=schedule,
-                l2=l2,
-                weight_decay=weight_decay,
-                clip_norm=clip_norm,
-                patience=patience,
-                max_epochs=max_epochs,
-                max_seconds=max_seconds,
-                standardize=standardize,
-                device=device,
-                checkpoint=checkpoint,
-                checkpoint_every=checkpoint_every,
-                resume=resume,
-                callback=callback,
-                on_interrupt=on_interrupt,
-                progress=progress,
-            )
+            return train.fit_members(flows, seeds, x, context, weights, **options)
         finally:
             if any(flow.record is not own for flow, own in zip(flows, named, strict=True)):  # else the data were refused
                 self._all = tuple(flows)
-
-    fit.__doc__ = (fit.__doc__ or "").replace("{parameters}", parameters_of(Flow.fit))
 
     # Files and words
 

@@ -20,6 +20,7 @@ from fastmaf._arrays import Seed
 from fastmaf.ensemble import Ensemble
 from fastmaf.flow import Flow
 from fastmaf.layers import Affine, Normal
+from fastmaf.record import FlowRecord
 
 __all__ = [
     "Calibration",
@@ -161,12 +162,17 @@ def _log_density(name: str, density: Any, whose: str, flow: Density) -> Callable
     return evaluated
 
 
+def _record(flow: Density) -> FlowRecord:
+    """That of the flow, or of the first member."""
+    return (flow if isinstance(flow, Flow) else flow.member(0)).record
+
+
 def _alike(name: str, flow: Density, other: str, density: Density) -> None:
     """Refuse densities of other variables."""
-    kinds = [(each if isinstance(each, Flow) else each.member(0)).record.discrete for each in (flow, density)]
-    if bool(kinds[0]) != bool(kinds[1]):
+    discrete = bool(_record(flow).discrete)
+    if discrete != bool(_record(density).discrete):
         raise ValueError(
-            f"{name} has {'discrete' if kinds[0] else 'continuous'} variables and {other} has none; densities cannot be compared"
+            f"{name} has {'discrete' if discrete else 'continuous'} variables and {other} has none; densities cannot be compared"
         )
     if density.features != flow.features:
         raise ValueError(f"{other} has {density.features} features; {name} has {flow.features}")
@@ -965,7 +971,7 @@ def context_distance(flow: Density, context: ArrayLike) -> Array:
     array = _arrays.real("context", context)
     if not array.ndim or array.shape[-1] != flow.context_features or not flow.context_features:
         raise ValueError(f"context has shape {_words.shapes(array.shape)}; the flow has {flow.context_features} context features")
-    record = (flow if isinstance(flow, Flow) else flow.member(0)).record
+    record = _record(flow)
     if not record.usual_contexts:
         raise ValueError("flow does not know the contexts of its fit: it is not fitted, or has context layers of its own")
     (layer,) = record.context_layers

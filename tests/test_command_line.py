@@ -178,6 +178,8 @@ def test_members(call, table, flow, tmp_path):
     assert result.returncode == 0 and all(f"member {k}: 2 epochs" in result.stderr for k in range(3)), result.stderr
     ensemble = fastmaf.load(out)
     assert len(ensemble) == 3 and ensemble.names == ("z",)
+    assert call(*fit, "--members", "1", "--hidden", "8", "--components", "2", "-o", again).returncode == 0
+    assert isinstance(fastmaf.load(again), fastmaf.Flow)
     assert "3 members have" in call("info", out).stdout
     scored = call("log-prob", out, table, "--missing", "drop")
     drawn = call("sample", out, "-n", "4", "--given", "u g=0", "--given", "r=1", "--seed", "2")
@@ -190,6 +192,22 @@ def test_members(call, table, flow, tmp_path):
     fastmaf.MADE(3, masks=2, hidden_features=(4,), names=NAMES).save(again)
     result = call("fit", table, "--missing", "drop", "--start", again, "-o", out)
     assert result.returncode == 2 and "ensemble of masks" in result.stderr
+
+
+def test_members_that_never_began_are_left_out(call, table, tmp_path, monkeypatch):
+    out = tmp_path / "a.safetensors"
+
+    def interrupted(ensemble, x, *arguments, **options):
+        fitted = [ensemble.member(k) for k in range(3)]
+        histories = [flow.fit(x, max_epochs=1) for flow in fitted[:2]]
+        ensemble._all = tuple(fitted)
+        return [*histories, fastmaf.History(stopped="interrupted")]
+
+    monkeypatch.setattr(fastmaf.Ensemble, "fit", interrupted)
+    arguments = ["fit", table, "--columns", "z,r", "--missing", "drop", "--hidden", "8", "--members", "3", "-o", out]
+    result = call(*arguments)
+    assert result.returncode == 130 and "1 of 3 members never began to be trained, and are left out" in result.stderr
+    assert len(fastmaf.load(out)) == 2
 
 
 def test_validation_rows_of_their_own(call, table, tmp_path):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
-import io
 import json
 import math
 import pickle
 import re
 import threading
+import time
 import warnings
+from contextlib import nullcontext
 
 import make
 import numpy as np
@@ -145,16 +146,19 @@ def test_files_and_copies(name, tmp_path):
         assert np.array_equal(other.parameters(), ensemble.parameters())
         assert np.array_equal(other.log_prob(x, context), ensemble.log_prob(x, context))
         assert [other.member(k).training for k in range(3)] == [ensemble.member(k).training for k in range(3)]
+    assert tree_of(make.file_bytes(ensemble))["format"] == 2 and tree_of(make.file_bytes(ensemble.member(0)))["format"] == 1
     half = ensemble.astype("float32")
     assert half.dtype == np.float32 and np.allclose(half.log_prob(x, context), ensemble.log_prob(x, context), rtol=1e-4, atol=1e-4)
 
 
+def tree_of(contents):
+    """The JSON of a file."""
+    return json.loads(json.loads(contents[8 : 8 + int.from_bytes(contents[:8], "little")])["__metadata__"]["fastmaf"])
+
+
 def tampered(change):
-    ensemble, file = model("maf"), io.BytesIO()
-    ensemble.save(file)
-    contents = file.getvalue()
-    tensors = safetensors.numpy.load(contents)
-    record = json.loads(json.loads(contents[8 : 8 + int.from_bytes(contents[:8], "little")])["__metadata__"]["fastmaf"])
+    contents = make.file_bytes(model("maf"))
+    tensors, record = safetensors.numpy.load(contents), tree_of(contents)
     change(record, tensors)
     return safetensors.numpy.save(tensors, {"fastmaf": json.dumps(record)})
 
@@ -240,12 +244,14 @@ def test_callbacks_are_told_whose_epoch_it_is_and_come_one_at_a_time():
 
     def callback(epoch):
         assert lock.acquire(blocking=False), "two at once"
+        time.sleep(0.01)
         seen.append((epoch["member"], epoch["epoch"]))
         inside.append(epoch["flow"].features)
         lock.release()
         return epoch["member"] == 1 and epoch["epoch"] == 2
 
-    ensemble, histories = fitted(callback=callback)
+    with fastmaf.num_threads(3) if backends.get_backend() == "cpu" else nullcontext():
+        ensemble, histories = fitted(callback=callback)
     assert sorted(seen) == [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (2, 1), (2, 2), (2, 3)] and set(inside) == {3}
     assert [history.stopped for history in histories] == ["max_epochs", "callback", "max_epochs"]
     assert ensemble.member(1).training["epochs"] == 2
@@ -267,6 +273,32 @@ def test_interrupted_members_keep_their_best(how):
         histories = ensemble.fit(data(), **arguments)
         assert histories[1].stopped == "interrupted" and len(histories[1].train) == 2
     assert (ensemble.parameters() != before).any() and ensemble.member(1).training["stopped"] == "interrupted"
+
+
+@pytest.mark.usefixtures("core")
+@pytest.mark.parametrize(("threads", "members", "each", "share"), [(1, 3, 1, 20.0), (2, 3, 1, 30.0), (4, 2, 2, 60.0), (5, 2, 2, 60.0)])
+def test_threads_and_time_are_shared(threads, members, each, share, monkeypatch):
+    """As many members at once as there are threads, which they divide; those that wait get their share of the time."""
+    from fastmaf.train import many
+
+    seen = []
+
+    def fit(flow, *arguments, **options):
+        seen.append((fastmaf.get_num_threads(), options["max_seconds"]))
+        return fastmaf.History()
+
+    monkeypatch.setattr(many, "fit", fit)
+    with fastmaf.num_threads(threads):
+        fitted(members=members, max_seconds=60)
+    assert seen == [(each, share)] * members
+
+
+def test_warnings_of_some_members_say_whose_they_are():
+    from fastmaf.train.many import _merged
+
+    common, own = ("seen by all", FitWarning), ("seen by some", FitWarning)
+    assert _merged([[common, own], [common], [common, own]]) == [common, ("members 0, 2: seen by some", FitWarning)]
+    assert _merged([[common], [own]]) == [("member 0: seen by all", FitWarning), ("member 1: seen by some", FitWarning)]
 
 
 @pytest.mark.usefixtures("core")
@@ -332,6 +364,11 @@ def test_a_reused_array_is_not_shared_between_members():
     def fresh(epoch):
         return data() + 0.1 * epoch
 
+    from fastmaf.train.many import _in_turn
+
+    alone = _in_turn(draw, "cpu")
+    first, _ = alone(1), alone(2)
+    assert np.array_equal(first, fresh(1))
     results = []
     for x in (draw, fresh):
         ensemble = fastmaf.Ensemble(fastmaf.MAF(3, transforms=1, hidden_features=(8,), seed=0), members=3, seed=1)
@@ -479,6 +516,8 @@ def test_samples_given_what_only_one_member_expects():
     assert given.shape == (2, 500, 2) and (given[:, :, 0] == [[0.3], [29.0]]).all()
     assert (np.abs(given[0, :, 1]) < 6).all() and (np.abs(given[1, :, 1] - 30) < 6).all()
     assert scipy.stats.kstest(given[1, :, 1] - 30, "norm").pvalue > 1e-4
+    beyond = ensemble.sample_given([1e300], 4000, seed=1)[:, 1]
+    assert abs((beyond > 15).mean() - 0.5) < 0.05, "neither gives it a density"
     between = ensemble.sample_given([15.0], 4000, seed=1)[:, 1]
     assert abs((between > 15).mean() - 0.5) < 0.05, "both give it the same density"
     weighted = ensemble.sample_given([15.05], 4000, seed=1)[:, 1]

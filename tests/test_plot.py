@@ -379,6 +379,12 @@ def test_weights_levels_and_columns_of_a_corner():
     assert {"a", "c"} <= names and "b" not in names
     drawn, filled = (patch for patch in figure.axes[2].patches)
     assert min(drawn.get_xy()[:, 0]) >= -0.7, "what has no weight is not drawn"
+    tilted = plot.corner(x, x + [1, 0, 0], columns=[0, 1], weights=np.exp(x[:, 0]), levels=[0.5])  # N(1, 1) in the first column
+    filled, drawn = (patch.get_xy() for patch in tilted.axes[0].patches)
+    peaks = [float(outline[outline[:, 1] > 0.5 * outline[:, 1].max(), 0].mean()) for outline in (filled, drawn)]
+    assert peaks[0] == pytest.approx(peaks[1], abs=0.15) and peaks[1] == pytest.approx(1, abs=0.2)
+    shaded, line = (np.concatenate([path.vertices for path in each.get_paths()]) for each in tilted.axes[1].collections)
+    assert shaded.max(axis=0) == pytest.approx(line.max(axis=0), abs=0.2) and shaded.min(axis=0) == pytest.approx(line.min(axis=0), abs=0.2)
     same = plot.corner(x, x[weights > 0], columns=[2, 0], levels=[0.5], samples_weights=rng.uniform(1, 1.0001, (weights > 0).sum()))
     contours = [axes.collections[-1] for axes in (figure.axes[1], same.axes[1])]
     one, two = (np.concatenate([path.vertices for path in contour.get_paths()]) for contour in contours)

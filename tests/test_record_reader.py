@@ -213,3 +213,20 @@ def test_what_the_core_reads_is_what_the_reference_has():
         assert values is not None
         assert np.allclose(*values, rtol=1e-4, atol=1e-4)
     assert reference.backend.name == "reference"
+
+
+def test_notes_may_lie_as_deep_in_a_member_as_in_a_flow():
+    """Each reader takes what `FlowRecord` takes, and no more."""
+    deepest = {}
+    for _ in range(62):
+        deepest = {"a": deepest}
+    flow = fastmaf.Flow([], features=2, training=deepest)
+    for contents in (flow, fastmaf.Ensemble([flow, flow])):
+        data = make.file_bytes(contents)
+        assert python(data) is not None and core(data) is not None
+        header, tensors = split(data)
+        plain = without_digest(header)
+        text = plain["__metadata__"]["fastmaf"]
+        plain["__metadata__"]["fastmaf"] = text.replace('"training": {', '"training": {"a": {', 1).replace("}" * 62, "}" * 63, 1)
+        deeper = joined(plain, tensors)
+        assert python(deeper) is None and core(deeper) is None

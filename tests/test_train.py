@@ -566,6 +566,9 @@ def test_an_epoch_that_is_cut_short_counts(x, tmp_path, epoch, held, options):
     history = cut_short(flow, x, epoch, checkpoint=tmp_path / "c", **arguments)
     assert history.stopped == "interrupted" and len(history.train) == epoch == history.best_epoch
     assert np.isfinite(history.train).all() and (not held or np.isfinite(history.validation).all())
+    if options and not held:
+        norm = flow.layers[-1]
+        assert np.allclose(flow.to_noise(x).mean(axis=0), norm.beta, atol=1e-5), "statistics are those of the rows under these weights"
     scored = flow.log_prob(x).mean()
     assert scored == pytest.approx(history.train[-1], abs=0.2)
     assert same(fastmaf.load(tmp_path / "c"), flow), "the checkpoint shows the best"

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "../ops/optimizer.hpp"
+#include "optimizer.hpp"
 
 namespace fastmaf {
 

@@ -1,7 +1,7 @@
 // What the backend hands to the kernels of an instruction set. Plain pointers, no code.
 #pragma once
 
-#include "../ops/optimizer.hpp"
+#include "../core/optimizer.hpp"
 #include "../ops/tile.hpp"
 #include "../ops/trace.hpp"
 

@@ -2,7 +2,7 @@
 // number by number, `count` of them, and no two write the same place.
 #pragma once
 
-#include "../ops/optimizer.hpp"
+#include "../core/optimizer.hpp"
 #include "gradient.hpp"
 
 namespace fastmaf {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include FASTMAF_VEC
-#include "optimizer.hpp"
+#include "../core/optimizer.hpp"
 
 namespace fastmaf {
 namespace FASTMAF_ISA {

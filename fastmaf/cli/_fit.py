@@ -291,7 +291,7 @@ def _noted(flow: Any, notes: dict[str, Any]) -> Any:
     if isinstance(flow, fastmaf.MaskedEnsemble):
         raise UsageError("--start has an ensemble of masks, which only Python trains: fastmaf.load(path).fit(x)")
     if isinstance(flow, fastmaf.Ensemble):
-        return fastmaf.Ensemble([_noted(flow.member(k), notes) for k in range(len(flow))])
+        return fastmaf.Ensemble([_noted(member, notes) for member in flow])
     flow.training = {**flow.training, **notes}
     return flow
 
@@ -307,10 +307,9 @@ def _trained(flow: Any) -> Any:
     return fastmaf.Ensemble(members)
 
 
-def _records(flow: Any) -> list[int]:
-    """What tells whether a fit has changed the flow, or a member."""
-    members = [flow.member(k) for k in range(len(flow))] if isinstance(flow, fastmaf.Ensemble) else [flow]
-    return [id(member.record) for member in members]
+def _records(flow: Any) -> list[Any]:
+    """By which a flow, or an ensemble, that a fit has changed is another one."""
+    return [member.record for member in (flow if isinstance(flow, fastmaf.Ensemble) else [flow])]
 
 
 def _lines() -> Callable[[Any], None]:

@@ -395,13 +395,11 @@ def _whitened(train: Rows, weights: NDArray[np.float64], layers: Layers, moments
     there = len(layers) > k and isinstance(layers[k], Linear)
     if width == 1 or (there and not _is_identity(layers[k])):
         return layers
-    correlation, total = np.zeros((width, width)), 0.0
+    correlation = np.zeros((width, width))
     for part, block in _blocks("x", train.x, layers, None, None):
-        used = weights[part] > 0
-        z = (_unbounded(block[used], layers) - moments.mean) / moments.deviation
-        correlation += (z.T * weights[part][used]) @ z
-        total += float(weights[part][used].sum())
-    correlation = (1 - SHRINK) * correlation / total + SHRINK * np.eye(width)
+        z = (_unbounded(block, layers) - moments.mean) / moments.deviation
+        correlation += (z.T * weights[part]) @ z
+    correlation = (1 - SHRINK) * correlation / weights.sum() + SHRINK * np.eye(width)
     whitening = np.linalg.inv(np.linalg.cholesky(correlation))
     scale = np.diag(whitening)
     return (*layers[:k], Linear(np.tril(whitening / scale), np.diag(scale), np.zeros(width)), *layers[k + there :])

@@ -47,7 +47,8 @@ def fit_members(
 
     If one fails, those under way end as after Ctrl-C, and its error is raised.
     """
-    threads = config.get_num_threads() if backends.get_backend() == "cpu" else 1
+    compiled = backends.get_backend() == "cpu"
+    threads = config.get_num_threads() if compiled else 1
     jobs = min(len(flows), threads)
     _one_of("on_interrupt", on_interrupt, ("raise", "return"))
     if callback is not None and not callable(callback):
@@ -77,7 +78,7 @@ def fit_members(
         def one(k: int) -> tuple[History, list[Note]]:
             if together.stopped.is_set():
                 return History(stopped="interrupted"), []
-            with _words.gathering() as notes, config.num_threads(threads // jobs) if threads > 1 else nullcontext():
+            with _words.gathering() as notes, config.num_threads(threads // jobs) if compiled else nullcontext():
                 history = fit(
                     flows[k],
                     x,
@@ -94,9 +95,12 @@ def fit_members(
                 together.stopped.set()
             return history, notes
 
-        futures = [pool.submit(one, k) for k in range(len(flows))]
-        interrupted = _ended(futures, together.stopped)
-        pool.shutdown(wait=False)  # there is nothing left to wait for
+        try:
+            futures = [pool.submit(one, k) for k in range(len(flows))]
+            interrupted = _ended(futures, together.stopped)
+        finally:  # nothing is under way any more, unless Ctrl-C came before it could be waited for
+            together.stopped.set()
+            pool.shutdown(wait=False)
     trained = [flow._record.fitted for flow in flows]
     if any(trained) and not all(trained):
         who = [str(k) for k, fitted in enumerate(trained) if not fitted]
