@@ -44,6 +44,7 @@ def test_an_interrupted_import_is_no_absence(monkeypatch):
     backends._loaded.pop("cpu", None)
     with monkeypatch.context() as context:
         context.setattr(backends.importlib, "import_module", interrupted)
+        context.setattr(backends, "active", None)
         with pytest.raises(KeyboardInterrupt):
             backends.choose()
     assert "cpu" not in backends._loaded
