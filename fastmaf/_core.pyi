@@ -110,10 +110,11 @@ class Trainer(_TrainerState):
         context: _Array | None,
         weights: _Array | None,
         rows: _Array,
-        batch_size: int,
+        ends: _Array,
+        mass: _Array,
         rates: _Array,
-        mean_weight: float,
         poll: Callable[[], None] | None,
+        total: Callable[[_Array, _Array], object] | None,
     ) -> tuple[float, int]: ...
 
 class DeviceTrainer(_TrainerState):

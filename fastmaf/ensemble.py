@@ -739,7 +739,8 @@ class Ensemble:
         `max_seconds` is the time of the whole: members that wait for a thread get their share. The checkpoint of member k has the number
         k in front of its extension, ``fit.0.safetensors`` and so on. A callback finds the number under ``"member"``; it is called by one
         thread at a time, and stops the member alone. Warnings come at the end, each of them once. After Ctrl-C, or an exception, members
-        keep their best weights; if some never began, a warning names them.
+        keep their best weights; if some never began, a warning names them. With `comm` members are trained one after another, each by all
+        ranks.
 
         Examples
         --------
@@ -756,7 +757,8 @@ class Ensemble:
             if flow.names is None and names is not None:
                 flow.names = names
         named, seed = [flow.record for flow in flows], options.pop("seed", None)
-        seeds = [None] * len(flows) if seed is None and options.get("resume") is True else _seeds(seed, len(flows))
+        given = seed is not None or (options.get("resume") is not True and options.get("comm") is None)
+        seeds = _seeds(seed, len(flows)) if given else [None] * len(flows)  # of a checkpoint, or of rank 0
         try:
             return train.fit_members(flows, seeds, x, context, weights, **options)
         finally:

@@ -1026,6 +1026,7 @@ class Flow:
         callback: Callable[[Epoch], object] | None = None,
         on_interrupt: Literal["raise", "return"] = "raise",
         progress: bool | None = None,
+        comm: Any = None,
     ) -> History:
         """Train in place by maximum likelihood, and return the history.
 
@@ -1100,6 +1101,9 @@ class Flow:
         progress : bool, optional
             Whether to show a bar; by default only if stderr is a terminal. The logger ``fastmaf`` gets a line in ten seconds at most:
             ``logging.basicConfig(level="INFO")`` shows them.
+        comm : mpi4py.MPI.Comm, optional
+            Processes that fit this flow together, all with the same arguments: each gives its share of the rows, or all of them the same
+            arrays, and makes its part of each batch. All end with the same flow, as one process with all rows would to rounding.
 
         Returns
         -------
@@ -1113,7 +1117,8 @@ class Flow:
             data are no integers in range; if weights are negative or all zero; if an argument is out of range; if a batch norm would see
             batches of one row; if the checkpoint exists and is not to be resumed, or is that of another fit.
         RuntimeError
-            If the flow is changed meanwhile, by the callback for instance; if the device is absent here, or its memory is not enough.
+            If the flow is changed meanwhile, by the callback for instance; if the device is absent here, or its memory is not enough; if
+            another rank fails, or says nothing for five minutes.
 
         Warns
         -----
@@ -1126,6 +1131,10 @@ class Flow:
         An exception in an epoch, in the callback or in a callable `x`, Ctrl-C among them, leaves the flow with the best weights so far
         and is raised. After Ctrl-C within an epoch its weights as they are count too; a second Ctrl-C does not wait for their score. A
         loss that is not finite stops the fit, with a warning, and is named in ``history.stopped``.
+
+        With `comm` the rows of rank 0 come first, then those of rank 1, and so on. The flow of rank 0 is the one that is fitted. Rank 0
+        alone warns, shows the bar, and writes and reads the checkpoint; each rank calls its own callback. What fails on one rank, or is
+        interrupted there, ends the fit on all, with their best weights. Batch norms of the data and GPUs are refused.
 
         Examples
         --------
@@ -1168,6 +1177,7 @@ class Flow:
                 callback=callback,
                 on_interrupt=on_interrupt,
                 progress=progress,
+                comm=comm,
             )
         finally:
             if self._record is named:  # the data were refused

@@ -242,6 +242,7 @@ class MaskedEnsemble(Ensemble):
         callback: Callable[[Epoch], object] | None = None,
         on_interrupt: Literal["raise", "return"] = "raise",
         progress: bool | None = None,
+        comm: Any = None,
         resample: bool = False,
     ) -> History:
         """Train the shared weights in place by maximum likelihood: each step those of one member, in turn.
@@ -305,6 +306,7 @@ class MaskedEnsemble(Ensemble):
                 callback=callback,
                 on_interrupt=on_interrupt,
                 progress=progress,
+                comm=comm,
                 members=members,
             )
         finally:

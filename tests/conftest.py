@@ -6,9 +6,13 @@ What is missing is skipped with its reason, unless ``FASTMAF_EXPECT`` (a comma-s
 from __future__ import annotations
 
 import os
+import pathlib
 import random
+import shutil
 import signal
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
@@ -33,10 +37,27 @@ def absence(case: str) -> str | None:
 
 
 def pytest_report_header() -> list[str]:
-    unknown = EXPECTED - set(BACKENDS)
-    if unknown:
-        raise pytest.UsageError(f"FASTMAF_EXPECT names {sorted(unknown)}; known are {', '.join(BACKENDS)}")
+    known = (*BACKENDS, "mpi")
+    if unknown := EXPECTED - set(known):
+        raise pytest.UsageError(f"FASTMAF_EXPECT names {sorted(unknown)}; known are {', '.join(known)}")
     return repr(fastmaf.show_config()).splitlines()
+
+
+@pytest.fixture(scope="session")
+def mpirun() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """A function that runs this Python, with a script and its arguments, on so many ranks; where there is no MPI, tests are skipped."""
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_rmaps_base_oversubscribe": "1"}
+    package = str(pathlib.Path(fastmaf.__file__).parents[1])
+    environment = os.environ | root | {"PYTHONPATH": package, "FASTMAF_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
+    def run(*command: object, size: int, flags: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+        words = ["mpirun", "-n", str(size), *flags, sys.executable, *map(str, command)]
+        return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+    missing = "there is no mpirun" if shutil.which("mpirun") is None else run("-c", "from mpi4py import MPI", size=1).stderr
+    if missing:
+        (pytest.fail if "mpi" in EXPECTED else pytest.skip)(missing)
+    return run
 
 
 def use(case: str) -> Iterator[str]:

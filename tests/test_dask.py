@@ -251,7 +251,7 @@ def test_workers_get_the_flow_once():
 
 def test_the_page_runs(capsys):
     page = (pathlib.Path(__file__).parents[1] / "docs" / "dask.md").read_text(encoding="utf-8")
-    code = "\n".join(block.partition("```")[0] for block in page.split("```python\n")[1:])
+    code = "\n".join(block.partition("```")[0] for block in page.split("```python\n")[1:] if "mpi4py" not in block)
     exec(compile(code, "docs/dask.md", "exec"), {"__name__": "the page"})  # its cluster is that of the test above
     _, last, same = capsys.readouterr().out.splitlines()
     assert last.strip("[]").split() == same.strip("[]").split()

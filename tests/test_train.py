@@ -547,9 +547,9 @@ def cut_short(flow, x, epoch, steps=5, **options):
     """A fit that Ctrl-C ends within an epoch, after some steps."""
     numbers = itertools.count(1)
 
-    def some(engine, x, context, weights, rows, size, rates, mean, poll):
+    def some(engine, x, context, weights, rows, size, rates, mean, poll, part):
         if next(numbers) < epoch:
-            return engine.epoch(x, context, weights, rows, size, rates, mean, poll)
+            return engine.epoch(x, context, weights, rows, size, rates, mean, poll, part)
         engine.epoch(x, context, weights, rows[: steps * size], size, rates[:steps], mean, poll)
         raise KeyboardInterrupt
 

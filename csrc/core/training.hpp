@@ -12,6 +12,14 @@ struct AdamSettings {
     double beta1 = 0.9, beta2 = 0.999, eps = 1e-8, l2 = 0, weight_decay = 0, clip_norm = 0;  // clip_norm 0: none
 };
 
+// Of an epoch: step s takes the rows [ends[s - 1], ends[s]) of the order, from 0 at first, divides their gradient by mass[s], and has the
+// rate rates[s].
+struct Steps {
+    int64_t count;
+    const int64_t* ends;
+    const double *mass, *rates;
+};
+
 // The constants of step number `step`, from 1; gradients as they are.
 template <class T>
 AdamStep<T> adam_step(const AdamSettings& a, int64_t step, double rate) {

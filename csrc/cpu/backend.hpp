@@ -72,10 +72,13 @@ public:
     ~Trainer();
     void set_members(std::vector<std::shared_ptr<Weights<T>>> members);  // of a shared trainer
 
-    // Steps over batch.index[0 .. rows) in batches; weights [all rows] may be null. Returns the sum of w_i nll_i; `done` counts the
-    // batches done, fewer than planned when the loss of the next one is not finite. Step s uses rates[s].
-    double epoch(const Batch& batch, const double* weights, int64_t batch_size, const double* rates, double mean_weight, int64_t& done,
-                 const Poll& poll);
+    // Sums gradient [size] and loss over all processes that train together, in place.
+    using Total = std::function<void(T* gradient, int64_t size, double* loss)>;
+
+    // Steps over batch.index; weights [all rows] may be null. Returns the sum of w_i nll_i; `done` counts the steps done, fewer than
+    // planned when the loss of the next one is not finite. With `total` each step is that of all processes, and may have no rows here;
+    // but for norms of the batch, of which each process would have its own.
+    double epoch(const Batch& batch, const double* weights, const Steps& steps, int64_t& done, const Poll& poll, const Total& total = {});
 
     int64_t parameter_count() const;
     void get_parameters(T* parameters) const;

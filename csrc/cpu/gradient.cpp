@@ -888,33 +888,32 @@ private:
 };
 
 template <class T>
-double Trainer<T>::epoch(const Batch& batch, const double* weights, int64_t batch_size, const double* rates, double mean_weight,
-                         int64_t& done, const Poll& poll) {
+double Trainer<T>::epoch(const Batch& batch, const double* weights, const Steps& steps, int64_t& done, const Poll& poll,
+                         const Total& total) {
     TrainerState<T>& s = *state_;
     const Call<T> call;
     const Kernels<T>& k = call.kernels;
     const AdamSettings& a = s.settings;
-    const int64_t total = batch.rows();
     double sum = 0;
     PollClock clock(poll);
     std::vector<std::unique_ptr<Restored<T>>> restored;
     for (auto& member : s.members)
         if (member->gradients.together()) restored.push_back(std::make_unique<Restored<T>>(*member->weights));
-    for (done = 0; done * batch_size < total; ++done) {
-        const int64_t begin = done * batch_size, size = std::min(batch_size, total - begin);
+    for (done = 0; done < steps.count; ++done) {
+        const int64_t begin = done ? steps.ends[done - 1] : 0, size = steps.ends[done] - begin;
         const Batch rows = part(batch, batch.index + begin, size);
         auto weight = [&](int64_t i) { return weights ? weights[rows.index[i]] : 1.0; };
         s.cotangent.resize(size_t(size));
         s.value.resize(size_t(size));
-        for (int64_t i = 0; i < size; ++i) s.cotangent[size_t(i)] = T(-weight(i) / (double(size) * mean_weight));
+        for (int64_t i = 0; i < size; ++i) s.cotangent[size_t(i)] = T(-weight(i) / steps.mass[done]);
 
         Member<T>& member = *s.members[size_t(s.steps) % s.members.size()];
         Weights<T>& trained = *member.weights;
         Gradients<T>& gradients = member.gradients;
         const auto& tasks = gradients.tasks();
         if (s.shared) trained.set_parameters(s.user_weights.data());
-        if (s.shared)
-            s.gradient.assign(trained.master().size(), T(0));  // no task writes units that nobody reads
+        if (s.shared || total)
+            s.gradient.assign(trained.master().size(), T(0));  // no task writes units that nobody reads, nor any without rows
         else
             s.gradient.resize(trained.master().size());
         auto gradient_of = [&](int64_t t, bool add) { gradients.gradient(tasks[size_t(t)], add, s.gradient.data()); };
@@ -930,19 +929,24 @@ double Trainer<T>::epoch(const Batch& batch, const double* weights, int64_t batc
             for (int64_t i = first; i < first + n; ++i) loss -= weight(i) * s.value[size_t(i)];
             if (c + 1 < chunks) parallel_for(call.threads, int64_t(tasks.size()), [&](int64_t t) { gradient_of(t, c > 0); });
         }
-        if (!std::isfinite(loss)) return sum;
+        if (!total && !std::isfinite(loss)) return sum;
 
         // The last chunk's gradient, the step and the repacking of some rows are one task, unless something must be known of the whole
         // gradient in between.
         const int64_t step = s.steps + 1;
-        AdamStep<T> adam = adam_step<T>(a, step, rates[done]);
-        const bool ready = a.clip_norm > 0 || s.shared;
+        AdamStep<T> adam = adam_step<T>(a, step, steps.rates[done]);
+        const bool ready = a.clip_norm > 0 || s.shared || total;
         T* gradient = s.gradient.data();
-        if (ready) parallel_for(call.threads, int64_t(tasks.size()), [&](int64_t t) { gradient_of(t, chunks > 1); });
+        if (ready && chunks > 0)
+            parallel_for(call.threads, int64_t(tasks.size()), [&](int64_t t) { gradient_of(t, chunks > 1); });
         if (s.shared) {
             s.user_gradient.assign(s.user_weights.size(), T(0));
             gradient = s.user_gradient.data();
             for (size_t i = 0; i < s.gradient.size(); ++i) gradient[trained.plan().index()[i]] = s.gradient[i];
+        }
+        if (total) {
+            total(gradient, int64_t(s.m.size()), &loss);
+            if (!std::isfinite(loss)) return sum;
         }
         if (a.clip_norm > 0) {
             const double norm = std::sqrt(k.sum_squares(gradient, s.weights(), T(2 * a.l2), int64_t(s.m.size())));

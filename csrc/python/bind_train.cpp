@@ -47,6 +47,17 @@ void check_rates(const Order& rows, int64_t batch_size, const Rates& rates) {
         throw std::invalid_argument("an epoch of " + std::to_string(rows.size()) + " rows has " + std::to_string(rates.size()) + " rates");
 }
 
+void check_steps(const Order& rows, const Order& ends, const Rates& mass, const Rates& rates) {
+    if (ends.size() != rates.size() || mass.size() != rates.size())
+        throw std::invalid_argument(std::to_string(rates.size()) + " rates have " + std::to_string(ends.size()) + " ends and " +
+                                    std::to_string(mass.size()) + " masses");
+    int64_t before = 0;
+    for (py::ssize_t s = 0; s < ends.size(); before = ends.data()[s++])
+        if (ends.data()[s] < before || ends.data()[s] > rows.size())
+            throw std::invalid_argument("step " + std::to_string(s) + " ends at row " + std::to_string(ends.data()[s]) + " of " +
+                                        std::to_string(rows.size()));
+}
+
 const double* weights_or_none(const py::object& weights, int64_t rows) {
     return weights.is_none() ? nullptr : input<double>(py::reinterpret_borrow<py::array>(weights), rows);
 }
@@ -59,6 +70,18 @@ Poll polls(const py::object& user_poll) {
         or_rest([&] {
             py::gil_scoped_acquire gil;
             user_poll();
+        });
+    };
+}
+
+// Calls total(gradient, loss) with arrays that are those of the trainer.
+template <class T>
+typename Trainer<T>::Total totals(const py::object& user_total) {
+    if (user_total.is_none()) return {};
+    return [&user_total](T* gradient, int64_t size, double* loss) {
+        or_rest([&] {
+            py::gil_scoped_acquire gil;
+            user_total(py::array_t<T>(size, gradient, py::none()), py::array_t<double>(1, loss, py::none()));
         });
     };
 }
@@ -128,9 +151,9 @@ void bind_cpu(py::module_& module) {
         .def(
             "epoch",
             [](const CpuTrainer& self, const py::array& x, const py::object& context, const py::object& weights, const Order& rows,
-               int64_t batch_size, const Rates& rates, double mean_weight, const py::object& user_poll) {
+               const Order& ends, const Rates& mass, const Rates& rates, const py::object& user_poll, const py::object& user_total) {
                 Batch batch = batch_of(x, context);
-                check_rates(rows, batch_size, rates);
+                check_steps(rows, ends, mass, rates);
                 const double* w = weights_or_none(weights, x.shape(0));
                 for (py::ssize_t i = 0; i < rows.size(); ++i)
                     if (rows.data()[i] < 0 || rows.data()[i] >= x.shape(0))
@@ -143,13 +166,16 @@ void bind_cpu(py::module_& module) {
                 int64_t done = 0;
                 double sum = 0;
                 self.visit([&](auto& trainer) {
+                    using Trained = std::decay_t<decltype(trainer)>;
+                    const Steps steps{rates.size(), ends.data(), mass.data(), rates.data()};
+                    const auto total = totals<typename Trained::Value>(user_total);
                     Unlocked unlocked;
-                    sum = trainer.epoch(batch, w, batch_size, rates.data(), mean_weight, done, poll);
+                    sum = trainer.epoch(batch, w, steps, done, poll, total);
                 });
                 return py::make_tuple(sum, done);
             },
-            py::arg("x"), py::arg("context"), py::arg("weights"), py::arg("rows"), py::arg("batch_size"), py::arg("rates"),
-            py::arg("mean_weight"), py::arg("poll"));
+            py::arg("x"), py::arg("context"), py::arg("weights"), py::arg("rows"), py::arg("ends"), py::arg("mass"), py::arg("rates"),
+            py::arg("poll"), py::arg("total"));
     bind_state(type);
 }
 

@@ -6,14 +6,15 @@ import importlib
 import importlib.util
 import os
 import pathlib
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from fastmaf import _words
 from fastmaf.record import FlowRecord, Runner
 
-__all__ = ["Backend", "active", "choose", "core", "get_backend", "names", "placed", "reason", "require", "runner", "set_backend"]
+__all__ = ["Backend", "Part", "active", "choose", "core", "get_backend", "names", "placed", "reason", "require", "runner", "set_backend"]
 
 
 class Backend(Runner, Protocol):
@@ -47,6 +48,30 @@ class Backend(Runner, Protocol):
 
     def trainer(self, flow: FlowRecord, **options: Any) -> Any:
         """An engine of `fastmaf.train`."""
+
+
+class Part(NamedTuple):
+    """What an engine of `fastmaf.train` has of each batch, where several train together.
+
+    Attributes
+    ----------
+    ends : (steps,) int64 array
+        Where its rows of each batch end; none is a part too.
+    sizes : (steps,) array
+        Rows of the whole batches.
+    total : callable, optional
+        ``total(gradient, loss)`` replaces two arrays, of the dtype of the flow and (1,) in double, by their sums over all engines.
+    """
+
+    ends: Any
+    sizes: Any
+    total: Callable[[Any, Any], object] | None = None
+
+    @classmethod
+    def whole(cls, rows: int, batch_size: int) -> Part:
+        """Everything of batches of one size, the last one as it comes."""
+        ends = np.minimum(batch_size * np.arange(1, -(-rows // batch_size) + 1), rows)
+        return cls(ends, np.diff(ends, prepend=0))
 
 
 class Own:

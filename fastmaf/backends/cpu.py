@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastmaf import _codec, _core
+from fastmaf.backends import Part
 from fastmaf.layers import BatchNorm
 from fastmaf.record import FlowRecord
 
@@ -109,9 +110,11 @@ class Engine:
         lr: Array,
         mean_weight: float,
         poll: Callable[[], None] | None = None,
+        part: Part | None = None,
     ) -> tuple[float, int]:
         trainer: _core.Trainer = self._trainer  # type: ignore[assignment]
-        return trainer.epoch(x, context, weights, rows, batch_size, lr, mean_weight, poll)
+        ends, sizes, total = part or Part.whole(len(rows), batch_size)
+        return trainer.epoch(x, context, weights, rows, ends, sizes * mean_weight, lr, poll, total)
 
     def log_prob(self, x: Array, context: Array | None) -> Array:
         out = np.empty((len(self._packed), len(x)), self._flow.dtype)

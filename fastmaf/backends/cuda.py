@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastmaf import _core
 from fastmaf._device import DeviceArray, finished, index_of
+from fastmaf.backends import Part
 from fastmaf.backends.cpu import Engine, pack, unsupported
 from fastmaf.record import FlowRecord
 
@@ -71,8 +72,11 @@ class _Engine(Engine):
         lr: Array,
         mean_weight: float,
         poll: Callable[[], None] | None = None,
+        part: Part | None = None,
     ) -> tuple[float, int]:
         """As on the CPU. Arrays go to the device, unless they are those of the last call, whose numbers must be the same then."""
+        if part is not None:
+            raise NotImplementedError("a GPU trains on whole batches only")
         given = (x, context, weights)
         if len(self._held) != len(given) or any(new is not old for new, old in zip(given, self._held, strict=True)):
             self._held = ()

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmaf import _random, masks
+from fastmaf.backends import Part
 from fastmaf.layers import Affine, Autoregressive, BatchNorm, Block, Conditioner, Dense, Elementwise, Law, Linear, Permutation, Terminal
 from fastmaf.record import FlowRecord, trainable
 
@@ -832,15 +833,21 @@ class _Engine:
         lr: Array,
         mean_weight: float,
         poll: Callable[[], None] | None = None,
+        part: Part | None = None,
     ) -> tuple[float, int]:
         """One step per batch of `rows`; the loss summed over rows, and the number of steps, fewer where a loss is not finite."""
-        polled, loss_sum = time.monotonic(), 0.0
-        for step, rate in enumerate(lr):
-            batch = rows[step * batch_size : (step + 1) * batch_size]
+        polled, loss_sum, begin = time.monotonic(), 0.0, 0
+        ends, sizes, total = part or Part.whole(len(rows), batch_size)
+        for step, (rate, end, size) in enumerate(zip(lr, ends, sizes, strict=True)):
+            batch, begin = rows[begin:end], end
             w = np.ones(len(batch)) if weights is None else weights[batch]
             member = self._member(self._step % len(self._members)) if self._members else (self._flow, self._weights)
             c = None if context is None else context[batch]
-            loss, gradient = self._gradient(*member, x[batch], c, w, w / (len(batch) * mean_weight))
+            loss, gradient = self._gradient(*member, x[batch], c, w, w / (size * mean_weight))
+            if total is not None:
+                loss_of_all = np.array([loss])
+                total(gradient, loss_of_all)
+                loss = float(loss_of_all[0])
             if not math.isfinite(loss):
                 return loss_sum, step
             self._apply(gradient, float(rate))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -16,7 +15,8 @@ from numpy.typing import NDArray
 from fastmaf import _codec, _files, _words
 from fastmaf.layers import Elementwise
 from fastmaf.record import FlowRecord
-from fastmaf.train.data import BLOCK, Rows
+from fastmaf.train.data import Rows, digest
+from fastmaf.train.ranks import ALONE, Ranks
 
 __all__ = ["Store", "fingerprint"]
 
@@ -70,8 +70,9 @@ def fingerprint(
     held: Rows | None,
     members: Sequence[FlowRecord] | None,
     redrawn: bool,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """What a resumed fit must have in common with the interrupted one."""
+    """What a resumed fit must have in common with the interrupted one; where all ranks hold the same rows, not how many they are."""
     stopping = {"patience", "max_seconds"} | ({"max_epochs"} if settings["schedule"] != "cosine" else set())
     result = {name: value for name, value in settings.items() if name not in stopping}
     result["backend"] = backend
@@ -81,7 +82,8 @@ def fingerprint(
     result["the flow"] = hashlib.sha256(json.dumps(shape).encode()).hexdigest()
     given = held[:3] if held is not None and settings["validation"] == "given" else ()
     for name, arrays in (("x", train[:1]), ("context", train[1:2]), ("weights", train[2:3]), ("validation", given)):
-        result[f"the data ({name})"] = _digest(*arrays)
+        parts = ranks.gather(digest(*arrays))
+        result[f"the data ({name})"] = parts[0] if len(set(parts)) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
     return result
 
 
@@ -96,16 +98,3 @@ def _shape_of(record: Any) -> Any:
     if is_dataclass(record):
         return [type(record).__name__, *(_shape_of(getattr(record, f.name)) for f in fields(record))]
     return dict(record) if isinstance(record, Mapping) else record
-
-
-def _digest(*arrays: Array | None) -> str:
-    state = hashlib.sha256()
-    for array in arrays:
-        if array is None:
-            state.update(b"none")
-            continue
-        state.update(f"{array.dtype.str} {array.shape}".encode())
-        step = max(1, BLOCK // math.prod(array.shape[1:]))
-        for first in range(0, len(array), step):
-            state.update(np.ascontiguousarray(array[first : first + step]).data)
-    return state.hexdigest()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
 import numbers
 from collections.abc import Callable, Iterator, Sequence
@@ -14,13 +16,14 @@ from numpy.typing import ArrayLike, NDArray
 from fastmaf import _arrays, _tables, _words
 from fastmaf.layers import Affine, Autoregressive, Elementwise, Linear, Terminal
 from fastmaf.record import FlowRecord
+from fastmaf.train.ranks import ALONE, Ranks
 
 try:
     from fastmaf._core import shuffle
 except ImportError:
     from fastmaf._random import shuffle
 
-__all__ = ["FitWarning", "Moments", "Rows", "drawn", "shuffle", "split", "standardised"]
+__all__ = ["FitWarning", "Moments", "Rows", "digest", "drawn", "place", "shuffle", "split", "standardised", "weights_of"]
 
 Array = NDArray[Any]
 Layers = tuple[Any, ...]
@@ -63,6 +66,9 @@ SHRINK = 1e-9
 
 ENOUGH = 4
 """Rows for each column that are needed to tell how columns go together."""
+
+UNIT = -1000
+"""Exponent of the least unit of a column: no less, so that this power of two and its inverse are numbers."""
 
 LARGE = 1e6
 """Values that float32 holds with steps that are felt."""
@@ -122,31 +128,88 @@ def rows_of(record: FlowRecord, prefix: str, x: ArrayLike, context: ArrayLike | 
 
 
 def split(
-    record: FlowRecord, x: ArrayLike, context: ArrayLike | None, weights: ArrayLike | None, validation: Any, seed: int, reused: bool
+    record: FlowRecord,
+    x: ArrayLike,
+    context: ArrayLike | None,
+    weights: ArrayLike | None,
+    validation: Any,
+    seed: int,
+    reused: bool,
+    ranks: Ranks,
 ) -> tuple[Rows, Rows | None]:
-    """Rows to train on, and rows to validate on; the latter are copied if the array of x is `reused` by the caller."""
-    train = rows_of(record, "", x, context, weights)
+    """Rows of this rank to train on, and rows to validate on; the latter are copied if the array of x is `reused` by the caller."""
+    train = _own(rows_of(record, "", x, context, weights), ranks)
     if not isinstance(validation, float):
-        held = rows_of(record, "validation ", *validation)
+        held = _own(rows_of(record, "validation ", *validation), ranks)
         _check("validation x", held.x, record.layers, _counts(record), record.names)
         if held.context is not None:
             _check("validation context", held.context, record.context_layers)
         return train, held
     if not validation:
         return train, None
-    total = train.rows.size
+    begin, total = place(train, ranks)
     count = round(validation * total)
     if not 0 < count < total:
         left = "no row to validate on" if not count else "no row to train on"
-        of = f"{total} rows" if total == len(train.x) else f"the {total} rows of positive weight"
+        of = f"{total} rows" if train.weights is None else f"the {total} rows of positive weight"
         raise ValueError(f"validation is {validation} of {of}, which leaves {left}; give more rows, validation rows, or validation=0")
     chosen = np.zeros(total, bool)
     chosen[shuffle(seed, SPLIT, 0, total)[:count]] = True
+    chosen = chosen[begin : begin + train.rows.size]
     train, held = train._replace(rows=train.rows[~chosen]), train._replace(rows=train.rows[chosen])
     if reused:
         context, weights = (None if array is None else array[held.rows] for array in held[1:3])
         held = Rows(held.x[held.rows], context, weights, np.arange(held.rows.size))
+    if not train.rows.size:
+        raise ValueError("this rank has no row to train on; give each of them some")
     return train, held
+
+
+def place(rows: Rows, ranks: Ranks) -> tuple[int, int]:
+    """Where the rows of this rank begin among those of all, and how many these are."""
+    counts = ranks.gather(rows.rows.size)
+    return sum(counts[: ranks.rank]), sum(counts)
+
+
+def weights_of(train: Rows, ranks: Ranks) -> NDArray[np.float64] | None:
+    """The weights to judge: with several ranks, which may all hold the same, those of its own rows."""
+    return train.weights if train.weights is None or ranks.size == 1 else train.weights[train.rows]
+
+
+def _some_of_all(train: Rows, ranks: Ranks) -> Rows:
+    """Rows by which columns are judged: the training rows, or every so many of those of all ranks."""
+    if ranks.size == 1:
+        return train
+    rows = train.rows[:: -(-place(train, ranks)[1] // MANY)]
+
+    def joined(array: Array) -> Array:
+        return np.concatenate(ranks.gather(array[rows]))
+
+    context, weights = (None if array is None else joined(array) for array in train[1:3])
+    x = joined(train.x)
+    return Rows(x, context, weights, np.arange(len(x)))
+
+
+def _own(rows: Rows, ranks: Ranks) -> Rows:
+    """The rows of this rank: all, or its part where every rank holds the same arrays."""
+    if ranks.size > 1 and len(set(ranks.gather(digest(*rows[:3])))) == 1:
+        first, last = (rows.rows.size * k // ranks.size for k in (ranks.rank, ranks.rank + 1))
+        rows = rows._replace(rows=rows.rows[first:last])
+    return rows
+
+
+def digest(*arrays: Array | None) -> str:
+    """What tells arrays from others."""
+    state = hashlib.sha256()
+    for array in arrays:
+        if array is None:
+            state.update(b"none")
+            continue
+        state.update(f"{array.dtype.str} {array.shape}".encode())
+        step = max(1, BLOCK // max(1, math.prod(array.shape[1:])))
+        for first in range(0, len(array), step):
+            state.update(np.ascontiguousarray(array[first : first + step]).data)
+    return state.hexdigest()
 
 
 def validation_of(value: Any) -> float | tuple[ArrayLike | None, ...]:
@@ -165,15 +228,16 @@ def validation_of(value: Any) -> float | tuple[ArrayLike | None, ...]:
     return (value,)
 
 
-def uneven(name: str, weights: NDArray[np.float64] | None) -> str:
+def uneven(name: str, weights: NDArray[np.float64] | None, ranks: Ranks = ALONE) -> str:
     """What to say of weights so unequal that few rows count, by Kish's effective number of them; nothing of others."""
     if weights is None:
         return ""
-    shares = weights / weights.max()
-    rows, effective = np.count_nonzero(weights), shares.sum() ** 2 / (shares**2).sum()
+    shares = weights / max(ranks.gather(weights.max(initial=0)))
+    rows, mass, squares = ranks.sum(np.array([np.count_nonzero(weights), shares.sum(), (shares**2).sum()]))
+    effective = mass**2 / squares
     if effective >= min(FEW, rows / 10):
         return ""
-    return f"{name} are so unequal that {rows} rows count like {effective:.3g}: cap the largest weights, or leave {name} out"
+    return f"{name} are so unequal that {rows:.0f} rows count like {effective:.3g}: cap the largest weights, or leave {name} out"
 
 
 # Values
@@ -255,37 +319,63 @@ class Moments:
     high: Array
 
     @classmethod
-    def of(cls, name: str, array: Array, weights: NDArray[np.float64], layers: Layers, names: Sequence[str] | None = None) -> Moments:
-        """Of the rows of positive weight; judges all."""
+    def of(
+        cls,
+        name: str,
+        array: Array,
+        weights: NDArray[np.float64],
+        layers: Layers,
+        names: Sequence[str] | None = None,
+        ranks: Ranks = ALONE,
+    ) -> Moments:
+        """Of the rows of positive weight of all ranks; judges all rows of this one."""
         width = array.shape[1]
-        total, mean, square = 0.0, np.zeros(width), np.zeros(width)
-        unit = np.full(width, -1000)  # no less, so that this power of two and its inverse are numbers
-        low, high = np.full(width, math.inf), np.full(width, -math.inf)
+        sums = _Sums(0.0, np.zeros(width), np.zeros(width), np.full(width, UNIT), np.full(width, math.inf), np.full(width, -math.inf))
         for part, block in _blocks(name, array, layers, None, names):
-            used = weights[part] > 0
-            if not used.any():
-                continue
-            values, factor = block[used], weights[part][used]
+            if (used := weights[part] > 0).any():
+                sums = sums.and_of(_Sums.of(block[used], weights[part][used], layers))
+        sums = functools.reduce(_Sums.and_of, ranks.gather(sums))
+        deviation = np.where(sums.low == sums.high, 0.0, np.ldexp(np.sqrt(np.maximum(sums.square, 0) / sums.total), sums.unit))
+        return cls(np.ldexp(sums.mean, sums.unit), deviation, sums.low, sums.high)
+
+
+class _Sums(NamedTuple):
+    """Of columns: the weight of the rows; mean and sum of squares about it, in units of two to the `unit`; extremes as given."""
+
+    total: float
+    mean: Array
+    square: Array
+    unit: Array
+    low: Array
+    high: Array
+
+    @classmethod
+    def of(cls, values: NDArray[np.float64], weights: NDArray[np.float64], layers: Layers) -> _Sums:
+        low, high = least, most = values.min(axis=0), values.max(axis=0)
+        if layers and isinstance(layers[0], Elementwise):
+            values = _unbounded(values, layers)
             least, most = values.min(axis=0), values.max(axis=0)
-            low, high = np.minimum(low, least), np.maximum(high, most)
-            if layers and isinstance(layers[0], Elementwise):
-                values = _unbounded(values, layers)
-                least, most = values.min(axis=0), values.max(axis=0)
-            larger = np.maximum(unit, np.frexp(np.maximum(np.abs(least), np.abs(most)))[1])
-            mean, square = np.ldexp(mean, unit - larger), np.ldexp(square, 2 * (unit - larger))
-            unit = larger
-            values *= np.ldexp(1.0, -unit)
-            added = float(factor.sum())
-            near = np.einsum("i,ij->j", factor, values) / added
-            values -= near
-            rest = np.einsum("i,ij->j", factor, values) / added  # what rounding has left
-            values *= values
-            centre = near + rest
-            step, total = centre - mean, total + added
-            mean += step * (added / total)
-            square += np.einsum("i,ij->j", factor, values) - added * rest**2 + step**2 * (added * (total - added) / total)
-        deviation = np.where(low == high, 0.0, np.ldexp(np.sqrt(np.maximum(square, 0) / total), unit))
-        return cls(np.ldexp(mean, unit), deviation, low, high)
+        unit = np.maximum(UNIT, np.frexp(np.maximum(np.abs(least), np.abs(most)))[1])
+        values = values * np.ldexp(1.0, -unit)
+        total = float(weights.sum())
+        near = np.einsum("i,ij->j", weights, values) / total
+        values -= near
+        rest = np.einsum("i,ij->j", weights, values) / total  # what rounding has left
+        values *= values
+        return cls(total, near + rest, np.einsum("i,ij->j", weights, values) - total * rest**2, unit, low, high)
+
+    def and_of(self, other: _Sums) -> _Sums:
+        """Of the rows of both (Chan, Golub and LeVeque 1983)."""
+        low, high = np.minimum(self.low, other.low), np.maximum(self.high, other.high)
+        unit, total = np.maximum(self.unit, other.unit), self.total + other.total
+        mine, theirs = self.unit - unit, other.unit - unit
+        mean = np.ldexp(self.mean, mine)
+        square = np.ldexp(self.square, 2 * mine) + np.ldexp(other.square, 2 * theirs)
+        if total > 0:
+            step = np.ldexp(other.mean, theirs) - mean
+            mean = mean + step * (other.total / total)
+            square += step**2 * (self.total * (other.total / total))
+        return _Sums(total, mean, square, unit, low, high)
 
 
 def _unbounded(values: NDArray[np.float64], layers: Layers) -> NDArray[np.float64]:
@@ -301,7 +391,9 @@ def _unbounded(values: NDArray[np.float64], layers: Layers) -> NDArray[np.float6
     return result
 
 
-def standardised(record: FlowRecord, train: Rows, wanted: bool | str, held: Rows | None = None) -> tuple[FlowRecord, list[str]]:
+def standardised(
+    record: FlowRecord, train: Rows, wanted: bool | str, held: Rows | None = None, ranks: Ranks = ALONE
+) -> tuple[FlowRecord, list[str]]:
     """The record with the data's mean and deviation in the Affines in front, if that is wanted, and what to warn of; judges the data.
 
     `wanted` is True for a flow that was never fitted, if its Affine is the identity or absent; "again" whatever was there; "full" is
@@ -310,16 +402,17 @@ def standardised(record: FlowRecord, train: Rows, wanted: bool | str, held: Rows
     weights = np.zeros(len(train.x))
     weights[train.rows] = 1.0 if train.weights is None else train.weights[train.rows]
     fresh = wanted == "again" or (bool(wanted) and not record.fitted)
-    few = uneven("weights", train.weights)
+    few = uneven("weights", weights_of(train, ranks), ranks)
     layers, context_layers, notes = record.layers, record.context_layers, []
+    some = _some_of_all(train, ranks)
     if (counts := _counts(record)) is not None:
         _check("x", train.x, layers, counts, record.names)
     else:
-        moments = Moments.of("x", train.x, weights, layers, record.names)
+        moments = Moments.of("x", train.x, weights, layers, record.names, ranks)
         seldom = constant = np.flatnonzero(moments.deviation == 0)
         if constant.size:  # the few rows in which it varies may all be held out: the seed is not to decide
             used = np.ones(len(train.x)) if train.weights is None else train.weights
-            moments.deviation[constant] = Moments.of("x", train.x, used, layers, record.names).deviation[constant]
+            moments.deviation[constant] = Moments.of("x", train.x, used, layers, record.names, ranks).deviation[constant]
             seldom, constant = constant, np.flatnonzero(moments.deviation == 0)
         if constant.size:
             value = f": {moments.low[constant[0]]} in every row to train on" if constant.size == 1 else " in the rows to train on"
@@ -334,17 +427,18 @@ def standardised(record: FlowRecord, train: Rows, wanted: bool | str, held: Rows
             )
         layers = _placed("x", layers, moments, fresh, wanted == "again", record.names)
         if wanted == "full" and layers is not record.layers:
-            rows = float(weights.sum() ** 2 / (weights**2).sum())
+            mass, squares = ranks.sum(np.array([weights.sum(), (weights**2).sum()]))
+            rows = mass**2 / squares
             if rows < ENOUGH * record.features:
                 notes.append(
                     f"x has {rows:.3g} rows that count for {record.features} columns, too few to tell how these go together: their "
                     "covariance is left alone, as standardize=True does"
                 )
             else:
-                layers = _whitened(train, weights, layers, moments)
+                layers = _whitened(train, weights, layers, moments, ranks)
         elif wanted == "full" and not _whitens(layers):
             notes.append('standardize="full" does nothing, since the flow is standardised already: flow.reset() before, or make a new flow')
-        notes += _notes(record, train, layers, moments) or _degenerate(record, train)
+        notes += _notes(record, some, layers, moments) or _degenerate(record, some)
         if held is not None:
             notes += _astray("validation x", held.x, held, moments, record.names)
         if wanted and layers is record.layers:
@@ -352,9 +446,9 @@ def standardised(record: FlowRecord, train: Rows, wanted: bool | str, held: Rows
         elif not wanted:
             notes += _out_of_reach(record, layers, moments)
     if train.context is not None:
-        moments = Moments.of("context", train.context, weights, context_layers)
+        moments = Moments.of("context", train.context, weights, context_layers, None, ranks)
         noise = _noise(train.context, moments)
-        notes += _spoilt("context", train.context, train, context_layers, moments, noise, record.dtype, None)
+        notes += _spoilt("context", some, context_layers, moments, noise, record.dtype, None)
         if held is not None and held.context is not None:
             notes += _astray("validation context", held.context, held, moments, None)
         coarse = np.flatnonzero(~noise & _coarse(train.context, moments))
@@ -388,7 +482,7 @@ def _placed(name: str, layers: Layers, moments: Moments, fresh: bool, again: boo
     return (*layers[:k], Affine(moments.mean, scale), *layers[k + bool(there) :])
 
 
-def _whitened(train: Rows, weights: NDArray[np.float64], layers: Layers, moments: Moments) -> Layers:
+def _whitened(train: Rows, weights: NDArray[np.float64], layers: Layers, moments: Moments, ranks: Ranks) -> Layers:
     """The layers with a Linear behind the Affine that makes standard columns uncorrelated; of the variable and those before it each."""
     width = moments.mean.size
     k = int(bool(layers) and isinstance(layers[0], Elementwise)) + 1
@@ -399,7 +493,7 @@ def _whitened(train: Rows, weights: NDArray[np.float64], layers: Layers, moments
     for part, block in _blocks("x", train.x, layers, None, None):
         z = (_unbounded(block, layers) - moments.mean) / moments.deviation
         correlation += (z.T * weights[part]) @ z
-    correlation = (1 - SHRINK) * correlation / weights.sum() + SHRINK * np.eye(width)
+    correlation = (1 - SHRINK) * ranks.sum(correlation) / ranks.sum(weights.sum()) + SHRINK * np.eye(width)
     whitening = np.linalg.inv(np.linalg.cholesky(correlation))
     scale = np.diag(whitening)
     return (*layers[:k], Linear(np.tril(whitening / scale), np.diag(scale), np.zeros(width)), *layers[k + there :])
@@ -427,7 +521,7 @@ def _notes(record: FlowRecord, train: Rows, layers: Layers, moments: Moments) ->
     bounded = np.array([kind != "identity" for kind in kinds])
     largest, spread = np.maximum(np.abs(moments.low), np.abs(moments.high)), np.where(bounded, np.inf, moments.deviation)
     noise = _noise(train.x, moments) & ~bounded
-    notes = _spoilt("x", train.x, train, layers, moments, noise, record.dtype, names)
+    notes = _spoilt("x", train, layers, moments, noise, record.dtype, names)
     given = min(record.dtype, train.x.dtype, key=lambda dtype: dtype.itemsize if dtype.kind == "f" else 8)
     coarse = ~noise & _coarse(train.x, moments, given, bounded)
     limits = np.finfo(record.dtype)
@@ -531,9 +625,10 @@ def _noise(array: Array, moments: Moments) -> Array:
 
 
 def _spoilt(
-    name: str, array: Array, train: Rows, layers: Layers, moments: Moments, noise: Array, dtype: np.dtype[Any], names: Sequence[str] | None
+    name: str, train: Rows, layers: Layers, moments: Moments, noise: Array, dtype: np.dtype[Any], names: Sequence[str] | None
 ) -> list[str]:
     """About columns that are constant but for rounding, and those in which some values are too far away from others."""
+    array: Array = getattr(train, name)
     notes, varying = [], noise & (moments.deviation > 0)
     if varying.any():
         where = _words.columns(np.flatnonzero(varying), names)

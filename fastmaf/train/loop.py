@@ -21,13 +21,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastmaf import _arrays, _codec, _tables, _words
-from fastmaf.backends import Backend, runner
+from fastmaf.backends import Backend, Part, runner
+from fastmaf.config import get_num_threads
 from fastmaf.layers import Affine, Autoregressive, BatchNorm, Terminal, _one_of
 from fastmaf.record import FlowRecord
 from fastmaf.train import data
 from fastmaf.train._bar import tqdm
 from fastmaf.train.checkpoint import Store, fingerprint, seed_of
 from fastmaf.train.data import FitWarning, Rows, shuffle
+from fastmaf.train.ranks import Ranks, together
 
 if TYPE_CHECKING:
     from fastmaf._arrays import Seed
@@ -165,6 +167,7 @@ class Epoch(Mapping[str, Any]):
         return len(list(iter(self)))
 
 
+@together
 def fit(
     flow: Trainee,
     x: ArrayLike | Callable[[int], ArrayLike],
@@ -194,6 +197,7 @@ def fit(
     members: Members | None = None,
     poll: Callable[[], object] | None = None,
     label: str = "",
+    ranks: Ranks,
 ) -> History:
     """Fit a flow in place; parameters, result and errors are those of `Flow.fit`.
 
@@ -202,7 +206,9 @@ def fit(
     `poll` is called now and then, and may raise; it takes the place of what keeps the progress bar alive.
     `label` is how lines for a logger begin.
     """
-    began = time.perf_counter()
+    began, root = time.perf_counter(), ranks.rank == 0
+    if not root:  # it is rank 0 that writes and says something
+        checkpoint, resume, progress = None, False, False
     held_out = data.validation_of(validation)
     if not isinstance(checkpoint, (str, os.PathLike, type(None))) or (checkpoint is not None and not os.fspath(checkpoint)):
         raise ValueError(f"checkpoint is {_words.shown(checkpoint)}; it must be a path")
@@ -234,6 +240,10 @@ def fit(
         "standardize": _standardize(standardize),
         "seed": _arrays.seed_or_fresh(seed) if before is None else before,
     }
+    own = settings["seed"]
+    settings["seed"] = ranks.first(own)
+    given = {f"{name} given": value is not None for name, value in (("context", context), ("weights", weights))}
+    ranks.agreed({**settings, **given, "seed": settings["seed"] if seed is None else own, "the ensemble": _of_members(members)})
     _one_of("optimizer", optimizer, ("adam",))
     _one_of("on_interrupt", on_interrupt, ("raise", "return"))
     factor = _schedule(schedule, settings["max_epochs"])
@@ -246,14 +256,19 @@ def fit(
         raise ValueError("standardize is 'full', which an ensemble of masks has no layer for; leave it at True")
     there = flow if isinstance(device, str) and device == "auto" else flow.to(device)
     record, backend = there._ready()
+    if ranks.size > 1:
+        written = ranks.first(_codec.to_bytes(record))
+        record = record if root else _codec.from_bytes(written)[0]
+    if ranks.size > 1 and (there.device != "cpu" or _norms(record.layers)):
+        raise ValueError("comm: several ranks fit no flow on a GPU" if there.device != "cpu" else "comm: several ranks fit no batch norms")
     labelled = x
     if there.device != "cpu":
         x, context, weights, held_out = _fetched(there.device, x, context, weights, held_out)
 
     first_x = _first_of(x) if callable(x) else x
-    train, held = data.split(record, first_x, context, weights, held_out, settings["seed"], callable(x))
+    train, held = data.split(record, first_x, context, weights, held_out, settings["seed"], callable(x), ranks)
     apart = held if settings["validation"] == "given" else None
-    start, notes = data.standardised(record, train, settings["standardize"], apart)
+    start, notes = data.standardised(record, train, settings["standardize"], apart, ranks)
     backend = runner(start, backend)
     if record.names is None and _tables.has_other_labels(labelled):
         notes.append(
@@ -263,16 +278,20 @@ def fit(
         notes.append("x has weights of its own, which a fit takes only if they are given: weights=x.get_weights(), or np.ones(len(x))")
     if apart is not None and (few := data.uneven("validation weights", apart.weights)):
         notes.append(few)
-    for note in notes:
+    notes = ranks.crowded(get_num_threads() if backend.name == "cpu" else 1) + ranks.merged(notes)
+    for note in notes * root:
         _words.warn(note, FitWarning)
     if _of_batch(record.layers) and settings["batch_size"] < 2:
         raise ValueError(f"batch_size is {batch_size}; the statistics of a batch norm need at least 2 rows")
     store, saved = None, {}
-    if checkpoint is not None:
+    if ranks.any(checkpoint is not None):
         flows = None if members is None else [member.record for member in members.flows]
         redrawn = members is not None and members.draw is not None
-        store = Store(checkpoint, fingerprint(record, _lineage(backend), settings, train, held, flows, redrawn))
-        saved = store.load(resume)
+        what = fingerprint(record, _lineage(backend), settings, train, held, flows, redrawn, ranks)
+        if checkpoint is not None:
+            store = Store(checkpoint, what)
+            saved = store.load(resume)
+        saved = ranks.first(saved)
     if saved:
         with _codec.reading_checkpoint(checkpoint):
             start = start.replaced(
@@ -284,7 +303,7 @@ def fit(
     engine = backend.trainer(start, **options)
     if members is not None:
         engine.set_parameters(members.weights)
-    run = _Run(flow, start, backend, engine, train, held, settings, store, every, members, not record.fitted)
+    run = _Run(flow, start, backend, engine, train, held, settings, store, every, members, not record.fitted, ranks)
     if saved:
         with _codec.reading_checkpoint(checkpoint):
             run.set_state(saved)
@@ -292,6 +311,7 @@ def fit(
         deadline = began + (settings["max_seconds"] or math.inf)
         run.history.stopped = run.epochs(x if callable(x) else None, factor, deadline, callback, progress, poll, label)
     except BaseException as error:
+        ranks.farewell(error)
         interrupted = isinstance(error, KeyboardInterrupt)
         if interrupted:
             with suppress(KeyboardInterrupt):  # twice: that takes too long
@@ -307,7 +327,7 @@ def fit(
     run.save(last=True)
     run.at_end = run.glance()
     run.install()
-    for note in run.complaints():
+    for note in run.complaints() * root:
         _words.warn(note, FitWarning)
     return run.history
 
@@ -368,12 +388,15 @@ class _Run:
         every: float,
         members: Members | None,
         first: bool,
+        ranks: Ranks,
     ) -> None:
         self.flow, self.start, self.backend, self.engine = flow, start, backend, engine
         self.train, self.held, self.settings, self.members, self.first = train, held, settings, members, first
-        self.store, self.every = store, every
+        self.store, self.every, self.ranks = store, every, ranks
+        self.begin, self.total = data.place(train, ranks)
+        self.total_held = 0 if held is None else data.place(held, ranks)[1]
         self.at_start = self.at_end = math.nan  # what `glance` says at the start and at the end
-        self.uneven = bool(data.uneven("weights", train.weights))
+        self.uneven = bool(data.uneven("weights", data.weights_of(train, ranks), ranks))
         self.state: dict[str, Any] = {}  # at the end of the last epoch
         self.unsaved = False
         self.written, self.written_at = 0, time.perf_counter()
@@ -395,10 +418,11 @@ class _Run:
         label: str,
     ) -> str:
         """Train until something ends it, and say what."""
-        history, train, mass, members = self.history, self.train, self.train.mass(), self.members
+        history, train, members, ranks = self.history, self.train, self.members, self.ranks
+        mass, begin, end = ranks.sum(train.mass()), self.begin, self.begin + train.rows.size
         last, batch_size, seed = (self.settings[name] for name in ("max_epochs", "batch_size", "seed"))
         patience = self.settings["patience"] or math.inf
-        steps, mean_weight, used = -(-train.rows.size // batch_size), mass / train.rows.size, train.rows.size
+        steps, mean_weight, used = -(-self.total // batch_size), mass / self.total, self.total
         if _of_batch(self.start.layers) and used > batch_size:
             steps, used = used // batch_size, used // batch_size * batch_size
         began, before = time.perf_counter() - (history.seconds[-1] if history.seconds else 0.0), self.flow._record
@@ -416,23 +440,30 @@ class _Run:
             for epoch in range(len(history.train) + 1, last + 1):
                 if epoch - 1 - history.best_epoch >= patience:
                     return "patience"
-                if time.perf_counter() >= deadline:
+                if math.isfinite(deadline) and ranks.first(time.perf_counter() >= deadline):
                     return "max_seconds"
                 x = train.x if draw is None else data.drawn(draw, epoch, train.x.shape, self.start)
-                rows = train.rows[shuffle(seed, SHUFFLE, epoch, train.rows.size)][:used]
-                if rows.size < train.rows.size:
+                order = shuffle(seed, SHUFFLE, epoch, self.total)[:used]
+                own = np.flatnonzero((order >= begin) & (order < end))
+                rows = train.rows[order[own] - begin]
+                if used < self.total:
                     mass = train._replace(rows=rows).mass()
                 rates = _rates(self.settings["lr"], factor, epoch, steps)
                 self.begun = x, float(rates[-1]), began
                 if members is not None and members.draw is not None:
                     self.engine.set_members(_behind(self.start, members.draw(epoch, seed)))
-                loss, done = self.engine.epoch(x, train.context, train.weights, rows, batch_size, rates, mean_weight, poll=ask)
+                part = None
+                if ranks.size > 1:
+                    ends = np.minimum(batch_size * np.arange(1, steps + 1), used)
+                    part = Part(np.searchsorted(own, ends), np.diff(ends, prepend=0), ranks.total)
+                loss, done = self.engine.epoch(x, train.context, train.weights, rows, batch_size, rates, mean_weight, ask, part)
                 if done < steps:
                     return f"loss not finite in epoch {epoch}, batch {done + 1} of {steps}"
                 if members is not None and members.draw is not None:
                     self.engine.set_members(_behind(self.start, members.flows))
                 normed = self.renew(x, False)
                 self.record(-loss / mass, self.score(), normed, float(rates[-1]), time.perf_counter() - began)
+                ranks.check(self.parameters)
                 self.begun = None
                 self.snapshot()
                 self.save()
@@ -440,14 +471,15 @@ class _Run:
                 words = ", ".join(f"{name} {last_of[name]:.4f}" for name in SERIES[:2] if getattr(history, name)) + " nats"
                 bar.set_postfix_str(words)
                 bar.update()
-                self.log(f"{label}epoch {epoch} of {last}: {words}")
+                if not ranks.rank:
+                    self.log(f"{label}epoch {epoch} of {last}: {words}")
                 stops = callback is not None and _true(callback(self.told({"epoch": epoch, "best_epoch": history.best_epoch, **last_of})))
                 if self.flow._record is not before:
                     raise RuntimeError(
                         "the flow was changed while it was fitted, by the callback or elsewhere, and has the weights of the fit again: "
                         "change it afterwards"
                     )
-                if stops:
+                if ranks.any(stops):
                     return "callback"
         return "max_epochs"
 
@@ -497,7 +529,9 @@ class _Run:
         x, context, weights, rows = self.train
         some = rows[:: -(-rows.size // data.SOME)]
         values = self.engine.log_prob(x[some], None if context is None else context[some]).astype(np.float64)
-        return float(values.mean() if weights is None else np.average(values, weights=weights[some]))
+        shares = np.ones(some.size) if weights is None else weights[some]
+        total, mass = self.ranks.sum(np.array([shares @ values, shares.sum()]))
+        return float(total / mass)
 
     def score(self) -> float:
         """Mean log-likelihood of the validation rows under the current weights; NaN without such rows."""
@@ -509,7 +543,8 @@ class _Run:
             part = rows[first : first + block]
             values = self.engine.log_prob(x[part], None if context is None else context[part]).astype(np.float64)
             total += float((values if weights is None else values * weights[part]).sum())
-        return total / self.held.mass()
+        total, mass = self.ranks.sum(np.array([total, self.held.mass()]))
+        return float(total / mass)
 
     def record(self, train: float, validation: float, normed: bool, lr: float, seconds: float) -> None:
         """Append an epoch to the history, and keep its weights and statistics if they are the best and the statistics hold."""
@@ -545,14 +580,14 @@ class _Run:
 
     def summary(self) -> dict[str, Any]:
         """Return what the flow remembers of its fit, ready for JSON; nothing in it depends on a clock."""
-        history, held = self.history, self.held
+        history = self.history
         return {
             "epochs": len(history.train),
             "best_epoch": history.best_epoch,
             "train": history.train[history.best_epoch - 1] if history.best_epoch else None,
             "validation": self.best_score if math.isfinite(self.best_score) else None,
-            "rows": int(self.train.rows.size),
-            "validation_rows": 0 if held is None else int(held.rows.size),
+            "rows": self.total,
+            "validation_rows": self.total_held,
             "stopped": history.stopped,
             "settings": self.settings,
         }
@@ -564,9 +599,11 @@ class _Run:
         kept = "the best weights so far are kept" if history.best_epoch else "the weights are those of the start"
         if history.stopped.startswith("loss not finite"):
             return [f"{history.stopped}: {kept}; {remedy}"]
+        if not history.train and history.stopped == "max_seconds":
+            return [f"max_seconds={self.settings['max_seconds']:g} were over before the first epoch: {kept}"]
         if history.train and self.held is not None and not history.best_epoch:
-            few = self.held.rows.size < data.LEAST
-            remedy = f"{self.held.rows.size} rows decide; give more" if few else remedy
+            few = self.total_held < data.LEAST
+            remedy = f"{self.total_held} rows decide; give more" if few else remedy
             return [f"none of {len(history.train)} epochs was better than the start on the validation rows: {kept}; {remedy}"]
         if self.held is None and history.best_epoch < len(history.train):
             return [f"weights are no numbers behind epoch {history.best_epoch}: {kept}; {remedy}"]
@@ -660,6 +697,14 @@ def _standardize(value: Any) -> bool | str:
     if value not in ("again", "full"):
         raise ValueError(f"standardize is {_words.shown(value)}; it must be True, False, 'again' or 'full'")
     return value
+
+
+def _of_members(members: Members | None) -> str:
+    """What tells their masks and weights from others."""
+    if members is None:
+        return ""
+    networks = [array for each in members.flows for array in each.record.parameter_arrays()]
+    return data.digest(members.weights, *networks)
 
 
 def _norms(layers: Layers) -> list[BatchNorm]:

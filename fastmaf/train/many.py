@@ -49,7 +49,7 @@ def fit_members(
     """
     compiled = backends.get_backend() == "cpu"
     threads = config.get_num_threads() if compiled else 1
-    jobs = min(len(flows), threads)
+    jobs = min(len(flows), threads) if options.get("comm") is None else 1  # all ranks meet over the same member
     _one_of("on_interrupt", on_interrupt, ("raise", "return"))
     if callback is not None and not callable(callback):
         raise ValueError(f"callback is {_words.shown(callback)}; it must be callable")

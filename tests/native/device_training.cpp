@@ -3,6 +3,7 @@
 #include <memory>
 #include <random>
 
+#include "batches.hpp"
 #include "device.hpp"
 
 namespace {
@@ -147,8 +148,7 @@ struct Session {
         Batch batch = rows();
         batch.index = order.data();
         batch.inner = int64_t(order.size());
-        const Reals rates(order.size(), rate);
-        return trainer.epoch(batch, weights_of_rows(), batch_size, rates.data(), mean, done, {});
+        return trainer.epoch(batch, weights_of_rows(), Batches(batch.inner, batch_size, Reals(order.size(), rate), mean), done, {});
     }
 };
 
@@ -290,7 +290,7 @@ void when_something_is_wrong() {
     Batch batch = of.rows();
     batch.index = of.order.data();
     batch.inner = int64_t(of.order.size());
-    host->epoch(batch, nullptr, 50, rates.data(), 1, of_host, {});
+    host->epoch(batch, nullptr, Batches(batch.inner, 50, rates, 1), of_host, {});
     CHECK(done == of_host && done == 4 && std::isfinite(sum) && trainer->steps() == 4);
     same->epoch(of.order.data(), 200, 50, rates.data(), 1, done, {});
     CHECK(done == 4 && State<float>(*same) == State<float>(*trainer));

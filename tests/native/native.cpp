@@ -6,10 +6,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <random>
 #include <stdexcept>
@@ -21,6 +23,7 @@
 #include "cpu/isa.hpp"
 #include "cpu/scratch.hpp"
 #include "cpu/threads.hpp"
+#include "batches.hpp"
 #ifdef FASTMAF_WARPS
 #include "warp.hpp"
 #endif
@@ -1137,9 +1140,8 @@ struct Session {
     double epoch(int64_t batch_size, double rate, int64_t& done) {
         Batch batch = batch_of(*members[0], x, context, n);
         batch.index = order.data();
-        const Reals rates(n, rate);
         const double mean = std::accumulate(weights.begin(), weights.end(), 0.0) / double(n);
-        return trainer->epoch(batch, weights.data(), batch_size, rates.data(), mean, done, {});
+        return trainer->epoch(batch, weights.data(), Batches(int64_t(n), batch_size, Reals(n, rate), mean), done, {});
     }
 
     std::vector<T> weights_after() const {
@@ -1174,6 +1176,89 @@ std::vector<T> train(const Course& course, int threads, const std::string& isa) 
         CHECK(done == 5 && of.weights_after() != weights);
     }
     return of.weights_after();
+}
+
+// Sums arrays of several threads, each of which waits for the others.
+class Meeting {
+public:
+    explicit Meeting(int threads) : threads_(threads) {}
+
+    template <class T>
+    void sum(T* values, int64_t size) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        ended_.wait(lock, [&] { return left_ == 0; });
+        sum_.resize(size_t(size));
+        for (int64_t i = 0; i < size; ++i) sum_[size_t(i)] += double(values[i]);
+        if (++come_ == threads_) {
+            left_ = threads_;
+            all_.notify_all();
+        }
+        all_.wait(lock, [&] { return left_ > 0; });
+        for (int64_t i = 0; i < size; ++i) values[i] = T(sum_[size_t(i)]);
+        if (--left_ > 0) return;
+        come_ = 0;
+        sum_.clear();
+        ended_.notify_all();
+    }
+
+private:
+    const int threads_;
+    int come_ = 0, left_ = 0;
+    Reals sum_;
+    std::mutex mutex_;
+    std::condition_variable all_, ended_;
+};
+
+// Three trainers with parts of each batch, one of them without any in the first and the last step, are one with all of it.
+void together(const Course& course) {
+    what_runs = course.name + ", together";
+    Session<double> whole(course);
+    const Batches batches(int64_t(whole.n), 50, Reals(whole.n, 5e-3), 1.5);
+    const Steps steps = batches;
+    const auto rows = [](Session<double>& of, const int64_t* order) {
+        Batch batch = batch_of(*of.members[0], of.x, of.context, of.n);
+        batch.index = order;
+        return batch;
+    };
+    constexpr int trainers = 3, epochs = 4;
+    Meeting gradients(trainers), losses(trainers);
+    std::vector<std::unique_ptr<Session<double>>> parts;
+    Reals sums(trainers, 0.0);
+    std::vector<std::thread> threads;
+    for (int k = 0; k < trainers; ++k) parts.push_back(std::make_unique<Session<double>>(course));
+    for (int k = 0; k < trainers; ++k)
+        threads.emplace_back([&, k] {
+            Session<double>& of = *parts[size_t(k)];
+            std::vector<int64_t> order, ends;
+            for (int64_t s = 0; s < steps.count; ++s) {
+                const int64_t begin = s ? steps.ends[s - 1] : 0, end = steps.ends[s], none = s == 0 || s + 1 == steps.count;
+                const int64_t third = (end - begin) / (none ? 2 : 3);
+                const int64_t first = begin + k * third, last = none && k == 2 ? first : k == (none ? 1 : 2) ? end : first + third;
+                order.insert(order.end(), of.order.begin() + std::min(first, end), of.order.begin() + std::min(last, end));
+                ends.push_back(int64_t(order.size()));
+            }
+            int64_t done = 0;
+            for (int epoch = 0; epoch < epochs; ++epoch)
+                sums[size_t(k)] = of.trainer->epoch(rows(of, order.data()), of.weights.data(),
+                                                    {steps.count, ends.data(), steps.mass, steps.rates}, done, {},
+                                                    [&](double* gradient, int64_t size, double* loss) {
+                                                        gradients.sum(gradient, size);
+                                                        losses.sum(loss, 1);
+                                                    });
+        });
+    for (auto& thread : threads) thread.join();
+    int64_t done = 0;
+    double sum = 0;
+    for (int epoch = 0; epoch < epochs; ++epoch) sum = whole.trainer->epoch(rows(whole, whole.order.data()), whole.weights.data(), steps, done, {});
+    const Reals end = whole.weights_after();
+    CHECK(done == steps.count && whole.trainer->steps() == epochs * steps.count);
+    for (int k = 0; k < trainers; ++k) {
+        const Reals own = parts[size_t(k)]->weights_after();
+        double apart = 0;
+        for (size_t i = 0; i < end.size(); ++i) apart = std::max(apart, std::fabs(own[i] - end[i]));
+        CHECK(apart < 1e-9 && std::fabs(sums[size_t(k)] - sum) < 1e-7 && own == parts[0]->weights_after());
+        CHECK(parts[size_t(k)]->trainer->steps() == epochs * steps.count);
+    }
 }
 
 // The gradient of each step, read off the first moments, against differences.
@@ -1419,6 +1504,8 @@ int main(int argc, char** argv) {
     if (!few) after_fork();
     for (const Course& course : courses()) {
         gradients_of_training(course);
+        const auto& stages = course.members[0].stages;
+        if (std::none_of(stages.begin(), stages.end(), [](const StageSpec& stage) { return stage.of_batch; })) together(course);
         std::map<std::string, std::vector<float>> of;
         for (const std::string& isa : available_isas()) {
             const auto expected = train<float>(course, 1, isa);
