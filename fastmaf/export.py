@@ -115,7 +115,8 @@ def c_source(
     True
     """
     if not isinstance(flow, Flow):
-        raise ValueError(f"flow is {_words.shown(flow)}; it must be a Flow")
+        remedy = ": export each member, ensemble.member(k), and average their densities" if hasattr(flow, "member") else ""
+        raise ValueError(f"flow is {_words.shown(flow)}; it must be a Flow{remedy}")
     prefix = name if prefix is None else prefix
     if not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", prefix) or prefix in _KEYWORDS.split():
         raise ValueError(f"prefix is {_words.shown(prefix)}; it must be a name in C")

@@ -64,6 +64,7 @@ def _weighted(
     if array.ndim != 2 or (columns is not None and array.shape[1] != columns):
         raise ValueError(f"{name} has shape {_words.shapes(array.shape)}; it must be (n, {'D' if columns is None else columns})")
     kept, shares = np.isfinite(array).all(axis=1), None
+    lost = int(len(array) - kept.sum())
     if weights is not None:
         whose = "weights" if name == "data" else f"{name}_weights"
         shares = _arrays.weights(whose, weights)
@@ -73,6 +74,8 @@ def _weighted(
         shares = shares[kept]
     if not kept.any():
         raise ValueError(f"{name} has no finite rows")
+    if lost:
+        _words.warn(f"{name} has {lost} row{'s' * (lost > 1)} with values that are not finite, which are left out")
     return array[kept], shares
 
 

@@ -160,6 +160,23 @@ def test_going_on_from_a_flow_and_from_a_checkpoint(call, table, flow, tmp_path)
     said(call(*fit, "--start", flow, "-o", out, "--resume"), 2, "--resume needs --checkpoint")
 
 
+def test_messages_name_options(call, table, tmp_path):
+    """Not arguments of Python."""
+    fit = ["fit", table, "--columns", "z,r", "--missing", "drop", "--seed", "1", "--hidden", "8", "-o", tmp_path / "a"]
+    checkpoint = ["--checkpoint", tmp_path / "c", "--epochs", "1"]
+    assert call(*fit, *checkpoint).returncode == 0
+    assert "exists; pass --resume to go on from it, or name another file" in call(*fit, *checkpoint).stderr
+    result = call(*fit, "--seconds", "1e-9")
+    assert result.returncode == 3
+    assert "warning: --seconds 1e-09 were over before the first epoch: the weights are those of the start" in result.stderr
+    other = tmp_path / "other.csv"
+    other.write_text("z,r\n" + "\n".join(f"{1e6 + k},{k % 97}" for k in range(300)), encoding="utf-8")
+    again = ["fit", other, "--start", tmp_path / "a", "--epochs", "1", "-o", tmp_path / "b"]
+    assert "make a new flow for other data, or pass --standardize again" in call(*again).stderr
+    assert call(*again, "--standardize", "again").returncode == 0
+    assert fastmaf.load(tmp_path / "b").layers[0].loc[0] > 1e6
+
+
 def test_columns_are_made_uncorrelated(call, table, tmp_path):
     fit = ["fit", table, "--columns", "z,u g,r", "--missing", "drop", "--seed", "1", "--epochs", "1", "--hidden", "8", "-o"]
     kinds = {}

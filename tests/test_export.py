@@ -304,7 +304,9 @@ def test_refusals_leave_no_file(tmp_path, monkeypatch):
             export_c(flow, path, prefix=prefix)
     with pytest.raises(ValueError, match=r"must end in \.c"):
         export_c(flow, tmp_path / "flow.h")
-    with pytest.raises(ValueError, match="flow is 3; it must be a Flow"):
+    with pytest.raises(ValueError, match="it must be a Flow: export each member"):
+        fastmaf.export_c(fastmaf.Ensemble(fastmaf.MAF(2), members=2), tmp_path / "a.c")
+    with pytest.raises(ValueError, match="flow is 3; it must be a Flow$"):
         export_c(3, path)
     with pytest.raises(ValueError, match=r"a call would need \d+ KB of stack"):
         export_c(make.flow(2, (70_000,), transforms=1), path)

@@ -285,8 +285,10 @@ def test_few_columns(columns):
 def test_rows_that_are_not_finite_are_left_out():
     x = X.copy()
     x[3, 1], x[5, 0] = np.nan, -np.inf
-    drawn(plot.corner(x, x))
-    drawn(plot.noise(x))
+    with pytest.warns(RuntimeWarning, match="data has 2 rows with values that are not finite, which are left out"):
+        drawn(plot.corner(x, X))
+    with pytest.warns(RuntimeWarning, match="u has 1 row with"):
+        drawn(plot.noise(x[:5]))
 
 
 def test_noise_is_drawn_beside_the_normal_density():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import signal
 import sys
 import warnings
@@ -112,8 +113,28 @@ def _words_of(error: OSError) -> str:
 
 
 def _failed(text: str, status: int) -> int:
-    note(" ".join(text.split()))
+    note(_in_options(" ".join(text.split())))
     return status
+
+
+_ARGUMENT = re.compile(r"""\b(resume|standardize|validation|max_seconds|clip_norm)=(["']?)([\w.+-]+)\2|\bclip_norm\b""")
+
+
+def _in_options(text: str) -> str:
+    """What messages of the library say of arguments, in words of the command.
+
+    Examples
+    --------
+    >>> _in_options("pass resume=True to go on from it"), _in_options('or pass standardize="again"')
+    ('pass --resume to go on from it', 'or pass --standardize again')
+    """
+
+    def option(found: re.Match[str]) -> str:
+        name, value = found[1] or "clip_norm", found[3]
+        words = "--seconds" if name == "max_seconds" else f"--{name.replace('_', '-')}"
+        return words if value in (None, "True") else f"{words} {value}"
+
+    return _ARGUMENT.sub(option, text)
 
 
 def _show_warnings() -> None:
@@ -123,7 +144,7 @@ def _show_warnings() -> None:
     def show(message: Warning | str, *_: Any) -> None:
         if (text := " ".join(str(message).split())) not in said:
             said.add(text)
-            note(f"warning: {text}")
+            note(f"warning: {_in_options(text)}")
 
     warnings.showwarning = cast("Any", show)
     if not sys.warnoptions:

@@ -107,7 +107,12 @@ _TRAINING: list[tuple[str, Any, str, str]] = [
         "NAME",
         "of the learning rate: constant, or cosine, which falls to 0 over --epochs (default: constant)",
     ),
-    ("--standardize", ("yes", "full", "no"), "NAME", "the columns: yes, full (and make them uncorrelated) or no (default: yes)"),
+    (
+        "--standardize",
+        ("yes", "full", "again", "no"),
+        "NAME",
+        "the columns: yes, full (and make them uncorrelated), again (what --start has, to these rows) or no (default: yes)",
+    ),
     ("--clip-norm", real, "NORM", "largest norm of a gradient"),
     ("--weight-decay", real_or_zero, "RATE", "decoupled, of AdamW"),
     ("--l2", real_or_zero, "FACTOR", "of the squared weights in the loss"),
@@ -121,7 +126,7 @@ def _add(group: Any, options: Sequence[tuple[str, Any, str, str]]) -> None:
 
 
 _NAMES = {"hidden": "hidden_features", "epochs": "max_epochs", "seconds": "max_seconds"}
-_STANDARDIZE = {"yes": True, "full": "full", "no": False}
+_STANDARDIZE = {"yes": True, "full": "full", "again": "again", "no": False}
 
 
 def _given(arguments: argparse.Namespace, options: Sequence[tuple[str, Any, str, str]], *flags: str) -> dict[str, Any]:
