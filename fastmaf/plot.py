@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -16,14 +16,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastmaf import _arrays, _tables, _words, stats
+from fastmaf.layers import Terminal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import FigureBase
 
+    from fastmaf.ensemble import Ensemble
+    from fastmaf.flow import Flow
     from fastmaf.train import History
 
-__all__ = ["calibration", "corner", "history", "noise", "redshift"]
+__all__ = ["calibration", "corner", "history", "noise", "redshift", "slices"]
 
 Array = NDArray[Any]
 
@@ -441,6 +444,128 @@ def corner(
                     else:
                         axes.contour(centres[j], centres[i], density, heights, colors=FLOW, linewidths=0.8)
     return figure
+
+
+def slices(
+    flow: Flow | Ensemble,
+    at: ArrayLike,
+    context: ArrayLike | None = None,
+    names: Sequence[str] | None = None,
+    figure: FigureBase | None = None,
+    *,
+    columns: Sequence[str | int] | None = None,
+    levels: Sequence[float] = (0.68, 0.95),
+) -> FigureBase:
+    """The density through a point: along one or two variables at a time, while all others are held at it.
+
+    Filled blue is the density of the variables shown given all others, with contours that hold shares of it; vermilion lines cross at the
+    point. Slices are narrower than the marginals that `corner` shows wherever variables depend on each other: they show what is
+    left of a variable once the others are known, and whether a density is smooth. Axes reach as far as any of the slices does.
+
+    Parameters
+    ----------
+    flow : Flow or Ensemble
+        Of continuous variables.
+    at : (D,) array
+        The point; not where the density is zero.
+    context : (C,) array, optional
+        Needed if and only if the flow is conditional.
+    names : sequence of str, optional
+        One label per variable; those of the flow, if it has any.
+    figure : Figure or SubFigure, optional
+        Where to draw; a new figure if None.
+    columns : sequence of str or int, optional
+        Which variables to show, by name or number, in this order; all, if None. The others are held too.
+    levels : sequence of float
+        Shares of a slice that contours hold, each between 0 and 1.
+
+    Returns
+    -------
+    Figure or SubFigure
+        With k (k + 1) / 2 axes for k variables.
+
+    Raises
+    ------
+    ValueError
+        If a shape or the number of names does not fit; if variables are discrete; if the density at the point is zero.
+    ImportError
+        Without matplotlib.
+
+    Examples
+    --------
+    >>> import fastmaf
+    >>> flow = fastmaf.MAF(3, transforms=1, hidden_features=(8,), seed=0)
+    >>> len(slices(flow, np.zeros(3)).axes), len(slices(flow, np.zeros(3), columns=[2]).axes)
+    (6, 1)
+    """
+    if not hasattr(flow, "sample_given"):
+        raise ValueError(f"flow is {_words.shown(flow)}; it must be a Flow or an Ensemble")
+    if isinstance(flow.base, Terminal) and flow.base.conditional != "mixture":
+        raise ValueError("flow has discrete variables, whose probabilities have no slices")
+    point = _arrays.real("at", at, names=flow.names).astype(np.float64)
+    if point.shape == (1, flow.features):
+        point = point[0]
+    if point.shape != (flow.features,):
+        raise ValueError(f"at has shape {_words.shapes(point.shape)}; it must be ({flow.features},)")
+    beside = None if context is None else np.asarray(_arrays.real("context", context)).reshape(-1)
+    if not np.isfinite(flow.log_prob(point[None], beside)[0]):
+        raise ValueError("at is a point of density zero, through which there are no slices")
+    names = _labels(flow.names if names is None else names, flow.features, "x")
+    chosen, masses = _chosen(columns, names), _masses(levels)
+
+    def density(own: Sequence[int], places: Sequence[Array]) -> Array:
+        """On the grid of the places of one or two variables, the last one first; at most 1."""
+        grid = np.meshgrid(*places, indexing="ij")
+        rows = np.tile(point, (grid[0].size, 1))
+        for j, values in zip(own, grid, strict=True):
+            rows[:, j] = values.ravel()
+        values = flow.log_prob(rows, beside).astype(np.float64).reshape(grid[0].shape)
+        return np.exp(values - np.nanmax(values))
+
+    ends = _ends(flow, point, beside, chosen, density)
+    axes_of = [_Axis.of(*ends[j]) for j in chosen]
+    figure, grid = _triangle(
+        figure, [names[j] for j in chosen], axes_of, max(96.0, 300 / len(chosen)), 10, ("slices", "given all others", "the point")
+    )
+    places = [np.linspace(axis.low, axis.high, 81) for axis in axes_of]
+    for i, row in enumerate(grid):
+        for j, axes in enumerate(row):
+            if i == j:
+                line = np.linspace(axes_of[j].low, axes_of[j].high, 321)
+                heights = density([chosen[j]], [line])
+                axes.fill_between(line, heights, color=DATA, alpha=FILLED["alpha"], linewidth=0)
+                axes.set_ylim(0, 1.1)
+            else:
+                heights = density([chosen[i], chosen[j]], [places[i], places[j]])
+                heights /= heights.sum()
+                shades = _levels(heights, masses)
+                colours = [_shade(DATA, 0.25 + 0.6 * k / len(shades)) for k in range(len(shades))]
+                axes.contourf(places[j], places[i], heights, [*shades, heights.max() * 1.001], colors=colours)
+                axes.axhline(point[chosen[i]], color=FLOW, linewidth=0.8)
+            axes.axvline(point[chosen[j]], color=FLOW, linewidth=0.8)
+    return figure
+
+
+def _ends(
+    flow: Any, point: Array, context: Array | None, chosen: Sequence[int], density: Callable[[Sequence[int], Sequence[Array]], Array]
+) -> dict[int, tuple[float, float]]:
+    """Where the axes of slices end: beyond there all of them are less than a thousandth of their largest value."""
+    draws = (flow.sample(2000, seed=0) if context is None else flow.sample(2000, context, seed=0)).astype(np.float64)
+    low, high = np.minimum(draws.min(axis=0), point), np.maximum(draws.max(axis=0), point)
+    margin = 0.25 * (high - low)
+    ends = {j: (float(low[j] - margin[j]), float(high[j] + margin[j])) for j in chosen}
+    for _ in range(3):  # what is narrow is found on a grid that reaches less far each time
+        reach: dict[int, list[float]] = {j: [point[j]] for j in chosen}
+        for i, j in [(i, j) for k, i in enumerate(chosen) for j in chosen[: k + 1]]:
+            own = [i] if i == j else [i, j]
+            places = [np.linspace(*ends[k], 513 if i == j else 49) for k in own]
+            inside = density(own, places) > 1e-3
+            for axis, k in enumerate(own):
+                there = np.flatnonzero(inside.any(axis=tuple(other for other in range(len(own)) if other != axis)))
+                step = places[axis][1] - places[axis][0]
+                reach[k] += [places[axis][there[0]] - step, places[axis][there[-1]] + step]
+        ends = {j: (max(ends[j][0], min(reach[j])), min(ends[j][1], max(reach[j]))) for j in chosen}
+    return ends
 
 
 def _masses(levels: Any) -> list[float]:

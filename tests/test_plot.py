@@ -331,9 +331,43 @@ def test_a_part_of_a_page_can_be_given():
     drawn(page)
 
 
+@pytest.mark.parametrize("contexts", [0, 2])
+@pytest.mark.parametrize("members", [1, 2])
+def test_slices_are_those_of_the_density(contexts, members):
+    flow = fastmaf.MAF(3, contexts, transforms=2, hidden_features=(16,), bounds=[(None, None), (None, None), (0, None)], seed=4)
+    context = np.array([0.5, -1.0]) if contexts else None
+    x = X + [0, 5, 1e4]
+    flow.fit(x, np.random.default_rng(1).normal(context, size=(500, 2)) if contexts else None, max_epochs=2, seed=0, progress=False)
+    flow.names = ["a", "b", "c"]
+    flow = flow if members == 1 else fastmaf.Ensemble([flow, flow])
+    point = x.mean(axis=0)
+    figure = plot.slices(flow, point, context, columns=["c", 0])
+    assert [axes.get_xlabel() for axes in figure.axes[1:]] == ["c [+ 10000]", "a"]
+    for axes, j in ((figure.axes[0], 2), (figure.axes[2], 0)):
+        low, high = axes.get_xlim()
+        places = np.linspace(low, high, 321)
+        rows = np.tile(point, (321, 1))
+        rows[:, j] = places
+        values = np.exp(flow.log_prob(rows, context) - flow.log_prob(rows, context).max())
+        (filled,) = axes.collections
+        outline = filled.get_paths()[0].vertices
+        np.testing.assert_allclose(outline[1:322, 1].max(), 1)
+        upper = {round(float(x), 6): y for x, y in outline if y > 0}
+        found = np.array([upper.get(round(float(place), 6), 0.0) for place in places])
+        np.testing.assert_allclose(found, values, atol=1e-5)
+        assert values[[0, -1]].max() < 0.05, "axes hold the slices"
+        assert axes.lines[0].get_xdata()[0] == point[j]
+    assert (values > 1e-3).mean() > 0.3, "and are not much larger"
+    drawn(figure)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: plot.slices(fastmaf.MAF(3), X), r"at has shape \(500, 3\); it must be \(3,\)"),
+        (lambda: plot.slices(fastmaf.MAF(1, bounds=[(0, 1)]), [2.0]), "at is a point of density zero"),
+        (lambda: plot.slices(fastmaf.MADE(3, "bernoulli"), [0, 1, 0]), "flow has discrete variables"),
+        (lambda: plot.slices(X, X[0]), "flow is an array of shape .* it must be a Flow or an Ensemble"),
         (lambda: plot.corner(X, X[:, :2]), r"samples has shape \(500, 2\); it must be \(n, 3\)"),
         (lambda: plot.corner(X[:, 0], X), r"data has shape \(500,\); it must be \(n, D\)"),
         (lambda: plot.corner(X, X, ("a", "b")), "names lists 2 names; there are 3 columns"),
