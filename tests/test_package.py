@@ -43,7 +43,7 @@ def source(tree, tmp_path_factory):
 
 FLOORS = """
 _core _start _words
-_device _files _random _tables data._text layers masks
+_device _files _random _tables data._text layers masks train.ranks
 data._sink data._source
 _arrays _container _networks data
 _dask

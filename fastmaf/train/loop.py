@@ -240,10 +240,6 @@ def fit(
         "standardize": _standardize(standardize),
         "seed": _arrays.seed_or_fresh(seed) if before is None else before,
     }
-    own = settings["seed"]
-    settings["seed"] = ranks.first(own)
-    given = {f"{name} given": value is not None for name, value in (("context", context), ("weights", weights))}
-    ranks.agreed({**settings, **given, "seed": settings["seed"] if seed is None else own, "the ensemble": _of_members(members)})
     _one_of("optimizer", optimizer, ("adam",))
     _one_of("on_interrupt", on_interrupt, ("raise", "return"))
     factor = _schedule(schedule, settings["max_epochs"])
@@ -252,6 +248,10 @@ def fit(
         raise ValueError(
             f"checkpoint_every is {_words.shown(checkpoint_every)}; it must be positive: an int counts epochs, a float seconds"
         )
+    own = settings["seed"]
+    settings["seed"] = ranks.first(own)
+    given = {f"{name} given": value is not None for name, value in (("context", context), ("weights", weights))}
+    ranks.agreed({**settings, **given, "seed": settings["seed"] if seed is None else own, "the ensemble": _of_members(members)})
     if members is not None and standardize == "full":
         raise ValueError("standardize is 'full', which an ensemble of masks has no layer for; leave it at True")
     there = flow if isinstance(device, str) and device == "auto" else flow.to(device)
