@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import fastmaf
 from fastmaf import data
 
 ORIGINAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "buzzard_galaxies_f32.npz"
@@ -47,3 +48,58 @@ def test_rows_come_from_the_catalogue() -> None:
     with np.load(ORIGINAL) as archive:
         original = archive["x"]
     assert np.array_equal(x, original[np.random.default_rng(0).permutation(100_000)[:60_000]])
+
+
+class Sliced:
+    """As a dataset of h5py: a shape, and rows by slices."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self._rows, self.shape, self.asked = rows, rows.shape, 0
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        self.asked = max(self.asked, rows.stop - rows.start)
+        return self._rows[rows]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int16"])
+@pytest.mark.parametrize("width", [1, 3])
+def test_chunks_become_one_array(dtype: str, width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.random.default_rng(0).integers(-99, 99, size=(1000, width)).astype(dtype)
+    monkeypatch.setattr("fastmaf.data._chunks.CHUNK", 64 * width)
+    sliced = Sliced(rows)
+    for chunks in (iter(np.split(rows, [0, 10, 700, 700])), [rows.tolist(), rows[:0]] if dtype == "float64" else [rows], sliced):
+        found = data.collect(chunks)
+        assert isinstance(found, np.memmap) and not found.flags.writeable
+        np.testing.assert_array_equal(found, rows)
+        assert found.dtype == (dtype if dtype != "int16" else "float64")
+    assert sliced.asked == 64
+    data.collect([rows], tmp_path / "rows.npy")
+    found = data.collect([rows, rows], tmp_path / "rows.npy")
+    np.testing.assert_array_equal(np.load(tmp_path / "rows.npy").reshape(-1, width), np.concatenate([rows, rows]))
+    assert found.shape == (2000, width) and [path.name for path in tmp_path.iterdir()] == ["rows.npy"]
+
+
+def test_a_fit_of_chunks_is_that_of_the_rows() -> None:
+    x = data.galaxies()[0][:3000]
+    flows = [fastmaf.MAF(7, transforms=1, hidden_features=(8,), seed=0) for _ in range(2)]
+    for flow, rows in zip(flows, (x, data.collect(np.split(x, 7 * [400]))), strict=True):
+        flow.fit(rows, max_epochs=2, seed=0, progress=False)
+    np.testing.assert_array_equal(flows[0].parameters(), flows[1].parameters())
+
+
+@pytest.mark.parametrize(
+    ("chunks", "message"),
+    [
+        ([], "chunks has no rows"),
+        ([np.zeros((0, 2))], "chunks has no rows"),
+        (3, "chunks is 3; it must give arrays of rows, or have a shape"),
+        ("rows.npy", "chunks is 'rows.npy'; it must give arrays of rows"),
+        ([np.zeros((3, 2)), np.zeros((3, 1))], r"chunk 1 has shape \(3, 1\); it must be \(k, 2\)"),
+        ([np.zeros(3)], r"chunk 0 has shape \(3,\); it must be \(k, D\)"),
+        ([np.zeros((3, 2), "f4"), np.zeros((3, 2))], "chunk 1 is float64, and the first one float32, which does not hold it"),
+    ],
+)
+def test_chunks_that_do_not_go_together_leave_no_file(chunks: object, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        data.collect(chunks, tmp_path / "rows.npy")
+    assert not list(tmp_path.iterdir())

@@ -45,9 +45,9 @@ FLOORS = """
 _core _start _words
 _device _files _random _tables data._text layers masks train.ranks
 data._sink data._source
-_arrays _container _networks data
-_dask
-record
+_arrays _container _networks
+_dask data._chunks
+data record
 _codec _within
 backends
 backends.cpu backends.reference config

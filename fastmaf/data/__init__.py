@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import os
 
+    from fastmaf.data._chunks import collect
     from fastmaf.data._source import Table, open_table
 
-__all__ = ["Table", "galaxies", "open_table", "read"]
+__all__ = ["Table", "collect", "galaxies", "open_table", "read"]
 
 
 def galaxies() -> tuple[NDArray[np.float32], tuple[str, ...]]:
@@ -91,4 +92,8 @@ def __getattr__(name: str) -> Any:
         from fastmaf.data import _source
 
         return getattr(_source, name)
+    if name == "collect":
+        from fastmaf.data import _chunks
+
+        return _chunks.collect
     raise AttributeError(f"module 'fastmaf.data' has no attribute {name!r}")
