@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -95,8 +95,10 @@ def fetched(name: str, value: Any, device: str) -> Any:
     return cast("Any", real(name, value, device)).host() if _device.is_on_device(name, value) else value
 
 
-def weights(name: str, value: ArrayLike) -> NDArray[np.float64]:
+def weights(name: str, value: ArrayLike, largest: Callable[[float], float] = float) -> NDArray[np.float64]:
     """Weights of rows, (n,), in other units: by a power of two, so that sums of them are finite.
+
+    `largest` is given the largest of them, and says which is the largest of all that go with them.
 
     Raises
     ------
@@ -118,7 +120,7 @@ def weights(name: str, value: ArrayLike) -> NDArray[np.float64]:
     if array.size and not array.any():
         raise ValueError(f"{name} are all zero: no row is left; leave {name} out, or give some rows a positive one")
     # In other units, so that sums are finite; the powers of two leave all bits, and no row is lost.
-    scaled: NDArray[np.float64] = np.ldexp(array, -np.frexp(array.max(initial=1.0))[1])
+    scaled: NDArray[np.float64] = np.ldexp(array, -np.frexp(largest(array.max(initial=1.0)))[1])
     return np.maximum(scaled, np.minimum(array, np.nextafter(0.0, 1.0)))
 
 

@@ -752,18 +752,19 @@ class Ensemble:
         """
         from fastmaf import train  # as in `Flow.fit`
 
-        flows, names = [flow._still() for flow in self._flows()], _tables.names_of(x)
-        for flow in flows:
-            if flow.names is None and names is not None:
-                flow.names = names
-        named, seed = [flow.record for flow in flows], options.pop("seed", None)
-        given = seed is not None or (options.get("resume") is not True and options.get("comm") is None)
-        seeds = _seeds(seed, len(flows)) if given else [None] * len(flows)  # of a checkpoint, or of rank 0
-        try:
-            return train.fit_members(flows, seeds, x, context, weights, **options)
-        finally:
-            if any(flow.record is not own for flow, own in zip(flows, named, strict=True)):  # else the data were refused
-                self._all = tuple(flows)
+        with train.ranks_of(options.pop("comm", None)) as ranks:
+            flows, names = [flow._still() for flow in self._flows()], _tables.names_of(x)
+            for flow in flows:
+                if flow.names is None and names is not None:
+                    flow.names = names
+            named, seed = [flow.record for flow in flows], options.pop("seed", None)
+            given = seed is not None or (options.get("resume") is not True and ranks.size == 1)
+            seeds = _seeds(seed, len(flows)) if given else [None] * len(flows)  # of a checkpoint, or of rank 0
+            try:
+                return train.fit_members(flows, seeds, x, context, weights, ranks=ranks, **options)
+            finally:
+                if any(flow.record is not own for flow, own in zip(flows, named, strict=True)):  # else the data were refused
+                    self._all = tuple(flows)
 
     # Files and words
 

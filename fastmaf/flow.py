@@ -1147,41 +1147,42 @@ class Flow:
         """
         from fastmaf import train  # with its progress bar it takes longer to import than all else
 
-        before, names = self._record, _tables.names_of(x)
-        if before.names is None and names is not None:
-            self.names = names
-        named = self._record
-        try:
-            return train.fit(
-                self,
-                x,
-                context,
-                weights,
-                validation=validation,
-                batch_size=batch_size,
-                optimizer=optimizer,
-                lr=lr,
-                schedule=schedule,
-                l2=l2,
-                weight_decay=weight_decay,
-                clip_norm=clip_norm,
-                patience=patience,
-                max_epochs=max_epochs,
-                max_seconds=max_seconds,
-                standardize=standardize,
-                device=device,
-                seed=seed,
-                checkpoint=checkpoint,
-                checkpoint_every=checkpoint_every,
-                resume=resume,
-                callback=callback,
-                on_interrupt=on_interrupt,
-                progress=progress,
-                comm=comm,
-            )
-        finally:
-            if self._record is named:  # the data were refused
-                self._record = before
+        with train.ranks_of(comm) as ranks:
+            before, names = self._record, _tables.names_of(x)
+            if before.names is None and names is not None:
+                self.names = names
+            named = self._record
+            try:
+                return train.fit(
+                    self,
+                    x,
+                    context,
+                    weights,
+                    validation=validation,
+                    batch_size=batch_size,
+                    optimizer=optimizer,
+                    lr=lr,
+                    schedule=schedule,
+                    l2=l2,
+                    weight_decay=weight_decay,
+                    clip_norm=clip_norm,
+                    patience=patience,
+                    max_epochs=max_epochs,
+                    max_seconds=max_seconds,
+                    standardize=standardize,
+                    device=device,
+                    seed=seed,
+                    checkpoint=checkpoint,
+                    checkpoint_every=checkpoint_every,
+                    resume=resume,
+                    callback=callback,
+                    on_interrupt=on_interrupt,
+                    progress=progress,
+                    ranks=ranks,
+                )
+            finally:
+                if self._record is named:  # the data were refused
+                    self._record = before
 
     # Files and words
 

@@ -265,53 +265,54 @@ class MaskedEnsemble(Ensemble):
         """
         from fastmaf import train  # as in `Flow.fit`
 
-        shared = self._shared
+        with train.ranks_of(comm) as ranks:
+            shared = self._shared
 
-        def draw(epoch: int, seed: int) -> list[Flow]:
-            numbers = ((seed, epoch, k) for k in range(len(shared.ranks)))
-            drawn = (random_member(shared.conditioner, shared.ranks[0], self.context_features > 0, *number) for number in numbers)
-            return [shared.masked(*member) for member in drawn]
+            def draw(epoch: int, seed: int) -> list[Flow]:
+                numbers = ((seed, epoch, k) for k in range(len(shared.ranks)))
+                drawn = (random_member(shared.conditioner, shared.ranks[0], self.context_features > 0, *number) for number in numbers)
+                return [shared.masked(*member) for member in drawn]
 
-        def build(flow: Flow, weights: Array) -> MaskedEnsemble:
-            return MaskedEnsemble(flow, self._filled(weights), shared.ranks, shared.degrees)
+            def build(flow: Flow, weights: Array) -> MaskedEnsemble:
+                return MaskedEnsemble(flow, self._filled(weights), shared.ranks, shared.degrees)
 
-        flow, names = self._flow._with(), _tables.names_of(x)
-        if flow.names is None and names is not None:
-            flow.names = names
-        before = flow.record
-        members = train.Members(shared.members(), self.parameters(), draw if _words.flag("resample", resample) else None, build)
-        try:
-            return train.fit(
-                flow,
-                x,
-                context,
-                weights,
-                validation=validation,
-                batch_size=batch_size,
-                optimizer=optimizer,
-                lr=lr,
-                schedule=schedule,
-                l2=l2,
-                weight_decay=weight_decay,
-                clip_norm=clip_norm,
-                patience=patience,
-                max_epochs=max_epochs,
-                max_seconds=max_seconds,
-                standardize=standardize,
-                device=device,
-                seed=seed,
-                checkpoint=checkpoint,
-                checkpoint_every=checkpoint_every,
-                resume=resume,
-                callback=callback,
-                on_interrupt=on_interrupt,
-                progress=progress,
-                comm=comm,
-                members=members,
-            )
-        finally:
-            if flow.record is not before:  # trained, if only until an exception
-                self._shared = _Shared(flow, self._filled(members.weights), shared.ranks, shared.degrees)
+            flow, names = self._flow._with(), _tables.names_of(x)
+            if flow.names is None and names is not None:
+                flow.names = names
+            before = flow.record
+            members = train.Members(shared.members(), self.parameters(), draw if _words.flag("resample", resample) else None, build)
+            try:
+                return train.fit(
+                    flow,
+                    x,
+                    context,
+                    weights,
+                    validation=validation,
+                    batch_size=batch_size,
+                    optimizer=optimizer,
+                    lr=lr,
+                    schedule=schedule,
+                    l2=l2,
+                    weight_decay=weight_decay,
+                    clip_norm=clip_norm,
+                    patience=patience,
+                    max_epochs=max_epochs,
+                    max_seconds=max_seconds,
+                    standardize=standardize,
+                    device=device,
+                    seed=seed,
+                    checkpoint=checkpoint,
+                    checkpoint_every=checkpoint_every,
+                    resume=resume,
+                    callback=callback,
+                    on_interrupt=on_interrupt,
+                    progress=progress,
+                    ranks=ranks,
+                    members=members,
+                )
+            finally:
+                if flow.record is not before:  # trained, if only until an exception
+                    self._shared = _Shared(flow, self._filled(members.weights), shared.ranks, shared.degrees)
 
     fit.__doc__ = (fit.__doc__ or "").replace("{parameters}", parameters_of(Flow.fit))
 

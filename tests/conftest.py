@@ -50,9 +50,9 @@ def mpirun() -> Callable[..., subprocess.CompletedProcess[str]]:
     package = str(pathlib.Path(fastmaf.__file__).parents[1])
     environment = os.environ | root | {"PYTHONPATH": package, "FASTMAF_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
-    def run(*command: object, size: int, flags: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    def run(*command: object, size: int, flags: Sequence[str] = (), **variables: str) -> subprocess.CompletedProcess[str]:
         words = ["mpirun", "-n", str(size), *flags, sys.executable, *map(str, command)]
-        return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240, check=False)
+        return subprocess.run(words, env=environment | variables, capture_output=True, text=True, timeout=240, check=False)
 
     missing = "there is no mpirun" if shutil.which("mpirun") is None else run("-c", "from mpi4py import MPI", size=1).stderr
     if missing:

@@ -14,7 +14,7 @@ import numpy as np
 from mpi4py import MPI
 
 import fastmaf
-from fastmaf.train import ranks
+from fastmaf.train.checkpoint import Store
 
 COMM = MPI.COMM_WORLD
 RANK, SIZE = COMM.rank, COMM.size
@@ -42,6 +42,7 @@ def said(act):
     """What an act ends with, as words of each rank."""
     try:
         result = act()
+        result = [fitted.stopped for fitted in result] if isinstance(result, list) else getattr(result, "stopped", result)
     except BaseException as error:
         result = f"{type(error).__name__}: {error}"
     return COMM.gather(result)
@@ -124,10 +125,36 @@ def faults():
         if last == RANK and epoch["epoch"] == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
+    if last == RANK:  # a handler of somebody's, which raises
+        signal.signal(signal.SIGINT, lambda number, frame: signal.default_int_handler(number, frame))
+    handler = signal.getsignal(signal.SIGINT)
     found["interrupted"] = said(lambda: fit(callback=interrupts, max_epochs=2000, on_interrupt="return"))
     found["interrupted, raised"] = said(lambda: fit(callback=interrupts, max_epochs=2000))
     found["kept then"] = said(lambda: trained[-1])
-    found["handler"] = said(lambda: signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+    found["handler"] = said(lambda: signal.getsignal(signal.SIGINT) is handler)
+    own, flows = flow(), fastmaf.Ensemble(flow(), members=3, seed=0)
+    before = flows.member(2).parameters()
+    options = {**OPTIONS, "max_epochs": 2000}
+    found["members interrupted"] = said(lambda: flows.fit(x, context, callback=interrupts, on_interrupt="return", **options))
+    found["members fail"] = said(lambda: fastmaf.Ensemble(flow(), members=3).fit(x, context, callback=fails, **OPTIONS))
+    found["members"] = said(lambda: fastmaf.Ensemble(flow(), members=2 + (last == RANK)).fit(x, context, **OPTIONS))
+    found["untouched"] = said(lambda: np.array_equal(flows.member(2).parameters(), before))
+    found["interrupt"] = said(lambda: fit(on_interrupt="raise" if RANK else "return"))
+    found["dtype"] = said(lambda: fit(x=x.astype("f4") if last == RANK else x))
+    backend = fastmaf.get_backend()
+    fastmaf.set_backend("reference" if last == RANK else backend)
+    found["backend"] = said(fit)
+    fastmaf.set_backend(backend)
+    found["weights"] = said(lambda: own.fit(x, context, np.zeros(len(x)) if last == RANK else None, **OPTIONS))
+    empty = np.zeros(len(x)) if last == RANK else np.ones(len(x))
+    found["no rows"] = said(lambda: own.fit(x, context, empty, **OPTIONS))
+    found["file"] = said(lambda: fit(checkpoint=FOLDER / "none" / "c"))
+    Store.save, save = (lambda store, best, *_: best.training["epochs"] < 4 or 1 / 0), Store.save  # behind the last epoch
+    own = flow()
+    before = own.parameters()
+    found["disk"] = said(lambda: own.fit(x, context, validation=0, checkpoint=FOLDER / "full", checkpoint_every=1e9, **OPTIONS))
+    Store.save = save
+    found["kept on the full disk"] = said(lambda: not np.array_equal(own.parameters(), before))
     found["no time"] = said(lambda: fit(max_seconds=1e-9))
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
@@ -145,7 +172,6 @@ def faults():
 
 def killed():
     """The last rank dies in the second epoch."""
-    ranks.SILENCE = 2.0
 
     def dies(epoch):
         if SIZE - 1 == RANK and epoch["epoch"] == 2:

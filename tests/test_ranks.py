@@ -23,7 +23,9 @@ def rows():
     context = rng.normal(size=(700, 2))
     x = rng.normal([4.0, -300.0, 0.01], [1.0, 40.0, 0.001], (700, 3))
     x[:, 1] += 30 * context[:, 0] * x[:, 0]
-    return {"x": x, "context": context, "weights": rng.integers(0, 4, 700) * 0.5}
+    weights = rng.integers(0, 4, 700) * 0.5
+    weights[-1] = 9.0  # each part of the rows has another largest one
+    return {"x": x, "context": context, "weights": weights}
 
 
 @pytest.fixture
@@ -31,8 +33,8 @@ def run(rows, mpirun, tmp_path):
     """Runs a scenario on so many ranks, and gives what rank 0 has found."""
     np.savez(tmp_path / "data.npz", **rows)
 
-    def run(scenario, size, *flags):
-        done = mpirun(SCRIPT, scenario, tmp_path, size=size, flags=flags)
+    def run(scenario, size, *flags, **variables):
+        done = mpirun(SCRIPT, scenario, tmp_path, size=size, flags=flags, **variables)
         assert done.returncode == 0 or scenario == "killed", done.stdout + done.stderr
         file = tmp_path / f"{scenario}.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
@@ -105,6 +107,18 @@ def test_what_fails_on_one_rank_ends_all(run, size):
     assert found["interrupted"] == ["interrupted"] * size
     assert all(text.startswith("KeyboardInterrupt") for text in found["interrupted, raised"])
     assert found["kept then"] == found["handler"] == [True] * size
+    assert found["members interrupted"] == [["interrupted"] * 3] * size
+    assert found["untouched"] == [True] * size
+    told("members fail", "OSError: full", f"RuntimeError: rank {last} has ended the fit: OSError: full")
+    assert found["members"] == [f"ValueError: members is 2 on rank 0 and 3 on rank {last}"] * size
+    assert found["interrupt"] == ["ValueError: on_interrupt is 'return' on rank 0 and 'raise' on rank 1"] * size
+    assert found["dtype"] == [f"ValueError: dtype of x is 'float64' on rank 0 and 'float32' on rank {last}"] * size
+    assert found["backend"] == [f"ValueError: backend is '{fastmaf.get_backend()}' on rank 0 and 'reference' on rank {last}"] * size
+    assert found["weights"] == [f"ValueError: weights given is False on rank 0 and True on rank {last}"] * size
+    told("no rows", "ValueError: weights are all zero", f"RuntimeError: rank {last} has ended the fit: ValueError: weights are all zero")
+    assert found["file"][0].startswith("ValueError: checkpoint: the folder") and "rank 0 has ended the fit" in found["file"][1]
+    assert found["disk"][0].startswith("ZeroDivisionError") and "rank 0 has ended the fit" in found["disk"][1]
+    assert found["kept on the full disk"] == [True] * size
     assert found["no time"] == ["max_seconds"] * size
     assert found["warnings"][1:] == [[]] * last
     notes = [note for note in found["warnings"][0] if not note.startswith("ranks of one machine")]
@@ -118,7 +132,7 @@ def test_what_fails_on_one_rank_ends_all(run, size):
 
 
 def test_a_rank_that_dies_is_an_error_on_the_others(run, tmp_path):
-    run("killed", 3, "--mca", "orte_enable_recovery", "1", "--mca", "orte_abort_on_non_zero_status", "0")
+    run("killed", 3, "--mca", "orte_enable_recovery", "1", "--mca", "orte_abort_on_non_zero_status", "0", FASTMAF_MPI_SILENCE="2")
     for rank in (0, 1):
         text, seconds = json.loads((tmp_path / f"killed{rank}.json").read_text(encoding="utf-8"))
         assert "no word from another rank" in text

@@ -7,5 +7,6 @@ splits them and finds what standardises them; `checkpoint` is the file from whic
 from fastmaf.train.data import FitWarning, shuffle
 from fastmaf.train.loop import Epoch, History, Members, fit
 from fastmaf.train.many import fit_members
+from fastmaf.train.ranks import ranks_of
 
-__all__ = ["Epoch", "FitWarning", "History", "Members", "fit", "fit_members", "shuffle"]
+__all__ = ["Epoch", "FitWarning", "History", "Members", "fit", "fit_members", "ranks_of", "shuffle"]

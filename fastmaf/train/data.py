@@ -109,7 +109,14 @@ def _matrix(name: str, value: ArrayLike, columns: int, what: str, names: Sequenc
     return array
 
 
-def rows_of(record: FlowRecord, prefix: str, x: ArrayLike, context: ArrayLike | None = None, weights: ArrayLike | None = None) -> Rows:
+def rows_of(
+    record: FlowRecord,
+    prefix: str,
+    x: ArrayLike,
+    context: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    ranks: Ranks = ALONE,
+) -> Rows:
     """The arrays, judged by shape, and their rows of positive weight."""
     for name, other in (("context", context), ("weights", weights)):
         _tables.check_rows(f"{prefix}x", x, f"{prefix}{name}", other)
@@ -118,7 +125,7 @@ def rows_of(record: FlowRecord, prefix: str, x: ArrayLike, context: ArrayLike | 
     if contexts is None and record.context_features:
         remedy = "; pass validation=(x, context)" * bool(prefix)
         raise ValueError(f"{prefix}context is missing; the flow has {record.context_features} context features{remedy}")
-    shares = None if weights is None else _arrays.weights(f"{prefix}weights", weights)
+    shares = None if weights is None else _arrays.weights(f"{prefix}weights", weights, lambda own: max(ranks.gather(own)))
     for name, array in (("context", contexts), ("weights", shares)):
         if array is not None and len(array) != len(rows):
             raise ValueError(f"{prefix}{name} has {len(array)} rows; {prefix}x has {len(rows)}")
@@ -138,14 +145,17 @@ def split(
     ranks: Ranks,
 ) -> tuple[Rows, Rows | None]:
     """Rows of this rank to train on, and rows to validate on; the latter are copied if the array of x is `reused` by the caller."""
-    train = _own(rows_of(record, "", x, context, weights), ranks)
+    train = _own(rows_of(record, "", x, context, weights, ranks), ranks)
     if not isinstance(validation, float):
-        held = _own(rows_of(record, "validation ", *validation), ranks)
+        x, context, weights = (*validation, None, None)[:3]
+        held = _own(rows_of(record, "validation ", x, context, weights, ranks), ranks)
         _check("validation x", held.x, record.layers, _counts(record), record.names)
         if held.context is not None:
             _check("validation context", held.context, record.context_layers)
+        _check_some(train)
         return train, held
     if not validation:
+        _check_some(train)
         return train, None
     begin, total = place(train, ranks)
     count = round(validation * total)
@@ -160,9 +170,13 @@ def split(
     if reused:
         context, weights = (None if array is None else array[held.rows] for array in held[1:3])
         held = Rows(held.x[held.rows], context, weights, np.arange(held.rows.size))
-    if not train.rows.size:
-        raise ValueError("this rank has no row to train on; give each of them some")
+    _check_some(train)
     return train, held
+
+
+def _check_some(train: Rows) -> None:
+    if not train.rows.size:
+        raise ValueError("this rank has no row to train on; give each of them some, or start fewer ranks")
 
 
 def place(rows: Rows, ranks: Ranks) -> tuple[int, int]:
@@ -370,12 +384,12 @@ class _Sums(NamedTuple):
         unit, total = np.maximum(self.unit, other.unit), self.total + other.total
         mine, theirs = self.unit - unit, other.unit - unit
         mean = np.ldexp(self.mean, mine)
-        square = np.ldexp(self.square, 2 * mine) + np.ldexp(other.square, 2 * theirs)
+        square = np.ldexp(other.square, 2 * theirs)
         if total > 0:
             step = np.ldexp(other.mean, theirs) - mean
             mean = mean + step * (other.total / total)
-            square += step**2 * (self.total * (other.total / total))
-        return _Sums(total, mean, square, unit, low, high)
+            square = square + step**2 * (other.total * (total - other.total) / total)
+        return _Sums(total, mean, np.ldexp(self.square, 2 * mine) + square, unit, low, high)
 
 
 def _unbounded(values: NDArray[np.float64], layers: Layers) -> NDArray[np.float64]:

@@ -29,7 +29,7 @@ from fastmaf.train import data
 from fastmaf.train._bar import tqdm
 from fastmaf.train.checkpoint import Store, fingerprint, seed_of
 from fastmaf.train.data import FitWarning, Rows, shuffle
-from fastmaf.train.ranks import Ranks, together
+from fastmaf.train.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from fastmaf._arrays import Seed
@@ -167,7 +167,6 @@ class Epoch(Mapping[str, Any]):
         return len(list(iter(self)))
 
 
-@together
 def fit(
     flow: Trainee,
     x: ArrayLike | Callable[[int], ArrayLike],
@@ -197,14 +196,14 @@ def fit(
     members: Members | None = None,
     poll: Callable[[], object] | None = None,
     label: str = "",
-    ranks: Ranks,
+    ranks: Ranks = ALONE,
 ) -> History:
     """Fit a flow in place; parameters, result and errors are those of `Flow.fit`.
 
     With `members`, their common weights are trained instead of those of the flow: step t, counted from 0 over all epochs, those of member t
     modulo their number. The validation log-likelihood is that of the mean of their densities. Of the flow only the fixed layers change.
     `poll` is called now and then, and may raise; it takes the place of what keeps the progress bar alive.
-    `label` is how lines for a logger begin.
+    `label` is how lines for a logger begin. `ranks` fit together; whoever entered them tells the others of an error.
     """
     began, root = time.perf_counter(), ranks.rank == 0
     if not root:  # it is rank 0 that writes and says something
@@ -250,8 +249,12 @@ def fit(
         )
     own = settings["seed"]
     settings["seed"] = ranks.first(own)
-    given = {f"{name} given": value is not None for name, value in (("context", context), ("weights", weights))}
-    ranks.agreed({**settings, **given, "seed": settings["seed"] if seed is None else own, "the ensemble": _of_members(members)})
+    if ranks.size > 1:
+        given: dict[str, Any] = {f"{name} given": value is not None for name, value in (("context", context), ("weights", weights))}
+        if isinstance(held_out, tuple):
+            given["validation given"] = [value is not None for value in held_out]
+        same = {"seed": settings["seed"] if seed is None else own, "on_interrupt": on_interrupt, "the ensemble": _of_members(members)}
+        ranks.agreed({**settings, **given, **same})
     if members is not None and standardize == "full":
         raise ValueError("standardize is 'full', which an ensemble of masks has no layer for; leave it at True")
     there = flow if isinstance(device, str) and device == "auto" else flow.to(device)
@@ -268,8 +271,10 @@ def fit(
     first_x = _first_of(x) if callable(x) else x
     train, held = data.split(record, first_x, context, weights, held_out, settings["seed"], callable(x), ranks)
     apart = held if settings["validation"] == "given" else None
+    ranks.agreed({f"dtype of {name}": str(getattr(array, "dtype", None)) for name, array in (("x", train.x), ("context", train.context))})
     start, notes = data.standardised(record, train, settings["standardize"], apart, ranks)
     backend = runner(start, backend)
+    ranks.agreed({"backend": backend.name})
     if record.names is None and _tables.has_other_labels(labelled):
         notes.append(
             "x has column labels that cannot be names (text, all different), so that columns go by place: rename them, or x.to_numpy()"
@@ -311,22 +316,23 @@ def fit(
         deadline = began + (settings["max_seconds"] or math.inf)
         run.history.stopped = run.epochs(x if callable(x) else None, factor, deadline, callback, progress, poll, label)
     except BaseException as error:
-        ranks.farewell(error)
-        interrupted = isinstance(error, KeyboardInterrupt)
-        if interrupted:
-            with suppress(KeyboardInterrupt):  # twice: that takes too long
-                run.cut_short()
-        run.history.stopped = "interrupted" if interrupted else f"{type(error).__name__} after {len(run.history.train)} epochs"
-        if run.history.train:  # else nothing was learned, and the flow stays as it was
-            run.install()
+        interrupted = ranks.farewell(error)
+        try:
+            if interrupted:
+                with suppress(KeyboardInterrupt):  # twice: that takes too long
+                    run.cut_short()
+        finally:
+            run.history.stopped = "interrupted" if interrupted else f"{type(error).__name__} after {len(run.history.train)} epochs"
+            if run.history.train:  # else nothing was learned, and the flow stays as it was
+                run.install()
         with suppress(OSError):
             run.save(last=True)
         if not interrupted or on_interrupt == "raise":
             raise
         return run.history
+    run.install()
     run.save(last=True)
     run.at_end = run.glance()
-    run.install()
     for note in run.complaints() * root:
         _words.warn(note, FitWarning)
     return run.history
@@ -443,19 +449,18 @@ class _Run:
                 if math.isfinite(deadline) and ranks.first(time.perf_counter() >= deadline):
                     return "max_seconds"
                 x = train.x if draw is None else data.drawn(draw, epoch, train.x.shape, self.start)
-                order = shuffle(seed, SHUFFLE, epoch, self.total)[:used]
-                own = np.flatnonzero((order >= begin) & (order < end))
-                rows = train.rows[order[own] - begin]
+                order, part = shuffle(seed, SHUFFLE, epoch, self.total)[:used], None
+                if ranks.size > 1:
+                    own = np.flatnonzero((order >= begin) & (order < end))
+                    ends = np.minimum(batch_size * np.arange(1, steps + 1), used)
+                    order, part = order[own] - begin, Part(np.searchsorted(own, ends), np.diff(ends, prepend=0), ranks.total)
+                rows = train.rows[order]
                 if used < self.total:
                     mass = train._replace(rows=rows).mass()
                 rates = _rates(self.settings["lr"], factor, epoch, steps)
                 self.begun = x, float(rates[-1]), began
                 if members is not None and members.draw is not None:
                     self.engine.set_members(_behind(self.start, members.draw(epoch, seed)))
-                part = None
-                if ranks.size > 1:
-                    ends = np.minimum(batch_size * np.arange(1, steps + 1), used)
-                    part = Part(np.searchsorted(own, ends), np.diff(ends, prepend=0), ranks.total)
                 loss, done = self.engine.epoch(x, train.context, train.weights, rows, batch_size, rates, mean_weight, ask, part)
                 if done < steps:
                     return f"loss not finite in epoch {epoch}, batch {done + 1} of {steps}"
@@ -511,7 +516,9 @@ class _Run:
 
     def cut_short(self) -> None:
         """Take the weights of an epoch under way as those of an epoch."""
-        if self.begun is None or np.array_equal(self.engine.parameters(), self.parameters):
+        parameters = self.engine.parameters()
+        moved = self.begun is not None and not np.array_equal(parameters, self.parameters, equal_nan=True)
+        if not self.ranks.any(moved) or self.begun is None:
             return
         x, rate, began = self.begun
         if self.members is not None and self.members.draw is not None:
@@ -527,7 +534,7 @@ class _Run:
     def of_some(self) -> float:
         """Mean log-likelihood of some training rows under the current weights."""
         x, context, weights, rows = self.train
-        some = rows[:: -(-rows.size // data.SOME)]
+        some = rows[:: -(-self.total // data.SOME)]
         values = self.engine.log_prob(x[some], None if context is None else context[some]).astype(np.float64)
         shares = np.ones(some.size) if weights is None else weights[some]
         total, mass = self.ranks.sum(np.array([shares @ values, shares.sum()]))

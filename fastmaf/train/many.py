@@ -20,6 +20,7 @@ from fastmaf.train._bar import tqdm
 from fastmaf.train.checkpoint import Store
 from fastmaf.train.data import FitWarning
 from fastmaf.train.loop import Epoch, History, Trainee, _real, fit
+from fastmaf.train.ranks import ALONE, Ranks
 
 __all__ = ["fit_members"]
 
@@ -41,6 +42,7 @@ def fit_members(
     on_interrupt: str = "raise",
     progress: bool | None = None,
     resume: bool = False,
+    ranks: Ranks = ALONE,
     **options: Any,
 ) -> list[History]:
     """Fit flows in place, as many at once as there are threads; parameters and errors are those of `Ensemble.fit`.
@@ -49,7 +51,8 @@ def fit_members(
     """
     compiled = backends.get_backend() == "cpu"
     threads = config.get_num_threads() if compiled else 1
-    jobs = min(len(flows), threads) if options.get("comm") is None else 1  # all ranks meet over the same member
+    jobs = min(len(flows), threads) if ranks.size == 1 else 1  # all ranks meet over the same member
+    ranks.agreed({"members": len(flows)})
     _one_of("on_interrupt", on_interrupt, ("raise", "return"))
     if callback is not None and not callable(callback):
         raise ValueError(f"callback is {_words.shown(callback)}; it must be callable")
@@ -61,10 +64,11 @@ def fit_members(
         "max_seconds": None if max_seconds is None else _real("max_seconds", max_seconds) / -(-len(flows) // jobs),
         "on_interrupt": "return",
         "progress": False,
+        "ranks": ranks,
     }
     if callable(x):
         x = _in_turn(x, flows[0].device if device == "auto" else flows[0].to(device).device)
-    for k in range(len(flows)):  # before any of them is changed
+    for k in range(len(flows) if ranks.rank == 0 else 0):  # before any of them is changed
         path = _numbered(checkpoint, k)
         if isinstance(path, (str, os.PathLike)) and os.path.isfile(path):
             if _words.flag("resume", resume):
@@ -72,25 +76,30 @@ def fit_members(
             else:
                 Store(path, {}).load(False)
     pool = ThreadPoolExecutor(jobs, "fastmaf-fit")
-    with tqdm(unit="epoch", disable=None if progress is None else not progress) as bar:
+    with tqdm(unit="epoch", disable=ranks.rank > 0 or (None if progress is None else not progress)) as bar:
         together = _Together(len(flows), bar, callback)
 
         def one(k: int) -> tuple[History, list[Note]]:
-            if together.stopped.is_set():
+            if together.failed or ranks.any(together.stopped.is_set()):
                 return History(stopped="interrupted"), []
             with _words.gathering() as notes, config.num_threads(threads // jobs) if compiled else nullcontext():
-                history = fit(
-                    flows[k],
-                    x,
-                    context,
-                    weights,
-                    seed=seeds[k],
-                    checkpoint=_numbered(checkpoint, k),
-                    callback=together.told(k),
-                    poll=together.poll,
-                    label=f"member {k}, ",
-                    **options,
-                )
+                try:
+                    history = fit(
+                        flows[k],
+                        x,
+                        context,
+                        weights,
+                        seed=seeds[k],
+                        checkpoint=_numbered(checkpoint, k),
+                        callback=together.told(k),
+                        poll=together.poll,
+                        label=f"member {k}, ",
+                        **options,
+                    )
+                except BaseException as error:
+                    ranks.farewell(error)
+                    together.failed = True
+                    raise
             if history.stopped == "interrupted":
                 together.stopped.set()
             return history, notes
@@ -102,7 +111,7 @@ def fit_members(
             together.stopped.set()
             pool.shutdown(wait=False)
     trained = [flow._record.fitted for flow in flows]
-    if any(trained) and not all(trained):
+    if any(trained) and not all(trained) and ranks.rank == 0:
         who = [str(k) for k, fitted in enumerate(trained) if not fitted]
         _words.warn(
             f"member{'s' * (len(who) > 1)} {', '.join(who[:5])}{' ...' * (len(who) > 5)} of {len(flows)} never began to be trained, and "
@@ -139,7 +148,7 @@ class _Together:
     def __init__(self, count: int, bar: Any, callback: Callable[[Epoch], object] | None) -> None:
         self.bar, self.callback = bar, callback
         self.stopped, self.lock = threading.Event(), threading.Lock()
-        self.scores = [np.nan] * count
+        self.scores, self.failed = [np.nan] * count, False
 
     def poll(self) -> None:
         """End the fit that asks, if all are to end."""
