@@ -72,7 +72,7 @@ def test_every_parameter_of_flow_and_fit_is_there_with_its_default():
     of = inspect.signature
     theirs = {**of(fastmaf.MAF).parameters, **of(fastmaf.Flow.fit).parameters}
     elsewhere = {"features", "context_features", "names", "seed", "self", "x", "context", "weights"}
-    no_settings = {"device", "checkpoint", "checkpoint_every", "resume", "callback"}
+    no_settings = {"device", "checkpoint", "checkpoint_every", "resume", "callback", "comm"}
     own = of(MAFDensity).parameters
     shared = set(own) - {"random_state", "members"}
     assert shared == set(theirs) - elsewhere - no_settings

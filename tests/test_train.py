@@ -996,7 +996,7 @@ def test_resumed_with_gaps_it_gives_the_same_bits(x, tmp_path):
 
 
 def test_the_digest_reads_all_blocks(x, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastmaf.train.checkpoint.BLOCK", 64)
+    monkeypatch.setattr("fastmaf.train.data.BLOCK", 64)
     linear().fit(x, max_epochs=1, checkpoint=tmp_path / "c")
     with pytest.raises(ValueError, match=r"the data \(x\)"):
         linear().fit(put(x, 1999, 1, -200.0), checkpoint=tmp_path / "c", resume=True)
@@ -1543,7 +1543,7 @@ def test_help_shows_the_parameters():
         assert "{" + "parameters}" not in text
     defaults = [inspect.signature(fit).parameters for fit in (fit_flow, fastmaf.Flow.fit, fastmaf.MaskedEnsemble.fit)]
     for name, parameter in defaults[1].items():
-        if parameter.kind is parameter.KEYWORD_ONLY:
+        if parameter.kind is parameter.KEYWORD_ONLY and name != "comm":
             assert defaults[0][name].default == parameter.default == defaults[2][name].default
 
 
