@@ -252,14 +252,13 @@ def add_columns(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=labels, metavar="NAMES", help="of the context (default: those that the flow was fitted to)")
 
 
-def add_run(parser: argparse.ArgumentParser, device: bool = True) -> None:
+def add_run(parser: argparse.ArgumentParser) -> None:
     """Options of what computes."""
     group = parser.add_argument_group("running")
     group.add_argument("--threads", type=positive, metavar="N", help="default: all CPUs of this process")
-    if device:
-        group.add_argument(
-            "--device", type=_device_name, default="cpu", metavar="NAME", help='"cuda" or "cuda:1" for a GPU (default: %(default)s)'
-        )
+    group.add_argument(
+        "--device", type=_device_name, default="cpu", metavar="NAME", help='"cuda" or "cuda:1" for a GPU (default: %(default)s)'
+    )
     group.add_argument("--quiet", action="store_true", help="no progress and no summary on stderr; warnings and errors all the same")
 
 
@@ -276,6 +275,8 @@ def load(arguments: argparse.Namespace) -> Any:
     """The flow that is named, on the device that is."""
     flow = fastmaf.load(_streams.stdin() if arguments.flow == "-" else arguments.flow)
     device = getattr(arguments, "device", "cpu")
+    if device != "cpu" and isinstance(flow, fastmaf.Ensemble):
+        raise UsageError("--device is for a flow; an ensemble computes on the CPU")
     return flow if device == "cpu" else flow.to(device)
 
 

@@ -71,7 +71,7 @@ def add(commands: Any) -> None:
     training.add_argument("--checkpoint", metavar="FILE", help="written after every epoch, to go on from")
     training.add_argument("--resume", action="store_true", help="go on from --checkpoint, if it is there")
     _common.add_table(parser, ("refuse", "drop"))
-    _common.add_run(parser, device=False)
+    _common.add_run(parser)
 
 
 def _validation(text: str) -> float | str:
@@ -185,6 +185,7 @@ def run(arguments: argparse.Namespace) -> int:
             resume=arguments.resume,
             on_interrupt="return",
             progress=False if arguments.quiet else None,
+            device=arguments.device,
             callback=None if arguments.quiet or sys.stderr.isatty() else _lines(),
             **_given(arguments, _TRAINING),
             **({} if held is None else {"validation": held}),
