@@ -449,4 +449,4 @@ def test_fit_hands_everything_on(monkeypatch):
     flow = make()
     assert flow.fit("x", "context", "weights", lr=0.5) == "history"
     assert seen["arguments"] == (flow, "x", "context", "weights")
-    assert seen["options"]["lr"] == 0.5 and len(seen["options"]) == 20
+    assert seen["options"]["lr"] == 0.5 and len(seen["options"]) == 21
