@@ -184,9 +184,12 @@ load, store = (ctypes.CFUNCTYPE(None, ctypes.c_void_p)(code + at) for at in (0, 
 flow = fastmaf.MAF(3, transforms=2, hidden_features=(20, 20), dtype="float32", seed=1)
 x = flow.sample(5000, seed=0)
 g = (1e-40 * x[:, 0]).astype("float32")  # no normal number
+bounded = fastmaf.MAF(2, bounds=[(0, 1), (None, 3)], seed=1).astype("float64")  # next to 0 there is no normal number either
 def results(pack):
     own = flow.astype("float64").astype("float32") if pack else flow
     arrays = [own.log_prob(x), own.log_prob(x[:1]), own.sample(3000, seed=2), *own.vjp(x, None, g)]
+    inner = bounded.astype("float32").astype("float64") if pack else bounded
+    arrays += [inner.sample(300, seed=2), inner.log_prob([[5e-324, 2.0], [0.5, -1.0]])]
     return b"".join(array.tobytes() for array in arrays if array is not None)
 def with_control(word, pack):
     control.value = word

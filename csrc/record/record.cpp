@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "../core/columns.hpp"
+#include "../core/floats.hpp"
 #include "json.hpp"
 
 namespace fastmaf::record {
@@ -736,6 +737,9 @@ const Network* network_of(const Layer& layer) {
     return nullptr;
 }
 
-Record read(std::string_view data) { return Reader(read_container(data)).record(); }
+Record read(std::string_view data) {
+    const PlainFloats floats;  // next to a bound at 0 are denormals
+    return Reader(read_container(data)).record();
+}
 
 }  // namespace fastmaf::record
