@@ -937,8 +937,7 @@ double Trainer<T>::epoch(const Batch& batch, const double* weights, const Steps&
         AdamStep<T> adam = adam_step<T>(a, step, steps.rates[done]);
         const bool ready = a.clip_norm > 0 || s.shared || total;
         T* gradient = s.gradient.data();
-        if (ready && chunks > 0)
-            parallel_for(call.threads, int64_t(tasks.size()), [&](int64_t t) { gradient_of(t, chunks > 1); });
+        if (ready && chunks > 0) parallel_for(call.threads, int64_t(tasks.size()), [&](int64_t t) { gradient_of(t, chunks > 1); });
         if (s.shared) {
             s.user_gradient.assign(s.user_weights.size(), T(0));
             gradient = s.user_gradient.data();

@@ -1239,17 +1239,18 @@ void together(const Course& course) {
             }
             int64_t done = 0;
             for (int epoch = 0; epoch < epochs; ++epoch)
-                sums[size_t(k)] = of.trainer->epoch(rows(of, order.data()), of.weights.data(),
-                                                    {steps.count, ends.data(), steps.mass, steps.rates}, done, {},
-                                                    [&](double* gradient, int64_t size, double* loss) {
-                                                        gradients.sum(gradient, size);
-                                                        losses.sum(loss, 1);
-                                                    });
+                sums[size_t(k)] =
+                    of.trainer->epoch(rows(of, order.data()), of.weights.data(), {steps.count, ends.data(), steps.mass, steps.rates}, done,
+                                      {}, [&](double* gradient, int64_t size, double* loss) {
+                                          gradients.sum(gradient, size);
+                                          losses.sum(loss, 1);
+                                      });
         });
     for (auto& thread : threads) thread.join();
     int64_t done = 0;
     double sum = 0;
-    for (int epoch = 0; epoch < epochs; ++epoch) sum = whole.trainer->epoch(rows(whole, whole.order.data()), whole.weights.data(), steps, done, {});
+    for (int epoch = 0; epoch < epochs; ++epoch)
+        sum = whole.trainer->epoch(rows(whole, whole.order.data()), whole.weights.data(), steps, done, {});
     const Reals end = whole.weights_after();
     CHECK(done == steps.count && whole.trainer->steps() == epochs * steps.count);
     for (int k = 0; k < trainers; ++k) {
