@@ -22,7 +22,9 @@ from numpy.typing import ArrayLike, NDArray
 try:
     import jax
     import jax.numpy as jnp
-except ImportError:
+except ImportError as error:
+    if error.name != "jax":  # something of that name is there
+        raise
     raise ImportError("fastmaf.jax needs JAX, which is not installed: pip install jax") from None
 
 from jax.custom_derivatives import SymbolicZero
@@ -162,7 +164,8 @@ class Flow:
 
     def _drawn(self, key: Array, n: int, context: ArrayLike | None, density: bool) -> tuple[Array, ...]:
         if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 0:
-            raise ValueError(f"n must be a number of rows, known when the function is traced; it is of type {type(n).__name__}")
+            shown = _words.shown(n) if isinstance(n, (bool, int, np.integer)) else f"of type {type(n).__name__}"
+            raise ValueError(f"n must be a number of rows, known when the function is traced; it is {shown}")
         given = self._context(context)
         if given is not None and given.ndim > 2:
             raise ValueError(f"context has shape {_words.shapes(given.shape)}; it must be (C,) or (c, C)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -77,13 +78,14 @@ def zuko_state():
 
 def test_a_state_dict_of_zuko_is_the_density_of_its_formula():
     state, log_prob = zuko_state()
-    flow = from_zuko(state_dict=state)
+    flow = from_zuko(state_dict=state, activation="relu")
     assert (flow.features, flow.context_features, flow.dtype) == (3, 2, np.float64)
     assert flow.training["source"]["importer"] == "from_zuko" and flow.training["source"]["activation"] == "relu"
     np.testing.assert_allclose(flow.log_prob(X, C), log_prob(X, C), rtol=1e-12)
-    np.testing.assert_allclose(from_zuko(state_dict=state, slope=1e-4).log_prob(X, C), log_prob(X, C, 1e-4), rtol=1e-12)
+    np.testing.assert_allclose(from_zuko(state_dict=state, activation="relu", slope=1e-4).log_prob(X, C), log_prob(X, C, 1e-4), rtol=1e-12)
     assert fastmaf.load(fastmaf_bytes(flow)).log_prob(X, C).tolist() == flow.log_prob(X, C).tolist()
-    single = from_zuko(state_dict={key: np.float32(value) if value.dtype == float else value for key, value in state.items()})
+    narrow = {key: np.float32(value) if value.dtype == float else value for key, value in state.items()}
+    single = from_zuko(state_dict=narrow, activation="relu")
     assert single.dtype == np.float32
 
 
@@ -145,7 +147,9 @@ def test_a_state_dict_of_nflows_or_sbi_is_the_density_of_its_formula():
     assert flow.context_layers == same.context_layers and len(flow.context_layers) == 1
     narrow = {key: np.float32(value) if value.ndim else value for key, value in state.items() if value.dtype == float}
     with foreign.quiet():
-        assert from_nflows(state_dict=state | narrow).dtype == np.float32  # the constant of the base is float64 in files of all dtypes
+        assert (
+            from_nflows(state_dict=state | narrow, activation="tanh").dtype == np.float32
+        )  # the constant of the base is float64 in files of all dtypes
 
 
 @pytest.mark.parametrize("importer", [from_zuko, from_nflows, from_sbi])
@@ -173,7 +177,7 @@ def broken(state, key, value):
 )
 def test_broken_state_dicts_are_refused_by_name(importer, make_state, key, value, error, message):
     with pytest.raises(error, match=message) as caught:
-        importer(state_dict=broken(make_state()[0], key, value))
+        importer(state_dict=broken(make_state()[0], key, value), activation="relu")
     assert len(str(caught.value)) <= 200
 
 
@@ -181,12 +185,25 @@ def test_state_dicts_that_say_too_little_are_refused():
     state = zuko_state()[0]
     del state["transform.transforms.1.hyper.0.mask"]
     with pytest.raises(NotImplementedError, match=r"transforms.1 of the state_dict, no masked network of zuko"):
-        from_zuko(state_dict=state)
+        from_zuko(state_dict=state, activation="relu")
     state = nflows_state()[0] | {"_embedding_net.1.weight": np.zeros((2, 2))}
     with pytest.raises(NotImplementedError, match="the embedding net of the state_dict"):
-        from_nflows(state_dict=state)
+        from_nflows(state_dict=state, activation="tanh")
     with pytest.raises(NotImplementedError, match="no_such of the state_dict"):
         from_nflows(state_dict={"_transform._transforms.0.no_such": np.zeros(3)})
+    for importer, make_state in ((from_zuko, zuko_state), (from_nflows, nflows_state)):
+        with pytest.raises(ValueError, match="state_dict does not say the activation of its networks; name it"):
+            importer(state_dict=make_state()[0])
+    # Layers without weights, such as Logit, leave nothing but a gap.
+    later = {
+        re.sub(r"_transforms\.(\d)", lambda found: f"_transforms.{int(found[1]) + 1}", key): value
+        for key, value in nflows_state()[0].items()
+    }
+    with pytest.raises(NotImplementedError, match=r"_transforms.0, of which the state_dict has nothing, cannot be imported; give the flow"):
+        from_nflows(state_dict=later, activation="tanh")
+    for slope in (0, 1, -1e-3, "x"):
+        with pytest.raises(ValueError, match="slope"):
+            from_zuko(state_dict=zuko_state()[0], activation="relu", slope=slope)
 
 
 # Folds
@@ -306,7 +323,7 @@ def test_what_fit_would_train_is_said():
 
 def test_a_flow_of_others_is_fitted_from_where_it_stands():
     state, _ = zuko_state()
-    flow = from_zuko(state_dict=state, dtype="float32")
+    flow = from_zuko(state_dict=state, activation="relu", dtype="float32")
     before, source = flow.parameters(), flow.training["source"]
     x = RNG.normal(size=(400, 3))
     flow.fit(x, RNG.normal(size=(400, 2)), max_epochs=1, seed=0, standardize=False, lr=1e-5)

@@ -212,6 +212,21 @@ def test_fit_in_place_of_the_trainer():
         assert abs(fitted.log_prob(x[:500], theta[:500])[0].mean() - expected.mean()) < 0.1
 
 
+def test_what_does_not_go_together_is_refused():
+    """A likelihood in the trainer of a posterior has the same shapes where theta and x have, and no other sign."""
+    prior, theta, x = simulated(300)
+    for kind, likelihood, learns in ((NLE, False, "likelihood"), (NPE, True, "posterior")):
+        trainer = kind(prior, density_estimator=sbi_maf(likelihood=likelihood), **QUIET).append_simulations(theta, x)
+        with pytest.raises(ValueError, match=f"which learns a {learns}: make it with density_estimator"):
+            sbi_fit(trainer, max_epochs=2)
+    trainer = NPE(prior, density_estimator=sbi_maf(), **QUIET).append_simulations(theta, x)
+    with pytest.raises(ValueError, match="standardize is for sbi_maf to say"):
+        sbi_fit(trainer, standardize=True)
+    for name in ("dtype", "bounds", "transforms"):
+        with pytest.raises(ValueError, match=f"{name} is no option of sbi_maf"):
+            sbi_maf(**{name: None})
+
+
 def test_the_same_seed_of_torch_gives_the_same_fit():
     prior, theta, x = simulated(300)
     found = []

@@ -41,7 +41,15 @@ class ImportMismatchError(RuntimeError):
 
 def refuse(importer: str, what: str, needs: str) -> NotImplementedError:
     """The error for what the record cannot express: by name, with what would be needed."""
-    return NotImplementedError(f"{importer}: {_words.cut(what, 100)} cannot be imported; {needs}")
+    done = "exported" if importer.startswith("to_") else "imported"
+    return NotImplementedError(f"{importer}: {_words.cut(what, 100)} cannot be {done}; {needs}")
+
+
+def activation_of(importer: str, activation: str | None, has_networks: bool) -> str:
+    """The activation for a state dict, which does not say it."""
+    if activation is None and has_networks:
+        raise ValueError(f"{importer}: state_dict does not say the activation of its networks; name it, activation='relu' for instance")
+    return activation or "relu"
 
 
 def named(thing: Any) -> str:

@@ -31,7 +31,7 @@ def from_nflows(
     *,
     dtype: DTypeLike | None = None,
     state_dict: Mapping[str, Any] | None = None,
-    activation: str = "relu",
+    activation: str | None = None,
 ) -> Flow:
     """A flow of nflows as a flow of fastmaf, with the same density and, from the same noise, the same samples.
 
@@ -76,7 +76,8 @@ def from_nflows(
         raise ValueError("from_nflows takes a flow, or a state_dict instead")
     if flow is None:
         assert state_dict is not None
-        return from_state(SELF, "nflows", state_dict, Activation(activation), dtype)
+        kind = _common.activation_of(SELF, activation, any("initial_layer.weight" in key for key in state_dict))
+        return from_state(SELF, "nflows", state_dict, Activation(kind), dtype)
     from nflows.flows import Flow as NFlow
 
     if not isinstance(flow, NFlow):
@@ -434,7 +435,9 @@ def from_state(importer: str, library: str, state: Mapping[str, Any], activation
     elif own:
         own = {f"_transforms.0.{key}": value for key, value in own.items()}
     for k in range(_made.count(own, "_transforms")):
-        _state_layer(parts, _common.under(own, f"_transforms.{k}."), activation)
+        if not (layer := _common.under(own, f"_transforms.{k}.")):
+            raise refuse(importer, f"_transforms.{k}, of which the state_dict has nothing,", "give the flow itself")
+        _state_layer(parts, layer, activation)
     base: Any = None
     made = _common.under(state, "_distribution._made.")
     if made:
@@ -448,7 +451,7 @@ def from_state(importer: str, library: str, state: Mapping[str, Any], activation
     elif other := [key for key in state if key.startswith("_distribution.") and key != "_distribution._log_z"]:
         raise refuse(importer, f"{min(other)} of the state_dict", "give the flow itself")
     if not parts.features:
-        sizes = [np.size(value) for key, value in own.items() if key.endswith("_scale")]
+        sizes = [_common.wide(key, value).size for key, value in own.items() if key.endswith("_scale")]
         parts.features = max(sizes, default=0)
         if not parts.features:
             raise ValueError("state_dict has no keys of the form '_transform._transforms.0.autoregressive_net...', those of nflows")
@@ -513,5 +516,5 @@ def _state_layer(parts: Parts, own: Mapping[str, Any], activation: Activation) -
         upper[np.triu_indices(bias.size, 1)] = _common.wide("upper_entries", own["upper_entries"])
         diagonal = np.logaddexp(0, _common.wide("unconstrained_upper_diag", own["unconstrained_upper_diag"])) + 1e-3
         parts._add([Linear(lower, upper + np.diag(diagonal), bias)])
-    elif names:
+    else:
         raise refuse(parts.importer, f"a transform with {min(names)} of the state_dict", "give the flow itself")

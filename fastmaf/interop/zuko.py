@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fastmaf import masks
+from fastmaf import _words, masks
 from fastmaf.flow import Flow
 from fastmaf.interop import _common, _torch
 from fastmaf.interop._common import Activation, refuse
@@ -47,7 +47,7 @@ def from_zuko(
     *,
     dtype: DTypeLike | None = None,
     state_dict: Mapping[str, Any] | None = None,
-    activation: str = "relu",
+    activation: str | None = None,
     slope: float = 1e-3,
 ) -> Flow:
     """A flow of zuko as a flow of fastmaf, with the same density and, from the same noise, the same samples.
@@ -87,7 +87,8 @@ def from_zuko(
     >>> keys = {"order": np.array([0, 1]), "hyper.0.mask": np.array([[1, 0]]), "hyper.2.mask": np.array([[0], [0], [1], [1]])}
     >>> keys |= {"hyper.0.weight": np.ones((1, 2)), "hyper.0.bias": np.zeros(1)}
     >>> keys |= {"hyper.2.weight": np.ones((4, 1)), "hyper.2.bias": np.zeros(4)}
-    >>> flow = from_zuko(state_dict={f"transform.transforms.0.{key}": value for key, value in keys.items()})
+    >>> state = {f"transform.transforms.0.{key}": value for key, value in keys.items()}
+    >>> flow = from_zuko(state_dict=state, activation="relu")
     >>> flow.features, str(flow.dtype)
     (2, 'float64')
     """
@@ -95,7 +96,10 @@ def from_zuko(
         raise ValueError("from_zuko takes a flow, or a state_dict instead")
     if flow is None:
         assert state_dict is not None
-        return from_state(SELF, "zuko", state_dict, dtype, Activation(activation), float(slope))
+        if not 0 < (number := _words.number("slope", slope)) < 1:
+            raise ValueError(f"slope is {_words.shown(slope)}; it must lie between 0 and 1")
+        kind = _common.activation_of(SELF, activation, any(".hyper.2." in key for key in state_dict))
+        return from_state(SELF, "zuko", state_dict, dtype, Activation(kind), number)
     twin = exact(SELF, flow)
     layers, features, context_features, sparse = layers_of(SELF, twin)
     return _common.finish(
@@ -386,7 +390,8 @@ def from_state(importer: str, library: str, state: Mapping[str, Any], dtype: Any
     for k in range(count):
         own = {key.removeprefix(f"{prefix}transforms.{k}."): v for key, v in state.items() if key.startswith(f"{prefix}transforms.{k}.")}
         if {"loc", "scale"} <= set(own):
-            layers.append(_common.scaled(_common.wide("scale", own["scale"]), _common.wide("loc", own["loc"]), np.size(own["loc"])))
+            scale, shift = _common.wide("scale", own["scale"]), _common.wide("loc", own["loc"])
+            layers.append(_common.scaled(scale, shift, shift.size))
         elif {"phi.0", "phi.1"} <= set(own):
             shift, raw = _common.wide("phi.0", own["phi.0"]), _common.wide("phi.1", own["phi.1"])
             layers.append(_common.scaled(np.exp(raw / (1 + np.abs(raw) / law.constants["clip"])), shift, shift.size))
@@ -396,6 +401,10 @@ def from_state(importer: str, library: str, state: Mapping[str, Any], dtype: Any
         else:
             items = _state_items(own, activation)
             order = own.get("order")
+            variables = items[0].mask.shape[1] if order is None else len(order)
+            if (rows := items[-1].mask.shape[0]) % variables == 0 and rows != 2 * variables and order is not None:
+                what = f"transforms.{k} of the state_dict, with {rows // variables} parameters for each variable,"
+                raise refuse(importer, what, "there are affine and additive laws")
             layers.append(_made(importer, items, None if order is None else _common.whole("order", order), law, 2))
             features = layers[-1].ranks.size  # type: ignore[union-attr]
             context_features = items[0].mask.shape[1] - features
@@ -405,7 +414,8 @@ def from_state(importer: str, library: str, state: Mapping[str, Any], dtype: Any
     if loc is not None and scale is not None:
         layers.append(Affine(_common.wide("base.loc", loc), 1 / _common.wide("base.scale", scale)))
     layers = [_common.broadcast(layer, features) for layer in layers]
-    sparse = f"{prefix}transforms.0.order" not in state and any(key.endswith(".mask") for key in state)
+    ordered = any(re.match(rf"{re.escape(prefix)}transforms\.\d+\.order$", key) for key in state)
+    sparse = not ordered and any(key.endswith(".mask") for key in state)
     return _common.finish(
         importer,
         library,

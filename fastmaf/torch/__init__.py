@@ -71,6 +71,9 @@ def sbi_maf(
     """
     from fastmaf.torch._sbi import Builder
 
+    instead = {"dtype": "it is that of the simulations", "bounds": "they come from x_dist", "transforms": "name num_transforms"}
+    if taken := sorted(set(instead) & set(options)):
+        raise ValueError(f"{taken[0]} is no option of sbi_maf: {instead[taken[0]]}")
     net = _torch.nn.Identity() if embedding_net is None else embedding_net
     return Builder(likelihood, z_score_theta, z_score_x, hidden_features, num_transforms, net, x_dist, options)
 

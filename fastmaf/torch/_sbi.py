@@ -158,6 +158,15 @@ def fit(trainer: Any, options: dict[str, Any]) -> Estimator:
         raise ValueError(
             f"trainer is of type {type(trainer).__name__}; it must be one of sbi, made with density_estimator=fastmaf.torch.sbi_maf()"
         )
+    kinds = [kind.__name__ for kind in type(trainer).__mro__]
+    of_likelihood = "LikelihoodEstimatorTrainer" in kinds
+    if builder.likelihood is not of_likelihood and (of_likelihood or "PosteriorEstimatorTrainer" in kinds):
+        raise ValueError(
+            f"trainer is of type {kinds[0]}, which learns a {'likelihood' if of_likelihood else 'posterior'}: make it with "
+            f"density_estimator=fastmaf.torch.sbi_maf({'likelihood=True' if of_likelihood else ''})"
+        )
+    if "standardize" in options:
+        raise ValueError("standardize is for sbi_maf to say: z_score_theta, z_score_x")
     if max(getattr(trainer, "_data_round_index", None) or [0]) and not builder.likelihood:
         raise NotImplementedError("simulations of later rounds need the loss of sbi: trainer.train()")
     theta, x, _ = trainer.get_simulations()

@@ -117,6 +117,7 @@ def test_a_state_dict_suffices(name):
     state = {key: value.numpy() for key, value in estimator.state_dict().items()}
     with foreign.quiet():
         made = from_sbi(state_dict=state)
+        assert (from_sbi(state_dict=estimator.state_dict()).parameters() == made.parameters()).all(), "tensors are taken too"
     assert made.dtype == np.float32
     foreign.agree(lambda dtype: from_sbi(state_dict=state, dtype=dtype), theirs(estimator)[0], **data())
 
