@@ -1134,7 +1134,7 @@ class Flow:
 
         With `comm` the rows of rank 0 come first, then those of rank 1, and so on. The flow of rank 0 is the one that is fitted. Rank 0
         alone warns, shows the bar, and writes and reads the checkpoint; each rank calls its own callback. What fails on one rank, or is
-        interrupted there, ends the fit on all, with their best weights. Batch norms of the data and GPUs are refused.
+        interrupted there, ends the fit on all, with their best weights. Batch norms and GPUs are refused.
 
         Examples
         --------
