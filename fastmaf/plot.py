@@ -16,14 +16,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastmaf import _arrays, _tables, _words, stats
-from fastmaf.layers import Terminal
+from fastmaf.ensemble import Ensemble
+from fastmaf.flow import Flow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import FigureBase
 
-    from fastmaf.ensemble import Ensemble
-    from fastmaf.flow import Flow
     from fastmaf.train import History
 
 __all__ = ["calibration", "corner", "history", "noise", "redshift", "slices"]
@@ -437,13 +436,18 @@ def corner(
                     density = _density(rows[:, j], rows[:, i], edges[j], edges[i], own_shares)
                     if not density.any():
                         continue
-                    heights = _levels(density, masses)
                     if filled:
-                        shades = [_shade(DATA, 0.25 + 0.6 * k / len(heights)) for k in range(len(heights))]
-                        axes.contourf(centres[j], centres[i], density, [*heights, density.max() * 1.001], colors=shades)
+                        _contours(axes, centres[j], centres[i], density, masses)
                     else:
-                        axes.contour(centres[j], centres[i], density, heights, colors=FLOW, linewidths=0.8)
+                        axes.contour(centres[j], centres[i], density, _levels(density, masses), colors=FLOW, linewidths=0.8)
     return figure
+
+
+def _contours(axes: Axes, x: Array, y: Array, density: Array, masses: Sequence[float]) -> None:
+    """Filled, of a density of mass 1 over (y, x)."""
+    heights = _levels(density, masses)
+    shades = [_shade(DATA, 0.25 + 0.6 * k / len(heights)) for k in range(len(heights))]
+    axes.contourf(x, y, density, [*heights, density.max() * 1.001], colors=shades)
 
 
 def slices(
@@ -498,9 +502,9 @@ def slices(
     >>> len(slices(flow, np.zeros(3)).axes), len(slices(flow, np.zeros(3), columns=[2]).axes)
     (6, 1)
     """
-    if not hasattr(flow, "sample_given"):
+    if not isinstance(flow, (Flow, Ensemble)):
         raise ValueError(f"flow is {_words.shown(flow)}; it must be a Flow or an Ensemble")
-    if isinstance(flow.base, Terminal) and flow.base.conditional != "mixture":
+    if (flow if isinstance(flow, Flow) else flow.member(0)).record.discrete:
         raise ValueError("flow has discrete variables, whose probabilities have no slices")
     point = _arrays.real("at", at, names=flow.names).astype(np.float64)
     if point.shape == (1, flow.features):
@@ -537,10 +541,7 @@ def slices(
                 axes.set_ylim(0, 1.1)
             else:
                 heights = density([chosen[i], chosen[j]], [places[i], places[j]])
-                heights /= heights.sum()
-                shades = _levels(heights, masses)
-                colours = [_shade(DATA, 0.25 + 0.6 * k / len(shades)) for k in range(len(shades))]
-                axes.contourf(places[j], places[i], heights, [*shades, heights.max() * 1.001], colors=colours)
+                _contours(axes, places[j], places[i], heights / heights.sum(), masses)
                 axes.axhline(point[chosen[i]], color=FLOW, linewidth=0.8)
             axes.axvline(point[chosen[j]], color=FLOW, linewidth=0.8)
     return figure
@@ -550,7 +551,7 @@ def _ends(
     flow: Any, point: Array, context: Array | None, chosen: Sequence[int], density: Callable[[Sequence[int], Sequence[Array]], Array]
 ) -> dict[int, tuple[float, float]]:
     """Where the axes of slices end: beyond there all of them are less than a thousandth of their largest value."""
-    draws = (flow.sample(2000, seed=0) if context is None else flow.sample(2000, context, seed=0)).astype(np.float64)
+    draws = flow.sample(2000, context, seed=0).astype(np.float64)
     low, high = np.minimum(draws.min(axis=0), point), np.maximum(draws.max(axis=0), point)
     margin = 0.25 * (high - low)
     ends = {j: (float(low[j] - margin[j]), float(high[j] + margin[j])) for j in chosen}

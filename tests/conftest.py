@@ -54,9 +54,9 @@ def mpirun() -> Callable[..., subprocess.CompletedProcess[str]]:
         words = ["mpirun", "-n", str(size), *flags, sys.executable, *map(str, command)]
         return subprocess.run(words, env=environment | variables, capture_output=True, text=True, timeout=240, check=False)
 
-    missing = "there is no mpirun" if shutil.which("mpirun") is None else run("-c", "from mpi4py import MPI", size=1).stderr
-    if missing:
-        (pytest.fail if "mpi" in EXPECTED else pytest.skip)(missing)
+    tried = None if shutil.which("mpirun") is None else run("-c", "from mpi4py import MPI", size=1)
+    if tried is None or tried.returncode:
+        (pytest.fail if "mpi" in EXPECTED else pytest.skip)("there is no mpirun" if tried is None else tried.stderr)
     return run
 
 

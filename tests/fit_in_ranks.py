@@ -14,6 +14,7 @@ import numpy as np
 from mpi4py import MPI
 
 import fastmaf
+from fastmaf.train import ranks_of
 from fastmaf.train.checkpoint import Store
 
 COMM = MPI.COMM_WORLD
@@ -42,7 +43,9 @@ def said(act):
     """What an act ends with, as words of each rank."""
     try:
         result = act()
-        result = [fitted.stopped for fitted in result] if isinstance(result, list) else getattr(result, "stopped", result)
+        if isinstance(result, list) and isinstance(result[0], fastmaf.History):
+            result = [fitted.stopped for fitted in result]
+        result = getattr(result, "stopped", result)
     except BaseException as error:
         result = f"{type(error).__name__}: {error}"
     return COMM.gather(result)
@@ -129,6 +132,20 @@ def faults():
         signal.signal(signal.SIGINT, lambda number, frame: signal.default_int_handler(number, frame))
     handler = signal.getsignal(signal.SIGINT)
     found["interrupted"] = said(lambda: fit(callback=interrupts, max_epochs=2000, on_interrupt="return"))
+    several = type(ranks_of(COMM))
+    wait = several._wait
+
+    def interrupted_there(ranks, request, *arrays):
+        if last == RANK and arrays and arrays[0].size > 100 and arrays[0].dtype == np.float64:  # between two that belong together
+            os.kill(os.getpid(), signal.SIGINT)
+        wait(ranks, request, *arrays)
+
+    several._wait = interrupted_there
+    own = flow()
+    long = {**OPTIONS, "max_epochs": 2000, "validation": 0, "on_interrupt": "return"}
+    found["interrupted in a sum"] = said(lambda: own.fit(x, context, **long))
+    found["in the same step"] = said(lambda: own.parameters().tolist())
+    several._wait = wait
     found["interrupted, raised"] = said(lambda: fit(callback=interrupts, max_epochs=2000))
     found["kept then"] = said(lambda: trained[-1])
     found["handler"] = said(lambda: signal.getsignal(signal.SIGINT) is handler)
@@ -155,16 +172,25 @@ def faults():
     found["disk"] = said(lambda: own.fit(x, context, validation=0, checkpoint=FOLDER / "full", checkpoint_every=1e9, **OPTIONS))
     Store.save = save
     found["kept on the full disk"] = said(lambda: not np.array_equal(own.parameters(), before))
+    total, own = several.total, flow()
+
+    def astray(ranks, gradient, loss):
+        total(ranks, gradient, loss)
+        gradient += 1e-3 * (last == RANK)
+
+    several.total = astray
+    found["astray"] = said(lambda: own.fit(x, context, **OPTIONS))
+    several.total = total
     found["no time"] = said(lambda: fit(max_seconds=1e-9))
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
         constant = context.copy()
         constant[:, 0] = 1e6 + RANK
         flow().fit((x * [1, 0.03, 1e3]).astype(np.float32) + np.float32(1e6), constant, **OPTIONS)
-        order = np.argsort(DATA["x"][:, 1])  # as rows often are, and each rank has other ones then
-        few = shares(np.linspace(0, 1, len(order)) ** 90, SIZE)[RANK]
-        flow().fit(*(shares(DATA[name][order], SIZE)[RANK] for name in ("x", "context")), few, **OPTIONS)
-        flow().fit(*(shares(DATA[name][order], SIZE)[RANK] for name in ("x", "context")), **OPTIONS)
+        flow().fit(x, context, share("few"), **OPTIONS)
+        apart = x.copy()  # rows in some order, so that a column hardly varies on each rank
+        apart[:, 2] = 1000.0 * RANK + context[:, 0]
+        flow().fit(apart, context, **OPTIONS)
     found["warnings"] = COMM.gather([str(note.message) for note in notes])
     found["seconds"] = time.monotonic() - began
     return found
@@ -183,6 +209,13 @@ def killed():
     except RuntimeError as error:
         (FOLDER / f"killed{RANK}.json").write_text(json.dumps([str(error), time.monotonic() - began]), encoding="utf-8")
     os._exit(0)  # MPI would wait for the dead
+
+
+def begun():
+    """Two epochs over rows that all ranks hold, for one process to go on with."""
+    own = flow()
+    options = {**OPTIONS, "max_epochs": 2}
+    return told(own, own.fit(DATA["x"], DATA["context"], DATA["weights"], checkpoint=FOLDER / "begun.safetensors", **options))
 
 
 def resumed():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +79,23 @@ def test_chunks_become_one_array(dtype: str, width: int, tmp_path: Path, monkeyp
     found = data.collect([rows, rows], tmp_path / "rows.npy")
     np.testing.assert_array_equal(np.load(tmp_path / "rows.npy").reshape(-1, width), np.concatenate([rows, rows]))
     assert found.shape == (2000, width) and [path.name for path in tmp_path.iterdir()] == ["rows.npy"]
+
+
+def test_chunks_do_not_stay_in_memory() -> None:
+    made: list[weakref.ref[np.ndarray]] = []
+    most = 0
+
+    def chunks() -> Iterator[np.ndarray]:
+        nonlocal most
+        for _ in range(6):
+            chunk = np.zeros((5, 2))
+            made.append(weakref.ref(chunk))
+            most = max(most, sum(chunk() is not None for chunk in made))
+            yield chunk
+            del chunk
+
+    assert data.collect(chunks()).shape == (30, 2)
+    assert most <= 2
 
 
 def test_a_fit_of_chunks_is_that_of_the_rows() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -201,9 +202,25 @@ def test_state_dicts_that_say_too_little_are_refused():
     }
     with pytest.raises(NotImplementedError, match=r"_transforms.0, of which the state_dict has nothing, cannot be imported; give the flow"):
         from_nflows(state_dict=later, activation="tanh")
+    state = zuko_state()[0]
+    for key, rows in (("weight", 9), ("mask", 9), ("bias", 9)):
+        state[f"transform.transforms.0.hyper.2.{key}"] = np.ones((rows, 12) if key != "bias" else rows)
+    with pytest.raises(NotImplementedError, match=r"transforms.0 of the state_dict, with 3 parameters for each variable in place of two"):
+        from_zuko(state_dict=state, activation="relu")
     for slope in (0, 1, -1e-3, "x"):
         with pytest.raises(ValueError, match="slope"):
             from_zuko(state_dict=zuko_state()[0], activation="relu", slope=slope)
+
+
+def test_a_z_score_in_front_does_not_make_masks_sparse():
+    """Of estimators of sbi: networks with an order have all that it allows."""
+    state = {f"net.{key}": value for key, value in zuko_state()[0].items()}
+    names = {key: re.sub(r"transforms\.(\d)", lambda found: f"transforms.{int(found[1]) + 1}", key) for key in state}
+    state = {names[key]: value for key, value in state.items()}
+    state |= {"net.transform.transforms.0.loc": np.zeros(3), "net.transform.transforms.0.scale": np.ones(3)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert from_sbi(state_dict=state).features == 3
 
 
 # Folds

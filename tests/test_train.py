@@ -738,6 +738,42 @@ def test_moments_of_a_unit_that_is_never_active_fade_to_zero(backend):
     assert np.isnan(engine.state()["second_moment"][np.nonzero(start)]).all()
 
 
+def test_gradients_and_losses_are_summed_over_all_who_train_together(backend):
+    """With somebody who has the same half of each batch; one batch has no rows at all."""
+    if backend in ("numba", "cuda"):
+        pytest.skip("the engine is that of the reference, or trains alone")
+    flow, x = fastmaf.MAF(3, transforms=2, hidden_features=(8,), dtype="float64", seed=1), np.random.default_rng(0).normal(size=(24, 3))
+    seen = []
+
+    def twice(gradient, loss):
+        seen.append((gradient.copy(), loss.copy()))
+        gradient *= 2
+        loss *= 2
+
+    engine = backends.choose().trainer(flow.record, clip_norm=0.5)
+    part = backends.Part(np.array([8, 8]), np.array([16, 16]), twice)
+    assert engine.epoch(x, None, None, np.arange(8), 16, np.array([0.01, 0.0]), 1.0, None, part)[1] == len(seen) == 2
+    assert seen[0][0].any() and seen[0][1] == pytest.approx(-flow.log_prob(x[:8]).sum()) and not seen[1][0].any() and seen[1][1] == 0
+    whole = backends.choose().trainer(flow.record, clip_norm=0.5)
+    same = whole.epoch(x, None, None, np.r_[0:8, 0:8], 16, np.full(1, 0.01), 1.0)
+    first = backends.choose().trainer(flow.record, clip_norm=0.5)
+    one = backends.Part(np.array([8]), np.array([16]), twice)
+    assert first.epoch(x, None, None, np.arange(8), 16, np.full(1, 0.01), 1.0, None, one) == pytest.approx(same, rel=1e-12)
+    np.testing.assert_allclose(first.parameters(), whole.parameters(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("ends", "message"), [([4, 2], "step 1 ends at row 2 of 8"), ([4, 9], "step 1 ends at row 9 of 8"), ([4], "2 rates have 1 ends")]
+)
+def test_steps_that_end_nowhere_are_refused(ends, message):
+    if fastmaf.get_backend() != "cpu":
+        pytest.skip("of the compiled core")
+    engine = backends.choose().trainer(fastmaf.MAF(2).record)
+    part = backends.Part(np.array(ends), np.full(len(ends), 4))
+    with pytest.raises(ValueError, match=message):
+        engine.epoch(np.zeros((8, 2)), None, None, np.arange(8), 4, np.full(2, 0.1), 1.0, None, part)
+
+
 def mirrored(flow, k):
     """The flow in another order: the ranks turned by k."""
     base = flow.base

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except MemoryError:
             status = _failed("there is not enough memory", 1)
         except (ImportError, RuntimeError, ValueError) as error:
-            status = _failed(str(error), 1)
+            status = _failed(_in_options(str(error)), 1)
         if status == 130 and ended:
             status = 128 + ended[0]
     if status:
@@ -113,11 +113,11 @@ def _words_of(error: OSError) -> str:
 
 
 def _failed(text: str, status: int) -> int:
-    note(_in_options(" ".join(text.split())))
+    note(" ".join(text.split()))
     return status
 
 
-_ARGUMENT = re.compile(r"""\b(resume|standardize|validation|max_seconds|clip_norm)=(["']?)([\w.+-]+)\2|\bclip_norm\b""")
+_ARGUMENT = re.compile(r"""\b(resume|standardize|validation|max_seconds|clip_norm)=(["']?)([\w.+-]+)\2|(?<=, or )clip_norm\b""")
 
 
 def _in_options(text: str) -> str:
@@ -127,6 +127,8 @@ def _in_options(text: str) -> str:
     --------
     >>> _in_options("pass resume=True to go on from it"), _in_options('or pass standardize="again"')
     ('pass --resume to go on from it', 'or pass --standardize again')
+    >>> _in_options("try a lower lr than 0.1, or clip_norm"), _in_options("clip_norm.csv lacks column 'clip_norm'")
+    ('try a lower lr than 0.1, or --clip-norm', "clip_norm.csv lacks column 'clip_norm'")
     """
 
     def option(found: re.Match[str]) -> str:

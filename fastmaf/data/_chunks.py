@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -24,8 +23,8 @@ CHUNK = 1 << 22
 def collect(chunks: Any, file: str | os.PathLike[str] | None = None) -> NDArray[Any]:
     """Rows that come in chunks, as one array that lies in a file: to fit more rows than the memory holds.
 
-    Chunks are written as they come, and only one of them is in memory at a time. `Flow.fit` reads the result where it lies; so do
-    `log_prob` and all else, in blocks.
+    Chunks are written as they come, and no more than two of them are in memory at a time. `Flow.fit` reads the result where it lies; so
+    do `log_prob` and all else, in blocks.
 
     Parameters
     ----------
@@ -54,16 +53,17 @@ def collect(chunks: Any, file: str | os.PathLike[str] | None = None) -> NDArray[
     ((5000, 3), 'float64')
     """
     parts = _judged(_cut(chunks))
-    first = next(parts, None)
-    if first is None:
+    part = next(parts, None)
+    if part is None:
         raise ValueError("chunks has no rows")
-    width, dtype, rows = first.shape[1], first.dtype, 0
+    width, dtype, rows = part.shape[1], part.dtype, 0
     with tempfile.TemporaryFile() if file is None else nullcontext(file) as target:
         place: Any = target
         with _sink.open_sink(place, [str(j) for j in range(width)], dtype, format="npy") as sink:
-            for part in itertools.chain([first], parts):
+            while part is not None:
                 sink.write(part)
                 rows += len(part)
+                part = next(parts, None)
         return np.memmap(place, dtype, "r", _sink.ROOM, (rows, width))
 
 

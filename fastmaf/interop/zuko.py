@@ -401,10 +401,9 @@ def from_state(importer: str, library: str, state: Mapping[str, Any], dtype: Any
         else:
             items = _state_items(own, activation)
             order = own.get("order")
-            variables = items[0].mask.shape[1] if order is None else len(order)
-            if (rows := items[-1].mask.shape[0]) % variables == 0 and rows != 2 * variables and order is not None:
-                what = f"transforms.{k} of the state_dict, with {rows // variables} parameters for each variable,"
-                raise refuse(importer, what, "there are affine and additive laws")
+            if order is not None and (rows := len(items[-1].mask)) != 2 * len(order):
+                what = f"transforms.{k} of the state_dict, with {rows // len(order)} parameters for each variable in place of two,"
+                raise refuse(importer, what, "give the flow itself")
             layers.append(_made(importer, items, None if order is None else _common.whole("order", order), law, 2))
             features = layers[-1].ranks.size  # type: ignore[union-attr]
             context_features = items[0].mask.shape[1] - features

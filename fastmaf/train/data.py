@@ -23,7 +23,7 @@ try:
 except ImportError:
     from fastmaf._random import shuffle
 
-__all__ = ["FitWarning", "Moments", "Rows", "digest", "drawn", "place", "shuffle", "split", "standardised", "weights_of"]
+__all__ = ["FitWarning", "Moments", "Rows", "digest", "drawn", "place", "shuffle", "split", "standardised"]
 
 Array = NDArray[Any]
 Layers = tuple[Any, ...]
@@ -89,9 +89,14 @@ class Rows(NamedTuple):
     weights: Array | None
     rows: NDArray[np.int64]
 
+    def own_weights(self) -> NDArray[np.float64] | None:
+        """The weights of these rows."""
+        return None if self.weights is None else self.weights[self.rows]
+
     def mass(self) -> float:
         """Sum of the weights."""
-        return float(self.rows.size if self.weights is None else self.weights[self.rows].sum())
+        own = self.own_weights()
+        return float(self.rows.size if own is None else own.sum())
 
 
 # Shapes
@@ -183,11 +188,6 @@ def place(rows: Rows, ranks: Ranks) -> tuple[int, int]:
     """Where the rows of this rank begin among those of all, and how many these are."""
     counts = ranks.gather(rows.rows.size)
     return sum(counts[: ranks.rank]), sum(counts)
-
-
-def weights_of(train: Rows, ranks: Ranks) -> NDArray[np.float64] | None:
-    """The weights to judge: with several ranks, which may all hold the same, those of its own rows."""
-    return train.weights if train.weights is None or ranks.size == 1 else train.weights[train.rows]
 
 
 def _some_of_all(train: Rows, ranks: Ranks) -> Rows:
@@ -416,7 +416,7 @@ def standardised(
     weights = np.zeros(len(train.x))
     weights[train.rows] = 1.0 if train.weights is None else train.weights[train.rows]
     fresh = wanted == "again" or (bool(wanted) and not record.fitted)
-    few = uneven("weights", weights_of(train, ranks), ranks)
+    few = uneven("weights", train.own_weights(), ranks)
     layers, context_layers, notes = record.layers, record.context_layers, []
     some = _some_of_all(train, ranks)
     if (counts := _counts(record)) is not None:

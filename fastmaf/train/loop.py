@@ -404,7 +404,7 @@ class _Run:
         self.begin, self.total = data.place(train, ranks)
         self.total_held = 0 if held is None else data.place(held, ranks)[1]
         self.at_start = self.at_end = math.nan  # what `glance` says at the start and at the end
-        self.uneven = bool(data.uneven("weights", data.weights_of(train, ranks), ranks))
+        self.uneven = bool(data.uneven("weights", train.own_weights(), ranks))
         self.state: dict[str, Any] = {}  # at the end of the last epoch
         self.unsaved = False
         self.written, self.written_at = 0, time.perf_counter()

@@ -80,7 +80,7 @@ def fit_members(
         together = _Together(len(flows), bar, callback)
 
         def one(k: int) -> tuple[History, list[Note]]:
-            if together.failed or ranks.any(together.stopped.is_set()):
+            if ranks.any(together.stopped.is_set()):
                 return History(stopped="interrupted"), []
             with _words.gathering() as notes, config.num_threads(threads // jobs) if compiled else nullcontext():
                 try:
@@ -98,7 +98,6 @@ def fit_members(
                     )
                 except BaseException as error:
                     ranks.farewell(error)
-                    together.failed = True
                     raise
             if history.stopped == "interrupted":
                 together.stopped.set()
@@ -148,7 +147,7 @@ class _Together:
     def __init__(self, count: int, bar: Any, callback: Callable[[Epoch], object] | None) -> None:
         self.bar, self.callback = bar, callback
         self.stopped, self.lock = threading.Event(), threading.Lock()
-        self.scores, self.failed = [np.nan] * count, False
+        self.scores = [np.nan] * count
 
     def poll(self) -> None:
         """End the fit that asks, if all are to end."""
