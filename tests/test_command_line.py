@@ -1148,7 +1148,7 @@ def test_convert(call, tmp_path):
     truth = fastmaf.from_zuko(state_dict=state, activation="tanh", slope=1e-4)
     x = np.array([[0.5, -1.0]])
     assert np.array_equal(fastmaf.load(out).log_prob(x), truth.log_prob(x))
-    said(call(*command, "zuko", "-o", out), 2, "do not say the activation")
+    said(call(*command, "zuko", "-o", out), 1, "does not say the activation of its networks; name it, --activation relu for instance")
     said(call(*command, "nflows", "--activation", "relu", "-o", out), 1, "state_dict has no keys")
     (tmp_path / "model.pt").write_bytes(b"\x80\x02cos\nsystem\n(S'touch " + str(tmp_path).encode() + b"/run'\ntR.")
     refused = call("convert", tmp_path / "model.pt", "--from", "zuko", "--activation", "relu", "-o", out)

@@ -117,7 +117,7 @@ def _failed(text: str, status: int) -> int:
     return status
 
 
-_ARGUMENT = re.compile(r"""\b(resume|standardize|validation|max_seconds|clip_norm)=(["']?)([\w.+-]+)\2|(?<=, or )clip_norm\b""")
+_ARGUMENT = re.compile(r"""\b(activation|resume|standardize|validation|max_seconds|clip_norm)=(["']?)([\w.+-]+)\2|(?<=, or )clip_norm\b""")
 
 
 def _in_options(text: str) -> str:

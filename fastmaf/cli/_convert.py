@@ -51,11 +51,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     os.stat(arguments.weights)  # if it is not there, this comes first
-    options: dict[str, Any] = {"dtype": arguments.dtype}
-    if arguments.activation is not None:
-        options["activation"] = arguments.activation
-    elif arguments.origin != "sbi":
-        raise UsageError(f"the weights of {arguments.origin} do not say the activation: name it, --activation relu for instance")
+    options: dict[str, Any] = {"dtype": arguments.dtype, "activation": arguments.activation}
     if arguments.slope is not None:
         if arguments.origin != "zuko":
             raise UsageError("--slope is of zuko alone")

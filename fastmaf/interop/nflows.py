@@ -49,8 +49,8 @@ def from_nflows(
     state_dict : mapping of str to arrays, optional
         Instead of `flow`: its ``state_dict()``, as tensors or arrays; neither nflows nor torch is needed.  It does not say the activation,
         and nothing is there to compare the result with.
-    activation : str
-        With `state_dict`: of the hidden units.
+    activation : str, optional
+        With `state_dict`: of the hidden units, if there are any.
 
     Returns
     -------

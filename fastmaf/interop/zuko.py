@@ -64,8 +64,8 @@ def from_zuko(
     state_dict : mapping of str to arrays, optional
         Instead of `flow`: the ``state_dict()`` of a `zuko.flows.MAF`, as tensors or arrays; neither zuko nor torch is needed.  It does not
         say the activation and the slope, and nothing is there to compare the result with.
-    activation : str
-        With `state_dict`: of the hidden units.
+    activation : str, optional
+        With `state_dict`: of the hidden units, if there are any.
     slope : float
         With `state_dict`: the minimum slope; 1e-3 in zuko up to 1.0.0 and since 1.5, 1e-4 between.
 
