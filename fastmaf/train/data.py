@@ -148,9 +148,13 @@ def split(
     seed: int,
     reused: bool,
     ranks: Ranks,
-) -> tuple[Rows, Rows | None]:
-    """Rows of this rank to train on, and rows to validate on; the latter are copied if the array of x is `reused` by the caller."""
+) -> tuple[Rows, Rows | None, str]:
+    """Rows of this rank to train on, rows to validate on, and what to say of the weights of both.
+
+    Rows to validate on are copied if the array of x is `reused` by the caller.
+    """
     train = _own(rows_of(record, "", x, context, weights, ranks), ranks)
+    few = uneven("weights", train.own_weights(), ranks)
     if not isinstance(validation, float):
         x, context, weights = (*validation, None, None)[:3]
         held = _own(rows_of(record, "validation ", x, context, weights, ranks), ranks)
@@ -158,10 +162,10 @@ def split(
         if held.context is not None:
             _check("validation context", held.context, record.context_layers)
         _check_some(train)
-        return train, held
+        return train, held, few
     if not validation:
         _check_some(train)
-        return train, None
+        return train, None, few
     begin, total = place(train, ranks)
     count = round(validation * total)
     if not 0 < count < total:
@@ -176,7 +180,7 @@ def split(
         context, weights = (None if array is None else array[held.rows] for array in held[1:3])
         held = Rows(held.x[held.rows], context, weights, np.arange(held.rows.size))
     _check_some(train)
-    return train, held
+    return train, held, few
 
 
 def _check_some(train: Rows) -> None:
@@ -406,17 +410,17 @@ def _unbounded(values: NDArray[np.float64], layers: Layers) -> NDArray[np.float6
 
 
 def standardised(
-    record: FlowRecord, train: Rows, wanted: bool | str, held: Rows | None = None, ranks: Ranks = ALONE
+    record: FlowRecord, train: Rows, wanted: bool | str, held: Rows | None = None, few: str = "", ranks: Ranks = ALONE
 ) -> tuple[FlowRecord, list[str]]:
     """The record with the data's mean and deviation in the Affines in front, if that is wanted, and what to warn of; judges the data.
 
     `wanted` is True for a flow that was never fitted, if its Affine is the identity or absent; "again" whatever was there; "full" is
-    True and a `Linear` that makes the columns uncorrelated. `held` are validation rows that do not come from the same arrays.
+    True and a `Linear` that makes the columns uncorrelated. `held` are validation rows that do not come from the same arrays, `few` is
+    what there is to say of weights.
     """
     weights = np.zeros(len(train.x))
     weights[train.rows] = 1.0 if train.weights is None else train.weights[train.rows]
     fresh = wanted == "again" or (bool(wanted) and not record.fitted)
-    few = uneven("weights", train.own_weights(), ranks)
     layers, context_layers, notes = record.layers, record.context_layers, []
     some = _some_of_all(train, ranks)
     if (counts := _counts(record)) is not None:

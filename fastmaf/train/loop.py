@@ -271,10 +271,10 @@ def fit(
         x, context, weights, held_out = _fetched(there.device, x, context, weights, held_out)
 
     first_x = _first_of(x) if callable(x) else x
-    train, held = data.split(record, first_x, context, weights, held_out, settings["seed"], callable(x), ranks)
+    train, held, few = data.split(record, first_x, context, weights, held_out, settings["seed"], callable(x), ranks)
     apart = held if settings["validation"] == "given" else None
     ranks.agreed({f"dtype of {name}": str(getattr(array, "dtype", None)) for name, array in (("x", train.x), ("context", train.context))})
-    start, notes = data.standardised(record, train, settings["standardize"], apart, ranks)
+    start, notes = data.standardised(record, train, settings["standardize"], apart, few, ranks)
     backend = runner(start, backend)
     ranks.agreed({"backend": backend.name})
     if record.names is None and _tables.has_other_labels(labelled):
@@ -283,8 +283,8 @@ def fit(
         )
     if weights is None and _tables.is_weighted(labelled):
         notes.append("x has weights of its own, which a fit takes only if they are given: weights=x.get_weights(), or np.ones(len(x))")
-    if apart is not None and (few := data.uneven("validation weights", apart.weights)):
-        notes.append(few)
+    if apart is not None and (of_held := data.uneven("validation weights", apart.weights)):
+        notes.append(of_held)
     notes = ranks.crowded(get_num_threads() if backend.name == "cpu" else 1) + ranks.merged(notes)
     for note in notes * root:
         _words.warn(note, FitWarning)
@@ -310,7 +310,7 @@ def fit(
     engine = backend.trainer(start, **options)
     if members is not None:
         engine.set_parameters(members.weights)
-    run = _Run(flow, start, backend, engine, train, held, settings, store, every, members, not record.fitted, ranks)
+    run = _Run(flow, start, backend, engine, train, held, settings, store, every, members, not record.fitted, bool(few), ranks)
     if saved:
         with _codec.reading_checkpoint(checkpoint):
             run.set_state(saved)
@@ -396,6 +396,7 @@ class _Run:
         every: float,
         members: Members | None,
         first: bool,
+        uneven: bool,
         ranks: Ranks,
     ) -> None:
         self.flow, self.start, self.backend, self.engine = flow, start, backend, engine
@@ -404,7 +405,7 @@ class _Run:
         self.begin, self.total = data.place(train, ranks)
         self.total_held = 0 if held is None else data.place(held, ranks)[1]
         self.at_start = self.at_end = math.nan  # what `glance` says at the start and at the end
-        self.uneven = bool(data.uneven("weights", train.own_weights(), ranks))
+        self.uneven = uneven
         self.state: dict[str, Any] = {}  # at the end of the last epoch
         self.unsaved = False
         self.written, self.written_at = 0, time.perf_counter()
