@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from typing import Any, NamedTuple, get_args
@@ -299,11 +299,18 @@ class _Decoder:
         try:
             if self.ensemble and "conditioner" in values:
                 self.unmasked = values["conditioner"]
-                categories = values["categories"] if values.get("conditional") == "categorical" else ()
-                values["conditioner"] = masked(self.unmasked, values["ranks"], categories)
+                counts = _base_rows(values) if cls is _layers.Terminal else None
+                values["conditioner"] = masked(self.unmasked, values["ranks"], counts)
             return cls(**values)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+
+
+def _base_rows(values: Mapping[str, Any]) -> Sequence[int] | None:
+    """Rows of a base that is not yet made; None where all variables have equally many."""
+    if values["conditional"] not in ("categorical", "mixed"):
+        return None
+    return _layers.rows_of(values["conditional"], values["components"], values["categories"])
 
 
 _SCALARS: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool,), "int": (int,), "float": (int, float)}

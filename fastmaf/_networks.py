@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fastmaf import _words, masks
 from fastmaf.layers import Autoregressive, Conditioner, Dense, Terminal
 
-__all__ = ["drawn", "free", "masked", "rebuilt"]
+__all__ = ["counts_of", "drawn", "free", "masked", "rebuilt", "redrawn"]
 
 Array = NDArray[Any]
 
@@ -21,10 +21,13 @@ SMALL = 1e-3
 """Bound of the first weights of the second map of a residual block, which makes the block nearly the identity."""
 
 
-def drawn(net: Conditioner, features: int, rng: np.random.Generator, components: int = 0) -> Conditioner:
+def drawn(
+    net: Conditioner, features: int, rng: np.random.Generator, components: int | None = None, values: Sequence[int] | None = None
+) -> Conditioner:
     """The network with new weights and biases from U(-b, b), b = 1 / sqrt(inputs), context included, without masks; norms are forgotten.
 
-    With `components` it is that of a mixture: means apart from each other, raw log-scales and logits around zero.
+    `components` and `values` of the variables are those of a base. Mixtures, of variables with `values` 0, have means apart from each
+    other, raw log-scales and logits around zero.
     """
     small = {id(block.maps[1]) for block in net.blocks if block.residual}
 
@@ -41,20 +44,34 @@ def drawn(net: Conditioner, features: int, rng: np.random.Generator, components:
     if net.skip is not None:
         bound = 1 / math.sqrt(features)
         net = replace(net, skip=0.01 * rng.uniform(-bound, bound, net.skip.shape))
-    if components:
-        bias = np.zeros((features, 3, components))
-        bias[:, 1] = rng.normal(size=(features, components))
-        net = replace(net, final=replace(net.final, bias=bias.ravel()))
+    if components is not None and values is not None and 0 in values:
+        own = np.zeros((features, 3, components))
+        own[:, 1] = rng.normal(size=(features, components))
+        pieces = np.split(net.final.bias, np.cumsum([count or 3 * components for count in values])[:-1])
+        bias = np.concatenate([piece if count else mixture.ravel() for count, piece, mixture in zip(values, pieces, own, strict=True)])
+        net = replace(net, final=replace(net.final, bias=bias))
     return net
 
 
-def masked(net: Conditioner, ranks: Array, categories: Sequence[int] = ()) -> Conditioner:
-    """The network with zeros for the weights that its degrees forbid; `categories` of a categorical base."""
+def redrawn(record: Autoregressive | Terminal, net: Conditioner, rng: np.random.Generator) -> Conditioner:
+    """The network of a layer or base with new weights, without masks."""
+    if isinstance(record, Terminal):
+        return drawn(net, record.ranks.size, rng, record.components, record.values)
+    return drawn(net, record.ranks.size, rng)
+
+
+def counts_of(record: Autoregressive | Terminal) -> Sequence[int] | None:
+    """Final rows of each variable; None where they are all equal."""
+    return record.rows if isinstance(record, Terminal) else None
+
+
+def masked(net: Conditioner, ranks: Array, counts: Sequence[int] | None = None) -> Conditioner:
+    """The network with zeros for the weights that its degrees forbid; `counts`: final rows of each variable, if they are not all equal."""
     if ranks.ndim != 1 or not ranks.size:
         raise ValueError(f"ranks has shape {_words.shapes(ranks.shape)}; it must have one entry per variable")
-    if sum(categories) not in (0, net.final.bias.size):
-        raise ValueError(f"the final map has {net.final.bias.size} rows; the categories need {sum(categories)}")
-    rows = categories or net.final.bias.size // ranks.size
+    if counts is not None and sum(counts) != net.final.bias.size:
+        raise ValueError(f"the final map has {net.final.bias.size} rows; its variables need {sum(counts)}")
+    rows = net.final.bias.size // ranks.size if counts is None else counts
     reads, free = ranks, []
     for dense in net.hidden:
         free.append(masks.hidden_mask(dense.degrees, reads))  # type: ignore[arg-type]
@@ -76,7 +93,7 @@ def free(record: Autoregressive | Terminal) -> Conditioner:
         return replace(dense, **arrays)
 
     net = rebuilt(record.conditioner, one)
-    return masked(replace(net, skip=ones(net.skip)), record.ranks, getattr(record, "categories", ()))
+    return masked(replace(net, skip=ones(net.skip)), record.ranks, counts_of(record))
 
 
 def _zeroed(name: str, weight: Array, mask: Array) -> Array:

@@ -317,10 +317,8 @@ def _given_names(flow: FlowRecord, x: Any) -> Sequence[str] | None:
 def _possible(flow: FlowRecord, x: Array, columns: Array, names: Sequence[str] | None) -> None:
     """The values that are given are finite, and discrete variables have them."""
     _arrays.finite("x", x, names)
-    if not isinstance(flow.base, Terminal) or flow.base.conditional == "mixture":
-        return
-    counts = np.array(flow.base.categories or (2,) * flow.features)[columns]
-    wrong = ~np.isin(x, np.arange(counts.max(initial=0))) | (x >= counts)
+    counts = np.array(flow.values)[columns]
+    wrong = (counts > 0) & ((x < 0) | (x >= counts) | (x != np.floor(x)))
     if wrong.any():
         place = tuple(int(i) for i in np.argwhere(wrong)[0])
         where = _words.columns([place[-1]], names)

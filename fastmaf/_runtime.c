@@ -190,7 +190,8 @@ struct map {
     int in, out; /* where in the units */
     int activated, adds, keep;
 };
-/* kind 0: x -> z by a shift and a log-scale; bases: 1 mixture, 2 bernoulli, 3 categorical. affine: z = x e^a + m, else (x - m) e^-a. */
+/* kind 0: x -> z by a shift and a log-scale; 1: a base, whose variables are mixtures where they may have any number, bernoulli ones where
+   they have a lone row, and else categorical. affine: z = x e^a + m, else (x - m) e^-a. */
 struct net {
     const real *weights;
     const struct map *maps; /* hidden ones, the final one, what the final rows read of the inputs */
@@ -311,10 +312,10 @@ static void base_log_prob(const struct net *s, struct room *m, int g) {
         const real *x = m->z + s->slot[v] * ROWS, *p = m->p + (s->first[v] - s->first[s->group[g]]) * ROWS;
         const int n = s->first[v + 1] - s->first[v];
         EACH_ROW {
-            if (s->kind == 1) {
+            if (!VALUES(s->slot[v])) {
                 terms_of(s, p, r, x[r], t, l);
                 m->log_det[r] += log_sum_exp(t, s->components) - log_sum_exp(l, s->components);
-            } else if (s->kind == 2) {
+            } else if (n == 1) {
                 const real q = x[r] == 0 ? p[r] : -p[r];
                 m->log_det[r] -= (q > 0 ? q : K(0)) + log1p@(exp_of(-fabs@(q)));
             } else {
@@ -329,11 +330,11 @@ static void base_draw(const struct net *s, struct room *m, int g, const real *un
     for (v = s->group[g]; v < s->group[g + 1]; ++v) {
         real *x = m->z + s->slot[v] * ROWS;
         const real *u = uniforms + s->slot[v] * ROWS, *p = m->p + (s->first[v] - s->first[s->group[g]]) * ROWS;
-        const int n = s->kind == 1 ? s->components : s->first[v + 1] - s->first[v];
+        const int any = !VALUES(s->slot[v]), n = any ? s->components : s->first[v + 1] - s->first[v];
         EACH_ROW {
             real highest = p[r], total = 0, sum = 0;
             int index = 0;
-            if (s->kind == 2) {
+            if (!any && n == 1) {
                 const real zero = 1 / (1 + exp_of(p[r]));
                 x[r] = zero != zero ? zero : zero <= u[r] ? K(1) : K(0);
                 continue;
@@ -345,7 +346,7 @@ static void base_draw(const struct net *s, struct room *m, int g, const real *un
                 index += sum <= u[r] * total;
             }
             if (total != total) x[r] = total;
-            else if (s->kind == 1) x[r] = MADD(x[r], scale_of(log_scale(s, p[(2 * n + index) * ROWS + r])), p[(n + index) * ROWS + r]);
+            else if (any) x[r] = MADD(x[r], scale_of(log_scale(s, p[(2 * n + index) * ROWS + r])), p[(n + index) * ROWS + r]);
             else x[r] = K(index);
         }
     }

@@ -38,7 +38,6 @@ ROWS = 16
 """Rows of a block, twice as many for clang, which makes better loops of them; fewer where a block would need much of the stack."""
 
 _KINDS = {"identity": 0, "log_above": 1, "log_below": 2, "logit": 3}
-_BASES = {"mixture": 1, "bernoulli": 2, "categorical": 3}
 _KEYWORDS = (
     "auto break case char const continue default do double else enum extern float for goto if inline int long register restrict return "
     "short signed sizeof static struct switch typedef union unsigned void volatile while class namespace template new delete this"
@@ -192,8 +191,7 @@ class _Source:
                 raise _lacks(f"a {type(layer).__name__} layer behind other layers")
         if isinstance(record.base, Terminal):
             self._net(record.base, slots)
-        if not record.discrete:
-            self._constant -= 0.5 * record.features * math.log(2 * math.pi)
+        self._constant -= 0.5 * record.values.count(0) * math.log(2 * math.pi)
         self._table("int", "noise_slot", slots)
 
     def _front(self, layers: tuple[Any, ...], width: int) -> tuple[list[str], int]:
@@ -332,8 +330,7 @@ class _Source:
             data = f"panels_{k} + {begin}, starts_{k}_{number}, rows_{k}_{number}, {bias}, {source}, {target}"
             structs.append(f"{{{data}, {int(activated)}, {adds}, {int(keep)}}}")
         self._tables.append(f"static const struct map maps_{k}[] = {{\n    " + ",\n    ".join(structs) + "};")
-        kind = _BASES[layer.conditional] if isinstance(layer, Terminal) else 0
-        numbers = (len(net.hidden), int(len(entries) > len(maps)), len(steps), out, _layers.ACTIVATIONS.index(net.activation), kind)
+        numbers = (len(net.hidden), int(len(entries) > len(maps)), len(steps), out, _layers.ACTIVATIONS.index(net.activation), int(base))
         components = layer.components if isinstance(layer, Terminal) else 1
         law_numbers = (components, int(law.form == "affine"), int(law.kind == "exp_soft"))
         clips = f"{self._real(law.constants.get('clip', 1.0))}, {self._real(net.input_clip or np.inf)}"
@@ -420,9 +417,7 @@ class _Source:
         code = code.replace("$KEEPING", "\n".join(keep)).replace("$GRADIENT", "\n".join(reversed(back)))
         laws = {frozenset({False}): "a", frozenset({True}): "b"}.get(frozenset(self._nets), "if (s->kind) b; else a")
         base = record.base
-        values = base.categories if isinstance(base, Terminal) and base.conditional == "categorical" else ()
-        if values:
-            tables += f"\nstatic const int values[] = {{{', '.join(map(str, values))}}};"
+        values = sorted(set(record.values))
         constants = {
             "CONTEXT": record.context_features,
             "FEATURES": record.features,
@@ -434,7 +429,7 @@ class _Source:
             "NORMAL": int(not isinstance(base, Terminal)),
             "DOUBLE": int(not single),
             "CONSTANT": f"({self._constant!r})",
-            "VALUES(v)": "values[v]" if values else 2 if record.discrete else 0,
+            "VALUES(v)": "values[v]" if len(values) > 1 else values[0],
             "LAW(a, b)": laws,
             "MOST": "0.99999994" if single else "1.0",
             "EXP_LOW": "K(-87.0)" if single else "K(-708.0)",
@@ -468,6 +463,8 @@ typedef $N_real real;
 typedef {"uint32_t" if single else "uint64_t"} word;
 {macros}
 """
+        if len(values) > 1:
+            head += f"\nstatic const int values[] = {{{', '.join(map(str, record.values))}}};\n"
         if record.names:
             head += f"\nconst char *const $N_names[] = {{{names}}};\n"
         # The tables stand behind the structures that they fill, in front of the first function that knows them by name.

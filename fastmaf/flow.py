@@ -716,8 +716,9 @@ class Flow:
         -------
         (n, D) or (c, n, D) array for Bernoulli variables
             The probability of 1.
-        (n, D, m) or (c, n, D, m) array for categorical variables
-            The probability of each value; m is the largest number of values, and values that a variable does not have get 0.
+        (n, D, m) or (c, n, D, m) array for categorical variables, also among others
+            The probability of each value; m is the largest number of values, and values that a variable does not have get 0. NaN for
+            variables that may have any number.
 
         Raises
         ------
@@ -734,15 +735,15 @@ class Flow:
         record, backend = self._ready()
         base = record.base
         if not isinstance(base, Terminal) or not record.discrete:
-            raise ValueError("conditional_probs is for bernoulli and categorical flows; the variables of this one are continuous")
+            raise ValueError("conditional_probs is for discrete variables; those of this flow are continuous")
         given = x
         x, context, shape = _arrays.rows("x", x, context, record.features, record.context_features, self.device, record.names)
         result = _empty((*shape, record.features, *([max(base.categories)] if base.categories else [])), record.dtype, x)
         if not result.size:
             return result if type(given) is np.ndarray else _device.native(result, given)
-        unknown = _impossible(x, base) if type(x) is np.ndarray else None
+        unknown = _impossible(x, record) if type(x) is np.ndarray else None
         if unknown is not None:
-            x = np.where(unknown, 0, x)
+            x = np.where(unknown, _possible(record), x)
         backend.conditional_probs(record, x, context, result)
         if unknown is not None:  # what comes behind an unknown value is unknown
             first = np.where(unknown, base.ranks, base.ranks.max() + 1).min(axis=-1, keepdims=True)
@@ -1296,16 +1297,32 @@ def _framed(
     return frame(flow.sample(n, context, seed, offset, context_offset, dtype=dtype, within=within, max_tries=max_tries))
 
 
-def _impossible(x: Array, base: Terminal) -> Array | None:
+def _impossible(x: Array, record: FlowRecord) -> Array | None:
     """Where rows have what is no value of its variable; None if nowhere."""
-    if base.conditional == "bernoulli":
+    if record.discrete == "bernoulli":
         possible = (x == 0) | (x == 1)
         return None if possible.all() else ~possible
-    counts = np.array(base.categories)
+    counts, bounds = np.array(record.values), record.layers[0] if record.layers else None
     with np.errstate(invalid="ignore"):
         if (x == np.floor(x)).all() and x.min() >= 0 and (x.reshape(-1, x.shape[-1]).max(axis=0) < counts).all():
             return None
-        return np.asarray(~((x >= 0) & (x < counts) & (x == np.floor(x))))
+        unknown = np.where(counts, ~((x >= 0) & (x < counts) & (x == np.floor(x))), ~np.isfinite(x))
+        if isinstance(bounds, Elementwise):
+            unknown |= (x <= bounds.lower) | (x >= bounds.upper)
+    return unknown if unknown.any() else None
+
+
+def _possible(record: FlowRecord) -> Array:
+    """A row of values that its variables can have."""
+    bounds = record.layers[0] if record.layers else None
+    if not isinstance(bounds, Elementwise):
+        return np.zeros(record.features)
+    low, high = bounds.lower, bounds.upper
+    with np.errstate(invalid="ignore"):
+        inside = np.where(
+            np.isfinite(low), np.where(np.isfinite(high), low / 2 + high / 2, low + 1), np.where(np.isfinite(high), high - 1, 0)
+        )
+    return np.asarray(inside)
 
 
 def _drawing(

@@ -63,7 +63,7 @@ LAWS: Mapping[str, Mapping[str, float]] = MappingProxyType(
 )
 """Scale laws and their constants with defaults."""
 
-CONDITIONALS = ("mixture", "bernoulli", "categorical")
+CONDITIONALS = ("mixture", "bernoulli", "categorical", "mixed")
 
 STATISTICS = ("batch", "data")
 
@@ -635,13 +635,13 @@ class Terminal(_Record):
     ----------
     ranks : (D,) array of int
     conditioner : Conditioner
-    conditional : {"mixture", "bernoulli", "categorical"}
+    conditional : {"mixture", "bernoulli", "categorical", "mixed"}
         Rows per variable: ``3 * components`` (weight logits, means, raw log-scales, each of length `components`), 1 logit, or
-        ``categories[i]`` logits.
+        ``categories[i]`` logits. Variables that are mixed have those of a mixture or of a categorical one.
     components : int
         Of a mixture of Gaussians.
     categories : tuple of int
-        Number of values, 0, 1, ..., of each categorical variable.
+        Number of values, 0, 1, ..., of each categorical variable; 0 for one of mixed variables that may have any number.
     constants : mapping of str to float
         Overrides of the constants of the law.
     law : str
@@ -660,11 +660,13 @@ class Terminal(_Record):
         ranks = _frozen("ranks", self.ranks, 1, "i")
         _one_of("conditional", self.conditional, CONDITIONALS)
         components = _words.count("components", self.components, 1)
-        least = 2 if self.conditional == "categorical" else -(2**63)
+        counted, least = self.conditional in ("categorical", "mixed"), {"categorical": 2, "mixed": 0}.get(self.conditional, -(2**63))
         categories = tuple(_words.count("categories", count, least) for count in _sequence("categories", self.categories, object))
-        if self.conditional == "categorical" and len(categories) != ranks.size:
+        if counted and len(categories) != ranks.size:
             raise ValueError(f"categories has {len(categories)} entries; there are {ranks.size} ranks")
-        if self.conditional != "categorical":
+        if counted and 1 in categories:
+            raise ValueError("categories is 1; it must be at least 2, or 0 for any number")
+        if not counted:
             categories = ()
         self._set(ranks=ranks, components=components, categories=categories, constants=Law(self.law, constants=self.constants).constants)
         _check_made(ranks, self.conditioner, self.rows)
@@ -677,13 +679,27 @@ class Terminal(_Record):
     @property
     def rows(self) -> tuple[int, ...]:
         """Number of rows of the final map for each variable."""
-        if self.conditional == "categorical":
-            return self.categories
-        return (3 * self.components if self.conditional == "mixture" else 1,) * self.features
+        return rows_of(self.conditional, self.components, self.values)
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """How many values each variable has; 0 for any number."""
+        return self.categories or (2 if self.conditional == "bernoulli" else 0,) * self.features
 
     def __reduce__(self) -> Any:
         arguments = (self.ranks, self.conditioner, self.conditional, self.components, self.categories, dict(self.constants), self.law)
         return Terminal, arguments
+
+
+def rows_of(conditional: str, components: int, values: Sequence[int]) -> tuple[int, ...]:
+    """Rows of the final map of a base for variables with so many values, 0 for any number.
+
+    Examples
+    --------
+    >>> rows_of("mixed", 10, (0, 3)), rows_of("bernoulli", 1, (2, 2))
+    ((30, 3), (1, 1))
+    """
+    return tuple((1 if conditional == "bernoulli" else count) if count else 3 * components for count in values)
 
 
 FlowLayer = Elementwise | Affine | BatchNorm | Permutation | Linear | Autoregressive

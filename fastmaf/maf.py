@@ -125,13 +125,13 @@ def MAF(
     for own in ranks[:transforms]:
         if linear:
             layers.append(Linear(np.diag(one), np.diag(one), 0 * one))
-        net = draft.network(Law.parameters)
+        net = draft.network(Law.parameters * draft.features)
         layers.append(Autoregressive(own, masked(net, own), law))
         if batch_norm:
             layers.append(BatchNorm(0 * one, 0 * one, 0 * one, one, statistics="data" if batch_norm == "act" else "batch"))
     base = None
     if components > 1:
-        net = draft.mixture(components)
+        net = draft.network(3 * components * draft.features, components, (0,) * draft.features)
         base = Terminal(ranks[-1], masked(net, ranks[-1]), "mixture", components)
     return draft.flow(layers, base, dtype, names)
 
@@ -198,9 +198,8 @@ class Draft:
             layers.append(Elementwise.from_bounds(_arrays.by_column("bounds", bounds, self.features, names), names))
         return [*layers, _identity(self.features)]
 
-    def network(self, rows: int | Sequence[int], components: int = 0) -> Conditioner:
-        """A network without its masks, the context added at its first map; `rows` of the final map for each variable."""
-        outputs = rows * self.features if isinstance(rows, int) else sum(rows)
+    def network(self, outputs: int, components: int | None = None, values: Sequence[int] | None = None) -> Conditioner:
+        """A network without its masks, the context added at its first map; `components` and `values` of a base."""
         self._check_size(outputs)
         width = [self.features, *self.widths]
         hidden = [self._dense(width[1], width[0], True)] if self.widths else []
@@ -215,11 +214,7 @@ class Draft:
         skip = np.zeros((outputs, self.features)) if self.direct else None
         last = bool(self.widths) and not self.residual
         net = Conditioner(hidden[0] if hidden else None, blocks, final, self.activation, last, skip, self.input_clip)
-        return drawn(net, self.features, self.rng, components)
-
-    def mixture(self, components: int) -> Conditioner:
-        """A network of a mixture without its masks."""
-        return self.network(3 * components, components)
+        return drawn(net, self.features, self.rng, components, values)
 
     def _dense(self, rows: int, inputs: int, first: bool = False, final: bool = False) -> Dense:
         """A map of zeros, context included."""

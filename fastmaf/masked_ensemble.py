@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastmaf import _arrays, _codec, _tables, _words, masks
 from fastmaf import layers as _layers
-from fastmaf._networks import drawn, masked, rebuilt
+from fastmaf._networks import masked, rebuilt, redrawn
 from fastmaf.ensemble import Ensemble, parameters_of
 from fastmaf.flow import Flow
 from fastmaf.layers import Autoregressive, Conditioner, Dense, Terminal
@@ -211,9 +211,9 @@ class MaskedEnsemble(Ensemble):
         >>> np.array_equal(ensemble.parameters(), before)
         True
         """
-        record, base = self._flow.record.anew(_arrays.seed_or_fresh(seed)), self.base
-        components = base.components if isinstance(base, Terminal) and base.conditional == "mixture" else 0
-        net = drawn(self.conditioner, self.features, np.random.default_rng(record.training["init_seed"]), components)
+        record = self._flow.record.anew(_arrays.seed_or_fresh(seed))
+        made = next(own for own in (*record.layers, record.base) if isinstance(own, (Autoregressive, Terminal)))
+        net = redrawn(made, self.conditioner, np.random.default_rng(record.training["init_seed"]))
         self._shared = _Shared(self._flow._holding(record), net, self.ranks, self.degrees)
 
     def fit(  # type: ignore[override]
@@ -384,10 +384,10 @@ class _Shared:
 
     def masked(self, ranks: Array, degrees: Array) -> Flow:
         """The flow under some masks."""
-        flow, categories = self._front, getattr(self._front.base, "categories", ())
-        net = masked(with_degrees(self.conditioner, degrees), ranks, categories)
-        if isinstance(flow.base, Terminal):
-            return flow._with(base=replace(flow.base, ranks=ranks, conditioner=net))
+        flow, base = self._front, self._front.base
+        net = masked(with_degrees(self.conditioner, degrees), ranks, base.rows if isinstance(base, Terminal) else None)
+        if isinstance(base, Terminal):
+            return flow._with(base=replace(base, ranks=ranks, conditioner=net))
         layers = [replace(layer, ranks=ranks, conditioner=net) if isinstance(layer, Autoregressive) else layer for layer in flow.layers]
         return flow._with(layers=layers)
 

@@ -105,10 +105,10 @@ class FlowRecord:
         _check_width("base", base.features, features, "features")
         if isinstance(base, Terminal):
             _check_conditioner("base", base.conditioner, context_features)
-            if layers and base.conditional != "mixture":
-                raise ValueError(f"a flow with a {base.conditional} base has no layers in front of it; {len(layers)} are given")
         for k, layer in enumerate(layers):
             _check_width(f"layers[{k}]", width_of(f"layers[{k}]", layer), features, "features")
+            if isinstance(base, Terminal):
+                _check_left(f"layers[{k}]", layer, base, names)
             if isinstance(layer, Autoregressive):
                 _check_conditioner(f"layers[{k}]", layer.conditioner, context_features)
         for k, own in enumerate(context_layers):
@@ -154,8 +154,13 @@ class FlowRecord:
 
     @property
     def discrete(self) -> str:
-        """The conditional of the base if its variables are discrete, else nothing."""
-        return self.base.conditional if isinstance(self.base, Terminal) and self.base.conditional != "mixture" else ""
+        """The conditional of the base if some of its variables are discrete, else nothing."""
+        return self.base.conditional if isinstance(self.base, Terminal) and any(self.base.values) else ""
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """How many values each variable has; 0 for any number."""
+        return self.base.values if isinstance(self.base, Terminal) else (0,) * self.features
 
     def sample_dtype(self, dtype: DTypeLike | None, out: Any = None) -> np.dtype[Any]:
         """The dtype of samples for which this one or `out` is asked for; it must have numbers between the bounds."""
@@ -319,6 +324,20 @@ def _check_width(name: str, width: int, expected: int, what: str) -> None:
         raise ValueError(f"{name} has width {width}; the flow has {expected} {what}")
 
 
+def _check_left(name: str, layer: _layers.FlowLayer, base: Terminal, names: Sequence[str] | None) -> None:
+    """Discrete variables reach the base as they are, and no other variable depends on them in front of it."""
+    discrete = np.array(base.values) > 0
+    if isinstance(layer, Elementwise):
+        wrong = discrete & [kind != "identity" for kind in layer.kinds]
+    elif isinstance(layer, Affine):
+        wrong = discrete & ((layer.loc != 0) | (layer.scale != 1))
+    else:
+        wrong = discrete
+    if wrong.any():
+        where = _words.columns(np.flatnonzero(wrong), names)
+        raise ValueError(f"{name} changes {where}, whose variables are discrete: a base of those takes their values as they are")
+
+
 def _check_conditioner(name: str, conditioner: Conditioner, context_features: int) -> None:
     for dense in (*conditioner.hidden, conditioner.final):
         if not dense.bias.size:
@@ -396,9 +415,8 @@ def _anew(record: Any, rng: np.random.Generator) -> Any:
     if isinstance(record, Linear):
         return Linear(np.eye(zero.size), np.eye(zero.size), zero)
     if isinstance(record, (Autoregressive, Terminal)):
-        components = record.components if isinstance(record, Terminal) and record.conditional == "mixture" else 0
-        net = _networks.drawn(record.conditioner, zero.size, rng, components)
-        return replace(record, conditioner=_networks.masked(net, record.ranks, getattr(record, "categories", ())))
+        net = _networks.redrawn(record, record.conditioner, rng)
+        return replace(record, conditioner=_networks.masked(net, record.ranks, _networks.counts_of(record)))
     return record
 
 

@@ -550,6 +550,33 @@ def test_chunks_do_not_show(conditional, table, monkeypatch, capfd):
         assert few.split()[-7:-4] != [] and few.split("±")[0][-10:] == whole.split("±")[0][-10:]
 
 
+def test_categories_make_a_mixed_made(call, tmp_path):
+    rng, out, file = np.random.default_rng(0), tmp_path / "flow.safetensors", tmp_path / "kinds.csv"
+    kind = rng.integers(0, 4, 400)
+    rows = np.stack([np.exp(rng.normal(kind / 2)), kind, rng.normal(size=400), kind > 1], axis=1)
+    np.savetxt(file, rows, delimiter=",", header="mass,kind,age,flag", comments="")
+    given = ["--columns", "mass,kind,flag", "--context", "age", "--categories", "kind=4", "--categories", "flag=2", "--bounds", "mass=0:"]
+    result = call("fit", file, "-o", out, *given, "--hidden", "12", "--components", "2", "--epochs", "2", "--seed", "3")
+    assert result.returncode == 0, result.stderr
+    flow = fastmaf.load(out)
+    own = fastmaf.MADE(
+        3, "mixed", 1, (12,), categories={"kind": 4, "flag": 2}, components=2, bounds=[(0, None), None, None], names=flow.names, seed=3
+    )
+    own.fit(rows[:, [0, 1, 3]], rows[:, 2:3], max_epochs=2, seed=3)
+    assert flow.base.categories == (0, 4, 2) and np.array_equal(flow.parameters(), own.parameters())
+    drawn = call("sample", out, "-n", "50", "--given", "age=0.5", "--seed", "1").stdout.splitlines()
+    assert {line.split(",")[1] for line in drawn[1:]} <= {"0", "1", "2", "3", "0.0", "1.0", "2.0", "3.0"}
+    said(call("fit", file, "-o", out, "--categories", "kind=1"), 2, "must be NAME=N, with N at least 2")
+    said(call("fit", file, "-o", out, "--categories", "mass=3", "--start", out), 2, "--categories does not go with --start")
+    for options, status, words in (
+        (["sort=3"], 2, "--categories sort=...: no variable has this name; the variables are mass"),
+        (["kind=4", "--transforms", "3"], 2, "--transforms does not go with --categories"),
+        (["kind=3"], 1, "column 'kind'; it must be an integer from 0 to 2"),
+    ):
+        result = call("fit", file, "-o", out, "--categories", *options)
+        assert result.returncode == status and words in result.stderr.splitlines()[-1]
+
+
 # What goes wrong
 
 

@@ -278,11 +278,14 @@ def test_gradients_of_arrays_of_a_device(framework, dtype, x_shape, context_shap
 
 
 @needs_device
-@pytest.mark.parametrize("name", ["front", "mixture softplus", "bernoulli", "no context"])
+@pytest.mark.parametrize("name", ["front", "mixture softplus", "bernoulli", "mixed", "no context"])
 def test_gradients_of_odd_arrays_of_a_device(framework, name):
     if name == "bernoulli":
         flow = fastmaf.MADE(5, "bernoulli", seed=1)
         x, context = np.random.default_rng(0).integers(2, size=(70, 5)), None
+    elif name == "mixed":
+        flow = fastmaf.MADE(5, "mixed", categories=[None, 3, 2, None, None], seed=1)
+        x, context = np.random.default_rng(0).integers(2, size=(70, 5)) + [0.3, 0, 0, -0.4, 0.1], None
     elif name == "no context":
         flow = fastmaf.MAF(5, seed=1)
         x, context = np.random.default_rng(0).normal(size=(70, 5)), None
@@ -296,7 +299,7 @@ def test_gradients_of_odd_arrays_of_a_device(framework, name):
         assert (result is None) == (right is None)
         if right is not None:
             assert_close(operation, "float32", framework.get(result), right, factor=3)
-    if name != "bernoulli":
+    if name not in ("bernoulli", "mixed"):
         value, dx, dcontext = there.log_prob_and_grad(turned[0], turned[1])
         right = flow.astype("float64").log_prob_and_grad(x[::-1], None if context is None else context[::-1])
         assert_close("log_prob", "float32", framework.get(value), right[0])

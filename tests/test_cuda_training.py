@@ -10,7 +10,7 @@ import functools
 import numpy as np
 import pytest
 from test_cuda import Framework, absent, needs_device
-from test_train import BENT, BITS, at, interrupt
+from test_train import BENT, BITS, MIXED, at, interrupt
 
 import fastmaf
 from fastmaf.train import FitWarning
@@ -24,6 +24,7 @@ WEIGHTS = np.random.default_rng(6).uniform(0.2, 2, ROWS)
 MODELS = {
     "maf": (BENT, functools.partial(fastmaf.MAF, 3, transforms=3, hidden_features=(20, 20))),
     "bernoulli": (BITS, functools.partial(fastmaf.MADE, 5, "bernoulli", hidden_features=(12,))),
+    "mixed": (MIXED, functools.partial(fastmaf.MADE, 3, "mixed", categories=(3, None, 2), hidden_features=(12,), components=2)),
     "mixture": (BENT, functools.partial(fastmaf.MADE, 3, "mixture", hidden_features=(12,), components=3)),
     "residual": (BENT, functools.partial(fastmaf.MAF, 3, transforms=2, hidden_features=(12, 12), residual=True, linear=True)),
     "batch norm": (BENT, functools.partial(fastmaf.MAF, 3, transforms=3, hidden_features=(12,), batch_norm=True)),

@@ -258,10 +258,11 @@ def test_far_out_the_density_is_zero(backend, dtype, name):
 
 
 @pytest.mark.parametrize("far", [1e38, 1e300, np.inf])
-def test_far_discrete_values_and_contexts(backend, dtype, far):
+@pytest.mark.parametrize(("conditional", "categories"), [("categorical", [2, 3, 4]), ("mixed", [2, None, 4])])
+def test_far_discrete_values_and_contexts(backend, dtype, far, conditional, categories):
     if backend == "numba":
         pytest.skip("the numba backend has no discrete flows")
-    flow = fastmaf.MADE(3, "categorical", 1, (9,), categories=[2, 3, 4], seed=1, dtype=dtype)
+    flow = fastmaf.MADE(3, conditional, 1, (9,), categories=categories, seed=1, dtype=dtype)
     x = np.array([[0, 0, far], [0, -far, np.nan], [1, 2, 3]])
     value = flow.log_prob(x, [0.5])
     assert value[0] == -np.inf and np.isnan(value[1]) and np.isfinite(value[2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import re
 from dataclasses import replace
@@ -37,9 +38,9 @@ def test_has_the_networks_of_a_maf(options):
     assert made.layers == maf.layers
 
 
-@pytest.mark.parametrize("conditional", ["gaussian", "mixture", "bernoulli", "categorical"])
+@pytest.mark.parametrize("conditional", ["gaussian", "mixture", "bernoulli", "categorical", "mixed"])
 def test_keeps_its_order(conditional):
-    categories = 3 if conditional == "categorical" else None
+    categories = {"categorical": 3, "mixed": [2, None, 3]}.get(conditional)
     flow = fastmaf.MADE(3, conditional, order=[2, 0, 1], categories=categories)
     assert flow.order == (2, 0, 1)
     assert (
@@ -68,6 +69,30 @@ def test_discrete_probabilities_sum_to_one(conditional, context_features):
         np.testing.assert_allclose(np.exp(flow.log_prob(every, make.contexts(flow))).sum(), 1, rtol=1e-12)
 
 
+def test_mixed():
+    options = {"components": 5, "bounds": {"mass": (0, None)}, "names": ["type", "mass", "age", "flag"], "dtype": "float64", "seed": 0}
+    flow = fastmaf.MADE(4, "mixed", 2, hidden_features=(6,), categories={"flag": 2, "type": 9}, **options)
+    assert [type(layer) for layer in flow.layers] == [Elementwise, Affine]
+    assert (flow.base.categories, flow.base.rows) == ((9, 0, 0, 2), (9, 15, 15, 2))
+    pieces = np.split(flow.base.conditioner.final.bias, [9, 24, 39])
+    for piece in pieces[1:3]:
+        assert not piece[:5].any() and not piece[10:].any() and np.unique(piece[5:10]).size == 5
+    assert pieces[0].all() and pieces[3].all()
+    assert flow.base.conditioner.input_clip == 8, "the network tells all values apart"
+    again = fastmaf.MADE(4, "mixed", 2, hidden_features=(6,), categories=[9, None, None, 2], **options)
+    assert again.base == flow.base
+    flow.reset(seed=0)
+    assert flow.base == again.base
+    assert fastmaf.load(saved(flow)).base == flow.base
+    assert flow.prefix(3).base.categories == (9, 0, 0) and flow.prefix(1).base.categories == (9,)
+
+
+def saved(flow):
+    file = io.BytesIO()
+    flow.save(file)
+    return file.getvalue()
+
+
 def test_one_number_of_categories_is_that_of_all():
     assert fastmaf.MADE(3, "categorical", categories=4).base.categories == (4, 4, 4)
 
@@ -89,6 +114,16 @@ def test_weights_are_those_of_the_seed_in_both_dtypes(conditional):
         ({"conditional": "categorical", "categories": [2, 3]}, "categories has 2 entries; the flow has 3 features"),
         ({"conditional": "categorical", "categories": [2, 3, 1]}, "categories[2] is 1; it must be at least 2"),
         ({"conditional": "categorical", "categories": [2, 3, 2.5]}, "categories[2] is 2.5; it must be an integer"),
+        ({"conditional": "mixed"}, "categories is None; conditional='mixed' needs the number of values"),
+        ({"conditional": "mixed", "categories": 3}, "categories is 3; of mixed variables it must be a sequence or a mapping"),
+        ({"conditional": "mixed", "categories": [None] * 3}, 'categories has no number; without one, conditional is "mixture"'),
+        ({"conditional": "mixed", "categories": [None, 1, None]}, "categories[1] is 1; it must be at least 2"),
+        ({"conditional": "mixed", "categories": {"a": 2}}, "categories goes by name, but names is None"),
+        ({"conditional": "mixed", "categories": {"d": 2}, "names": list("abc")}, "categories has column 'd'; names has no such"),
+        (
+            {"conditional": "mixed", "categories": [None, 3, 2], "bounds": [None, (0, 3), None]},
+            "bounds has an entry for column 1, which is categorical",
+        ),
         ({"categories": 3}, "categories is 3; only categorical variables have some, and conditional is 'gaussian'"),
         ({"conditional": "bernoulli", "bounds": [(0, 1)] * 3}, "bounds is a list of length 3; bernoulli variables have none"),
         ({"masks": 0}, "masks is 0; it must be at least 1"),

@@ -37,6 +37,7 @@ MODELS = {
     "bernoulli": {"conditional": "bernoulli", "direct": True, "hidden_features": (9,)},
     "bernoulli with context": {"conditional": "bernoulli", "context_features": 2},
     "categorical": {"conditional": "categorical", "categories": [2, 3, 2, 2, 4], "residual": True, "hidden_features": (7, 7)},
+    "mixed": {"conditional": "mixed", "categories": [2, None, 5, None, None], "components": 3, "context_features": 1},
     "no units": {"conditional": "bernoulli", "hidden_features": (), "direct": True},
 }
 
@@ -308,7 +309,7 @@ def test_later_layers_read_something():
 
 
 @pytest.mark.parametrize("resample", [False, True])
-@pytest.mark.parametrize("name", ["bernoulli", "categorical", "gaussian with context", "mixture"])
+@pytest.mark.parametrize("name", ["bernoulli", "categorical", "gaussian with context", "mixture", "mixed"])
 def test_fit(name, resample, tmp_path):
     target = model(name, masks=1, seed=8)
     vector = target.parameters()

@@ -10,6 +10,7 @@ import make
 import numpy as np
 import pytest
 import scipy.integrate
+import scipy.special
 import scipy.stats
 from tolerances import P_VALUE
 
@@ -32,13 +33,19 @@ def batch_norm(rng, width):
     return BatchNorm(*(0.3 * rng.normal(size=(3, width))), rng.uniform(0.5, 2, width))
 
 
+def left_alone(affine, flow):
+    """The Affine, which leaves discrete variables as they are."""
+    discrete = np.array(flow.record.values) > 0
+    return replace(affine, loc=np.where(discrete, 0, affine.loc), scale=np.where(discrete, 1, affine.scale))
+
+
 def trained(flow):
     """Batch norms and standardisation as if trained."""
     rng = np.random.default_rng(7)
     flow.layers = [
         batch_norm(rng, flow.features)
         if isinstance(layer, BatchNorm)
-        else make.random_affine(rng, flow.features)
+        else left_alone(make.random_affine(rng, flow.features), flow)
         if isinstance(layer, fastmaf.layers.Affine)
         else layer
         for layer in flow.layers
@@ -50,6 +57,8 @@ def trained(flow):
 def made(conditional, **options):
     if conditional == "categorical":
         options["categories"] = [2, 3, 2, 4, 3]
+    if conditional == "mixed":
+        options = {"categories": [None, 3, 2, None, 4], **options}
     options = {"order": ORDER, "hidden_features": (9, 8), "components": 3, "dtype": "float64", **options}
     return trained(fastmaf.MADE(5, conditional, **options))
 
@@ -63,7 +72,7 @@ MADES = {
     **{f"gaussian {a}": {"conditional": "gaussian", "activation": a, "context_features": 2 * (k % 2)} for k, a in enumerate(ACTIVATIONS)},
     **{
         f"{conditional} {c}": {"conditional": conditional, "context_features": c, "activation": "tanh"}
-        for conditional in ("mixture", "bernoulli", "categorical")
+        for conditional in ("mixture", "bernoulli", "categorical", "mixed")
         for c in (0, 2)
     },
     "bounds": {"conditional": "gaussian", "bounds": BOUNDS},
@@ -73,6 +82,7 @@ MADES = {
     "direct": {"conditional": "bernoulli", "direct": True},
     "direct with context": {"conditional": "mixture", "direct": True, "context_features": 3, "hidden_features": (5,)},
     "direct alone": {"conditional": "gaussian", "direct": True, "context_features": 1, "hidden_features": ()},
+    "mixed with bounds": {"conditional": "mixed", "bounds": BOUNDS, "categories": [3, None, None, 2, None], "direct": True},
     "residual": {"conditional": "categorical", "residual": True, "hidden_features": (7, 7)},
     "residual with context": {"conditional": "gaussian", "residual": True, "hidden_features": (7,), "context_features": 2, "direct": True},
     "order of the columns": {"conditional": "bernoulli", "order": "sequential"},
@@ -190,7 +200,17 @@ def test_samples_of_a_prefix_and_of_the_rest_are_samples_of_the_flow(name, k):
 
 
 @pytest.mark.parametrize(
-    "name", ["bernoulli 0", "categorical 2", "mixture 2", "gaussian relu", "bounds and context", "direct with context"]
+    "name",
+    [
+        "bernoulli 0",
+        "categorical 2",
+        "mixture 2",
+        "mixed 2",
+        "mixed with bounds",
+        "gaussian relu",
+        "bounds and context",
+        "direct with context",
+    ],
 )
 @pytest.mark.parametrize("k", [0, 2, 5])
 def test_given_values_stay_and_splits_are_one_call(name, k):
@@ -406,6 +426,33 @@ def test_unknown_values_leave_the_probabilities_before_them(conditional, case):
         np.testing.assert_array_equal(probs, expected)
 
 
+@pytest.mark.parametrize("bounds", [None, [(0, None), None, None, (None, -1), None]])
+@pytest.mark.parametrize("case", ["reference", "cpu"])
+def test_probabilities_of_mixed_variables(case, bounds, dtype):
+    """In proportion to the density of each value where nothing comes behind; unknown values spoil what comes behind them."""
+    fastmaf.set_backend(case)
+    flow = made("mixed", bounds=bounds, context_features=1, dtype=dtype)
+    x, context = rows(flow, 50)
+    probs = flow.conditional_probs(x, context)
+    assert probs.shape == (50, 5, 4) and np.isnan(probs[:, [0, 3]]).all()
+    np.testing.assert_allclose(probs[:, [1, 2, 4]].sum(axis=2), 1, rtol=1e-5)
+    assert not probs[:, 1, 3].any() and not probs[:, 2, 2:].any()
+    part = flow.prefix(3)  # ends with column 4
+    first = sorted(ORDER[:3])
+    each = np.stack([part.log_prob(np.where(np.array(first) == 4, value, x[:, first]), context) for value in range(4)], axis=1)
+    expected = np.exp(each - scipy.special.logsumexp(each, axis=1, keepdims=True))
+    np.testing.assert_allclose(probs[:, 4], expected, rtol=1e-3 if dtype == "float32" else 1e-9)
+    for place, value in itertools.product(range(5), (np.nan, np.inf, -np.inf, 0.5)):
+        if value == 0.5 and flow.record.values[ORDER[place]] == 0 and bounds is None:
+            continue
+        unknown = x.copy()
+        unknown[7, ORDER[place]] = value if value != 0.5 or flow.record.values[ORDER[place]] else (-0.5 if ORDER[place] == 0 else 0)
+        found = flow.conditional_probs(unknown, context)
+        assert np.isnan(found[7, ORDER[place + 1 :]]).all()
+        found[7, ORDER[place + 1 :]] = probs[7, ORDER[place + 1 :]]
+        np.testing.assert_array_equal(found, probs)
+
+
 @pytest.mark.parametrize("context_features", [0, 1])
 def test_categorical_probabilities(context_features):
     flow = made("categorical", context_features=context_features)
@@ -483,9 +530,7 @@ def test_wrong_values_are_named():
         flow.sample_given([[0.0, 1.0], [1.0, 3.0]])
     with pytest.raises(ValueError, match=re.escape("x has 0.5 in column 0; that variable has the values 0..1")):
         made("bernoulli").sample_given([0.5])
-    with pytest.raises(
-        ValueError, match="conditional_probs is for bernoulli and categorical flows; the variables of this one are continuous"
-    ):
+    with pytest.raises(ValueError, match="conditional_probs is for discrete variables; those of this flow are continuous"):
         made("mixture").conditional_probs(np.zeros((1, 5)))
     with pytest.raises(ValueError, match=re.escape("x has shape (1, 4); the flow has 5 features")):
         flow.conditional_probs(np.zeros((1, 4)))

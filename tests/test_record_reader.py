@@ -25,6 +25,7 @@ FLOWS = {
     "linear": lambda: fastmaf.MAF(3, transforms=1, hidden_features=(4, 4), residual=True, direct=True, linear=True, seed=0),
     "bernoulli": lambda: fastmaf.MADE(3, "bernoulli", hidden_features=(4,), seed=0),
     "categorical": lambda: fastmaf.MADE(2, "categorical", categories=[2, 3], hidden_features=(4,), seed=0),
+    "mixed": lambda: fastmaf.MADE(3, "mixed", categories=[None, 3, 2], bounds=[(0, 1), None, None], hidden_features=(4,), seed=0),
     "flows": lambda: fastmaf.Ensemble(fastmaf.MAF(3, 1, transforms=1, hidden_features=(4,), seed=0), members=2, seed=1),
     "masks": lambda: fastmaf.MADE(3, masks=3, hidden_features=(4,), seed=0),
 }

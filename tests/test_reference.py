@@ -7,13 +7,27 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 from make import SHAPES, conditioner, contexts, dense, flow, numerical_gradient, random_affine, rows
 from tolerances import assert_close
 
 import fastmaf
 from fastmaf import _random, backends, masks
 from fastmaf.backends import reference as definition
-from fastmaf.layers import ACTIVATIONS, LAWS, Affine, Autoregressive, BatchNorm, Block, Conditioner, Elementwise, Law, Linear, Terminal
+from fastmaf.layers import (
+    ACTIVATIONS,
+    LAWS,
+    Affine,
+    Autoregressive,
+    BatchNorm,
+    Block,
+    Conditioner,
+    Elementwise,
+    Law,
+    Linear,
+    Permutation,
+    Terminal,
+)
 
 KINDS = [Law(kind, form) for kind in LAWS for form in ("standardize", "affine")]
 
@@ -433,7 +447,9 @@ def test_the_order_of_the_parameters():
 def terminal(conditional, features, components=3, categories=(), context_features=0, layers=(), law="exp_soft", hidden=(7,)):
     rng = np.random.default_rng(features)
     ranks = rng.permutation(np.arange(1, features + 1))
-    per_variable = {"mixture": (3 * components,) * features, "bernoulli": (1,) * features, "categorical": categories}[conditional]
+    per_variable = {"mixture": (3 * components,) * features, "bernoulli": (1,) * features, "categorical": categories}.get(
+        conditional, tuple(count or 3 * components for count in categories)
+    )
     made = conditioner(rng, ranks, hidden, context_features, "tanh")
     outputs = np.repeat(ranks, per_variable)[:, None]
     reads = made.hidden[-1].degrees if hidden else ranks
@@ -462,6 +478,52 @@ def test_discrete_probabilities_sum_to_one_and_samples_follow_them(conditional, 
     for call in (made.to_noise, made.from_noise):
         with pytest.raises(ValueError, match=f"a flow with a {conditional} base has no noise"):
             call(cells, c)
+
+
+@pytest.mark.parametrize("hidden", [(), (7,)])
+@pytest.mark.parametrize("values", [(3, 0, 2), (0, 2, 4), (2, 3, 0)])
+def test_mixed_densities_integrate_to_one_and_samples_follow_them(values, hidden):
+    made = terminal("mixed", 3, components=2, categories=values, context_features=2, hidden=hidden)
+    c, axis, free = np.array([0.3, -1]), np.linspace(-40, 40, 4001), values.index(0)
+    n = 40_000
+    x, log_prob = made.sample_and_log_prob(n, c, seed=1)
+    assert np.allclose(log_prob, made.log_prob(x, c))
+    total, statistic, cells = 0, 0, list(itertools.product(*(range(count) for count in values if count)))
+    for cell in cells:
+        own = np.insert(np.tile(np.array(cell, float), (axis.size, 1)), free, axis, axis=1)
+        p = np.exp(made.log_prob(own, c))
+        mass = p.sum() * (axis[1] - axis[0])
+        inside = x[(np.delete(x, free, axis=1) == cell).all(axis=1), free]
+        total, statistic = total + mass, statistic + (inside.size - n * mass) ** 2 / (n * mass)
+        cumulative = np.cumsum(p) * (axis[1] - axis[0]) / mass
+        if inside.size > 200:
+            assert scipy.stats.kstest(inside, lambda t, cdf=cumulative: np.interp(t, axis, cdf)).pvalue > 1e-4
+    assert math.isclose(total, 1, rel_tol=1e-6) and statistic < 2 * len(cells) + 20
+    wrong = x[:1].copy()
+    wrong[0, values.index(max(values))] = max(values)
+    assert made.log_prob(wrong, c) == -np.inf
+    for call in (made.to_noise, made.from_noise):
+        with pytest.raises(ValueError, match="a flow with a mixed base has no noise"):
+            call(x, c)
+
+
+def test_layers_in_front_of_discrete_variables_leave_them():
+    base = terminal("mixed", 3, categories=(3, 0, 2)).base
+    front = [Elementwise.from_bounds([None, (0, None), None]), Affine([0, 1.5, 0], [1, 2, 1])]
+    made = fastmaf.Flow(front, base, dtype="float64", names=["k", "mass", "flag"])
+    x = [[2, 3.5, 1], [1, -1, 0]]
+    assert made.log_prob(x)[1] == -np.inf
+    z = (np.log(3.5) - 1.5) * 2
+    expected = fastmaf.Flow([], base, dtype="float64").log_prob([[2, z, 1]]) + np.log(2 / 3.5)
+    assert made.log_prob(x)[0] == pytest.approx(expected[0], rel=1e-12)
+    for wrong, where in (
+        (Affine([0, 0, 0.5], [1, 1, 1]), "column 'flag'"),
+        (Affine([0, 0, 0], [2, 1, 1]), "column 'k'"),
+        (Elementwise.from_bounds([(-1, 5), None, None]), "column 'k'"),
+        (Permutation(np.array([0, 1, 2])), "columns 'k', 'flag'"),
+    ):
+        with pytest.raises(ValueError, match=rf"layers\[1\] changes {where}, whose variables are discrete"):
+            fastmaf.Flow([front[1], wrong], base, dtype="float64", names=["k", "mass", "flag"])
 
 
 @pytest.mark.parametrize("law", ["exp_soft", "softplus", "log_precision"])
@@ -535,7 +597,19 @@ def test_gradients_of_residual_mixtures():
     check_gradients(residual(terminal("mixture", 3, context_features=1), np.random.default_rng(2)))
 
 
-DISCRETE = [("bernoulli", (2,)), ("bernoulli", (2,) * 5), ("categorical", (4,)), ("categorical", (2, 5, 3))]
+DISCRETE = [
+    ("bernoulli", (2,)),
+    ("bernoulli", (2,) * 5),
+    ("categorical", (4,)),
+    ("categorical", (2, 5, 3)),
+    ("mixed", (3, 0, 0, 2)),
+    ("mixed", (0, 4)),
+]
+
+
+def drawn(rng, values, n):
+    """Some of the values of each variable, any number where there is no number of them."""
+    return np.where(np.array(values) > 0, rng.integers(np.maximum(values, 1), size=(n, len(values))), rng.normal(size=(n, len(values))))
 
 
 @pytest.mark.parametrize("context_features", [0, 2])
@@ -543,11 +617,11 @@ DISCRETE = [("bernoulli", (2,)), ("bernoulli", (2,) * 5), ("categorical", (4,)),
 @pytest.mark.parametrize(("conditional", "values"), DISCRETE, ids=str)
 def test_gradients_of_discrete_variables(conditional, values, hidden, context_features):
     rng = np.random.default_rng(1)
-    categories = values if conditional == "categorical" else ()
+    categories = () if conditional == "bernoulli" else values
     width = (7,) if hidden == "residual" else hidden
     made = terminal(conditional, len(values), categories=categories, context_features=context_features, hidden=width)
     made = residual(made, rng) if hidden == "residual" else made
-    x, c, g = rng.integers(values, size=(4, len(values))), contexts(made, 4), rng.normal(size=4)
+    x, c, g = drawn(rng, values, 4), contexts(made, 4), rng.normal(size=4)
     dx, dc, dparameters = made.vjp(x, c, g)
     assert dx is None
     if c is not None:
@@ -566,7 +640,9 @@ def test_gradients_of_discrete_variables(conditional, values, hidden, context_fe
 
 @pytest.mark.parametrize(("conditional", "values"), DISCRETE, ids=str)
 def test_values_that_a_discrete_variable_lacks_move_nothing(conditional, values):
-    made = terminal(conditional, len(values), categories=values if conditional == "categorical" else (), context_features=1)
+    if 0 in (values[0], values[-1]):
+        pytest.skip("the first and the last are not both discrete")
+    made = terminal(conditional, len(values), categories=() if conditional == "bernoulli" else values, context_features=1)
     known = np.zeros((2, len(values)))
     for wrong in (-1, 0.5, values[-1], 1e30, np.inf, -np.inf):
         x = np.concatenate([known, known])
@@ -581,19 +657,25 @@ def test_values_that_a_discrete_variable_lacks_move_nothing(conditional, values)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize(("conditional", "values"), [("mixture", (2, 2, 2)), ("bernoulli", (2, 2, 2)), ("categorical", (4, 2, 3))], ids=str)
+@pytest.mark.parametrize(
+    ("conditional", "values"), [("mixture", (2, 2, 2)), ("bernoulli", (2, 2, 2)), ("categorical", (4, 2, 3)), ("mixed", (4, 0, 2))], ids=str
+)
 def test_extreme_logits(conditional, values, dtype):
     """Logits of 1e4 either way: probabilities of exactly 0 and 1, and gradients that are numbers."""
-    made = terminal(conditional, 3, categories=values if conditional == "categorical" else ()).astype(dtype)
+    made = terminal(conditional, 3, categories=values if conditional in ("categorical", "mixed") else ()).astype(dtype)
     final = made.base.conditioner.final
-    names = np.repeat(np.arange(3), 3) if conditional == "mixture" else np.zeros(final.bias.size // 3, int)
-    logits = np.resize(names, final.bias.size) == 0
+    of_mixture = np.arange(9) < 3
+    every = [
+        of_mixture if conditional == "mixture" or count == 0 else np.ones(rows, bool)
+        for count, rows in zip(values, made.base.rows, strict=True)
+    ]
+    logits = np.concatenate(every)
     parameters = made.parameters()
     rng = np.random.default_rng(0)
     for _ in range(5):
         parameters[-final.bias.size :][logits] = 1e4 * rng.choice([-1, 1], size=logits.sum())
         moved = made.with_parameters(parameters)
-        x = rng.integers(values, size=(50, 3))
+        x = drawn(rng, values, 50)
         value = moved.log_prob(x)
         _, _, dparameters = moved.vjp(x, None, np.ones(50))
         assert np.isfinite(value).all() and value.min() > -1e5

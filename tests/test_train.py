@@ -656,12 +656,14 @@ BENT[:, 2] += BENT[:, 0] ** 2
 BITS = np.random.default_rng(4).integers(0, 2, size=(800, 5))
 BITS[:, 3] = BITS[:, 0] ^ (BITS[:, 1] & (np.arange(800) % 10 > 0))
 VALUES = np.stack([BITS[:, 0] + BITS[:, 1], BITS[:, 3] + 2 * BITS[:, 2], BITS[:, 4]], axis=1)
+MIXED = np.stack([BITS[:, 0] + BITS[:, 1], 30 + 7 * (BENT[:, 0] + 2 * BITS[:, 0]), BITS[:, 3]], axis=1)
 
 MODELS = {
     "mixture": (BENT, lambda: fastmaf.MADE(3, "mixture", hidden_features=(12,), components=3)),
     "bernoulli": (BITS, lambda: fastmaf.MADE(5, "bernoulli", hidden_features=(12,))),
     "direct bernoulli": (BITS, lambda: fastmaf.MADE(5, "bernoulli", hidden_features=(12,), direct=True)),
     "categorical": (VALUES, lambda: fastmaf.MADE(3, "categorical", categories=(3, 4, 2), hidden_features=(12,))),
+    "mixed": (MIXED, lambda: fastmaf.MADE(3, "mixed", categories=(3, None, 2), hidden_features=(12,), components=2)),
     "batch norm": (BENT, lambda: fastmaf.MAF(3, transforms=2, hidden_features=(12,), batch_norm=True)),
     "act-norm": (BENT, lambda: fastmaf.MAF(3, transforms=2, hidden_features=(12,), batch_norm="act")),
     "residual": (BENT, lambda: fastmaf.MAF(3, transforms=2, hidden_features=(12, 12), residual=True, linear=True)),
@@ -812,6 +814,7 @@ def test_every_model_resumes_to_the_same_bits(in_numpy, tmp_path, name):
         ("categorical", 0.5, "x has 0.5 in row 7, column 1; it must be an integer from 0 to 3"),
         ("categorical", 4, "it must be an integer from 0 to 3"),
         ("categorical", np.nan, "x has nan in row 7, column 1; it must be"),
+        ("mixed", np.nan, "x has nan in row 7, column 1; it must be finite; leave such rows out, or fill them"),
     ],
 )
 def test_refuses_what_a_discrete_variable_cannot_be(in_numpy, name, value, message):
@@ -824,6 +827,36 @@ def test_refuses_what_a_discrete_variable_cannot_be(in_numpy, name, value, messa
         with pytest.raises(ValueError, match=expected):
             flow.fit(given, **options)
         assert np.array_equal(flow.parameters(), before) and "epochs" not in flow.training
+
+
+def test_mixed_columns_are_standardised_but_for_the_discrete(in_numpy):
+    flow = fastmaf.MADE(3, "mixed", categories=(3, None, 2), hidden_features=(8,), names=["k", "mass", "flag"])
+    flow.fit(MIXED, validation=0, max_epochs=1, seed=0)
+    affine = flow.layers[0]
+    assert affine.loc[[0, 2]].tolist() == [0, 0] and affine.scale[[0, 2]].tolist() == [1, 1]
+    assert affine.loc[1] == pytest.approx(MIXED[:, 1].mean()) and affine.scale[1] == pytest.approx(1 / MIXED[:, 1].std())
+    with pytest.raises(ValueError, match="x has 0.5 in row 3, column 'flag'; it must be an integer from 0 to 1$"):
+        flow.fit(put(MIXED, 3, 2, 0.5))
+    with pytest.raises(ValueError, match="x is constant in column 'mass'"):
+        flow.fit(np.where([False, True, False], 1.0, MIXED))
+    constant = fastmaf.MADE(3, "mixed", categories=(3, None, 2), hidden_features=(8,))
+    constant.fit(np.where([False, False, True], 1.0, MIXED), max_epochs=1)
+    with pytest.warns(FitWarning, match='standardize="full" is for columns that may have any number'):
+        whitened = fastmaf.MADE(3, "mixed", categories=(3, None, 2), hidden_features=(8,))
+        whitened.fit(MIXED, max_epochs=1, standardize="full")
+    assert len(whitened.layers) == 1
+
+
+def test_what_is_said_of_columns_is_not_said_of_discrete_ones(in_numpy):
+    """A category that is rare and far from others is no mark of a missing value; a column of few values is, where it may have any."""
+    rare = np.where(np.arange(800) % 200 == 0, 49, MIXED[:, 0])
+    flow = fastmaf.MADE(3, "mixed", categories=(50, None, 2), hidden_features=(8,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        flow.fit(np.stack([rare, *MIXED[:, 1:].T], axis=1), max_epochs=2, lr=1e-2, seed=0)
+    flow = fastmaf.MADE(3, "mixed", categories=(None, None, 2), hidden_features=(8,), names=["k", "mass", "flag"])
+    with pytest.warns(FitWarning, match="x has few different values in column 'k', .* categories of a MADE with conditional=\"mixed\""):
+        flow.fit(MIXED, max_epochs=1)
 
 
 def test_discrete_columns_may_be_constant_and_contexts_are_standardised(in_numpy):

@@ -296,6 +296,8 @@ MODELS = {
     "bernoulli": lambda **o: fastmaf.MADE(7, "bernoulli", 2, (17,), "tanh", direct=True, **o),
     "bernoulli of 1": lambda **o: fastmaf.MADE(1, "bernoulli", 0, (4,), **o),
     "categorical": lambda **o: fastmaf.MADE(4, "categorical", 1, (9, 5), categories=(2, 7, 3, 4), **o),
+    "mixed": lambda **o: fastmaf.MADE(5, "mixed", 1, (9, 8), components=3, categories=(None, 3, None, 2, 7), order="random", **o),
+    "residual mixed": lambda **o: fastmaf.MADE(2, "mixed", 0, (6, 6), residual=True, direct=True, categories=(300, None), **o),
     "residual": lambda **o: mixed(6, context_features=2, activation="silu", **o),
     "residual of three blocks": lambda **o: mixed(3, 3, **o),
     "residual bernoulli": lambda **o: fastmaf.MADE(6, "bernoulli", 0, (9, 9), residual=True, **o),
@@ -333,9 +335,9 @@ def model(name, dtype):
         for layer in exact.layers
     ]
     exact = exact._with(layers=layers).astype(dtype).astype("float64")
-    counts = getattr(exact.base, "categories", ()) or 2
-    discrete = getattr(exact.base, "conditional", "mixture") != "mixture"
-    x = rng.integers(counts, size=(61, exact.features)) if discrete else rng.normal(size=(61, exact.features))
+    x, counts = rng.normal(size=(61, exact.features)), np.array(exact.record.values)
+    if counts.any():
+        x = np.where(counts > 0, rng.integers(np.maximum(counts, 1), size=x.shape), x)
     arguments = x.astype(dtype), make.contexts(exact, 61), rng.normal(size=61).astype(dtype)
     with make.reference():
         expected = exact.vjp(*arguments)

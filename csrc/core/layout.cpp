@@ -62,7 +62,7 @@ void write_density(Writer writer, const StageSpec& stage, const Sorted& sorted, 
     }
     writer.contexts(stage, sorted, widths);
     for (int map = 0; map < final; ++map) writer.stairs(map, sorted.maps[size_t(map)], 0, widths[size_t(map)], Start::bias, Finish::unit);
-    const int rows = widths[size_t(final)], chunk = is_base(stage.output) ? kLawRows : rows;
+    const int rows = widths[size_t(final)], chunk = stage.output == Output::base ? kLawRows : rows;
     for (int row = 0, done = 0; row < rows; row += chunk) {
         const int end = std::min(rows, row + chunk);
         writer.stairs(final, sorted.maps[size_t(final)], row, end, Start::bias, Finish::raw);

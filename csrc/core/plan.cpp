@@ -88,7 +88,9 @@ void Plan::shape_stage(const StageSpec& stage) {
     row_path_ = row_path_ && one_by_one;
     clips_ = clips_ || stage.input_clip > 0;
     late_context_ = late_context_ || stage.late_context() || joined;
-    has_base_ = is_base(stage.output);
+    has_base_ = stage.output == Output::base;
+    if (has_base_)
+        for (int coordinate : sorted.variables) values_.push_back(stage.values[size_t(coordinate)]);
     unit_rows_.resize(std::max(unit_rows_.size(), widths.size()));
     raw_rows_.resize(unit_rows_.size());
     for (size_t m = 0; m < widths.size(); ++m) {
@@ -219,14 +221,10 @@ int Plan::bias_count(size_t stage, size_t map) const {
     return without ? 0 : sorted_[stage].maps[map].rows();
 }
 
-int Plan::values(int variable) const {
-    if (!discrete()) return 0;
-    return spec_.stages.back().output == Output::bernoulli ? 2 : spec_.stages.back().rows[size_t(variable)];
-}
-
 int Plan::most_values() const {
     const std::vector<int>& rows = spec_.stages.back().rows;
-    return *std::max_element(rows.begin(), rows.end());
+    const bool lone = *std::max_element(rows.begin(), rows.end()) == 1;
+    return lone ? 1 : *std::max_element(values_.begin(), values_.end());
 }
 
 const Layout& Plan::layout(Direction direction) const {

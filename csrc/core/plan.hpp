@@ -6,6 +6,7 @@
 //     master -- layout --> tape: what the steps of one direction read, padded with zeros to the panel width
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <list>
 #include <memory>
@@ -62,9 +63,13 @@ public:
     const std::vector<int>& raw_rows() const { return raw_rows_; }
 
     bool clips() const { return clips_; }  // whether the maps of a stage read variables clipped
-    bool discrete() const { return has_base_ && spec_.stages.back().output != Output::mixture; }
-    int values(int variable) const;  // how many values a discrete variable has (no layer stands before such a base); 0 for any number
-    int most_values() const;         // of a discrete variable; 1 for bernoulli variables
+    // How many variables may have any number, and whether some have only the values 0, 1, ... Those stand in the order of the columns:
+    // no layer in front of them changes it.
+    int continuous() const { return int(std::count(values_.begin(), values_.end(), 0)) + (has_base_ ? 0 : features()); }
+    bool discrete() const { return continuous() < features(); }
+    int values(int variable) const { return has_base_ ? values_[size_t(first()[size_t(variable)])] : 0; }  // 0 for any number
+    const std::vector<int>& sorted_values() const { return values_; }                                      // [features] of a base
+    int most_values() const;  // of a discrete variable; 1 where all have a lone row
     template <class Out>
     const Range<Out>& range() const {
         return std::get<Range<Out>>(ranges_);
@@ -101,6 +106,7 @@ private:
     std::vector<std::vector<int>> place_;  // [stage][variable] row, after the context, in the tile of a stage; then of the noise
     std::vector<std::vector<int>> next_;
     std::vector<int> noise_;
+    std::vector<int> values_;
     std::tuple<Range<float>, Range<double>> ranges_;  // [features]
     std::vector<uint32_t> index_;
     int64_t parameter_count_ = 0;

@@ -38,13 +38,15 @@ struct StageSpec {
     std::vector<int64_t> ranks;  // [features] of each coordinate
     std::vector<MapSpec> maps;   // hidden maps, then the final one with rows[i] rows for coordinate i
     std::vector<int> rows;
+    std::vector<int>
+        values;         // of a base: how many values each coordinate has, of which a lone row gives that of 1; 0: any number, a mixture
     bool skip = false;  // direct weights from variables to final rows, behind all maps in the flat parameters
     Activation activation = Activation::relu;
     Law law = Law::exp_soft;
     Form form = Form::affine;
     double constant[2] = {1, 0};     // of the law, see ops/laws
     double input_clip = 0;           // variables beyond +-input_clip are read as it by the maps; 0: all as they are
-    int components = 1;              // of a mixture: rows are logits, means, raw log-scales
+    int components = 1;              // of mixtures: rows are logits, means, raw log-scales
     std::vector<double> loc, scale;  // transform: an Affine after it, by coordinate, or none. norm: (x - loc) scale if not trainable
     bool trainable = false;          // norm: (x - mean) e^log_gamma / sqrt(var + eps) + beta
     bool of_batch = false;           // in training the statistics are those of the batch

@@ -14,8 +14,7 @@ enum class Form : int { standardize, affine };
 // How the units of a context join the sums of a map: added; their activations added; or as factors sigmoid(unit).
 enum class Joins : int { none, added, activated, gated };
 // What becomes of the outputs of a stage: parameters of a law, or of the conditionals of a base; a linear map; a norm per variable.
-enum class Output : int { transform, mixture, bernoulli, categorical, linear, norm };
-constexpr bool is_base(Output o) { return o == Output::mixture || o == Output::bernoulli || o == Output::categorical; }
+enum class Output : int { transform, base, linear, norm };
 constexpr bool is_network(Output o) { return o != Output::linear && o != Output::norm; }
 enum class Bijection : int { identity, logit, log_above, log_below };
 enum class DType : int { f16, f32, f64, i8, i16, i32, i64, u8, u16, u32, u64, boolean };
@@ -66,13 +65,14 @@ struct StageView {
     Activation activation;
     Law law;
     Form form;
-    T constant[2];  // of the law, see ops/laws
-    T input_clip;   // where what the maps read of the variables ends, or 0
-    int components;
-    bool trainable;    // of a norm: its biases are log_gamma, then beta
-    const int* first;  // [features + 1] first final row of the s-th variable
-    const int* next;   // [features] row of the next tile that takes the s-th variable (of a Linear: the s-th coordinate)
-    const T* loc;      // [features] the Affine that follows or the norm, or null
+    T constant[2];      // of the law, see ops/laws
+    T input_clip;       // where what the maps read of the variables ends, or 0
+    int components;     // of the mixtures of a base
+    bool trainable;     // of a norm: its biases are log_gamma, then beta
+    const int* first;   // [features + 1] first final row of the s-th variable
+    const int* values;  // [features] of a base: how many values the s-th variable has, 0: any number
+    const int* next;    // [features] row of the next tile that takes the s-th variable (of a Linear: the s-th coordinate)
+    const T* loc;       // [features] the Affine that follows or the norm, or null
     const T* scale;
     const T* const* bias;  // per map, with padded_rows
     const Step* steps;

@@ -132,7 +132,7 @@ template <class T>
 void Weights<T>::refresh_scales() {
     const Plan& plan = *plan_;
     const size_t features = size_t(plan.features());
-    constant_ = plan.discrete() ? 0 : -double(features) * kHalfLog2Pi;
+    constant_ = -double(plan.continuous()) * kHalfLog2Pi;
     fixed_ = constant_;
     log_scales_ = 0;
     auto add = [&](double log_scale, double fixed) {
@@ -230,6 +230,7 @@ StageView<T> Weights<T>::view(size_t k) const {
     view.input_clip = T(stage.input_clip);
     view.components = stage.components;
     view.first = plan.sorted()[k].first.data();
+    view.values = stage.output == Output::base ? plan.sorted_values().data() : nullptr;
     view.trainable = stage.trainable;
     view.next = plan.next(k).data();
     view.loc = scale_[k].empty() ? nullptr : loc_[k].data();

@@ -184,7 +184,7 @@ void draw_noise(const Kernels<T>& k, const Plan& plan, const Draw& draw, int64_t
             room.index[r] = draw.index ? draw.index[row] : uint64_t(row % draw.rows) + draw.offset;
             room.context[r] = draw.index ? uint32_t(draw.group[row]) : uint32_t(row / draw.rows) + draw.context_offset;
         }
-        if (!plan.discrete()) k.normals(draw.seed, room.index, room.context, features, lanes, noise + s * tile.stride);
+        if (plan.continuous() > 0) k.normals(draw.seed, room.index, room.context, features, lanes, noise + s * tile.stride);
         if (plan.has_base()) k.uniforms(draw.seed, room.index, room.context, features, lanes, tile.uniform + s * tile.stride);
     });
 }
@@ -208,7 +208,7 @@ void assist(const Kernels<T>& k, const std::vector<StageView<T>>& views, int cou
     k.assist_row(views.data(), count, row.x, row.read, row.units, row.folded, &crew);
 }
 
-// The probabilities of discrete variables, from their final rows to rows of `out`, `most` for each variable.
+// The probabilities of discrete variables, from their final rows to rows of `out`, `most` for each variable; NaN for continuous ones.
 template <class T>
 void write_probabilities(const Kernels<T>& k, const Weights<T>& weights, T* final, int64_t rows, int most, T* out) {
     const Plan& plan = weights.plan();
@@ -219,7 +219,8 @@ void write_probabilities(const Kernels<T>& k, const Weights<T>& weights, T* fina
         const int s = plan.first()[size_t(v)], count = stage.first[s + 1] - stage.first[s];
         for (int64_t r = 0; r < rows; ++r) {
             T* const values = out + (r * features + v) * most;
-            for (int c = 0; c < most; ++c) values[c] = c < count ? final[(stage.first[s] + c) * lanes + r] : T(0);
+            for (int c = 0; c < most; ++c)
+                values[c] = !stage.values[s] ? T(NAN) : c < count ? final[(stage.first[s] + c) * lanes + r] : T(0);
         }
     }
 }

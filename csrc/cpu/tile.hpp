@@ -46,7 +46,7 @@ struct Kernels {
     void (*assist_row)(const StageView<T>* stages, int count, T* const x[2], T* read, T* const* units, const T* const* folded, Crew* crew);
     // x[count % 2] holds the noise; returns which tile holds x.
     int (*from_noise)(const StageView<T>* stages, int count, const Tile<T>& tile);
-    // After to_noise: the final rows of a discrete base become the probabilities of its values.
+    // After to_noise: the final rows of discrete variables become the probabilities of their values.
     void (*probabilities)(const StageView<T>& stage, T* rows, int vectors);
     // log_det [n] -= |z|^2 / 2.
     void (*base)(const T* z, int features, int lanes, int n, double* log_det);

@@ -48,13 +48,14 @@ static int to_noise(const StageView<T>* stages, int count, const Tile<T>& tile) 
     return count % 2;
 }
 
-// Final rows of a discrete base become the probabilities of the values.
+// Final rows of discrete variables become the probabilities of their values.
 template <class T>
 static void probabilities(const StageView<T>& stage, T* rows, int vectors) {
     for (int s = 0; s < stage.features; ++s)
         for (int j = 0; j < vectors; ++j) {
             T* const own = rows + stage.first[s] * lanes_of<T>() + j * Lanes<T>::W;
-            const Conditional<T> p{stage, own, stage.first[s + 1] - stage.first[s]};
+            const Conditional<T> p(stage, s, own);
+            if (p.continuous) continue;
             const Vec<T> all = log_total<T>(p);
             for (int c = 0; c < p.count; ++c) at(own + c * lanes_of<T>()) = probability<T>(p, all, c);
         }

@@ -52,6 +52,7 @@ struct Lanes<double> {
 // A sub-tile of rows is three vectors wide.
 constexpr int kVectors = 3;
 constexpr bool kPrefetches = true;
+constexpr bool kTrims = true;  // a strip sums the rows that it has, and none beyond
 // Rows of a panel that are summed at once.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kRows = 8;

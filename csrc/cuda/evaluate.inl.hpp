@@ -118,7 +118,7 @@ FASTMAF_FN void draw_noise(const FlowView<T>& flow, const Job<T>& job, int64_t b
         for (int block = 0; 4 * block < flow.features; ++block) {
             if (!team.mine(block * job.vectors + j)) continue;
             const int columns = flow.features - 4 * block < 4 ? flow.features - 4 * block : 4;
-            if (!flow.discrete)
+            if (flow.normals)
                 normal_block<T>(counters, job.seed, block, columns, lanes, W, normal + j * W);
             else
                 for (int d = 4 * block; d < 4 * block + columns; ++d) at(normal + d * lanes + j * W) = Vec<T>{};
@@ -206,7 +206,7 @@ FASTMAF_FN void sampler_stage(const FlowView<T>& flow, int k, int vectors, const
         });
 }
 
-// Probabilities of the values of discrete variables, in the order of the columns.
+// Probabilities of the values of discrete variables, NaN for others, in the order of the columns.
 template <class T, class Team>
 FASTMAF_FN void write_probabilities(const FlowView<T>& flow, const Job<T>& job, int64_t begin, const Tile<T>& tile, const Team& team) {
     constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
@@ -215,12 +215,13 @@ FASTMAF_FN void write_probabilities(const FlowView<T>& flow, const Job<T>& job, 
         for (int j = 0; j < job.vectors; ++j) {
             if (!team.mine(v * job.vectors + j)) continue;
             const int s = flow.first[v];
-            const Conditional<T> p{stage, tile.units[stage.maps - 1] + stage.first[s] * lanes + j * W, stage.first[s + 1] - stage.first[s]};
+            const Conditional<T> p(stage, s, tile.units[stage.maps - 1] + stage.first[s] * lanes + j * W);
             const Index row = counted(uint64_t(begin + j * W), uint64_t(job.rows - 1)) * uint64_t(job.width);
-            const Vec<T> all = log_total<T>(p);
-            for (int c = 0; c < job.most; ++c)
-                scatter<T>(job.out, row + uint64_t(v * job.most + c), c < p.count ? probability<T>(p, all, c) : Vec<T>{},
-                           job.rows - begin - j * W);
+            const Vec<T> all = p.continuous ? splat<T>(T(__builtin_nan(""))) : log_total<T>(p);
+            for (int c = 0; c < job.most; ++c) {
+                const Vec<T> value = p.continuous ? all : c < p.count ? probability<T>(p, all, c) : Vec<T>{};
+                scatter<T>(job.out, row + uint64_t(v * job.most + c), value, job.rows - begin - j * W);
+            }
         }
 }
 

@@ -113,6 +113,7 @@ const StageView<T>* put_stages(Image& image, const Weights<T>& weights, Directio
         stage.adds = image.put(stage.adds, maps);
         stage.raw = image.put(stage.raw, maps);
         if (is_network(stage.output)) stage.first = image.put(stage.first, features + 1);
+        if (stage.output == Output::base) stage.values = image.put(stage.values, features);
         stage.next = image.put(stage.next, features);
         if (stage.scale) {
             stage.loc = image.put(stage.loc, features);
@@ -150,7 +151,7 @@ FlowView<T> lay_out(Image& image, const Weights<T>& weights, Direction direction
     flow.features = plan.features();
     flow.context = plan.context();
     flow.has_base = plan.has_base();
-    flow.discrete = plan.discrete();
+    flow.normals = plan.continuous() > 0;
     flow.late_context = plan.late_context();
     flow.constant = weights.constant();
     flow.log_scales = weights.log_scales();

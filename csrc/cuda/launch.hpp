@@ -28,9 +28,10 @@ template <class T>
 struct FlowView {
     const StageView<T> *stages;
     int stage_count, transforms, features, context, maps;
-    bool has_base, discrete, late_context;  // see Plan
-    bool bounded;                           // some rows have density zero
-    double constant, log_scales;            // see Weights
+    bool has_base, late_context;  // see Plan
+    bool normals;                 // noise is drawn: some variables may have any number
+    bool bounded;                 // some rows have density zero
+    double constant, log_scales;  // see Weights
     const ColumnView *columns, *context_columns;
     const T *low, *high;  // [features] the range of samples
     const Other<T> *other_low, *other_high;

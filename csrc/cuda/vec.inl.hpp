@@ -36,6 +36,7 @@ struct Lanes<double> {
 // A tile of rows is one, two or four vectors wide.
 constexpr int kVectors = 4;
 constexpr bool kPrefetches = false;
+constexpr bool kTrims = false;
 constexpr int kRows = 8;
 template <class T>
 constexpr int lanes_of() {

@@ -89,7 +89,7 @@ FASTMAF_API int64_t fastmaf_model_layers(const fastmaf_model *model);
 FASTMAF_API int64_t fastmaf_model_members(const fastmaf_model *model);
 /* Of all members; those that differ in their masks share theirs. */
 FASTMAF_API int64_t fastmaf_model_parameters(const fastmaf_model *model);
-/* Of a discrete variable: 1 for 0/1; 0 where variables are continuous. */
+/* Of a discrete variable: 1 where all are 0/1; 0 where all variables are continuous. */
 FASTMAF_API int64_t fastmaf_model_most_values(const fastmaf_model *model);
 /* That the model computes in. */
 FASTMAF_API fastmaf_dtype fastmaf_model_dtype(const fastmaf_model *model);
@@ -147,7 +147,8 @@ FASTMAF_API fastmaf_status fastmaf_to_noise(fastmaf_evaluator *evaluator, int64_
 FASTMAF_API fastmaf_status fastmaf_from_noise(fastmaf_evaluator *evaluator, int64_t groups, int64_t rows, const fastmaf_array *noise,
                                               const fastmaf_array *context, const fastmaf_output *x);
 
-/* Probabilities of the values of discrete variables given those before them: [features] that each is 1, or [features * most values]. */
+/* Probabilities of the values of discrete variables given those before them: [features] that each is 1, or [features * most values], NaN for
+   variables beside them that may have any number. */
 FASTMAF_API fastmaf_status fastmaf_conditional_probs(fastmaf_evaluator *evaluator, int64_t groups, int64_t rows, const fastmaf_array *x,
                                                      const fastmaf_array *context, const fastmaf_output *probabilities);
 

@@ -672,7 +672,7 @@ public:
         return result;
     }
 
-    /// Probabilities of the values of discrete variables given those before them: (n, D) that each is 1, or (n, D, most_values).
+    /// Probabilities of the values of discrete variables given those before them: (n, D) that each is 1, or (n, D, most_values), NaN for others.
     /// Continuous flows have none: FASTMAF_UNSUPPORTED.
     template <class X, class C, class Out>
     void conditional_probs(const X& x, const C& context, Out&& probabilities) {

@@ -4,6 +4,7 @@
 //     bernoulli    row: logit l of x = 1;                          -log(1 + e^(-l)) at 1, -log(1 + e^l) at 0
 //     categorical  rows: K logits l;                               l_x - log sum e^l
 //
+// Each variable has its own: a mixture where it may have any number, else a bernoulli where it has a lone row.
 // Sums of exponentials are taken relative to the largest term. With u uniform, a value or component c is the first whose
 // cumulative probability exceeds u. The normal's log(2 pi) / 2 is left to the flow's constant.
 #pragma once
@@ -33,12 +34,17 @@ FASTMAF_INLINE Vec<T> log_sum_exp(int n, F term) {
     return highest == never ? never : highest + log<T>(sum);
 }
 
-// The rows of one variable, `lanes` apart.
+// The rows of the s-th variable, `lanes` apart.
 template <class T>
 struct Conditional {
     const StageView<T>& stage;
     const T* rows;
     int count;
+    bool continuous;
+
+    FASTMAF_MEMBER Conditional(const StageView<T>& stage, int s, const T* rows)
+        : stage(stage), rows(rows), count(stage.first[s + 1] - stage.first[s]), continuous(stage.values[s] == 0) {}
+    FASTMAF_MEMBER bool bernoulli() const { return count == 1; }
 
     FASTMAF_MEMBER Vec<T> row(int r) const { return at(rows + r * lanes_of<T>()); }
     FASTMAF_MEMBER Vec<T> mean(int c) const { return row(stage.components + c); }
@@ -53,23 +59,19 @@ struct Conditional {
 template <class T>
 FASTMAF_FN Vec<T> conditional_log_prob(const Conditional<T>& p, Vec<T> x) {
     const Vec<T> never = splat<T>(-T(__builtin_inf()));
-    switch (p.stage.output) {
-        case Output::mixture: {
-            const int n = p.stage.components;
-            const Vec<T> highest = highest_of<T>(n, [&](int c) { return p.row(c); });
-            return log_sum_exp<T>(n, [&](int c) { return p.term(x, c, highest); }) -
-                   log_sum_exp<T>(n, [&](int c) { return p.row(c) - highest; });
-        }
-        case Output::bernoulli: {
-            const Vec<T> value = -softplus<T>(x == 1 ? -p.row(0) : p.row(0));
-            return x == 0 ? value : x == 1 ? value : x == x ? never : x;
-        }
-        default: {
-            Vec<T> chosen = x == x ? never : x;
-            for (int c = 0; c < p.count; ++c) chosen = x == T(c) ? p.row(c) : chosen;
-            return chosen - log_sum_exp<T>(p.count, [&](int c) { return p.row(c); });
-        }
+    if (p.continuous) {
+        const int n = p.stage.components;
+        const Vec<T> highest = highest_of<T>(n, [&](int c) { return p.row(c); });
+        return log_sum_exp<T>(n, [&](int c) { return p.term(x, c, highest); }) -
+               log_sum_exp<T>(n, [&](int c) { return p.row(c) - highest; });
     }
+    if (p.bernoulli()) {
+        const Vec<T> value = -softplus<T>(x == 1 ? -p.row(0) : p.row(0));
+        return x == 0 ? value : x == 1 ? value : x == x ? never : x;
+    }
+    Vec<T> chosen = x == x ? never : x;
+    for (int c = 0; c < p.count; ++c) chosen = x == T(c) ? p.row(c) : chosen;
+    return chosen - log_sum_exp<T>(p.count, [&](int c) { return p.row(c); });
 }
 
 // Probability of value c of a discrete variable, of a bernoulli that of 1; `all`: log_total.
@@ -79,7 +81,7 @@ FASTMAF_INLINE Vec<T> log_total(const Conditional<T>& p) {
 }
 template <class T>
 FASTMAF_INLINE Vec<T> probability(const Conditional<T>& p, Vec<T> all, int c) {
-    return p.stage.output == Output::bernoulli ? sigmoid<T>(p.row(0)) : exp<T>(p.row(c) - all);
+    return p.bernoulli() ? sigmoid<T>(p.row(0)) : exp<T>(p.row(c) - all);
 }
 
 // The first c < n whose cumulative weight exceeds u times that of all, which are summed in the same order: nothing of weight zero is drawn.
@@ -98,11 +100,11 @@ FASTMAF_INLINE Vec<T> draw_index(const Conditional<T>& p, int n, Vec<T> u) {
 
 template <class T>
 FASTMAF_FN Vec<T> conditional_draw(const Conditional<T>& p, Vec<T> noise, Vec<T> u) {
-    if (p.stage.output == Output::categorical) return draw_index<T>(p, p.count, u);
-    if (p.stage.output == Output::bernoulli) {
+    if (p.bernoulli()) {
         const Vec<T> zero = sigmoid<T>(-p.row(0));
         return zero == zero ? (zero <= u ? splat<T>(1) : Vec<T>{}) : zero;
     }
+    if (!p.continuous) return draw_index<T>(p, p.count, u);
     const int n = p.stage.components;
     const Vec<T> index = draw_index<T>(p, n, u);
     Vec<T> mean = index == index ? p.mean(0) : index, raw = p.row(2 * n);
@@ -136,11 +138,11 @@ struct Shares {
 template <class T>
 FASTMAF_FN Vec<T> conditional_gradient(const Conditional<T>& p, Vec<T> x, Vec<T> g, T* delta) {
     constexpr int lanes = lanes_of<T>();
-    if (p.stage.output == Output::bernoulli) {
+    if (p.bernoulli()) {
         at(delta) = g * ((x == 1 ? splat<T>(1) : Vec<T>{}) - sigmoid<T>(p.row(0)));
         return Vec<T>{};
     }
-    if (p.stage.output == Output::categorical) {
+    if (!p.continuous) {
         const Shares<T> shares(p.count, [&](int c) { return p.row(c); });
         for (int c = 0; c < p.count; ++c) at(delta + c * lanes) = g * ((x == T(c) ? splat<T>(1) : Vec<T>{}) - shares(p.row(c)));
         return Vec<T>{};

@@ -33,7 +33,7 @@ FASTMAF_FN void base_law(const StageView<T>& stage, int first, int count, const 
     for (int j = 0; j < vectors; ++j) {
         typename Lanes<T>::Wide sum{};
         for (int s = first; s < first + count; ++s) {
-            const Conditional<T> p{stage, parameters + stage.first[s] * lanes + j * W, stage.first[s + 1] - stage.first[s]};
+            const Conditional<T> p(stage, s, parameters + stage.first[s] * lanes + j * W);
             sum += widen(conditional_log_prob<T>(p, at(x + s * lanes + j * W)));
         }
         add_to<T>(log_det + j * W, sum);

@@ -54,12 +54,21 @@ FASTMAF_FN void strip(const T* w, const T* in, int n, int rows, const T* bias, b
     for (int j = 0; j < NV; ++j) at(out + i * lanes + j * W) = acc[i][j];
 }
 
+// As many rows as there are, of R at most; FEWEST come together in any case.
+template <class T, int R, int FEWEST, int WIDTH, int NV, bool AHEAD>
+FASTMAF_INLINE void trimmed(const T* w, const T* in, int n, int rows, const T* bias, bool rectify, T* out) {
+    if constexpr (kTrims && R > FEWEST)
+        if (rows < R) return trimmed<T, R - 1, FEWEST, WIDTH, NV, AHEAD>(w, in, n, rows, bias, rectify, out);
+    strip<T, R, WIDTH, NV, AHEAD>(w, in, n, rows, bias, rectify, out);
+}
+
 template <class T, int WIDTH, int NV, bool AHEAD>
 FASTMAF_FN void strips(const T* w, const T* in, int n, int rows, const T* bias, bool rectify, T* out) {
-    constexpr int R = WIDTH < kRows ? WIDTH : kRows;
+    constexpr int R = WIDTH < kRows ? WIDTH : kRows, fewest = R < WIDTH ? 1 : WIDTH / 2 + (WIDTH > 2);
     FASTMAF_UNROLL(2)
     for (int i = 0; i < WIDTH; i += R)
-        if (i < rows) strip<T, R, WIDTH, NV, AHEAD>(w + i, in, n, rows - i, bias ? bias + i : nullptr, rectify, out + i * lanes_of<T>());
+        if (i < rows)
+            trimmed<T, R, fewest, WIDTH, NV, AHEAD>(w + i, in, n, rows - i, bias ? bias + i : nullptr, rectify, out + i * lanes_of<T>());
 }
 
 template <class T, int NV>

@@ -35,7 +35,7 @@ FASTMAF_FN void base_draw(const StageView<T>& stage, int first, int count, const
     for (int j = 0; j < vectors; ++j) {
         typename Lanes<T>::Wide sum{};
         for (int s = first; s < first + count; ++s) {
-            const Conditional<T> p{stage, parameters + stage.first[s] * lanes + j * W, stage.first[s + 1] - stage.first[s]};
+            const Conditional<T> p(stage, s, parameters + stage.first[s] * lanes + j * W);
             const int column = stage.next[s] * lanes + j * W;
             const Vec<T> value = conditional_draw<T>(p, at(noise + column), at(uniform + column));
             at(x + s * lanes + j * W) = value;

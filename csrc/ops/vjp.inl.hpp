@@ -95,9 +95,9 @@ FASTMAF_INLINE void law_gradient(const StageView<T>& stage, const Trace<T>& here
     const T* const x = here.x + stage.context * L;
     T* const dx = below + stage.context * L;
     T* const delta = here.delta[stage.maps - 1];
-    if (is_base(stage.output)) {
+    if (stage.output == Output::base) {
         const int64_t first = stage.first[s] * L + shift;
-        const Conditional<T> p{stage, here.units[stage.maps - 1] + first, stage.first[s + 1] - stage.first[s]};
+        const Conditional<T> p(stage, s, here.units[stage.maps - 1] + first);
         at(dx + own) = conditional_gradient<T>(p, at(x + own), g, delta + first);
         return;
     }

@@ -172,12 +172,11 @@ StageSpec stage_of(const Layer& layer, const Masks* member) {
     } else {
         const auto& base = std::get<Terminal>(layer);
         stage = network_stage(base.network, base.ranks, base.law, member);
-        stage.output = base.conditional;
-        if (base.conditional == Output::categorical)
-            stage.rows.assign(base.categories.begin(), base.categories.end());
-        else
-            stage.rows.assign(base.ranks.size(), base.conditional == Output::bernoulli ? 1 : int(3 * base.components));
-        if (base.conditional == Output::mixture) stage.components = int(base.components);
+        stage.output = Output::base;
+        stage.values.assign(base.values.begin(), base.values.end());
+        for (size_t i = 0; i < base.values.size(); ++i) stage.rows.push_back(int(base.rows(i)));
+        const bool mixtures = std::count(base.values.begin(), base.values.end(), 0) > 0;  // of others the number may be anything
+        if (mixtures) stage.components = int(base.components);
     }
     return stage;
 }

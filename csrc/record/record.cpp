@@ -480,25 +480,25 @@ Terminal Reader::terminal(Path path, Node node) {
     Terminal own;
     own.ranks = integers(path, node, "ranks");
     own.network = network(under(path, "conditioner"), at(node, "conditioner"));
-    const int conditional = choice(under(path, "conditional"), at(node, "conditional"), {"mixture", "bernoulli", "categorical"});
-    own.conditional = Output(int(Output::mixture) + conditional);
+    enum { mixture, bernoulli, categorical, mixed };
+    const int conditional = choice(under(path, "conditional"), at(node, "conditional"), {"mixture", "bernoulli", "categorical", "mixed"});
     own.components = integer(under(path, "components"), at(node, "components"));
     const std::string categories = under(path, "categories");
     for (const Json& count : list(categories, at(node, "categories")))
-        own.categories.push_back(integer(under(categories, std::to_string(own.categories.size())), count));
+        own.values.push_back(integer(under(categories, std::to_string(own.values.size())), count));
     own.law = law_of(under(path, "constants"), text(under(path, "law"), at(node, "law")), at(node, "constants"), path);
     if (own.components < 1) refuse(path, ": components is ", own.components);
-    if (own.conditional != Output::categorical)
-        own.categories.clear();
-    else if (own.categories.size() != own.ranks.size() ||
-             std::any_of(own.categories.begin(), own.categories.end(), [](int64_t c) { return c < 2; }))
-        refuse(path, ": categories must give at least 2 values for each of ", own.ranks.size(), " variables");
-    const int64_t most = std::numeric_limits<int64_t>::max();
-    auto count = [&](int64_t i) {
-        if (own.conditional == Output::categorical) return own.categories[size_t(i)];
-        return own.conditional == Output::bernoulli ? int64_t(1) : own.components > most / 3 ? most : 3 * own.components;
-    };
-    check_made(path, own.ranks, own.network, count, ensemble_);
+    own.lone = conditional == bernoulli;
+    if (conditional == mixture || conditional == bernoulli) {
+        own.values.assign(own.ranks.size(), own.lone ? 2 : 0);
+    } else {
+        const auto wrong = [&](int64_t count) { return count < 2 && !(conditional == mixed && count == 0); };
+        if (own.values.size() != own.ranks.size() || std::any_of(own.values.begin(), own.values.end(), wrong))
+            refuse(path, ": categories must give at least 2 values", conditional == mixed ? ", or 0 for any number," : "", " for each of ",
+                   own.ranks.size(), " variables");
+    }
+    check_made(
+        path, own.ranks, own.network, [&](int64_t i) { return own.rows(size_t(i)); }, ensemble_);
     return own;
 }
 
@@ -541,6 +541,13 @@ void check_width(const std::string& name, int64_t width, int64_t expected, const
     if (width != expected) refuse(name, " has width ", width, "; the flow has ", expected, " ", what);
 }
 
+// Whether the values of column j go through a layer as they are, and no other column depends on them.
+bool leaves(const Layer& layer, size_t j) {
+    if (const auto* own = std::get_if<Elementwise>(&layer)) return j < own->kinds.size() && own->kinds[j] == Bijection::identity;
+    const auto* affine = std::get_if<Affine>(&layer);
+    return affine && j < affine->loc.size() && affine->loc[j] == 0 && affine->scale[j] == 1;
+}
+
 void check_flow(const Record& record) {
     auto check_network = [&](const std::string& name, const Network& network) {
         for (const Dense* map : network.maps()) {
@@ -556,8 +563,11 @@ void check_flow(const Record& record) {
     check_width("base", width_of(record.base), record.features, "features");
     if (const auto* base = std::get_if<Terminal>(&record.base)) {
         check_network("base", base->network);
-        if (!record.layers.empty() && base->conditional != Output::mixture)
-            refuse("a flow with a discrete base has no layers in front of it");
+        for (const Layer& layer : record.layers)
+            for (size_t j = 0; j < base->values.size(); ++j)
+                if (base->values[j] && !leaves(layer, j))
+                    refuse("column ", j,
+                           " has the values of a discrete variable, which the layers in front of the base must leave as they are");
     }
     for (size_t k = 0; k < record.layers.size(); ++k) {
         const std::string name = "layers[" + std::to_string(k) + "]";
@@ -586,7 +596,7 @@ void check_flow(const Record& record) {
 void check_beside(const std::string& path, const Record& own, const Record& first) {
     const auto discrete = [](const Record& record) {
         const auto* base = std::get_if<Terminal>(&record.base);
-        return base && base->conditional != Output::mixture ? base->conditional : Output::mixture;
+        return base && base->discrete() ? std::pair(base->lone, base->values) : std::pair(false, std::vector<int64_t>());
     };
     const char* const other = own.features != first.features                   ? "features"
                               : own.context_features != first.context_features ? "context_features"
@@ -729,6 +739,16 @@ int64_t width_of(const Layer& layer) {
         int64_t operator()(const Terminal& own) const { return int64_t(own.ranks.size()); }
     };
     return std::visit(Width{}, layer);
+}
+
+int64_t Terminal::rows(size_t variable) const {
+    constexpr int64_t most = std::numeric_limits<int64_t>::max();
+    if (values[variable]) return lone ? 1 : values[variable];
+    return components > most / 3 ? most : 3 * components;
+}
+
+bool Terminal::discrete() const {
+    return std::any_of(values.begin(), values.end(), [](int64_t count) { return count > 0; });
 }
 
 const Network* network_of(const Layer& layer) {

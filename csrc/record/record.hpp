@@ -85,10 +85,13 @@ struct Normal {
 struct Terminal {
     std::vector<int64_t> ranks;
     Network network;
-    Output conditional = Output::mixture;
     int64_t components = 1;
-    std::vector<int64_t> categories;  // of a categorical one
+    std::vector<int64_t> values;  // how many values each variable has; 0: any number
+    bool lone = false;            // a variable has one row, the logit of 1
     LawOf law;
+
+    int64_t rows(size_t variable) const;  // of the final map
+    bool discrete() const;                // some variable is
 };
 
 using Layer = std::variant<Elementwise, Affine, BatchNorm, Permutation, Linear, Autoregressive, Normal, Terminal>;

@@ -417,9 +417,9 @@ def _base(flow: FlowRecord, weights: Sequence[Array], z: Array, c: Array) -> Bas
 
 def _terminal(base: Terminal, weights: Sequence[Array], x: Array, c: Array) -> Based:
     """Rows with a value that a discrete variable does not have go on as zeros, with log-probability -inf and gradient 0."""
-    unknown = np.zeros(len(x), bool)
-    if base.conditional != "mixture":
-        known = (x >= 0) & (x < np.array(base.categories or 2)) & (x == np.floor(x))
+    unknown, counts = np.zeros(len(x), bool), np.array(base.values)
+    if counts.any():
+        known = (counts == 0) | ((x >= 0) & (x < counts) & (x == np.floor(x)))
         unknown = (~known).any(axis=1) & ~np.isnan(x).any(axis=1)
         x = np.where(unknown[:, None], 0, x)
     parameters, back = _network(base, weights, x, c)
@@ -428,7 +428,7 @@ def _terminal(base: Terminal, weights: Sequence[Array], x: Array, c: Array) -> B
     elif base.conditional == "bernoulli":
         values, slopes = -np.logaddexp(0, np.where(x == 0, parameters, -parameters)), lambda: (x - _sigmoid(parameters), np.zeros_like(x))
     else:
-        values, slopes = _categorical_log_prob(base, parameters, x)
+        values, slopes = _mixed_log_prob(base, parameters, x)
     value = np.where(unknown, -np.inf, _total(values))
 
     def pull(g: Array) -> tuple[Array, Any, list[Array]]:
@@ -443,17 +443,26 @@ def _terminal(base: Terminal, weights: Sequence[Array], x: Array, c: Array) -> B
 Slopes = Callable[[], tuple[Array, Array]]
 
 
-def _categorical_log_prob(base: Terminal, parameters: Array, x: Array) -> tuple[Array, Slopes]:
-    """Log-probabilities (n, D), and their derivatives in the parameters and in x (none)."""
-    first = np.cumsum((0, *base.rows))[:-1]
-    values, slopes = np.empty_like(x), np.empty_like(parameters)
-    for j, (start, count) in enumerate(zip(first, base.rows, strict=True)):
-        logits = parameters[:, start : start + count]
+def _mixed_log_prob(base: Terminal, parameters: Array, x: Array) -> tuple[Array, Slopes]:
+    """Log-densities of variables with any number and log-probabilities of others, (n, D), and their derivatives likewise."""
+    values, slopes, direct = np.empty_like(x), np.empty_like(parameters), np.zeros_like(x)
+    for j, (own, count) in enumerate(zip(_parts(base), base.values, strict=True)):
+        if not count:
+            values[:, j : j + 1], of_mixture = _mixture_log_prob(base, parameters[:, own], x[:, j : j + 1])
+            slopes[:, own], direct[:, j : j + 1] = of_mixture()
+            continue
+        logits = parameters[:, own]
         log_p = logits - _log_sum_exp(logits)
         chosen = np.arange(count) == x[:, j, None]
         values[:, j] = np.where(np.isnan(x[:, j]), np.nan, np.where(chosen, log_p, 0).sum(axis=1))
-        slopes[:, start : start + count] = chosen - _softmax(logits)
-    return values, lambda: (slopes, np.zeros_like(x))
+        slopes[:, own] = chosen - _softmax(logits)
+    return values, lambda: (slopes, direct)
+
+
+def _parts(base: Terminal) -> list[slice]:
+    """The rows of each variable."""
+    first = np.cumsum((0, *base.rows))
+    return [slice(*ends) for ends in zip(first, first[1:], strict=False)]
 
 
 def _mixture_log_prob(base: Terminal, parameters: Array, x: Array) -> tuple[Array, Slopes]:
@@ -475,25 +484,27 @@ def _mixture_log_prob(base: Terminal, parameters: Array, x: Array) -> tuple[Arra
 
 
 def _mixture(base: Terminal, parameters: Array) -> tuple[Array, Array, Array, Array]:
-    """Logits, shifts, log-scales and the derivatives of these, (n, D, components) each."""
-    logits, shift, r = np.moveaxis(parameters.reshape(-1, base.features, 3, base.components), 2, 0)
+    """Logits, shifts, log-scales and the derivatives of these, (n, D, components) each, for the variables whose parameters are given."""
+    logits, shift, r = np.moveaxis(
+        parameters.reshape(len(parameters), parameters.shape[1] // (3 * base.components), 3, base.components), 2, 0
+    )
     return logits, shift, *_log_scale(Law(base.law, constants=base.constants), r)
 
 
 def _draw(base: Terminal, noise: Array, uniforms: Array, c: Array) -> Array:
     """Rows of a terminal MADE, rank by rank: a component or value from a uniform number, and the Gaussian of a component from the noise."""
-    x, first, weights = np.zeros_like(noise), np.cumsum((0, *base.rows)), list(trainable(base))
+    x, parts, weights = np.zeros_like(noise), _parts(base), list(trainable(base))
     for rank in np.unique(base.ranks):
         parameters, _ = _network(base, weights, x, c)
         for j in np.flatnonzero(base.ranks == rank):
-            own = parameters[:, first[j] : first[j + 1]]
+            own, count = parameters[:, parts[j]], base.values[j]
             if base.conditional == "bernoulli":
                 own = np.concatenate([np.zeros_like(own), own], axis=1)
-            logits = own[:, : base.components] if base.conditional == "mixture" else own
+            logits = own if count else own[:, : base.components]
             cumulative = np.cumsum(np.exp((logits - _log_sum_exp(logits)).astype(np.float64)), axis=1)
             choice = (cumulative[:, :-1] <= uniforms[:, j, None]).sum(axis=1)
-            if base.conditional == "mixture":
-                _, shift, a, _ = (part[np.arange(len(x)), j, choice] for part in _mixture(base, parameters))
+            if not count:
+                _, shift, a, _ = (part[np.arange(len(x)), 0, choice] for part in _mixture(base, own))
                 x[:, j] = noise[:, j] * np.exp(a) + shift
             else:
                 x[:, j] = np.where(np.isnan(cumulative[:, -1]), np.nan, choice)
@@ -690,22 +701,23 @@ class _Reference:
 
     @np.errstate(all="ignore")
     def conditional_probs(self, flow: FlowRecord, x: Array, context: Array | None, out: Array) -> None:
-        """Probabilities of the values of discrete variables, zero where a variable has no such value."""
+        """Probabilities of the values of discrete variables, zero where a variable has no such value, NaN where it may have any."""
         base = flow.base
         assert isinstance(base, Terminal)
         shape = out.shape[: -2 if base.categories else -1]
         flat = out.reshape(-1, flow.features, max(base.categories, default=1))
-        weights, first = list(trainable(base)), np.cumsum((0, *base.rows))
+        weights = _all_weights(flow)
         for rows in _chunks(flow, len(flat)):
             xs, cs = _take(x, shape, rows), _take(context, shape, rows)
-            logits, _ = _network(base, weights, xs.astype(flow.dtype), _context(flow, cs)[0])
+            z, _, c, _ = _forward(flow, weights, xs, cs)
+            logits, _ = _network(base, weights[-1], z, c)
             if base.conditional == "bernoulli":
                 flat[rows, :, 0] = _sigmoid(logits)
                 continue
             flat[rows] = 0
-            for j, count in enumerate(base.rows):
-                own = logits[:, first[j] : first[j + 1]]
-                flat[rows, j, :count] = np.exp(own - _log_sum_exp(own))
+            for j, (part, count) in enumerate(zip(_parts(base), base.values, strict=True)):
+                own = logits[:, part]
+                flat[rows, j, : count or None] = np.exp(own - _log_sum_exp(own)) if count else np.nan
 
     @np.errstate(all="ignore")
     def to_noise(self, flow: FlowRecord, x: Array, context: Array | None, out: Array, log_det: Array | None = None) -> None:

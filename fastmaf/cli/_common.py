@@ -186,6 +186,20 @@ def bound(text: str) -> tuple[str, tuple[float | None, float | None]]:
         raise argparse.ArgumentTypeError(f"{_words.shown(text)} must be NAME=LOW:HIGH, of which LOW or HIGH may be left out") from None
 
 
+def categories(text: str) -> tuple[str, int]:
+    """A column and how many values it has: NAME=N.
+
+    Examples
+    --------
+    >>> categories("type=5")
+    ('type', 5)
+    """
+    name, _, count = text.rpartition("=")
+    if not name or not count.strip().isdecimal() or int(count) < 2:
+        raise argparse.ArgumentTypeError(f"{_words.shown(text)} must be NAME=N, with N at least 2")
+    return name, int(count)
+
+
 def value(text: str) -> tuple[str, float]:
     """A column and its value: NAME=VALUE.
 

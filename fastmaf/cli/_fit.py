@@ -27,6 +27,7 @@ Array = NDArray[Any]
 EXAMPLES = """\
   fastmaf fit galaxies.csv -o flow.safetensors
   fastmaf fit galaxies.csv --columns z --context u,g,r,i,z --bounds z=0: -o photoz.safetensors
+  fastmaf fit catalogue.csv --columns magnitude,colour,type --categories type=4 -o catalogue.safetensors
   fastmaf fit table.parquet --weights w --missing drop --seconds 600 -o flow.safetensors
   fastmaf fit chains/run1 --burn-in 0.3 --members 5 -o posterior.safetensors
   gunzip -c big.csv.gz | fastmaf fit - --columns x,y -o flow.safetensors"""
@@ -54,6 +55,14 @@ def add(commands: Any) -> None:
     parser.add_argument("--weights", metavar="NAME", help="column with the weights of the rows (default: that of a chain)")
     parser.add_argument(
         "--bounds", type=_common.bound, action="append", default=[], metavar="NAME=LOW:HIGH", help="where a variable lives; may be repeated"
+    )
+    parser.add_argument(
+        "--categories",
+        type=_common.categories,
+        action="append",
+        default=[],
+        metavar="NAME=N",
+        help="a variable with the values 0 to N - 1; makes the flow one network, a mixed MADE; may be repeated",
     )
     model = parser.add_argument_group("model")
     model.add_argument("--start", metavar="FLOW", help="go on from the weights of this flow; no other option of the model then")
@@ -157,8 +166,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.resume and arguments.checkpoint is None:
         raise UsageError("--resume needs --checkpoint")
     model = _given(arguments, _MODEL, "batch_norm", "linear", "residual", "members")
-    if arguments.start is not None and (model or arguments.bounds):
-        option = "--bounds" if arguments.bounds else "--" + next(iter(model)).replace("_", "-").replace("hidden-features", "hidden")
+    if arguments.start is not None and (model or arguments.bounds or arguments.categories):
+        first = "bounds" if arguments.bounds else "categories" if arguments.categories else next(iter(model))
+        option = "--" + first.replace("_", "-").replace("hidden-features", "hidden")
         raise UsageError(f"{option} does not go with --start, whose flow has a model already")
     start = None if arguments.start is None else fastmaf.load(arguments.start)
     with _common.open_data(arguments) as table:
@@ -274,22 +284,33 @@ def _held_out(arguments: argparse.Namespace, features: tuple[str, ...], context:
 
 
 def _new(arguments: argparse.Namespace, features: Sequence[str], context: Sequence[str], named: bool, model: dict[str, Any]) -> Any:
-    places = {label: k for k, label in enumerate(features)}
-    bounds: list[Any] = [None] * len(features)
-    for label, ends in arguments.bounds:
-        if label not in places:
-            raise UsageError(f"--bounds {label}=...: no variable has this name; the variables are {listed(features)}")
-        bounds[places[label]] = ends
+    bounds, categories = (_by_variable(arguments, option, features) for option in ("bounds", "categories"))
     members = model.pop("members", None)
-    flow = fastmaf.MAF(
-        len(features),
-        len(context),
-        bounds=bounds if arguments.bounds else None,
-        names=features if named else None,
-        seed=arguments.seed,
+    options = {
+        "context_features": len(context),
+        "bounds": bounds,
+        "names": features if named else None,
+        "seed": arguments.seed,
         **model,
-    )
+    }
+    if categories is None:
+        flow = fastmaf.MAF(len(features), **options)
+    else:
+        for name in ("transforms", "batch_norm", "linear"):
+            if name in model:
+                raise UsageError(f"--{name.replace('_', '-')} does not go with --categories, which makes the flow one network")
+        options = {"order": "sequential", **options}
+        flow = fastmaf.MADE(len(features), "mixed", categories=categories, **options)
     return flow if members in (None, 1) else fastmaf.Ensemble(flow, members, arguments.seed)
+
+
+def _by_variable(arguments: argparse.Namespace, option: str, features: Sequence[str]) -> list[Any] | None:
+    """What an option of NAME=... says of each variable; None where it is not given."""
+    given = dict(getattr(arguments, option))
+    for label in given:
+        if label not in features:
+            raise UsageError(f"--{option} {label}=...: no variable has this name; the variables are {listed(features)}")
+    return [given.get(label) for label in features] if given else None
 
 
 def _noted(flow: Any, notes: dict[str, Any]) -> Any:

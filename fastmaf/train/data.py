@@ -7,7 +7,7 @@ import hashlib
 import math
 import numbers
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -262,10 +262,8 @@ def uneven(name: str, weights: NDArray[np.float64] | None, ranks: Ranks = ALONE)
 
 
 def _counts(record: FlowRecord) -> Array | None:
-    """How many values each variable has, if they are discrete."""
-    if not isinstance(record.base, Terminal) or not record.discrete:
-        return None
-    return np.array(record.base.categories or (2,) * record.features)
+    """How many values each variable has, 0 for any number; None where all may have any."""
+    return np.array(record.values) if record.discrete else None
 
 
 def _blocks(
@@ -282,7 +280,7 @@ def _blocks(
         if bounds is not None:
             wrong |= (block <= bounds.lower) | (block >= bounds.upper)
         if counts is not None:
-            wrong |= (block < 0) | (block >= counts) | (block != np.floor(block))
+            wrong |= (counts > 0) & ((block < 0) | (block >= counts) | (block != np.floor(block)))
         return part, block, wrong
 
     for first in range(0, len(array), step):
@@ -292,16 +290,15 @@ def _blocks(
             value, must = block[row, column], "be finite"
             if bounds is not None and math.isfinite(value):
                 must = f"lie strictly between {bounds.lower[column]} and {bounds.upper[column]}"
-            if counts is not None:
-                must = f"be an integer from 0 to {counts[column] - 1}"
+            discrete = 0 if counts is None else counts[column]
+            if discrete:
+                must = f"be an integer from 0 to {discrete - 1}"
             faulty = wrong.any(axis=0)
             for later in range(first + step, len(array), step):
                 faulty |= judged(later)[2].any(axis=0)
             others = [int(j) for j in np.flatnonzero(faulty) if j != column]
             also = f" ({_words.columns(others, names)} too)" if others else ""
-            remedy = (
-                "" if counts is not None else "; leave such rows out, or " + ("widen the bounds" if math.isfinite(value) else "fill them")
-            )
+            remedy = "" if discrete else "; leave such rows out, or " + ("widen the bounds" if math.isfinite(value) else "fill them")
             raise ValueError(f"{name} has {value} in row {first + row}, {_words.columns([column], names)}; it must {must}{also}{remedy}")
         yield part, block
 
@@ -355,6 +352,11 @@ class Moments:
         sums = functools.reduce(_Sums.and_of, ranks.gather(sums))
         deviation = np.where(sums.low == sums.high, 0.0, np.ldexp(np.sqrt(np.maximum(sums.square, 0) / sums.total), sums.unit))
         return cls(np.ldexp(sums.mean, sums.unit), deviation, sums.low, sums.high)
+
+    def without(self, discrete: NDArray[np.bool_]) -> Moments:
+        """Those of a standard column for the columns that keep their values."""
+        mean, low, high = (np.where(discrete, 0.0, own) for own in (self.mean, self.low, self.high))
+        return Moments(mean, np.where(discrete, 1.0, self.deviation), low, high)
 
 
 class _Sums(NamedTuple):
@@ -423,10 +425,11 @@ def standardised(
     fresh = wanted == "again" or (bool(wanted) and not record.fitted)
     layers, context_layers, notes = record.layers, record.context_layers, []
     some = _some_of_all(train, ranks)
-    if (counts := _counts(record)) is not None:
-        _check("x", train.x, layers, counts, record.names)
-    else:
-        moments = Moments.of("x", train.x, weights, layers, record.names, ranks)
+    discrete = np.array(record.values) > 0
+    if discrete.any():
+        _check("x", train.x, layers, _counts(record), record.names)
+    if not discrete.all():
+        moments = Moments.of("x", train.x, weights, layers, record.names, ranks).without(discrete)
         seldom = constant = np.flatnonzero(moments.deviation == 0)
         if constant.size:  # the few rows in which it varies may all be held out: the seed is not to decide
             used = np.ones(len(train.x)) if train.weights is None else train.weights
@@ -444,7 +447,9 @@ def standardised(
                 f"x varies in {where} only in rows to validate on, so that nothing can be learned of it: give more rows, or leave it out"
             )
         layers = _placed("x", layers, moments, fresh, wanted == "again", record.names)
-        if wanted == "full" and layers is not record.layers:
+        if wanted == "full" and discrete.any():
+            notes.append('standardize="full" is for columns that may have any number; beside discrete ones it does what True does')
+        elif wanted == "full" and layers is not record.layers:
             mass, squares = ranks.sum(np.array([weights.sum(), (weights**2).sum()]))
             rows = mass**2 / squares
             if rows < ENOUGH * record.features:
@@ -456,7 +461,8 @@ def standardised(
                 layers = _whitened(train, weights, layers, moments, ranks)
         elif wanted == "full" and not _whitens(layers):
             notes.append('standardize="full" does nothing, since the flow is standardised already: flow.reset() before, or make a new flow')
-        notes += _notes(record, some, layers, moments) or _degenerate(record, some)
+        judged = replace(moments, deviation=np.where(discrete, 0.0, moments.deviation))  # of what does not vary nothing is said
+        notes += _notes(record, some, layers, judged) or _degenerate(record, some, np.flatnonzero(~discrete))
         if held is not None:
             notes += _astray("validation x", held.x, held, moments, record.names)
         if wanted and layers is record.layers:
@@ -560,10 +566,11 @@ def _notes(record: FlowRecord, train: Rows, layers: Layers, moments: Moments) ->
     return notes
 
 
-def _degenerate(record: FlowRecord, train: Rows) -> list[str]:
-    """About rows in less than all dimensions, where a density has no bound."""
+def _degenerate(record: FlowRecord, train: Rows, columns: NDArray[np.intp]) -> list[str]:
+    """About rows in less than all dimensions of the columns that may have any number, where a density has no bound."""
     chosen = train.rows[:: -(-train.rows.size // MANY)]
-    rows = train.x[chosen].astype(np.float64)
+    everything = train.x[chosen].astype(np.float64)
+    rows = everything[:, columns]
     if len(rows) < LEAST:
         return []
     some = rows[:: -(-len(rows) // SOME)]
@@ -573,26 +580,26 @@ def _degenerate(record: FlowRecord, train: Rows) -> list[str]:
     few = [j for j, count in enumerate(counts) if count.size <= VALUES and 5 * count.size <= len(some)]
     if few:
         return [
-            f"x has few different values in {_words.columns(few, record.names)}, whose density has no bound: add uniform noise as wide as "
-            'their distance, or let MADE(conditional="categorical") have them'
+            f"x has few different values in {_words.columns(columns[few], record.names)}, whose density has no bound: add uniform noise as "
+            'wide as their distance, or make them categories of a MADE with conditional="mixed"'
         ]
     shares = np.array([_point(count) for count in counts]) / len(some)
     if (points := np.flatnonzero(shares > POINT)).size:
-        most = f"{100 * shares.max():.0f} % of the rows at one value in {_words.columns(points, record.names)}"
+        most = f"{100 * shares.max():.0f} % of the rows at one value in {_words.columns(columns[points], record.names)}"
         return [f"x has up to {most}, whose density has no bound: leave those rows out and count them apart, or add noise"]
     linked = _linked(rows)
-    if (values := _unbounded(rows, record.layers)) is not rows:
-        linked |= _linked(values)
+    if (values := _unbounded(everything, record.layers)) is not everything:
+        linked |= _linked(values[:, columns])
     follows = np.flatnonzero(linked)
     if follows.size:
-        where = _words.columns(follows, record.names)
+        where = _words.columns(columns[follows], record.names)
         return [f"columns of x follow from each other, and their density has no bound: leave out one of {where}"]
     if train.context is not None:
         context = train.context[chosen].astype(np.float64)
         context = context[:, (context != context[0]).any(axis=0)]
-        follows = np.flatnonzero(_linked(np.hstack([rows, context]))[: record.features])
+        follows = np.flatnonzero(_linked(np.hstack([rows, context]))[: columns.size])
         if follows.size:
-            where = _words.columns(follows, record.names)
+            where = _words.columns(columns[follows], record.names)
             return [f"{where} of x can be told from the context, and the density has no bound: leave out what x and context share"]
     return []
 

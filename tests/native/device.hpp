@@ -74,7 +74,8 @@ inline FlowSpec rich(int features, int context) {
                       stage.maps[1]};
     }
     StageSpec& base = spec.stages.back();
-    base.output = Output::mixture;
+    base.output = Output::base;
+    base.values.assign(size_t(features), 0);
     base.components = 2;
     base.rows.assign(size_t(features), 6);
     base.maps.back().rows = 6 * features;

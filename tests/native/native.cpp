@@ -75,15 +75,17 @@ std::vector<int> shuffled(int n, Random& rng) {
     return order;
 }
 
+enum class Conditional { none, mixture, bernoulli, categorical, mixed };
+
 struct Network {
-    Output output = Output::transform;
+    Conditional base = Conditional::none;
     std::vector<int> hidden;
     Activation activation = Activation::tanh;
     bool residual = false;  // hidden: one width per block
     bool skip = false;
     bool late = false;  // the context enters at the final map too
     int components = 1;
-    std::vector<int> categories;
+    std::vector<int> categories;  // of a mixed one, 0: any number
     Law law = Law::exp_soft;
     Form form = Form::affine;
     bool ties = false;          // variables share ranks
@@ -96,8 +98,8 @@ struct Network {
 
 StageSpec network(int features, int context, const Network& n, Random& rng) {
     StageSpec stage;
-    stage.output = n.output;
-    const bool discrete = n.output == Output::bernoulli || n.output == Output::categorical;
+    stage.output = n.base == Conditional::none ? Output::transform : Output::base;
+    const bool discrete = n.base > Conditional::mixture;
     stage.variable = shuffled(features, rng);
     if (discrete) std::iota(stage.variable.begin(), stage.variable.end(), 0);
     for (int rank : shuffled(features, rng)) stage.ranks.push_back(1 + (n.ties ? rank / 2 : rank));
@@ -141,8 +143,10 @@ StageSpec network(int features, int context, const Network& n, Random& rng) {
         for (int width : n.hidden) add(width, degrees(width), true, -1);
     }
     for (int i = 0; i < features; ++i) {
-        const int rows = n.output == Output::bernoulli ? 1 : n.output == Output::mixture ? 3 * n.components : 2;
-        stage.rows.push_back(n.output == Output::categorical ? n.categories[size_t(i)] : rows);
+        const int values = n.base >= Conditional::categorical ? n.categories[size_t(i)] : n.base == Conditional::bernoulli ? 2 : 0;
+        if (n.base != Conditional::none) stage.values.push_back(values);
+        const int rows = n.base == Conditional::none ? 2 : n.base == Conditional::bernoulli ? 1 : values ? values : 3 * n.components;
+        stage.rows.push_back(rows);
     }
     add(std::accumulate(stage.rows.begin(), stage.rows.end(), 0), {}, false, -1);
     if (n.after) {
@@ -176,7 +180,16 @@ StageSpec norm(int features, Norm kind, Random& rng) {
 }
 
 bool discrete(const FlowSpec& spec) {
-    return !spec.stages.empty() && (spec.stages.back().output == Output::bernoulli || spec.stages.back().output == Output::categorical);
+    return !spec.stages.empty() && std::accumulate(spec.stages.back().values.begin(), spec.stages.back().values.end(), 0) > 0;
+}
+
+// Discrete variables get some of the values that they can have.
+template <class T>
+void set_values(const FlowSpec& spec, std::vector<T>& x, Random& rng, unsigned most = ~0u) {
+    if (!discrete(spec)) return;
+    const std::vector<int>& values = spec.stages.back().values;
+    for (size_t i = 0; i < x.size(); ++i)
+        if (const int count = values[i % values.size()]) x[i] = T(rng() % std::min(unsigned(count), most));
 }
 
 FlowSpec flow(int features, int context, std::vector<StageSpec> stages, Random& rng) {
@@ -184,7 +197,9 @@ FlowSpec flow(int features, int context, std::vector<StageSpec> stages, Random& 
     spec.features = features;
     spec.context = context;
     spec.stages = std::move(stages);
-    spec.columns = discrete(spec) ? plain_columns(features, 0, 1) : plain_columns(features);
+    spec.columns = plain_columns(features);
+    for (size_t i = 0; discrete(spec) && i < size_t(features); ++i)
+        if (spec.stages.back().values[i]) spec.columns.loc[i] = 0, spec.columns.scale[i] = 1;
     spec.context_columns = plain_columns(context);
     spec.noise_variable = shuffled(features, rng);
     return spec;
@@ -233,7 +248,7 @@ std::vector<Case> cases() {
         own.law = law;
         Network standard = own, mixture = own;
         standard.form = mixture.form = Form::standardize;
-        mixture.output = Output::mixture;
+        mixture.base = Conditional::mixture;
         mixture.components = 3;
         add(name, 5, 1, {own, standard, mixture});
     }
@@ -298,7 +313,7 @@ std::vector<Case> cases() {
     stages("Linear and norm alone", 2, 2, {linear(2, rng), norm(2, Norm::of_batch, rng), linear(2, rng)});
 
     Network base;
-    base.output = Output::mixture;
+    base.base = Conditional::mixture;
     base.components = 3;
     base.hidden = {17};
     n.hidden = {11};
@@ -308,24 +323,24 @@ std::vector<Case> cases() {
     base.components = 10;
     stages("residual mixture", 9, 0, {norm(9, Norm::of_batch, rng), net(9, 0, base)});
     base = {};
-    base.output = Output::mixture;
+    base.base = Conditional::mixture;
     base.form = Form::standardize;
     base.law = Law::exp;
     add("mixture of one", 1, 0, {base});
     base = {};
-    base.output = Output::bernoulli;
+    base.base = Conditional::bernoulli;
     base.hidden = {31, 8};
     base.skip = true;
     add("bernoulli", 9, 0, {base});
     base.hidden = {};
     add("bernoulli of one variable", 1, 1, {base});
-    base.output = Output::categorical;
+    base.base = Conditional::categorical;
     base.hidden = {23, 23};
     base.residual = true;
-    base.categories = {2, 3, 1, 7, 4};
+    base.categories = {2, 3, 2, 7, 4};
     add("categorical", 5, 2, {base});
     base = {};
-    base.output = Output::categorical;
+    base.base = Conditional::categorical;
     base.categories = {300, 5};
     add("many categories", 2, 0, {base});
     base.skip = true;
@@ -334,6 +349,16 @@ std::vector<Case> cases() {
     add("more categories", 5, 0, {base});
     base.late = true;
     add("more categories given a context", 5, 4, {base});
+    base = {};
+    base.base = Conditional::mixed;
+    base.hidden = {19, 12};
+    base.components = 3;
+    base.categories = {0, 3, 0, 2, 7};
+    add("mixed", 5, 1, {base});
+    base.components = 1;
+    base.categories = {300, 0, 0};
+    base.skip = true;
+    add("mixed with many categories", 3, 0, {base});
 
     n = {};
     n.hidden = {11, 20};
@@ -511,9 +536,9 @@ Reals final_rows(const StageSpec& stage, const double* w, const Reals& x, const 
     return in;
 }
 
-double conditional(const StageSpec& stage, const double* row, int rows, double x) {
-    if (stage.output == Output::bernoulli) return -log_sum_exp({0, x == 1 ? -row[0] : row[0]});
-    if (stage.output == Output::categorical) return row[size_t(x)] - log_sum_exp(Reals(row, row + rows));
+double conditional(const StageSpec& stage, const double* row, int rows, int values, double x) {
+    if (rows == 1) return -log_sum_exp({0, x == 1 ? -row[0] : row[0]});
+    if (values) return row[size_t(x)] - log_sum_exp(Reals(row, row + rows));
     const int n = stage.components;
     Reals terms;
     for (int c = 0; c < n; ++c) {
@@ -600,8 +625,8 @@ Answer plain(const FlowSpec& spec, const double* w, const Reals& x, const Reals&
                 const Reals final = final_rows(stage, w, in, contexts[r]);
                 const double* row = final.data();
                 for (size_t i = 0; i < features; row += stage.rows[i++]) {
-                    if (is_base(stage.output)) {
-                        sum += conditional(stage, row, stage.rows[i], in[i]);
+                    if (stage.output == Output::base) {
+                        sum += conditional(stage, row, stage.rows[i], stage.values[i], in[i]);
                         continue;
                     }
                     const double a = log_scale(stage, row[1]);
@@ -616,13 +641,14 @@ Answer plain(const FlowSpec& spec, const double* w, const Reals& x, const Reals&
         }
         w += parameters_of(spec, stage);
     }
-    const bool has_base = !spec.stages.empty() && is_base(spec.stages.back().output);
+    const bool has_base = !spec.stages.empty() && spec.stages.back().output == Output::base;
+    const auto continuous = has_base ? std::count(spec.stages.back().values.begin(), spec.stages.back().values.end(), 0) : spec.features;
+    for (size_t r = 0; r < n; ++r) log_det[r] -= 0.91893853320467274178 * double(continuous);
     Answer answer;
     for (size_t r = 0; r < n; ++r)
         for (int v : spec.noise_variable) {
             const double z = rows[r][size_t(v)];
             answer.noise.push_back(z);
-            if (!discrete(spec)) log_det[r] -= 0.91893853320467274178;
             if (!has_base) log_det[r] -= 0.5 * z * z;
         }
     answer.log_prob = log_det;
@@ -760,11 +786,7 @@ void operations(const Case& one, size_t n, bool alone) {
     }();
     const double tolerance = sizeof(T) == 4 ? 2e-3 : 1e-9;
     auto x = narrowed<T>(normals(n * features, rng));
-    if (discrete(spec))
-        for (size_t i = 0; i < x.size(); ++i) {
-            const StageSpec& base = spec.stages.back();
-            x[i] = T(rng() % unsigned(base.output == Output::bernoulli ? 2 : base.rows[i % features]));
-        }
+    set_values(spec, x, rng);
     const auto context = narrowed<T>(normals(std::max<size_t>(n * width, 1), rng)), cotangent = narrowed<T>(normals(n, rng));
     std::map<std::string, Results<T>> of;
     for (const std::string& isa : available_isas()) {
@@ -866,10 +888,8 @@ void warps_of(const Case& one) {
     set_isa(available_isas().front());
     auto x = narrowed<T>(normals(n * features, rng));
     const auto context = narrowed<T>(normals(n * std::max<size_t>(width, 1), rng));
-    if (of_values)
-        for (T& v : x) v = T(rng() % 2);
-    else
-        from_noise<T>(*packed, batch_of(*packed, x, context, n), x.data(), {});
+    set_values(spec, x, rng, 2);
+    if (!of_values) from_noise<T>(*packed, batch_of(*packed, x, context, n), x.data(), {});
     auto wrong = x;  // NaN, values on and beyond bounds or that a variable cannot have, and such that overflow
     const double odd[] = {NAN, 1, -7, 0.5, 2, INFINITY, -INFINITY, 1e30, -1e300};
     for (size_t i = 0; i < 45; ++i) wrong[rng() % wrong.size()] = T(odd[i % 9]);
@@ -993,7 +1013,7 @@ void warps_read(DType dtype) {
 void impossible() {
     Random rng(2);
     Network base;
-    base.output = Output::categorical;
+    base.base = Conditional::categorical;
     base.hidden = {9};
     base.categories = {2, 3, 4};
     const FlowSpec spec = flow(3, 0, {network(3, 0, base, rng)}, rng);
@@ -1100,15 +1120,19 @@ std::vector<Course> courses() {
     members("members", 2, n, false, {});
     members("residual members with a norm of the batch", 0, block, true, careful);
     base = n;
-    base.output = Output::mixture;
+    base.base = Conditional::mixture;
     base.components = 4;
     all.push_back({"mixture behind a norm of the batch", {flow(5, 0, {norm(5, Norm::of_batch, rng), net(0, base)}, rng)}, false, {}});
     members("members with mixtures", 0, base, false, careful);
-    base.output = Output::bernoulli;
+    base.base = Conditional::bernoulli;
     members("members with bernoullis", 1, base, false, {});
-    base.output = Output::categorical;
+    base.base = Conditional::categorical;
     base.categories = {2, 3, 4, 2, 6};
     all.push_back({"categorical", {flow(5, 2, {net(2, base)}, rng)}, true, {}});
+    base.base = Conditional::mixed;
+    base.components = 2;
+    base.categories = {2, 0, 4, 0, 0};
+    all.push_back({"mixed", {flow(5, 2, {net(2, base)}, rng)}, true, careful});
     return all;
 }
 
@@ -1125,8 +1149,7 @@ struct Session {
         Random rng(8);
         const FlowSpec& spec = course.members[0];
         x = narrowed<T>(normals(n * size_t(spec.features), rng, 2));
-        if (discrete(spec))
-            for (T& v : x) v = T(std::fabs(v) > 1);
+        set_values(spec, x, rng, 2);
         context = narrowed<T>(normals(n * size_t(spec.context), rng));
         for (size_t i = 0; i < n; ++i) weights.push_back(course.weighted ? 0.5 + double(i % 4) : 1);
         const auto narrow = narrowed<T>(random_parameters(spec, rng));
@@ -1312,7 +1335,7 @@ void many_callers() {
     Network n, base;
     n.hidden = {24, 24};
     n.residual = n.skip = true;
-    base.output = Output::mixture;
+    base.base = Conditional::mixture;
     base.hidden = {33};
     base.components = 3;
     const FlowSpec spec = flow(6, 2, {linear(6, rng), network(6, 2, n, rng), norm(6, Norm::of_batch, rng), network(6, 2, base, rng)}, rng);

@@ -39,6 +39,7 @@ struct Lanes<double> {
 
 constexpr int kVectors = 4;
 constexpr bool kPrefetches = false;
+constexpr bool kTrims = false;
 constexpr int kRows = 8;
 template <class T>
 constexpr int lanes_of() {
