@@ -118,6 +118,17 @@ def test_start_is_kept_when_nothing_is_better(x):
     assert flow.layers == trained
 
 
+def test_few_validation_rows_that_choose_an_epoch_are_said(x):
+    flow = linear()
+    with pytest.warns(FitWarning, match=r"^15 validation rows have chosen epoch \d+ of \d+, too few to tell: give more, or validation=0"):
+        flow.fit(x[:150], lr=0.3, patience=3, seed=0)
+    again = linear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again.fit(x[:150], lr=1e-4, max_epochs=2, seed=0)  # the last epoch was the best: nothing was chosen
+        again.fit(x[:250], lr=0.3, patience=3, seed=0)
+
+
 def test_no_validation_keeps_the_last(x):
     flow = linear()
     history = flow.fit(x, validation=0, max_epochs=3)

@@ -615,6 +615,9 @@ class _Run:
             few = self.total_held < data.LEAST
             remedy = f"{self.total_held} rows decide; give more" if few else remedy
             return [f"none of {len(history.train)} epochs was better than the start on the validation rows: {kept}; {remedy}"]
+        if self.held is not None and self.total_held < data.LEAST and history.best_epoch < len(history.train):
+            chosen = f"epoch {history.best_epoch} of {len(history.train)}"
+            return [f"{self.total_held} validation rows have chosen {chosen}, too few to tell: give more, or validation=0 and max_epochs"]
         if self.held is None and history.best_epoch < len(history.train):
             return [f"weights are no numbers behind epoch {history.best_epoch}: {kept}; {remedy}"]
         if self.held is None and self.at_end < self.at_start:
