@@ -120,6 +120,8 @@ def exact(importer: str, flow: Any) -> Any:
 
     if not isinstance(flow, ZukoFlow):
         raise ValueError(f"{importer} takes a zuko.flows.Flow, not {_common.named(flow)}")
+    if not (hasattr(flow, "transform") and hasattr(flow, "base")):  # of as_zuko, or another class that keeps its parts elsewhere
+        raise ValueError(f"{importer} reads the transform and the base of a flow, which {_common.named(flow)} does not have")
     return copy.deepcopy(flow).cpu().double().eval()
 
 

@@ -194,6 +194,10 @@ def test_what_the_record_cannot_express_is_refused_by_name(make, message):
 
 
 def test_other_objects_are_refused():
+    from fastmaf.torch import MAF, as_zuko
+
+    with pytest.raises(ValueError, match=r"reads the transform and the base of a flow, which Wrapped does not have"):
+        from_zuko(as_zuko(MAF(2)))
     with pytest.raises(ValueError, match=r"takes a zuko.flows.Flow, not Linear"):
         from_zuko(nn.Linear(2, 2))
 
