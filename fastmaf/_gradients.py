@@ -124,7 +124,7 @@ def backward(
     -------
     value : array of that shape
     dx, dcontext : arrays of the shapes of x and of the context
-        None for discrete variables, without a context, and where they are not wanted.
+        None where variables are discrete, without a context, and where they are not wanted.
     """
     dtype, count = flow.dtype, math.prod(shape)
     if x.shape[:-1] == shape and 0 < count * dtype.itemsize <= BUDGET and (context is None or context.size == count * context.shape[-1]):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fastmaf import _words, masks
 from fastmaf.layers import Autoregressive, Conditioner, Dense, Terminal
 
-__all__ = ["counts_of", "drawn", "free", "masked", "rebuilt", "redrawn"]
+__all__ = ["counts_of", "drawn", "free", "masked", "rebuilt", "redrawn", "spread"]
 
 Array = NDArray[Any]
 
@@ -56,8 +56,23 @@ def drawn(
 def redrawn(record: Autoregressive | Terminal, net: Conditioner, rng: np.random.Generator) -> Conditioner:
     """The network of a layer or base with new weights, without masks."""
     if isinstance(record, Terminal):
-        return drawn(net, record.ranks.size, rng, record.components, record.values)
+        return spread(drawn(net, record.ranks.size, rng, record.components, record.values), record.ranks, record.values, rng)
     return drawn(net, record.ranks.size, rng)
+
+
+def spread(net: Conditioner, ranks: Array, values: Sequence[int], rng: np.random.Generator) -> Conditioner:
+    """The network with biases that make each first unit bend somewhere among the values 0, 1, ... of the variables that it reads.
+
+    Those of continuous variables lie around zero, where units bend anyway. Far from it one unit is much like another.
+    """
+    counts = np.array(values)
+    many = np.flatnonzero(counts > 2)
+    if net.initial is None or not many.size:
+        return net
+    weight, degrees = net.initial.weight[:, many], net.initial.degrees
+    places = rng.uniform(-0.5, counts[many] - 0.5, weight.shape)
+    shift = np.where(masks.hidden_mask(degrees, ranks)[:, many], weight * places, 0).sum(axis=1)  # type: ignore[arg-type]
+    return replace(net, initial=replace(net.initial, bias=net.initial.bias - shift))
 
 
 def counts_of(record: Autoregressive | Terminal) -> Sequence[int] | None:

@@ -96,7 +96,8 @@ def matrix(name: str, table: Any, names: Sequence[str] | None = None) -> Array:
         raise ValueError(f"{name} has missing values in {_words.named(absent)}; fill or drop them first")
     wrong = [f"{_words.shown(found[j])} ({given})" for j, given in zip(places, columns, strict=True) if isinstance(given, str)]
     if wrong:
-        raise ValueError(f"{name} must hold real numbers; it has {_words.named(wrong)}")
+        remedy = ": give the number of each category, as .cat.codes does" if any("(category)" in label for label in wrong) else ""
+        raise ValueError(f"{name} must hold real numbers; it has {_words.named(wrong)}{remedy}")
     arrays = [given for given in columns if isinstance(given, np.ndarray)]
     result = np.empty((len(table), len(arrays)), np.result_type(*arrays) if arrays else np.float64)
     for j, array in enumerate(arrays):

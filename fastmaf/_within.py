@@ -47,6 +47,8 @@ class Bounds:
     names : sequence of str or None
     dtype : numpy.dtype
         Of the rows; bounds that it does not have move inwards.
+    values : sequence of int
+        How many values each column has, 0 for any number. Bounds of one that has some hold these, and may be equal.
 
     Raises
     ------
@@ -60,8 +62,12 @@ class Bounds:
     [True, False, False]
     """
 
-    def __init__(self, within: Any, features: int, names: Sequence[str] | None, dtype: np.dtype[Any]) -> None:
-        parsed = Elementwise.from_bounds(_arrays.by_column("within", within, features, names), names, "within")
+    def __init__(self, within: Any, features: int, names: Sequence[str] | None, dtype: np.dtype[Any], values: Sequence[int] = ()) -> None:
+        entries = _arrays.by_column("within", within, features, names)
+        for j, count in enumerate(values):
+            if count:
+                entries[j] = _around(entries[j])
+        parsed = Elementwise.from_bounds(entries, names, "within")
         with np.errstate(over="ignore"):
             low, high = parsed.lower.astype(dtype), parsed.upper.astype(dtype)
         low = np.where(low.astype(np.float64) < parsed.lower, np.nextafter(low, low.dtype.type(np.inf)), low)
@@ -75,6 +81,17 @@ class Bounds:
             column = rows[:, j]
             inside &= (column >= low) & (column <= high)
         return inside
+
+
+def _around(entry: Any) -> Any:
+    """Bounds of a variable with whole numbers, a quarter of its step wider; what are none, as it is."""
+    try:
+        low, high = entry
+        if low is not None and high is not None and low > high:
+            return entry
+        return None if low is None else low - 0.25, None if high is None else high + 0.25
+    except (TypeError, ValueError):
+        return entry
 
 
 def _piece(features: int) -> int:
@@ -152,7 +169,7 @@ def sample(
         raise ValueError("offset counts what is drawn, of which within keeps a part: leave it out, or drop the first of more rows")
     grouped = context is not None and context.ndim == 2
     shape, dtype = (*((c,) if grouped else ()), n, record.features), record.sample_dtype(dtype, out)
-    bounds = Bounds(within, record.features, record.names, dtype)
+    bounds = Bounds(within, record.features, record.names, dtype, record.values)
     samples = _arrays.empty(shape, dtype) if out is None else _arrays.output(out, shape, dtype, context)
     width = record.features + record.context_features
     _fill(drawing(context, seed, context_offset, dtype), samples.reshape(c, n, record.features), bounds, max_tries, width, grouped)
@@ -173,7 +190,7 @@ def acceptance(
     n = _words.count("n", n, 1)
     context, c = _contexts(record, context, device)
     seed, _, context_offset = _arrays.seed_and_offsets(seed, 0, context_offset, n, c)
-    bounds = Bounds(within, record.features, record.names, record.dtype)
+    bounds = Bounds(within, record.features, record.names, record.dtype, record.values)
     draw, size = drawing(context, seed, context_offset, record.dtype), _piece(record.features + record.context_features)
     found = np.zeros(c, np.int64)
     for start in range(0, c * n, size):

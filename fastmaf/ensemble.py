@@ -261,7 +261,7 @@ class Ensemble:
         Raises
         ------
         ValueError
-            If a shape or dtype does not fit; if the variables are discrete.
+            If a shape or dtype does not fit; if variables are discrete.
 
         Examples
         --------
@@ -849,12 +849,17 @@ def _fitting(flows: Any) -> tuple[Flow, ...]:
             ("features", flow.features, first.features),
             ("context_features", flow.context_features, first.context_features),
             ("dtype", flow.dtype, first.dtype),
-            ("discrete variables", flow.record.discrete, first.record.discrete),
+            ("discrete variables", _kinds(flow), _kinds(first)),
             ("names", flow.names, first.names),
         ):
             if own != other:
                 raise ValueError(f"flows[{k}] has other {name} than flows[0]; members of an ensemble have the same")
     return tuple(flow._still() for flow in members)
+
+
+def _kinds(flow: Flow) -> tuple[bool, tuple[int, ...]]:
+    """What a sample space is made of: whether the variables are Bernoulli ones, and how many values each has."""
+    return flow.record.discrete == "bernoulli", flow.record.values
 
 
 def _exp(x: Array) -> Array:

@@ -318,7 +318,7 @@ class _Source:
         self._keeps = self._keeps or any(entry[-1] or entry[-2] >= 0 for entry in entries)
         self._units = max(self._units, out)
         self._outputs = max(self._outputs, int(np.diff(first[group]).max()))
-        self._terms = max(self._terms, layer.components if isinstance(layer, Terminal) else 1, int(counts.max()))
+        self._terms = max(self._terms, layer.components if isinstance(layer, Terminal) and 0 in layer.values else 1, int(counts.max()))
         self._weights(str(k), panels)
         self._table("int", f"group_{k}", group)
         self._table("int", f"slot_{k}", slots[order])

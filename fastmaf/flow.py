@@ -286,7 +286,7 @@ class Flow:
         Raises
         ------
         ValueError
-            If a shape or dtype does not fit; if the variables are discrete.
+            If a shape or dtype does not fit; if variables are discrete.
 
         Examples
         --------
@@ -349,7 +349,7 @@ class Flow:
         Raises
         ------
         ValueError
-            If a shape or dtype does not fit; if the variables are discrete.
+            If a shape or dtype does not fit; if variables are discrete.
 
         Examples
         --------
@@ -771,7 +771,7 @@ class Flow:
         Raises
         ------
         ValueError
-            If a shape or dtype does not fit; if the variables are discrete.
+            If a shape or dtype does not fit; if variables are discrete.
 
         Notes
         -----
@@ -803,7 +803,7 @@ class Flow:
         Returns
         -------
         dx, dcontext
-            As in `log_prob_and_grad`; dx is None where the variables are discrete.
+            As in `log_prob_and_grad`; dx is None where variables are discrete.
         dparameters : (p,) array
             In the order of `parameters`, on the GPU where x lies there; exactly zero for masked weights. The statistics of a `BatchNorm`
             are constants here. Rows whose log_prob is -inf have no part in it; those that are only just finite may be too much for the
@@ -1320,7 +1320,9 @@ def _possible(record: FlowRecord) -> Array:
     low, high = bounds.lower, bounds.upper
     with np.errstate(invalid="ignore"):
         inside = np.where(
-            np.isfinite(low), np.where(np.isfinite(high), low / 2 + high / 2, low + 1), np.where(np.isfinite(high), high - 1, 0)
+            np.isfinite(low),
+            np.where(np.isfinite(high), low / 2 + high / 2, low + np.maximum(1, abs(low))),
+            np.where(np.isfinite(high), high - np.maximum(1, abs(high)), 0),
         )
     return np.asarray(inside)
 
@@ -1365,6 +1367,8 @@ def _details(record: Any) -> str:
         widths = [record.ranks.size, *(dense.bias.size for dense in net.hidden), net.final.bias.size]
         law = record.law.kind if isinstance(record, Autoregressive) else record.conditional
         words = [" -> ".join(map(str, widths)), net.activation, law]
+        if isinstance(record, Terminal) and law == "mixed":
+            words[-1] += f" ({' '.join(str(count or '-') for count in record.values[:8])}{' ...' * (record.ranks.size > 8)})"
         words += ["residual"] * any(block.kind == "residual" for block in net.blocks) + ["direct"] * (net.skip is not None)
         words += ["reads noise"] * (isinstance(record, Autoregressive) and record.direction == "noise")
         order = np.argsort(record.ranks, kind="stable")

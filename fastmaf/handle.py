@@ -198,7 +198,7 @@ class Handle:
         Returns
         -------
         dx, dcontext, dparameters : arrays or None
-            None where it is left out, without a context, and in x where the variables are discrete.
+            None where it is left out, without a context, and in x where variables are discrete.
 
         Raises
         ------
@@ -267,7 +267,7 @@ class Handle:
         Raises
         ------
         ValueError
-            If a shape or dtype does not fit; if the variables are discrete.
+            If a shape or dtype does not fit; if variables are discrete.
 
         Examples
         --------
@@ -306,7 +306,7 @@ class Handle:
         Raises
         ------
         ValueError
-            If a shape or dtype does not fit; if the variables are discrete.
+            If a shape or dtype does not fit; if variables are discrete.
 
         Examples
         --------

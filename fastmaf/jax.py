@@ -277,7 +277,7 @@ def _log_prob_jvp(flow: Flow, primals: Any, tangents: Any) -> Any:
     x, context = primals
     of_x, of_context = (tangent is not None and not isinstance(tangent, SymbolicZero) for tangent in tangents)
     if of_x and flow._discrete:
-        raise ValueError(f"a flow with a {flow._discrete} base has no gradient in x, whose values are discrete")
+        raise ValueError(f"a flow with a {flow._discrete} base has no gradient in x, of which values are discrete")
     value, *gradients = _value_and_gradients(flow, of_x, of_context, x, context)
     total = jnp.zeros(value.shape, value.dtype)
     for array, tangent in zip((x, context), tangents, strict=True):

@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike
 from fastmaf import _arrays, _words
 from fastmaf import masks as _masks
 from fastmaf._arrays import Seed
-from fastmaf._networks import masked
+from fastmaf._networks import masked, spread
 from fastmaf.flow import Flow
 from fastmaf.layers import Autoregressive, Elementwise, FlowLayer, Law, Terminal, rows_of
 from fastmaf.maf import INPUT_CLIP, Bounds, Draft, Order, soft_law
@@ -162,7 +162,7 @@ def MADE(
         components = 1 if discrete else components
         values = counts or (2 if conditional == "bernoulli" else 0,) * draft.features
         rows = rows_of(conditional, components, values)
-        net = draft.network(sum(rows), components, values)
+        net = spread(draft.network(sum(rows), components, values), ranks, values, draft.rng)
         base = Terminal(ranks, masked(net, ranks, rows), conditional, components, counts)
     flow = draft.flow(layers, base, dtype, names)
     if masks == 1:
@@ -188,7 +188,11 @@ def _categories(categories: Categories | None, conditional: str, features: int, 
             raise ValueError(f"categories is {_words.shown(categories)}; of mixed variables it must be a sequence or a mapping")
         return (_arrays.count("categories", categories, lowest=2),) * features
     entries = _arrays.by_column("categories", categories, features, _arrays.names(names, features))
-    counts = tuple(0 if mixed and count is None else _arrays.count(f"categories[{j}]", count, lowest=2) for j, count in enumerate(entries))
+    labels = names if isinstance(categories, Mapping) and names is not None else range(features)
+    counts = tuple(
+        0 if mixed and count is None else _arrays.count(f"categories[{_words.shown(label)}]", count, lowest=2)
+        for label, count in zip(labels, entries, strict=True)
+    )
     if mixed and not any(counts):
         raise ValueError('categories has no number; without one, conditional is "mixture"')
     return counts

@@ -212,8 +212,10 @@ class MaskedEnsemble(Ensemble):
         True
         """
         record = self._flow.record.anew(_arrays.seed_or_fresh(seed))
-        made = next(own for own in (*record.layers, record.base) if isinstance(own, (Autoregressive, Terminal)))
-        net = redrawn(made, self.conditioner, np.random.default_rng(record.training["init_seed"]))
+        first = self.member(0).record  # whose masks are those of the flow without others
+        made = next(own for own in (*first.layers, first.base) if isinstance(own, (Autoregressive, Terminal)))
+        net = with_degrees(self.conditioner, self.degrees[0])
+        net = redrawn(made, net, np.random.default_rng(record.training["init_seed"]))
         self._shared = _Shared(self._flow._holding(record), net, self.ranks, self.degrees)
 
     def fit(  # type: ignore[override]

@@ -505,7 +505,7 @@ def slices(
     if not isinstance(flow, (Flow, Ensemble)):
         raise ValueError(f"flow is {_words.shown(flow)}; it must be a Flow or an Ensemble")
     if (flow if isinstance(flow, Flow) else flow.member(0)).record.discrete:
-        raise ValueError("flow has discrete variables, whose probabilities have no slices")
+        raise ValueError("flow has discrete variables; slices are of flows without")
     point = _arrays.real("at", at, names=flow.names).astype(np.float64)
     if point.shape == (1, flow.features):
         point = point[0]

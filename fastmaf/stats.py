@@ -169,13 +169,13 @@ def _record(flow: Density) -> FlowRecord:
 
 def _alike(name: str, flow: Density, other: str, density: Density) -> None:
     """Refuse densities of other variables."""
-    discrete = bool(_record(flow).discrete)
-    if discrete != bool(_record(density).discrete):
-        raise ValueError(
-            f"{name} has {'discrete' if discrete else 'continuous'} variables and {other} has none; densities cannot be compared"
-        )
     if density.features != flow.features:
         raise ValueError(f"{other} has {density.features} features; {name} has {flow.features}")
+    pairs = zip(_record(flow).values, _record(density).values, strict=True)
+    odd = [j for j, (own, theirs) in enumerate(pairs) if (own == 0) != (theirs == 0)]
+    if odd:
+        where = _words.columns(odd, flow.names)
+        raise ValueError(f"one of {name} and {other} has discrete variables in {where}, the other continuous ones: they cannot be compared")
     if flow.names and density.names and flow.names != density.names:
         j = next(j for j, pair in enumerate(zip(flow.names, density.names, strict=True)) if pair[0] != pair[1])
         raise ValueError(f"column {j} is {_words.shown(flow.names[j])} in {name} and {_words.shown(density.names[j])} in {other}")

@@ -555,7 +555,7 @@ def test_categories_make_a_mixed_made(call, tmp_path):
     kind = rng.integers(0, 4, 400)
     rows = np.stack([np.exp(rng.normal(kind / 2)), kind, rng.normal(size=400), kind > 1], axis=1)
     np.savetxt(file, rows, delimiter=",", header="mass,kind,age,flag", comments="")
-    given = ["--columns", "mass,kind,flag", "--context", "age", "--categories", "kind=4", "--categories", "flag=2", "--bounds", "mass=0:"]
+    given = ["--columns", "mass,kind,flag", "--context", "age", "--categories", "kind=4,flag=2", "--bounds", "mass=0:"]
     result = call("fit", file, "-o", out, *given, "--hidden", "12", "--components", "2", "--epochs", "2", "--seed", "3")
     assert result.returncode == 0, result.stderr
     flow = fastmaf.load(out)
@@ -564,6 +564,10 @@ def test_categories_make_a_mixed_made(call, tmp_path):
     )
     own.fit(rows[:, [0, 1, 3]], rows[:, 2:3], max_epochs=2, seed=3)
     assert flow.base.categories == (0, 4, 2) and np.array_equal(flow.parameters(), own.parameters())
+    assert "categories      kind 4, flag 2\n" in call("info", out).stdout and "mixed (- 4 2)" in call("info", out).stdout
+    wrong = tmp_path / "wrong.csv"
+    wrong.write_text("mass,kind,flag,age\n1,0,1,0\n1,0.5,1,0\n")
+    said(call("log-prob", out, wrong), 0, "1 of 2 rows cannot come from the flow (log_prob is -inf): outside its bounds, no value of its")
     drawn = call("sample", out, "-n", "50", "--given", "age=0.5", "--seed", "1").stdout.splitlines()
     assert {line.split(",")[1] for line in drawn[1:]} <= {"0", "1", "2", "3", "0.0", "1.0", "2.0", "3.0"}
     said(call("fit", file, "-o", out, "--categories", "kind=1"), 2, "must be NAME=N, with N at least 2")
@@ -571,6 +575,8 @@ def test_categories_make_a_mixed_made(call, tmp_path):
     for options, status, words in (
         (["sort=3"], 2, "--categories sort=...: no variable has this name; the variables are mass"),
         (["kind=4", "--transforms", "3"], 2, "--transforms does not go with --categories"),
+        (["kind=4", "--categories", "kind=5"], 2, "--categories names a variable twice"),
+        (["kind=4", "--order", "reverse"], 2, "--order reverse turns around every second network, and --categories makes"),
         (["kind=3"], 1, "column 'kind'; it must be an integer from 0 to 2"),
     ):
         result = call("fit", file, "-o", out, "--categories", *options)

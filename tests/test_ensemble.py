@@ -201,6 +201,10 @@ def test_what_does_not_fit_is_refused():
         (lambda: fastmaf.Ensemble([flow, fastmaf.MAF(3, 1)]), "flows[1] has other context_features than flows[0]"),
         (lambda: fastmaf.Ensemble([flow, fastmaf.MAF(3, dtype="float64")]), "flows[1] has other dtype than flows[0]"),
         (lambda: fastmaf.Ensemble([flow, fastmaf.MADE(3, "bernoulli")]), "flows[1] has other discrete variables than flows[0]"),
+        (
+            lambda: fastmaf.Ensemble([fastmaf.MADE(3, "mixed", categories=own) for own in ([3, None, 2], [None, 3, 2])]),
+            "flows[1] has other discrete variables than flows[0]",
+        ),
         (lambda: model("maf").with_parameters(np.zeros(3)), "parameters has shape (3,)"),
         (lambda: model("maf").member(3), "k is 3"),
     ]

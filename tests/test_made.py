@@ -87,6 +87,21 @@ def test_mixed():
     assert flow.prefix(3).base.categories == (9, 0, 0) and flow.prefix(1).base.categories == (9,)
 
 
+def test_units_bend_among_the_values_that_they_read():
+    """The biases of the first map are shifted by each unit's weights times places among the values; those of other columns are not."""
+    options = {"hidden_features": (200,), "dtype": "float64", "seed": 0}
+    flow = fastmaf.MADE(3, "mixed", categories=[40, None, 2], **options)
+    plain = fastmaf.MADE(3, "mixed", categories=[2, None, 2], **options)
+    first, other = flow.base.conditioner.initial, plain.base.conditioner.initial
+    assert np.array_equal(first.weight, other.weight)
+    bend = (other.bias - first.bias) / first.weight[:, 0]
+    assert (bend > -0.5).all() and (bend < 39.5).all() and 15 < bend.mean() < 24 and bend.std() > 8
+    masks = fastmaf.MADE(3, "mixed", categories=[40, None, 2], masks=3, **options)
+    assert masks.member(0).base == flow.base
+    masks.reset(seed=0)
+    assert masks.member(0).base == flow.base
+
+
 def saved(flow):
     file = io.BytesIO()
     flow.save(file)
@@ -118,6 +133,7 @@ def test_weights_are_those_of_the_seed_in_both_dtypes(conditional):
         ({"conditional": "mixed", "categories": 3}, "categories is 3; of mixed variables it must be a sequence or a mapping"),
         ({"conditional": "mixed", "categories": [None] * 3}, 'categories has no number; without one, conditional is "mixture"'),
         ({"conditional": "mixed", "categories": [None, 1, None]}, "categories[1] is 1; it must be at least 2"),
+        ({"conditional": "mixed", "categories": {"b": 1}, "names": list("abc")}, "categories['b'] is 1; it must be at least 2"),
         ({"conditional": "mixed", "categories": {"a": 2}}, "categories goes by name, but names is None"),
         ({"conditional": "mixed", "categories": {"d": 2}, "names": list("abc")}, "categories has column 'd'; names has no such"),
         (

@@ -453,6 +453,24 @@ def test_probabilities_of_mixed_variables(case, bounds, dtype):
         np.testing.assert_array_equal(found, probs)
 
 
+@pytest.mark.parametrize("case", ["reference", "cpu"])
+@pytest.mark.parametrize("bound", [(0, None), (1.7e18, None), (None, -1e17), (1, 2)])
+def test_a_value_outside_its_bounds_makes_no_wrong_probabilities(case, bound):
+    """Those in front of it are right; what C gets, which looks at no value beforehand, is right or NaN."""
+    fastmaf.set_backend(case)
+    flow = fastmaf.MADE(3, "mixed", categories=[3, 2, None], bounds=[None, None, bound], order="sequential", dtype="float64", seed=1)
+    inside = 3 * bound[0] + 1 if bound[1] is None else bound[1] * 2 if bound[0] is None else 1.5
+    x = np.array([[2, 0, inside], [2, 0, np.nan], [2, 0, bound[0] if bound[0] is not None else bound[1]], [2, 0, np.inf]])
+    right = flow.conditional_probs(x[:1])[0, :2]
+    for row in flow.conditional_probs(x):
+        np.testing.assert_array_equal(row[:2], right)
+    raw = np.zeros((4, 3, 3))
+    backends.choose().conditional_probs(flow.record, x, None, raw)
+    np.testing.assert_array_equal(raw[0, :2], right)
+    for row in raw[1:, :2]:
+        assert (np.isnan(row) | np.isclose(row, right, rtol=1e-12)).all()
+
+
 @pytest.mark.parametrize("context_features", [0, 1])
 def test_categorical_probabilities(context_features):
     flow = made("categorical", context_features=context_features)

@@ -26,6 +26,10 @@ FLOWS = {
     "bernoulli": lambda: fastmaf.MADE(3, "bernoulli", hidden_features=(4,), seed=0),
     "categorical": lambda: fastmaf.MADE(2, "categorical", categories=[2, 3], hidden_features=(4,), seed=0),
     "mixed": lambda: fastmaf.MADE(3, "mixed", categories=[None, 3, 2], bounds=[(0, 1), None, None], hidden_features=(4,), seed=0),
+    "mixed masks": lambda: fastmaf.MADE(3, "mixed", categories=[2, None, 3], masks=3, hidden_features=(4,), seed=0),
+    "categorical flows": lambda: fastmaf.Ensemble(
+        fastmaf.MADE(2, "categorical", categories=[2, 3], hidden_features=(4,)), members=2, seed=1
+    ),
     "flows": lambda: fastmaf.Ensemble(fastmaf.MAF(3, 1, transforms=1, hidden_features=(4,), seed=0), members=2, seed=1),
     "masks": lambda: fastmaf.MADE(3, masks=3, hidden_features=(4,), seed=0),
 }
@@ -142,8 +146,9 @@ def density(flow, file):
     if file.unsupported:
         return None
     rng = np.random.default_rng(0)
-    discrete = isinstance(own.base, fastmaf.layers.Terminal) and own.base.conditional != "mixture"
-    x = rng.integers(0, 2, (5, own.features)).astype(float) if discrete else rng.uniform(0.1, 0.9, (5, own.features)) + 2.0
+    values = np.array(own.record.values)
+    free = rng.uniform(0.1, 0.9, (5, own.features)) + 2.0 * (not values.any())
+    x = np.where(values > 0, rng.integers(0, 2, (5, own.features)), free)
     context = rng.normal(size=(5, own.context_features)) if own.context_features else None
     actual = np.empty(5, own.dtype)
     _core.Flow(file).log_prob(x, context, actual)

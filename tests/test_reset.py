@@ -44,8 +44,8 @@ def built(name, **options):
 
 def data(flow, n=200):
     rng = np.random.default_rng(0)
-    discrete = getattr(flow.base, "conditional", "") in ("bernoulli", "categorical")
-    x = rng.integers(0, 2, (n, 3)) if discrete else rng.normal([3.0, -7.0, 20.0], [0.1, 2.0, 5.0], (n, 3))
+    counts = np.array(flow.record.values)
+    x = rng.integers(0, counts, (n, 3)) if counts.all() else rng.normal([3.0, -7.0, 20.0], [0.1, 2.0, 5.0], (n, 3))
     return x, 4 + 3 * rng.normal(size=(n, flow.context_features)) if flow.context_features else None
 
 

@@ -320,6 +320,9 @@ def test_samples_of_other_bases_have_no_gradient():
     discrete = Flow(fastmaf.MADE(3, conditional="bernoulli"))
     discrete().log_prob(torch.ones(4, 3)).sum().backward()
     assert discrete.weight.grad.any()
+    mixed = Flow(fastmaf.MADE(2, conditional="mixed", categories=[None, 2]))
+    with pytest.raises(ValueError, match="x requires a gradient, which a flow with discrete variables does not have: detach x"):
+        mixed().log_prob(torch.ones(4, 2, requires_grad=True)).sum().backward()
 
 
 def test_seeds_of_torch_settle_weights_too():

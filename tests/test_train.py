@@ -860,14 +860,44 @@ def test_mixed_columns_are_standardised_but_for_the_discrete(in_numpy):
 
 def test_what_is_said_of_columns_is_not_said_of_discrete_ones(in_numpy):
     """A category that is rare and far from others is no mark of a missing value; a column of few values is, where it may have any."""
-    rare = np.where(np.arange(800) % 200 == 0, 49, MIXED[:, 0])
-    flow = fastmaf.MADE(3, "mixed", categories=(50, None, 2), hidden_features=(8,))
+    rare = np.where(np.arange(800) % 40 == 0, 99, np.arange(800) % 12)
+    flow = fastmaf.MADE(3, "mixed", categories=(100, None, 2), hidden_features=(8,), order=[2, 1, 0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         flow.fit(np.stack([rare, *MIXED[:, 1:].T], axis=1), max_epochs=2, lr=1e-2, seed=0)
     flow = fastmaf.MADE(3, "mixed", categories=(None, None, 2), hidden_features=(8,), names=["k", "mass", "flag"])
     with pytest.warns(FitWarning, match="x has few different values in column 'k', .* categories of a MADE with conditional=\"mixed\""):
         flow.fit(MIXED, max_epochs=1)
+
+
+def test_categories_that_data_or_networks_do_not_fit_are_said(in_numpy):
+    x = np.stack([MIXED[:, 1], MIXED[:, 0] + 1], axis=1)
+    options = {"hidden_features": (8,), "names": ["mass", "kind"]}
+    for count, values in ((4, "1 to 3"), (30, "1 to 3")):
+        message = f"x has values from {values} in column 'kind', which was made for 0 to {count - 1}: values that never occur"
+        with pytest.warns(FitWarning, match=message):
+            fastmaf.MADE(2, "mixed", categories=[None, count], **options).fit(x, max_epochs=1, seed=0)
+    with pytest.warns(FitWarning, match="x has values from 0 to 2 in column 'kind', which was made for 0 to 29"):
+        fastmaf.MADE(2, "mixed", categories=[None, 30], **options).fit(x - [0, 1], max_epochs=1, seed=0)
+    x[:, 1] = np.arange(800) % 20
+    with pytest.warns(FitWarning, match="networks read the values of column 'kind' as numbers, .* put such columns last in the order"):
+        fastmaf.MADE(2, "mixed", categories=[None, 20], order=[1, 0], **options).fit(x, max_epochs=1, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastmaf.MADE(2, "mixed", categories=[None, 20], **options).fit(x, max_epochs=1, seed=0)
+
+
+@pytest.mark.parametrize("clip", [0.5, 4.0])
+def test_what_a_clip_hides_of_categories_is_said(in_numpy, clip):
+    flow = fastmaf.MADE(2, "mixed", categories=[None, 2], input_clip=clip, hidden_features=(8,))
+    x = np.stack([BENT[:, 0], BITS[:, 0]], axis=1)
+    if clip > 1:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            flow.fit(x, max_epochs=1, standardize=False, seed=0)
+        return
+    with pytest.warns(FitWarning, match="many values in columns 0, 1 of x lie beyond input_clip"):
+        flow.fit(x, max_epochs=1, standardize=False, seed=0)
 
 
 def test_discrete_columns_may_be_constant_and_contexts_are_standardised(in_numpy):

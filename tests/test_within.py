@@ -216,3 +216,16 @@ def test_is_found_where_sample_is():
     with make.reference():
         expected = flow.sample(20, contexts(3), seed=1, within=BOX)
     np.testing.assert_allclose(flow.sample(20, contexts(3), seed=1, within=BOX), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_one_value_of_a_category_is_a_bound():
+    flow = fastmaf.MADE(2, "mixed", categories=[3, None], seed=0)
+    whole = flow.sample(4000, seed=1)
+    for ends, kept in (((1, 1), [1]), ((1, None), [1, 2]), ((0, 1), [0, 1]), ((0.4, 2), [1, 2]), (None, [0, 1, 2])):
+        samples = flow.sample(50, seed=1, within=[ends, None])
+        np.testing.assert_array_equal(samples, whole[np.isin(whole[:, 0], kept)][:50])
+        assert flow.acceptance([ends, None], n=4000, seed=1) == np.isin(whole[:, 0], kept).mean()
+    with pytest.raises(ValueError, match="column 1 has bounds"):
+        flow.sample(5, within=[None, (1, 1)])
+    with pytest.raises(ValueError, match="column 0 has bounds"):
+        flow.sample(5, within=[(2, 1), None])

@@ -107,7 +107,7 @@ void each_subtile(int64_t n, int lanes, F f) {
 }
 
 // Loads the variables of rows [begin, begin + n) into x[0]. log_det gets those of their bijections, and -inf where a discrete variable has
-// a value that it cannot have, unless it is `free` to have any.
+// a value that it cannot have. Where values are `free` to be any, those at or outside a bound go on as NaN.
 template <class T>
 void load_variables(const Kernels<T>& k, const Plan& plan, const RowReader& reader, int64_t begin, int64_t n, bool free, double* block,
                     Tile<T>& tile) {
@@ -123,8 +123,10 @@ void load_variables(const Kernels<T>& k, const Plan& plan, const RowReader& read
         const int possible = free ? 0 : plan.values(v);
         each_subtile(n, lanes, [&](int64_t s, int64_t first, int count) {
             T* const lane = x + s * tile.stride + plan.first()[c] * lanes;
+            double own[48] = {};
             k.load(values + first, count, columns.kind[c], columns.lower[c], columns.upper[c], columns.loc[c], columns.scale[c], lane,
-                   tile.log_det + first);
+                   free ? own : tile.log_det + first);
+            if (free) spoil_outside(own, count, lane);
             if (possible) k.refuse_other(values + first, count, possible, tile.log_det + first);
             std::fill(lane + count, lane + round_up(count, k.width), lane[count - 1]);
         });

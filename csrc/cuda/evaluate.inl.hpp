@@ -48,11 +48,14 @@ FASTMAF_INLINE D load(const ColumnView& column, D x, D& slope) {
     return (z - column.loc) * column.scale;
 }
 
-// A context at or outside a bound has no meaning: NaN.
+// NaN where a number lies at or outside a bound.
+FASTMAF_INLINE D spoilt(D z, D slope) { return slope == -__builtin_inf() ? splat<double>(__builtin_nan("")) : z; }
+
+// A context at or outside a bound has no meaning.
 FASTMAF_INLINE D load_context(const ColumnView& column, D x) {
     D slope;
     const D z = load(column, x, slope);
-    return slope == -__builtin_inf() ? splat<double>(__builtin_nan("")) : z;
+    return spoilt(z, slope);
 }
 
 // -inf for a value that a discrete variable cannot have, else 0.
@@ -91,9 +94,11 @@ FASTMAF_FN void load_rows(const FlowView<T>& flow, const Job<T>& job, int64_t be
             if (!team.mine(plain ? v * job.vectors + j : j)) continue;
             const D own = column_of(job.x, row, v);
             D slope;
-            at(x + flow.first[v] * lanes + j * W) = narrow<T>(load(column, own, slope));
-            if (column.kind != Bijection::identity) at(tile.log_det + j * W) += slope;
-            if (column.values && !job.most) at(tile.log_det + j * W) += refusal(widen(narrow<T>(own)), column.values);
+            const D z = load(column, own, slope);
+            const bool free = job.most != 0;  // any value goes on, but as NaN at or outside a bound
+            at(x + flow.first[v] * lanes + j * W) = narrow<T>(free && column.kind != Bijection::identity ? spoilt(z, slope) : z);
+            if (column.kind != Bijection::identity && !free) at(tile.log_det + j * W) += slope;
+            if (column.values && !free) at(tile.log_det + j * W) += refusal(widen(narrow<T>(own)), column.values);
         }
     }
     if (!flow.bounded) return;

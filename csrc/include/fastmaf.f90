@@ -84,7 +84,7 @@ module fastmaf
         procedure :: layers => model_layers
         procedure :: members => model_members                    ! of an ensemble, which has densities, gradients, samples; 0 for a flow
         procedure :: parameters => model_parameters
-        procedure :: most_values => model_most_values            ! of a discrete variable: 1 for 0/1; 0 where continuous
+        procedure :: most_values => model_most_values            ! of a discrete variable: 1 if Bernoulli; 0 if none is
         procedure :: double_precision => model_double_precision  ! whether it computes in real64
         procedure :: name => model_name                          ! of variable i; '' where the flow has none
         procedure :: memory => model_memory                      ! bytes that weights take now
@@ -677,7 +677,7 @@ contains
     end subroutine
 
     ! Probabilities of the values of discrete variables given those before them: (features, samples) that each is 1, or
-    ! (most values, features, samples).
+    ! (most values, features, samples), NaN for variables that may have any number.
 
     subroutine conditional_probs_each_real32(self, x, probabilities, context, stat, errmsg)
         class(flow_evaluator), intent(inout) :: self

@@ -89,7 +89,7 @@ FASTMAF_API int64_t fastmaf_model_layers(const fastmaf_model *model);
 FASTMAF_API int64_t fastmaf_model_members(const fastmaf_model *model);
 /* Of all members; those that differ in their masks share theirs. */
 FASTMAF_API int64_t fastmaf_model_parameters(const fastmaf_model *model);
-/* Of a discrete variable: 1 where all are 0/1; 0 where all variables are continuous. */
+/* Of a discrete variable: 1 for Bernoulli variables; 0 where all variables are continuous. */
 FASTMAF_API int64_t fastmaf_model_most_values(const fastmaf_model *model);
 /* That the model computes in. */
 FASTMAF_API fastmaf_dtype fastmaf_model_dtype(const fastmaf_model *model);

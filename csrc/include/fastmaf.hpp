@@ -438,8 +438,8 @@ public:
     /// 0 for a flow.
     std::int64_t members() const noexcept { return fastmaf_model_members(handle()); }
 
-    /// Most values of a discrete variable: 1 for 0/1.
-    /// 0 where variables are continuous.
+    /// Most values of a discrete variable: 1 for Bernoulli variables.
+    /// 0 where all variables are continuous.
     std::int64_t most_values() const noexcept { return fastmaf_model_most_values(handle()); }
 
     /// The dtype that the model computes in.

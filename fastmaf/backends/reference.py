@@ -709,8 +709,8 @@ class _Reference:
         weights = _all_weights(flow)
         for rows in _chunks(flow, len(flat)):
             xs, cs = _take(x, shape, rows), _take(context, shape, rows)
-            z, _, c, _ = _forward(flow, weights, xs, cs)
-            logits, _ = _network(base, weights[-1], z, c)
+            z, log_det, c, _ = _forward(flow, weights, xs, cs)
+            logits, _ = _network(base, weights[-1], np.where(np.isneginf(log_det)[:, None], np.nan, z), c)
             if base.conditional == "bernoulli":
                 flat[rows, :, 0] = _sigmoid(logits)
                 continue

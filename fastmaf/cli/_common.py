@@ -186,18 +186,21 @@ def bound(text: str) -> tuple[str, tuple[float | None, float | None]]:
         raise argparse.ArgumentTypeError(f"{_words.shown(text)} must be NAME=LOW:HIGH, of which LOW or HIGH may be left out") from None
 
 
-def categories(text: str) -> tuple[str, int]:
-    """A column and how many values it has: NAME=N.
+def categories(text: str) -> list[tuple[str, int]]:
+    """Columns and how many values they have: NAME=N,NAME=N.
 
     Examples
     --------
-    >>> categories("type=5")
-    ('type', 5)
+    >>> categories("type=5,flag=2")
+    [('type', 5), ('flag', 2)]
     """
-    name, _, count = text.rpartition("=")
-    if not name or not count.strip().isdecimal() or int(count) < 2:
-        raise argparse.ArgumentTypeError(f"{_words.shown(text)} must be NAME=N, with N at least 2")
-    return name, int(count)
+    found = []
+    for part in text.split(","):
+        name, _, count = part.rpartition("=")
+        if not name or not count.strip().isdecimal() or int(count) < 2:
+            raise argparse.ArgumentTypeError(f"{_words.shown(part)} must be NAME=N, with N at least 2")
+        found.append((name, int(count)))
+    return found
 
 
 def value(text: str) -> tuple[str, float]:

@@ -115,7 +115,7 @@ def log_prob(arguments: argparse.Namespace) -> int:
         _common.left_out(rows.missing, rows.rows, "row", arguments.quiet)
         if values.impossible:
             of = f"{values.impossible:,} of {_common.counted(progress.done)} cannot come from the flow"
-            _common.note(f"{of} (log_prob is -inf): outside its bounds, or too far away", arguments.quiet)
+            _common.note(f"{of} (log_prob is -inf): outside its bounds, no value of its categories, or too far away", arguments.quiet)
         if not arguments.mean:
             progress.summary(arguments.output)
     return 0

@@ -59,10 +59,10 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--categories",
         type=_common.categories,
-        action="append",
+        action="extend",
         default=[],
-        metavar="NAME=N",
-        help="a variable with the values 0 to N - 1; makes the flow one network, a mixed MADE; may be repeated",
+        metavar="NAME=N,...",
+        help="variables with the values 0 to N - 1; makes the flow one network, a mixed MADE",
     )
     model = parser.add_argument_group("model")
     model.add_argument("--start", metavar="FLOW", help="go on from the weights of this flow; no other option of the model then")
@@ -99,8 +99,18 @@ _MODEL: list[tuple[str, Any, str, str]] = [
     ("--transforms", positive, "N", "MADEs in a row (default: 5)"),
     ("--hidden", _widths, "N,N", "units in the hidden layers of each (default: 100,100)"),
     ("--activation", ("relu", "tanh", "elu", "gelu", "silu"), "NAME", "relu, tanh, elu, gelu or silu (default: relu)"),
-    ("--components", positive, "N", "Gaussians of each variable in the base (default: 1; a lone variable needs more)"),
-    ("--order", ("reverse", "sequential", "random"), "NAME", "of the variables: reverse, sequential or random (default: reverse)"),
+    (
+        "--components",
+        positive,
+        "N",
+        "Gaussians of each variable in the base (default: 1, with --categories 10; a lone variable needs more)",
+    ),
+    (
+        "--order",
+        ("reverse", "sequential", "random"),
+        "NAME",
+        "of the variables: reverse, sequential or random (default: reverse; with --categories sequential)",
+    ),
     ("--dtype", ("float32", "float64"), "NAME", "float32 or float64 (default: float32)"),
 ]
 
@@ -299,14 +309,18 @@ def _new(arguments: argparse.Namespace, features: Sequence[str], context: Sequen
         for name in ("transforms", "batch_norm", "linear"):
             if name in model:
                 raise UsageError(f"--{name.replace('_', '-')} does not go with --categories, which makes the flow one network")
-        options = {"order": "sequential", **options}
+        if model.get("order") == "reverse":
+            raise UsageError("--order reverse turns around every second network, and --categories makes the flow one network")
         flow = fastmaf.MADE(len(features), "mixed", categories=categories, **options)
     return flow if members in (None, 1) else fastmaf.Ensemble(flow, members, arguments.seed)
 
 
 def _by_variable(arguments: argparse.Namespace, option: str, features: Sequence[str]) -> list[Any] | None:
     """What an option of NAME=... says of each variable; None where it is not given."""
-    given = dict(getattr(arguments, option))
+    pairs = getattr(arguments, option)
+    given = dict(pairs)
+    if len(given) < len(pairs):
+        raise UsageError(f"--{option} names a variable twice")
     for label in given:
         if label not in features:
             raise UsageError(f"--{option} {label}=...: no variable has this name; the variables are {listed(features)}")

@@ -15,7 +15,7 @@ import fastmaf
 from fastmaf import _files, _words
 from fastmaf.cli import _common
 from fastmaf.cli._common import UsageError
-from fastmaf.layers import Elementwise
+from fastmaf.layers import Elementwise, Terminal
 
 __all__ = ["add"]
 
@@ -98,6 +98,10 @@ def _info(arguments: argparse.Namespace) -> int:
     if bounds is not None:
         ends = [f"{name} in ({low:g}, {high:g})" for name, low, high in zip(names, bounds.lower, bounds.upper, strict=True)]
         print(f"bounds          {', '.join(text for text, kind in zip(ends, bounds.kinds, strict=True) if kind != 'identity')}")
+    base = flow.base
+    if isinstance(base, Terminal) and base.categories:
+        counted = [f"{name} {count}" for name, count in zip(names, base.categories, strict=True) if count]
+        print(f"categories      {', '.join(counted)}")
     if isinstance(flow, fastmaf.Ensemble) and not isinstance(flow, fastmaf.MaskedEnsemble):
         print(f"member          the first of {len(flow)}")
     for key, value in flow.training.items():

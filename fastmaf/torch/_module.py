@@ -105,7 +105,10 @@ class _LogProb(_Operation):
     def gradients(
         cls, handle: Handle, at: Array, context: Array | None, cotangent: Array, wanted: tuple[bool, ...]
     ) -> tuple[Array | None, ...]:
-        return handle.vjp(at, context, cotangent, dx=wanted[0], dcontext=wanted[1], dparameters=wanted[2])
+        result = handle.vjp(at, context, cotangent, dx=wanted[0], dcontext=wanted[1], dparameters=wanted[2])
+        if wanted[0] and result[0] is None:
+            raise ValueError("x requires a gradient, which a flow with discrete variables does not have: detach x")
+        return result
 
 
 class _ToNoise(_Operation):

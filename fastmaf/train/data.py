@@ -40,6 +40,9 @@ MANY = 8192
 FEW = 30
 """Rows that are few for a fit, if there are ten times as many that count for little."""
 
+MANY_VALUES = 12
+"""Values of a category that a network still learns to tell apart when it reads them as one number."""
+
 LEAST = 20
 """Rows that are needed to tell anything of how they lie."""
 
@@ -427,7 +430,7 @@ def standardised(
     some = _some_of_all(train, ranks)
     discrete = np.array(record.values) > 0
     if discrete.any():
-        _check("x", train.x, layers, _counts(record), record.names)
+        notes += _of_categories(record, train, ranks)
     if not discrete.all():
         moments = Moments.of("x", train.x, weights, layers, record.names, ranks).without(discrete)
         seldom = constant = np.flatnonzero(moments.deviation == 0)
@@ -468,7 +471,7 @@ def standardised(
         if wanted and layers is record.layers:
             notes += _far_out("x", layers, moments, record.names)
         elif not wanted:
-            notes += _out_of_reach(record, layers, moments)
+            notes += _out_of_reach(record, layers, judged)
     if train.context is not None:
         moments = Moments.of("context", train.context, weights, context_layers, None, ranks)
         noise = _noise(train.context, moments)
@@ -489,6 +492,29 @@ def standardised(
         return record, notes
     training = {**record.training, **({"whitened": True} if len(layers) > len(record.layers) and _whitens(layers) else {})}
     return record.replaced(layers=layers, context_layers=context_layers, training=training), notes
+
+
+def _of_categories(record: FlowRecord, train: Rows, ranks: Ranks) -> list[str]:
+    """About discrete columns, which are judged: of other values than they were made for, of more than a network tells apart."""
+    counts, base, notes = np.array(record.values), record.base, []
+    low, high = counts.astype(np.float64), np.full(counts.size, -1.0)
+    for _, block in _blocks("x", train.x, record.layers, counts, record.names):
+        low, high = np.minimum(low, block.min(axis=0)), np.maximum(high, block.max(axis=0))
+    low, high = np.min(ranks.gather(low), axis=0), np.max(ranks.gather(high), axis=0)
+    for j in np.flatnonzero((counts > 2) & ((low > 0) | (2 * (high + 1) <= counts)))[:1]:
+        notes.append(
+            f"x has values from {low[j]:.0f} to {high[j]:.0f} in {_words.columns([j], record.names)}, which was made for 0 to "
+            f"{counts[j] - 1}: values that never occur have a probability too"
+        )
+    assert isinstance(base, Terminal)
+    many = np.flatnonzero((counts > MANY_VALUES) & (base.ranks < base.ranks.max()))
+    if many.size and base.conditional == "mixed":
+        notes.append(
+            f"networks read the values of {_words.columns(many, record.names)} as numbers, of which they tell no more than about "
+            f"{MANY_VALUES} apart where neighbours have nothing in common: put such columns last in the order, or give them as one-hot "
+            "context"
+        )
+    return notes
 
 
 def _placed(name: str, layers: Layers, moments: Moments, fresh: bool, again: bool, names: Sequence[str] | None) -> Layers:
@@ -575,7 +601,7 @@ def _degenerate(record: FlowRecord, train: Rows, columns: NDArray[np.intp]) -> l
         return []
     some = rows[:: -(-len(rows) // SOME)]
     counts = [np.unique(column, return_counts=True)[1] for column in some.T]
-    if 10 * max(count.size for count in counts) <= len(some) and 10 * (different := len(np.unique(rows, axis=0))) <= len(rows):
+    if 10 * max(count.size for count in counts) <= len(some) and 10 * (different := len(np.unique(everything, axis=0))) <= len(rows):
         return [f"x has {different} different rows among {len(rows)}, whose density has no bound: drop the copies, or add noise"]
     few = [j for j, count in enumerate(counts) if count.size <= VALUES and 5 * count.size <= len(some)]
     if few:
@@ -587,9 +613,11 @@ def _degenerate(record: FlowRecord, train: Rows, columns: NDArray[np.intp]) -> l
     if (points := np.flatnonzero(shares > POINT)).size:
         most = f"{100 * shares.max():.0f} % of the rows at one value in {_words.columns(columns[points], record.names)}"
         return [f"x has up to {most}, whose density has no bound: leave those rows out and count them apart, or add noise"]
-    linked = _linked(rows)
+    known = np.delete(everything, columns, axis=1)  # discrete ones, of which nothing is said
+    known = known[:, (known != known[0]).any(axis=0)]
+    linked = _linked(np.hstack([rows, known]))[: columns.size]
     if (values := _unbounded(everything, record.layers)) is not everything:
-        linked |= _linked(values[:, columns])
+        linked |= _linked(np.hstack([values[:, columns], known]))[: columns.size]
     follows = np.flatnonzero(linked)
     if follows.size:
         where = _words.columns(columns[follows], record.names)
@@ -751,7 +779,8 @@ def _out_of_reach(record: FlowRecord, layers: Layers, moments: Moments) -> list[
     if not nets or nets[0].input_clip is None:
         return []
     away, width = _behind_the_front(layers, moments)
-    wrong = np.flatnonzero(~(away + width < nets[0].input_clip))
+    away = np.maximum(away, np.array(record.values) - 1)
+    wrong = np.flatnonzero(~(away + width < nets[0].input_clip) & ~((away == 0) & (width == 0)))
     if not wrong.size:
         return []
     where, clip = _words.columns(wrong, record.names), nets[0].input_clip
