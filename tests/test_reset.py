@@ -44,7 +44,7 @@ def built(name, **options):
 
 def data(flow, n=200):
     rng = np.random.default_rng(0)
-    counts = np.array(flow.record.values)
+    counts = np.array((flow.member(0) if isinstance(flow, fastmaf.Ensemble) else flow).record.values)
     x = rng.integers(0, counts, (n, 3)) if counts.all() else rng.normal([3.0, -7.0, 20.0], [0.1, 2.0, 5.0], (n, 3))
     return x, 4 + 3 * rng.normal(size=(n, flow.context_features)) if flow.context_features else None
 
