@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmaf import _words, masks
-from fastmaf.layers import Autoregressive, Conditioner, Dense, Terminal
+from fastmaf.layers import Autoregressive, Conditioner, Dense, Terminal, rows_of
 
 __all__ = ["counts_of", "drawn", "free", "masked", "rebuilt", "redrawn", "spread"]
 
@@ -47,7 +47,7 @@ def drawn(
     if components is not None and values is not None and 0 in values:
         own = np.zeros((features, 3, components))
         own[:, 1] = rng.normal(size=(features, components))
-        pieces = np.split(net.final.bias, np.cumsum([count or 3 * components for count in values])[:-1])
+        pieces = np.split(net.final.bias, np.cumsum(rows_of("mixed", components, values))[:-1])
         bias = np.concatenate([piece if count else mixture.ravel() for count, piece, mixture in zip(values, pieces, own, strict=True)])
         net = replace(net, final=replace(net.final, bias=bias))
     return net

@@ -743,7 +743,7 @@ class Flow:
             return result if type(given) is np.ndarray else _device.native(result, given)
         unknown = _impossible(x, record) if type(x) is np.ndarray else None
         if unknown is not None:
-            x = np.where(unknown, _possible(record), x)
+            x = np.where(unknown, _inside(record), x)
         backend.conditional_probs(record, x, context, result)
         if unknown is not None:  # what comes behind an unknown value is unknown
             first = np.where(unknown, base.ranks, base.ranks.max() + 1).min(axis=-1, keepdims=True)
@@ -1312,7 +1312,7 @@ def _impossible(x: Array, record: FlowRecord) -> Array | None:
     return unknown if unknown.any() else None
 
 
-def _possible(record: FlowRecord) -> Array:
+def _inside(record: FlowRecord) -> Array:
     """A row of values that its variables can have."""
     bounds = record.layers[0] if record.layers else None
     if not isinstance(bounds, Elementwise):

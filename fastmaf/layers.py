@@ -684,11 +684,22 @@ class Terminal(_Record):
     @property
     def values(self) -> tuple[int, ...]:
         """How many values each variable has; 0 for any number."""
-        return self.categories or (2 if self.conditional == "bernoulli" else 0,) * self.features
+        return values_of(self.conditional, self.categories, self.features)
 
     def __reduce__(self) -> Any:
         arguments = (self.ranks, self.conditioner, self.conditional, self.components, self.categories, dict(self.constants), self.law)
         return Terminal, arguments
+
+
+def values_of(conditional: str, categories: tuple[int, ...], features: int) -> tuple[int, ...]:
+    """How many values each variable of a base has; 0 for any number.
+
+    Examples
+    --------
+    >>> values_of("mixed", (0, 3), 2), values_of("mixture", (), 2)
+    ((0, 3), (0, 0))
+    """
+    return categories or (2 if conditional == "bernoulli" else 0,) * features
 
 
 def rows_of(conditional: str, components: int, values: Sequence[int]) -> tuple[int, ...]:

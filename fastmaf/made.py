@@ -13,7 +13,7 @@ from fastmaf import masks as _masks
 from fastmaf._arrays import Seed
 from fastmaf._networks import masked, spread
 from fastmaf.flow import Flow
-from fastmaf.layers import Autoregressive, Elementwise, FlowLayer, Law, Terminal, rows_of
+from fastmaf.layers import Autoregressive, Elementwise, FlowLayer, Law, Terminal, rows_of, values_of
 from fastmaf.maf import INPUT_CLIP, Bounds, Draft, Order, soft_law
 from fastmaf.masked_ensemble import MaskedEnsemble, random_member
 
@@ -160,7 +160,7 @@ def MADE(
         layers.append(Autoregressive(ranks, masked(net, ranks), soft_law(clip, 1)))
     else:
         components = 1 if discrete else components
-        values = counts or (2 if conditional == "bernoulli" else 0,) * draft.features
+        values = values_of(conditional, counts, draft.features)
         rows = rows_of(conditional, components, values)
         net = spread(draft.network(sum(rows), components, values), ranks, values, draft.rng)
         base = Terminal(ranks, masked(net, ranks, rows), conditional, components, counts)

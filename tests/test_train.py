@@ -879,6 +879,9 @@ def test_categories_that_data_or_networks_do_not_fit_are_said(in_numpy):
             fastmaf.MADE(2, "mixed", categories=[None, count], **options).fit(x, max_epochs=1, seed=0)
     with pytest.warns(FitWarning, match="x has values from 0 to 2 in column 'kind', which was made for 0 to 29"):
         fastmaf.MADE(2, "mixed", categories=[None, 30], **options).fit(x - [0, 1], max_epochs=1, seed=0)
+    both = fastmaf.MADE(2, "mixed", categories=[4, 30], hidden_features=(8,))
+    with pytest.warns(FitWarning, match="x has values from 1 to 2 in column 0, which was made for 0 to 3 .column 1 likewise.: values"):
+        both.fit(np.stack([BITS[:, 0] + 1, BITS[:, 1]], axis=1), max_epochs=1, seed=0)
     x[:, 1] = np.arange(800) % 20
     with pytest.warns(FitWarning, match="networks read the values of column 'kind' as numbers, .* put such columns last in the order"):
         fastmaf.MADE(2, "mixed", categories=[None, 20], order=[1, 0], **options).fit(x, max_epochs=1, seed=0)
@@ -887,17 +890,17 @@ def test_categories_that_data_or_networks_do_not_fit_are_said(in_numpy):
         fastmaf.MADE(2, "mixed", categories=[None, 20], **options).fit(x, max_epochs=1, seed=0)
 
 
-@pytest.mark.parametrize("clip", [0.5, 4.0])
-def test_what_a_clip_hides_of_categories_is_said(in_numpy, clip):
-    flow = fastmaf.MADE(2, "mixed", categories=[None, 2], input_clip=clip, hidden_features=(8,))
-    x = np.stack([BENT[:, 0], BITS[:, 0]], axis=1)
-    if clip > 1:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            flow.fit(x, max_epochs=1, standardize=False, seed=0)
-        return
-    with pytest.warns(FitWarning, match="many values in columns 0, 1 of x lie beyond input_clip"):
+@pytest.mark.parametrize(("clip", "where"), [(9.0, None), (2.0, "column 0"), (1.0, "column 0"), (0.5, "columns 0, 1")])
+def test_what_a_clip_hides_of_categories_is_said(in_numpy, clip, where):
+    flow = fastmaf.MADE(2, "mixed", categories=[None, 2], hidden_features=(8,))
+    base = flow.base
+    flow = fastmaf.Flow(flow.layers, replace(base, conditioner=replace(base.conditioner, input_clip=clip)))
+    x = np.stack([3 + BENT[:, 0], BITS[:, 0]], axis=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         flow.fit(x, max_epochs=1, standardize=False, seed=0)
+    said = [str(one.message) for one in caught if "beyond input_clip" in str(one.message)]
+    assert [text.split(" of x lie")[0] for text in said] == ([f"many values in {where}"] if where else [])
 
 
 def test_discrete_columns_may_be_constant_and_contexts_are_standardised(in_numpy):

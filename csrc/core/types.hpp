@@ -38,8 +38,8 @@ struct StageSpec {
     std::vector<int64_t> ranks;  // [features] of each coordinate
     std::vector<MapSpec> maps;   // hidden maps, then the final one with rows[i] rows for coordinate i
     std::vector<int> rows;
-    std::vector<int>
-        values;         // of a base: how many values each coordinate has, of which a lone row gives that of 1; 0: any number, a mixture
+    // Of a base: how many values each coordinate has, where a lone row is the logit of 1; 0 for any number, whose rows are a mixture.
+    std::vector<int> values;
     bool skip = false;  // direct weights from variables to final rows, behind all maps in the flat parameters
     Activation activation = Activation::relu;
     Law law = Law::exp_soft;

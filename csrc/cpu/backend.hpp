@@ -36,8 +36,8 @@ struct Workspace {
 template <class T>
 void log_prob(const Weights<T>& weights, const Batch& batch, T* out, const Poll& poll,
               Workspace<T>* workspace = nullptr);  // out [rows]; NaN for rows with a NaN alone
-// Of discrete variables: p(x_i = 1 | x_<i) as (n, D), or p(x_i = c | x_<i) as (n, D, most values), zero where there is no c, NaN where x_i is continuous. Whatever x
-// holds goes into the network.
+// Of discrete variables: p(x_i = 1 | x_<i) as (n, D), or p(x_i = c | x_<i) as (n, D, most values), zero where there is no c, NaN where x_i
+// is continuous. Whatever x holds goes into the network, as NaN where it lies at or outside a bound.
 template <class T>
 void conditional_probs(const Weights<T>& weights, const Batch& batch, T* out, const Poll& poll, Workspace<T>* workspace = nullptr);
 template <class T>

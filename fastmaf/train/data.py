@@ -471,7 +471,7 @@ def standardised(
         if wanted and layers is record.layers:
             notes += _far_out("x", layers, moments, record.names)
         elif not wanted:
-            notes += _out_of_reach(record, layers, judged)
+            notes += _out_of_reach(record, layers, moments)
     if train.context is not None:
         moments = Moments.of("context", train.context, weights, context_layers, None, ranks)
         noise = _noise(train.context, moments)
@@ -501,10 +501,12 @@ def _of_categories(record: FlowRecord, train: Rows, ranks: Ranks) -> list[str]:
     for _, block in _blocks("x", train.x, record.layers, counts, record.names):
         low, high = np.minimum(low, block.min(axis=0)), np.maximum(high, block.max(axis=0))
     low, high = np.min(ranks.gather(low), axis=0), np.max(ranks.gather(high), axis=0)
-    for j in np.flatnonzero((counts > 2) & ((low > 0) | (2 * (high + 1) <= counts)))[:1]:
+    odd = np.flatnonzero((counts > 2) & ((low > 0) | (2 * (high + 1) <= counts)))
+    if odd.size:
+        j, also = odd[0], f" ({_words.columns(odd[1:], record.names)} likewise)" if odd.size > 1 else ""
         notes.append(
             f"x has values from {low[j]:.0f} to {high[j]:.0f} in {_words.columns([j], record.names)}, which was made for 0 to "
-            f"{counts[j] - 1}: values that never occur have a probability too"
+            f"{counts[j] - 1}{also}: values that never occur have a probability too"
         )
     assert isinstance(base, Terminal)
     many = np.flatnonzero((counts > MANY_VALUES) & (base.ranks < base.ranks.max()))
@@ -779,11 +781,11 @@ def _out_of_reach(record: FlowRecord, layers: Layers, moments: Moments) -> list[
     if not nets or nets[0].input_clip is None:
         return []
     away, width = _behind_the_front(layers, moments)
-    away = np.maximum(away, np.array(record.values) - 1)
-    wrong = np.flatnonzero(~(away + width < nets[0].input_clip) & ~((away == 0) & (width == 0)))
+    values, clip = np.array(record.values), nets[0].input_clip
+    wrong = np.flatnonzero(np.where(values > 0, values - 1 > clip, ~(away + width < clip)))
     if not wrong.size:
         return []
-    where, clip = _words.columns(wrong, record.names), nets[0].input_clip
+    where = _words.columns(wrong, record.names)
     return [
         f"many values in {where} of x lie beyond input_clip, {clip:g}, where networks do not tell them apart: standardize x, or "
         "build the flow with input_clip=None"
