@@ -6,7 +6,10 @@ import argparse
 import os
 from pathlib import Path
 
-OPERATIONS = ("log_prob", "sample", "train", "members", "overhead", "embedding", "hmc", "interop", "quality", "samples", "calibration")
+OPERATIONS = (
+    *("log_prob", "sample", "train", "members", "overhead", "embedding", "hmc"),
+    *("interop", "held_out", "quality", "samples", "calibration"),
+)
 
 
 def parse() -> argparse.Namespace:

@@ -60,6 +60,29 @@ def _zuko(settings: Settings) -> Iterator[Line]:
         line = compare(Line("sample of a zuko flow", "M", rows), contenders, settings.rounds, settings.threads)
         against(line, "times the original")
         yield line
+    yield _gradients_of_samples(settings, theirs, ours)
+
+
+def _gradients_of_samples(settings: Settings, theirs: Any, ours: fastmaf.Flow) -> Line:
+    """`rsample` and the gradient of a mean over it in all weights."""
+    import torch
+
+    import fastmaf.torch
+
+    module, rows = fastmaf.torch.Flow(ours), 100 if settings.quick else 1_000
+
+    def trained(flow: Any) -> Callable[[], Any]:
+        def call() -> Any:
+            flow.zero_grad()
+            flow().rsample((rows,)).square().mean().backward()
+            return torch.cat([own.grad.reshape(-1) for own in flow.parameters()])
+
+        return call
+
+    contenders = [Contender("fastmaf", trained(module), _moments), Contender("zuko", trained(theirs), _moments)]
+    line = compare(Line("gradients of samples of a zuko flow", "M", rows), contenders, settings.rounds, settings.threads)
+    against(line, "times the original")
+    return line
 
 
 def _sbi(settings: Settings, model: str, number: int) -> Iterator[Line]:

@@ -57,6 +57,27 @@ class Flow:
         d_parameters: _Array | None,
         /,
     ) -> None: ...
+    def to_noise_vjp(
+        self,
+        x: _Array,
+        context: _Array | None,
+        cotangent: _Array,
+        of_log_det: _Array | None,
+        d_x: _Array | None,
+        d_context: _Array | None,
+        d_parameters: _Array | None,
+        /,
+    ) -> None: ...
+    def from_noise_vjp(
+        self,
+        x: _Array,
+        context: _Array | None,
+        cotangent: _Array,
+        d_noise: _Array | None,
+        d_context: _Array | None,
+        d_parameters: _Array | None,
+        /,
+    ) -> None: ...
 
 class DeviceFlow:
     def __init__(self, flow: Flow, device: int, precision: str) -> None: ...

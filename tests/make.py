@@ -127,6 +127,7 @@ def flow(
     input_clip=None,
     base=None,
     blocks=None,
+    direction="data",
 ):
     """A flow of plain MADEs.
 
@@ -134,8 +135,9 @@ def flow(
     the layers and of the context; `bounds` are those of `MAF`, or True
     for a bit of everything; `between` puts a Permutation and an Affine behind every MADE; `linear` puts a Linear and a Permutation in
     front of the first one and behind every one; `base` is the law of a mixture of three;
-    `blocks` are arguments of `blocks_network` in place of `hidden`.
+    `blocks` are arguments of `blocks_network` in place of `hidden`; `direction` of the MADEs, or "both" in turn.
     """
+    directions = itertools.cycle(("noise", "data") if direction == "both" else (direction,))
     rng = np.random.default_rng([seed, features, len(hidden), context_features])
     layers, context_layers = [], []
     if bounds is not None:
@@ -152,7 +154,7 @@ def flow(
             net = replace(
                 blocks_network(rng, own, context_features=context_features, activation=activation, **blocks), input_clip=input_clip
             )
-        layers.append(Autoregressive(own, net, law if isinstance(law, Law) else Law(law)))
+        layers.append(Autoregressive(own, net, law if isinstance(law, Law) else Law(law), next(directions)))
         if between:
             layers += [Permutation(rng.permutation(features)), random_affine(rng, features)]
         if linear:
@@ -325,6 +327,38 @@ CASES = {
         "linear": True,
         "activation": "gelu",
         "input_clip": 0.7,
+    },
+    **{
+        f"noise {features} {hidden} {c}": {
+            "features": features,
+            "hidden": hidden,
+            "context_features": c,
+            "activation": activation,
+            "direction": "noise",
+        }
+        for (features, hidden, c), activation in zip(
+            [(1, (), 0), (1, (4, 3), 2), (2, (), 1), (5, (2,), 0), (7, (17, 5), 1), (8, (33, 16, 31), 0), (13, (49, 50), 3)],
+            itertools.cycle(ACTIVATIONS),
+        )
+    },
+    **{f"noise {law.kind} {law.form}": {"features": 5, "activation": "tanh", "law": law, "direction": "noise"} for law in LAWS},
+    **{
+        f"noise {name} blocks": {"features": 6, "blocks": blocks, "direction": "noise", **options}
+        for name, (options, blocks) in NETWORKS.items()
+    },
+    "noise affine": {"features": 5, "context_features": 1, "law": Law("exp", "affine"), "between": True, "direction": "noise"},
+    "noise input_clip": {"features": 9, "hidden": (7, 6), "context_features": 2, "input_clip": 0.7, "affine": True, "direction": "noise"},
+    "noise tied": {"features": 6, "hidden": (9, 8), "context_features": 2, "ranks": (2, 1, 3, 3, 1, 2), "direction": "noise"},
+    "noise one block": {"features": 3, "hidden": (4,), "context_features": 1, "ranks": (1, 1, 1), "direction": "noise"},
+    "both directions": {
+        "features": 9,
+        "hidden": (30,),
+        "context_features": 2,
+        "between": True,
+        "linear": True,
+        "transforms": 3,
+        "activation": "silu",
+        "direction": "both",
     },
     "Linear alone": [random_linear(np.random.default_rng(3), 6)],
     "Linear between fixed layers": [*FIXED, random_linear(np.random.default_rng(4), 6), *FIXED[2:]],

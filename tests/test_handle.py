@@ -24,6 +24,12 @@ FEW = [
     "without hidden layers",
     "fixed layers in front",
     "blocks",
+    "Linear 7 (17, 5) 1",
+    "gated normed blocks",
+    "input_clip 5 (9, 7) 0",
+    "both directions",
+    "noise gated blocks",
+    "noise input_clip",
 ]
 
 
@@ -226,6 +232,25 @@ def test_gradients_of_the_noise_maps_are_differences(name, operation, core):
 
     assert_close("differences", "float64", dparameters[some], make.numerical_gradient(moved, weights[some]))
     assert not np.delete(dparameters, free).any()
+
+
+@pytest.mark.parametrize("name", [*CASES, *make.MIXTURES])
+@pytest.mark.parametrize("operation", ["to_noise", "from_noise"])
+def test_one_pass_gives_the_gradients_that_densities_give(name, operation, compiled):
+    given = make.case(name, "float64")
+    rows = slice(0, 60)
+    x, context = given.x[rows], None if given.context is None else given.context[rows]
+    cotangent = np.random.default_rng(5).normal(size=x.shape)
+    handle = fastmaf.Handle(given.flow)
+    dparameters = np.empty(handle.size)
+    expected = *getattr(handle._by_densities(), operation)(x, context, cotangent, dparameters), dparameters
+    in_one_pass = getattr(handle, f"{operation}_vjp")(x, context, cotangent)
+    for key, own, by_densities in zip(("rows", "context", "parameters"), in_one_pass, expected, strict=True):
+        assert (own is None) == (by_densities is None)
+        if own is not None and own.size:
+            np.testing.assert_allclose(own, by_densities, rtol=1e-6, atol=1e-9 * (1 + np.abs(by_densities).max()), err_msg=key)
+    _, _, left_out = getattr(handle, f"{operation}_vjp")(x, context, cotangent, dparameters=False)
+    assert left_out is None
 
 
 @pytest.mark.parametrize("name", FEW)

@@ -193,7 +193,6 @@ def unusual():
     def with_network(**changes):
         return with_layer(conditioner=replace(net, **changes))
 
-    yield "direction 'noise'", with_layer(direction="noise")
     norm = {"norm_scale": np.full(3, 1.5), "norm_shift": np.ones(3)}
     yield "an inner batch norm in front of the first map", with_network(initial=replace(net.initial, **norm))
     late = {"context": "gated", "context_weight": np.ones((6, 2))}

@@ -169,46 +169,119 @@ void write_sampler(Writer writer, const StageSpec& stage, const Sorted& sorted, 
 }
 
 // Steps read what a map writes and write what it reads.
-void write_backward(Writer writer, const StageSpec& stage, const Sorted& sorted, const std::vector<int>& widths, int context) {
-    if (stage.output == Output::norm) return;
-    for (auto& wire : writer.wires) std::swap(wire.first, wire.second);
-    // Units of contexts come last: what they join has passed its gradient on to them by then.
-    std::vector<int> maps(sorted.maps.size());
-    std::iota(maps.begin(), maps.end(), 0);
-    if (is_network(stage.output)) std::rotate(maps.begin(), maps.begin() + int(stage.maps.size() + stage.direct()), maps.end());
-    for (size_t k = maps.size(); k-- > 0;) {
-        const int map = maps[k];
-        const Staircase& stairs = sorted.maps[size_t(map)];
-        const int from = writer.wires[size_t(map)].first, to = writer.wires[size_t(map)].second, end = widths[size_t(from)];
-        // The variables of a network have a gradient from the law already; so have the units of a Linear, from its diagonal.
-        const Start start = (to >= 0) == is_network(stage.output) ? Start::zero : Start::partial;
-        auto strip = [&](int first, int last) {
-            for (int row = first; row < last; row += kPanel) {
-                const int rows = std::min(kPanel, last - row);
-                writer.panel(map, row, rows, std::min(stairs.first_reader(row), end), end, start, Finish::raw);
+class Backward {
+public:
+    Backward(Writer writer, const StageSpec& stage, const Sorted& sorted, const std::vector<int>& widths, int context)
+        : writer_(std::move(writer)), stage_(stage), sorted_(sorted), widths_(widths), context_(context) {
+        for (auto& wire : writer_.wires) std::swap(wire.first, wire.second);
+    }
+
+    void write() {
+        if (stage_.output == Output::norm) return;
+        for (int map = own_maps(); map-- > 0;) {
+            if (stage_.output == Output::linear && map == 0) writer_.law(0, 1);
+            if (reads(map) >= 0) {
+                strip(map, 0, widths_[size_t(reads(map))]);
+            } else {
+                strip_context(map);
+                strip_variables(map, 0, int(sorted_.variables.size()));
             }
-        };
-        if (stage.output == Output::linear && map == 0) writer.law(0, 1);
-        if (to >= 0) {
-            strip(0, widths[size_t(to)]);
-        } else {  // apart, so that training can leave out the context
-            if (to == kTile) strip(0, context);
-            strip(to == kTile ? std::min(context, stairs.inputs) : 0, stairs.inputs);
+        }
+        contexts();
+    }
+
+    // Of the sampler of a Linear, which z leaves: the inverse of U, then that of L, which adds to what there is of its diagonal.
+    void write_inverse() {
+        const int features = int(sorted_.variables.size());
+        writer_.wires = {{kVariables, 0}, {1, kVariables}};
+        for (int map : {0, 1}) {
+            strips(map, 0, features, features, map == 0 ? Start::zero : Start::partial);
+            writer_.law(map, map + 1);
         }
     }
-}
+
+    // Of a network, rank by rank from the last: the units of a rank are complete once all that is read of higher ranks is, then what they
+    // give its variables is, on which the law waits.
+    void write_by_rank() {
+        for (int g = int(sorted_.groups.size()) - 1; g-- > 0;) {
+            const int first = sorted_.groups[size_t(g)], last = sorted_.groups[size_t(g + 1)];
+            for (int map = own_maps(); map-- > 0;)
+                if (const int to = reads(map); to >= 0)
+                    strip(map, known(to, g), known(to, g + 1));
+                else
+                    strip_variables(map, first, last);
+            writer_.law(first, last);
+        }
+        for (int map = own_maps(); map-- > 0;)  // what depends on the context alone
+            if (const int to = reads(map); to >= 0)
+                strip(map, 0, known(to, 0));
+            else
+                strip_context(map);
+        contexts();
+    }
+
+private:
+    int reads(int map) const { return writer_.wires[size_t(map)].second; }
+    // Units of contexts come behind all others: what they join has passed its gradient on to them by then.
+    int own_maps() const { return is_network(stage_.output) ? int(stage_.maps.size()) + stage_.direct() : int(sorted_.maps.size()); }
+    void contexts() {
+        for (int map = int(sorted_.maps.size()); map-- > own_maps();) strip_context(map);
+    }
+    // Units of a hidden map below group g.
+    int known(int map, int g) const {
+        const std::vector<int>& units = sorted_.known[size_t(map)];
+        return g < int(units.size()) ? units[size_t(g)] : widths_[size_t(map)];
+    }
+
+    // Apart from the variables, so that training can leave it out.
+    void strip_context(int map) {
+        if (reads(map) == kTile) strip(map, 0, context_);
+    }
+    void strip_variables(int map, int first, int last) {
+        const int shift = reads(map) == kTile ? context_ : 0;
+        strip(map, shift + first, std::min(shift + last, sorted_.maps[size_t(map)].inputs));
+    }
+    void strip(int map, int first, int last) {
+        // The variables of a network have a gradient from the law already; so have the units of a Linear, from its diagonal.
+        const Start start = (reads(map) >= 0) == is_network(stage_.output) ? Start::zero : Start::partial;
+        strips(map, first, last, widths_[size_t(writer_.wires[size_t(map)].first)], start);
+    }
+    void strips(int map, int first, int last, int end, Start start) {
+        const Staircase& stairs = sorted_.maps[size_t(map)];
+        for (int row = first; row < last; row += kPanel)
+            writer_.panel(map, row, std::min(kPanel, last - row), std::min(stairs.first_reader(row), end), end, start, Finish::raw);
+    }
+
+    Writer writer_;
+    const StageSpec& stage_;
+    const Sorted& sorted_;
+    const std::vector<int>& widths_;
+    const int context_;
+};
 
 }  // namespace
 
-Layout::Layout(const Plan& plan, Direction direction) : transposed_(direction == Direction::backward), master_size_(plan.index().size()) {
+Layout::Layout(const Plan& plan, Direction direction)
+    : transposed_(direction == Direction::backward || direction == Direction::sampler_backward), master_size_(plan.index().size()) {
     for (size_t k = 0; k < plan.stages(); ++k) {
         const StageSpec& stage = plan.spec().stages[k];
         const Sorted& sorted = plan.sorted()[k];
         std::vector<Step> steps;
         const Writer writer{steps, size_, plan.wires(k)};
-        if (direction == Direction::density) write_density(writer, stage, sorted, plan.widths(k));
-        if (direction == Direction::sampler) write_sampler(writer, stage, sorted, plan.widths(k), plan.context());
-        if (direction == Direction::backward) write_backward(writer, stage, sorted, plan.widths(k), plan.context());
+        if (transposed_) {
+            const bool of_sampler = direction == Direction::sampler_backward;
+            Backward backward(writer, stage, sorted, plan.widths(k), plan.context());
+            if (of_sampler && stage.output == Output::linear)
+                backward.write_inverse();
+            else if (stage.output == Output::transform && of_sampler != stage.reads_noise)
+                backward.write_by_rank();
+            else
+                backward.write();
+        } else if ((direction == Direction::density) != stage.reads_noise) {
+            write_density(writer, stage, sorted, plan.widths(k));
+        } else {
+            write_sampler(writer, stage, sorted, plan.widths(k), plan.context());
+        }
         std::vector<Block> blocks;
         for (size_t m = 0; m < sorted.maps.size(); ++m) blocks.push_back({&sorted.maps[m], plan.weight_offset(k, m), {}});
         for (size_t s = 0; s < steps.size(); ++s)

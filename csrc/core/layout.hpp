@@ -3,8 +3,10 @@
 // A panel step multiplies a strip of at most eight rows of a map with a range of its inputs; a law step turns finished parameters into z
 // (density) or x (sampling). The weights of a panel lie on the tape as [input][width], so that steps read memory in one direction. Density
 // runs map by map; the sampler brings units to life degree by degree in blocks (left-looking); backward runs the transposed maps from the
-// last to the first. A map reads the tile of variables or the units of the map before it, and writes units of its own; direct weights add
-// to the final rows. The sampler of a Linear runs over the inverses of its triangles.
+// last to the first, and that of the sampler by degree from the highest: what units have of the gradient is complete when all that read
+// them have theirs. Where a network reads the noise, density and sampler change places, and so do their backwards. A map reads the tile of
+// variables or the units of the map before it, and writes units of its own; direct weights add to the final rows. The sampler of a Linear
+// runs over the inverses of its triangles, its backward over these transposed.
 #pragma once
 
 #include <cstddef>
@@ -18,7 +20,9 @@ namespace fastmaf {
 
 class Plan;
 
-enum class Direction { density, sampler, backward };
+// backward: of the density; sampler_backward: of the sampler.
+enum class Direction { density, sampler, backward, sampler_backward };
+constexpr int kDirections = 4;
 
 constexpr int kPanel = 8;  // rows of the widest
 

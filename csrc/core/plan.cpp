@@ -82,11 +82,12 @@ void Plan::shape_stage(const StageSpec& stage) {
     }
 
     const bool joined = widths.size() > stage.maps.size() && is_network(stage.output);
-    bool one_by_one = stage.output == Output::linear || (stage.output == Output::transform && !stage.direct() && !joined);
+    bool one_by_one =
+        stage.output == Output::linear || (stage.output == Output::transform && !stage.direct() && !joined && !stage.reads_noise);
     for (size_t m = 0; m + 1 < stage.maps.size(); ++m)
         one_by_one = one_by_one && activated[m] && adds[m] < 0 && stage.maps[m].norm_scale.empty();
     row_path_ = row_path_ && one_by_one;
-    clips_ = clips_ || stage.input_clip > 0;
+    reads_apart_ = reads_apart_ || stage.reads_apart();
     late_context_ = late_context_ || stage.late_context() || joined;
     has_base_ = stage.output == Output::base;
     if (has_base_)

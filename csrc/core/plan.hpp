@@ -62,7 +62,7 @@ public:
     const std::vector<int>& unit_rows() const { return unit_rows_; }
     const std::vector<int>& raw_rows() const { return raw_rows_; }
 
-    bool clips() const { return clips_; }  // whether the maps of a stage read variables clipped
+    bool reads_apart() const { return reads_apart_; }  // whether the maps of a stage read another tile than that of its variables
     // How many variables may have any number, and whether some have only the values 0, 1, ... Those stand in the order of the columns:
     // no layer in front of them changes it.
     int continuous() const { return int(std::count(values_.begin(), values_.end(), 0)) + (has_base_ ? 0 : features()); }
@@ -96,7 +96,7 @@ private:
     FlowSpec spec_;
     std::vector<Sorted> sorted_;
     std::vector<std::vector<std::pair<int, int>>> wires_;
-    bool has_base_ = false, row_path_ = true, late_context_ = false, clips_ = false;
+    bool has_base_ = false, row_path_ = true, late_context_ = false, reads_apart_ = false;
     std::vector<std::vector<int>> widths_, adds_, context_units_;
     std::vector<std::vector<Joins>> joins_;
     std::vector<std::vector<const int*>> added_, adders_;
@@ -111,7 +111,7 @@ private:
     std::vector<uint32_t> index_;
     int64_t parameter_count_ = 0;
     std::vector<std::vector<int64_t>> weight_offset_, bias_offset_;
-    Lazy<Layout> layouts_[3];  // by direction
+    Lazy<Layout> layouts_[kDirections];  // by direction
 };
 
 }  // namespace fastmaf

@@ -46,13 +46,16 @@ struct StageSpec {
     Form form = Form::affine;
     double constant[2] = {1, 0};     // of the law, see ops/laws
     double input_clip = 0;           // variables beyond +-input_clip are read as it by the maps; 0: all as they are
+    bool reads_noise = false;        // of a transform: the maps read what its law makes of the variables, not the variables themselves
     int components = 1;              // of mixtures: rows are logits, means, raw log-scales
-    std::vector<double> loc, scale;  // transform: an Affine after it, by coordinate, or none. norm: (x - loc) scale if not trainable
+    std::vector<double> loc, scale;  // transform of x: an Affine after it, by coordinate, or none. norm: (x - loc) scale if not trainable
     bool trainable = false;          // norm: (x - mean) e^log_gamma / sqrt(var + eps) + beta
     bool of_batch = false;           // in training the statistics are those of the batch
     std::vector<double> mean, var;
     double eps = 0;
 
+    // What the maps read is not the tile of variables itself.
+    bool reads_apart() const { return input_clip > 0 || reads_noise; }
     // The context enters a second time, at the final map.
     bool late_context() const { return maps.size() > 1 && maps.back().context; }
     // There are weights from the tile of variables to the final rows.

@@ -67,6 +67,8 @@ struct StageView {
     Form form;
     T constant[2];      // of the law, see ops/laws
     T input_clip;       // where what the maps read of the variables ends, or 0
+    bool reads_noise;   // the maps read z, rank by rank in the density and at once in the sampler; else x, the other way round
+    bool reads_apart;   // what the maps read is not the tile of x itself
     int components;     // of the mixtures of a base
     bool trainable;     // of a norm: its biases are log_gamma, then beta
     const int* first;   // [features + 1] first final row of the s-th variable

@@ -228,6 +228,8 @@ StageView<T> Weights<T>::view(size_t k) const {
     view.form = stage.form;
     for (int i = 0; i < 2; ++i) view.constant[i] = T(stage.constant[i]);
     view.input_clip = T(stage.input_clip);
+    view.reads_noise = stage.reads_noise;
+    view.reads_apart = stage.reads_apart();
     view.components = stage.components;
     view.first = plan.sorted()[k].first.data();
     view.values = stage.output == Output::base ? plan.sorted_values().data() : nullptr;
@@ -244,9 +246,10 @@ auto Weights<T>::pack(const Layout& layout, Direction direction) const -> std::u
     const PlainFloats floats;
     const Plan& plan = *plan_;
     auto packed = std::make_unique<Packed>();
+    const bool inverts = direction == Direction::sampler || direction == Direction::sampler_backward;
     std::vector<size_t> inverted;  // stages
     for (size_t k = 0; k < plan.stages(); ++k)
-        if (direction == Direction::sampler && plan.spec().stages[k].output == Output::linear) inverted.push_back(k);
+        if (inverts && plan.spec().stages[k].output == Output::linear) inverted.push_back(k);
     AlignedVector<T> with_inverses;
     if (!inverted.empty()) with_inverses = master_;
     for (size_t k : inverted) invert(k, with_inverses.data(), *packed);
@@ -294,7 +297,7 @@ void Weights<T>::repack_rows(size_t stage, size_t map, int row, int rows) {
 template <class T>
 void Weights<T>::finish_step() {
     refresh_scales();
-    packed_[int(Direction::sampler)].drop();
+    for (Direction direction : {Direction::sampler, Direction::sampler_backward}) packed_[int(direction)].drop();
 }
 
 template class Weights<float>;

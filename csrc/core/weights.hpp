@@ -78,7 +78,7 @@ private:
     std::vector<std::vector<const T*>> bias_pointers_;
     std::list<std::vector<T>> norms_;                             // of hidden maps, in the order of their units
     std::vector<std::vector<const T*>> norm_scale_, norm_shift_;  // [stage][map], or null
-    Lazy<Packed> packed_[3];                                      // by direction
+    Lazy<Packed> packed_[kDirections];                            // by direction
 };
 
 extern template class Weights<float>;

@@ -53,7 +53,7 @@ struct Room {
         context = carve.take<uint32_t>(size_t(lanes));
         const size_t before = carve.used();
         for (T*& x : tile.x) x = carve.take<T>(width * size_t(lanes));
-        tile.read = plan.clips() ? carve.take<T>(width * size_t(lanes)) : nullptr;
+        tile.read = plan.reads_apart() ? carve.take<T>(width * size_t(lanes)) : nullptr;
         tile.uniform = plan.has_base() ? carve.take<T>(size_t(plan.features()) * size_t(lanes)) : nullptr;
         auto buffers = [&](const std::vector<int>& rows) {
             T** pieces = carve.take<T*>(rows.size());

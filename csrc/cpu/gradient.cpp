@@ -49,29 +49,37 @@ private:
     Clock::time_point last_ = Clock::now();
 };
 
+// Of the bijection of a column: dz/dx, and d log|dz/dx| / dx.
+struct Slopes {
+    double slope = 1, bend = 0;
+
+    Slopes(const Columns& columns, size_t c, double x) {
+        const double lower = columns.lower[c], upper = columns.upper[c];
+        switch (columns.kind[c]) {
+            case Bijection::identity: break;
+            case Bijection::logit:
+                slope = 1 / (x - lower) + 1 / (upper - x);
+                bend = 1 / (upper - x) - 1 / (x - lower);
+                break;
+            case Bijection::log_above:
+                slope = 1 / (x - lower);
+                bend = -slope;
+                break;
+            case Bijection::log_below:
+                slope = 1 / (upper - x);
+                bend = slope;
+                break;
+        }
+    }
+};
+
 // d/dx through the affine and the bijection of a column; `density`: with the gradient of log|dz/dx|.
 template <class T>
 T leave(const Columns& columns, size_t c, double x, T dz, T cotangent, bool density) {
-    const double lower = columns.lower[c], upper = columns.upper[c], through = double(dz) * columns.scale[c];
+    const Slopes at(columns, c, x);
     const double g = density ? double(cotangent) : 0;
-    double slope = 1, bend = 0;  // dz/dx, d log|dz/dx| / dx
-    switch (columns.kind[c]) {
-        case Bijection::identity: break;
-        case Bijection::logit:
-            slope = 1 / (x - lower) + 1 / (upper - x);
-            bend = 1 / (upper - x) - 1 / (x - lower);
-            break;
-        case Bijection::log_above:
-            slope = 1 / (x - lower);
-            bend = -slope;
-            break;
-        case Bijection::log_below:
-            slope = 1 / (upper - x);
-            bend = slope;
-            break;
-    }
-    const bool zero = cotangent == 0 && !(slope - slope == 0);  // on a bound
-    return zero ? T(0) : T(through * slope + g * bend);
+    const bool zero = cotangent == 0 && !(at.slope - at.slope == 0);  // on a bound
+    return zero ? T(0) : T(double(dz) * columns.scale[c] * at.slope + g * at.bend);
 }
 
 // Far out the gradient of a row may be no number in T, though its density is one: it is zero then.
@@ -230,6 +238,13 @@ struct Kept {
     std::vector<int64_t> tile_begin;
 };
 
+// What a pass differentiates in place of the density: z of the map to the noise, or x of that from it.
+template <class T>
+struct Maps {
+    bool from_noise;
+    const T* cotangent;  // [rows][features]
+};
+
 template <class T>
 class Gradients {
 public:
@@ -284,9 +299,11 @@ public:
     int64_t chunk() const { return chunk_; }
 
     // Forward and backward of rows [begin, begin + n) of the batch, n <= chunk(). cotangent, value, d_x, d_context: per row of the chunk.
-    // If there are parameters, keeps what `gradient` needs.
+    // If there are parameters, keeps what `gradient` needs. With `maps` the cotangents are those of log|det|, and d_x is the noise's if the
+    // map goes from it.
     template <class V>
-    void pass(int threads, const Batch& batch, int64_t begin, int64_t n, const T* cotangent, V* value, T* d_x, T* d_context) {
+    void pass(int threads, const Batch& batch, int64_t begin, int64_t n, const T* cotangent, V* value, T* d_x, T* d_context,
+              const Maps<T>* maps = nullptr) {
         const RowReader reader(batch);
         const Cut cut(n, kernels_.width, lanes_, threads);
         used_cotangent_.resize(size_t(n));
@@ -294,6 +311,13 @@ public:
         auto run = [&](Room& room, Kept<T>& kept, int64_t first, int rows, int64_t place) {
             load(room, reader, begin + first, rows);
             for (size_t k = 0; k < plan_.stages(); ++k) forward(room, k, rows);
+            if (maps) {
+                const T* const own = maps->cotangent + first * plan_.features();
+                map(room, reader, begin + first, rows, {maps->from_noise, own}, cotangent + first, used_cotangent_.data() + first, d_x,
+                    d_context, first);
+                if (parameters_) keep(room, kept, rows, place);
+                return;
+            }
             if (weigh<V>(room, reader, begin + first, rows)) {
                 double weighed[kMostLanes];
                 std::copy_n(room.log_det, rows, weighed);
@@ -520,12 +544,12 @@ private:
             trace = carve.take<Trace<T>>(stages + 1);
             for (size_t k = 0; k <= stages; ++k) {
                 Trace<T> own{};
-                const bool last = k == stages, clips = !last && plan.spec().stages[k].input_clip > 0;
-                if (last || owner.places_[k].x == kNowhere || clips) own.x = carve.take<T>(width * lanes);
+                const bool last = k == stages, apart = !last && plan.spec().stages[k].reads_apart();
+                if (last || owner.places_[k].x == kNowhere || apart) own.x = carve.take<T>(width * lanes);
                 if (!last) {
                     const StageSpec& stage = plan.spec().stages[k];
-                    if (stage.output == Output::transform || clips) own.scaled = carve.take<T>(3 * features * lanes);
-                    own.read = clips && owner.places_[k].x == kNowhere ? carve.take<T>(width * lanes) : own.x;
+                    if (stage.output == Output::transform || apart) own.scaled = carve.take<T>(3 * features * lanes);
+                    own.read = apart && owner.places_[k].x == kNowhere ? carve.take<T>(width * lanes) : own.x;
                     const auto& widths = plan.widths(k);
                     own.units = carve.take<T*>(widths.size());
                     own.raw = carve.take<T*>(widths.size());
@@ -559,9 +583,9 @@ private:
             };
             for (size_t k = 0; k < stages; ++k) {
                 const Places& places = owner.places_[k];
-                const bool clips = owner.plan_.spec().stages[k].input_clip > 0;
+                const bool apart = owner.plan_.spec().stages[k].reads_apart();
                 point(trace[k].read, places.x);
-                if (!clips) trace[k].x = trace[k].read;
+                if (!apart) trace[k].x = trace[k].read;
                 for (size_t m = 0; m < places.delta.size(); ++m) {
                     point(trace[k].units[m], places.units[m]);
                     point(trace[k].delta[m], places.delta[m]);
@@ -664,6 +688,66 @@ private:
                                  : 2);
     }
 
+    // Forward has gone through all stages: everything else for the two maps. d_rows, d_context: of the chunk, these rows from `first` on.
+    void map(Room& room, const RowReader& reader, int64_t begin, int n, const Maps<T>& maps, const T* cotangent, T* used, T* d_rows,
+             T* d_context, int64_t first) {
+        const int features = plan_.features(), context = plan_.context(), lanes = lanes_;
+        const size_t count = plan_.transforms();
+        const Columns& columns = plan_.spec().columns;
+        std::vector<char> none(size_t(n), 0);
+        bool again = false;
+        for (int r = 0; r < n; ++r) {
+            bool finite = std::isfinite(room.log_det[r]);
+            for (int v = 0; v < features; ++v) finite = finite && std::isfinite(room.trace[count].x[(context + v) * lanes + r]);
+            none[size_t(r)] = !finite;
+            again = again || !finite;
+            if (finite) continue;
+            for (int lane = r; lane < (r + 1 < n ? r + 1 : padded(n)); ++lane)
+                for (size_t k = 0; k <= room.stages; ++k)
+                    for (int i = 0; i < (k ? context : context + features); ++i) room.trace[k].x[i * lanes + lane] = 0;
+        }
+        for (size_t k = 0; again && k < plan_.stages(); ++k) forward(room, k, n);
+        for (int r = 0; r < padded(n); ++r) room.cotangent[r] = r < n && !none[size_t(r)] ? cotangent[r] : T(0);
+        std::copy_n(room.cotangent, n, used);
+        if (plan_.has_base())
+            for (size_t m = 0; m < plan_.widths(count).size(); ++m)
+                std::fill_n(room.trace[count].delta[m], size_t(plan_.widths(count)[m]) * size_t(lanes), T(0));
+
+        const size_t from = maps.from_noise ? 0 : count, to = maps.from_noise ? count : 0;
+        T* const given = room.dx[from % 2];
+        std::fill_n(given, context * lanes, T(0));
+        for (int v = 0; v < features; ++v) {
+            T* const own = given + (context + (maps.from_noise ? plan_.first() : plan_.noise())[size_t(v)]) * lanes;
+            if (maps.from_noise) reader.column(begin, n, v, room.column);
+            for (int r = 0; r < padded(n); ++r) {
+                const size_t row = size_t(std::min(r, n - 1)), c = size_t(v);
+                const double dx = r < n && !none[row] ? double(maps.cotangent[int64_t(row) * features + v]) : 0;
+                own[r] = T(maps.from_noise && dx != 0 ? dx / (Slopes(columns, c, room.column[row]).slope * columns.scale[c]) : dx);
+            }
+        }
+        for (size_t k = 0; maps.from_noise && k < count; ++k)
+            kernels_.backward_sampler(weights_.views(Direction::sampler_backward)[k], room.trace[k], padded(n), room.dx[k % 2],
+                                      room.dx[(k + 1) % 2], d_context ? 0 : 1);
+        for (size_t k = count; !maps.from_noise && k-- > 0;) backward(room, k, n, d_rows || d_context);
+
+        std::fill_n(room.log_det, n, 0.0);  // of what is not finite in the results nothing else is asked
+        if (d_rows && maps.from_noise) {
+            T* const out = d_rows + first * features;
+            for (int v = 0; v < features; ++v)
+                for (int r = 0; r < n; ++r)
+                    out[int64_t(r) * features + v] = room.dx[to % 2][(context + plan_.noise()[size_t(v)]) * lanes + r];
+            settle(room, n, out, features);
+        } else if (d_rows) {
+            write_dx(room, reader, begin, n, d_rows + first * features);
+        }
+        if (d_context) write_dcontext(room, reader, begin, n, d_context + first * context, to % 2);
+        for (int r = 0; r < n; ++r) {
+            if (!none[size_t(r)]) continue;
+            if (d_rows) std::fill_n(d_rows + (first + r) * features, features, T(0));
+            if (d_context) std::fill_n(d_context + (first + r) * context, context, T(0));
+        }
+    }
+
     void write_dx(Room& room, const RowReader& reader, int64_t begin, int n, T* d_x) {
         for (int v = 0; v < plan_.features(); ++v) {
             reader.column(begin, n, v, room.column);
@@ -673,10 +757,10 @@ private:
         settle(room, n, d_x, plan_.features());
     }
 
-    void write_dcontext(Room& room, const RowReader& reader, int64_t begin, int n, T* d_context) {
+    void write_dcontext(Room& room, const RowReader& reader, int64_t begin, int n, T* d_context, size_t tile = 0) {
         for (int c = 0; c < plan_.context(); ++c) {
             reader.context_column(begin, n, c, room.column);
-            out_of(plan_.spec().context_columns, c, room.dx[0] + c * lanes_, room, n, false, d_context + c, plan_.context());
+            out_of(plan_.spec().context_columns, c, room.dx[tile] + c * lanes_, room, n, false, d_context + c, plan_.context());
         }
         settle(room, n, d_context, plan_.context());
     }
@@ -730,6 +814,37 @@ Batch part(const Batch& batch, const int64_t* index, int64_t rows) {
     return result;
 }
 
+// pass(begin, n) for chunks of all rows, and what they give the parameters, if anybody asks.
+template <class T, class Pass>
+void sweep(const Weights<T>& weights, Gradients<T>& gradients, int threads, int64_t total, T* d_parameters, PollClock& clock, Pass pass) {
+    AlignedVector<T> gradient(d_parameters ? weights.master().size() : 0, T(0));
+    for (int64_t begin = 0; begin < total; begin += gradients.chunk()) {
+        clock.tick();
+        pass(begin, std::min(gradients.chunk(), total - begin));
+        if (d_parameters)
+            parallel_for(threads, int64_t(gradients.tasks().size()),
+                         [&](int64_t t) { gradients.gradient(gradients.tasks()[size_t(t)], true, gradient.data()); });
+    }
+    if (!d_parameters) return;
+    std::fill(d_parameters, d_parameters + weights.plan().parameter_count(), T(0));
+    for (size_t i = 0; i < gradient.size(); ++i) d_parameters[weights.plan().index()[i]] = gradient[i];
+}
+
+template <class T>
+void map_vjp(const Weights<T>& weights, const Batch& batch, const Maps<T>& maps, const T* of_log_det, T* d_rows, T* d_context,
+             T* d_parameters, const Poll& poll) {
+    const int64_t features = weights.plan().features(), context = weights.plan().context();
+    const Call<T> call;
+    Gradients<T> gradients(weights, d_parameters != nullptr, call.kernels);
+    PollClock clock(poll);
+    const std::vector<T> zeros(of_log_det ? 0 : size_t(gradients.chunk()), T(0));
+    sweep(weights, gradients, call.threads, batch.rows(), d_parameters, clock, [&](int64_t begin, int64_t n) {
+        const Maps<T> own{maps.from_noise, maps.cotangent + begin * features};
+        gradients.template pass<T>(call.threads, batch, begin, n, of_log_det ? of_log_det + begin : zeros.data(), nullptr,
+                                   d_rows ? d_rows + begin * features : nullptr, d_context ? d_context + begin * context : nullptr, &own);
+    });
+}
+
 }  // namespace
 
 template <class T>
@@ -760,17 +875,19 @@ void vjp(const Weights<T>& weights, const Batch& batch, const T* cotangent, T* v
                 pass(r, 1);
         return;
     }
-    AlignedVector<T> gradient(d_parameters ? weights.master().size() : 0, T(0));
-    for (int64_t begin = 0; begin < total; begin += tiles().chunk()) {
-        clock.tick();
-        pass(begin, std::min(tiles().chunk(), total - begin));
-        if (d_parameters)
-            parallel_for(call.threads, int64_t(tiles().tasks().size()),
-                         [&](int64_t t) { tiles().gradient(tiles().tasks()[size_t(t)], true, gradient.data()); });
-    }
-    if (!d_parameters) return;
-    std::fill(d_parameters, d_parameters + weights.plan().parameter_count(), T(0));
-    for (size_t i = 0; i < gradient.size(); ++i) d_parameters[weights.plan().index()[i]] = gradient[i];
+    sweep(weights, tiles(), call.threads, total, d_parameters, clock, pass);
+}
+
+template <class T>
+void to_noise_vjp(const Weights<T>& weights, const Batch& batch, const T* cotangent, const T* of_log_det, T* d_rows, T* d_context,
+                  T* d_parameters, const Poll& poll) {
+    map_vjp(weights, batch, {false, cotangent}, of_log_det, d_rows, d_context, d_parameters, poll);
+}
+
+template <class T>
+void from_noise_vjp(const Weights<T>& weights, const Batch& batch, const T* cotangent, T* d_rows, T* d_context, T* d_parameters,
+                    const Poll& poll) {
+    map_vjp(weights, batch, {true, cotangent}, static_cast<const T*>(nullptr), d_rows, d_context, d_parameters, poll);
 }
 
 // One of the networks that share the weights of a trainer.
@@ -990,6 +1107,8 @@ void shuffle(uint64_t seed, uint32_t stream, uint32_t epoch, int64_t rows, int64
 
 #define FASTMAF_INSTANTIATE(T) \
     template void vjp<T>(const Weights<T>&, const Batch&, const T*, T*, T*, T*, T*, const Poll&, Workspace<T>*); \
+    template void to_noise_vjp<T>(const Weights<T>&, const Batch&, const T*, const T*, T*, T*, T*, const Poll&); \
+    template void from_noise_vjp<T>(const Weights<T>&, const Batch&, const T*, T*, T*, T*, const Poll&); \
     template class Trainer<T>;
 FASTMAF_INSTANTIATE(float)
 FASTMAF_INSTANTIATE(double)

@@ -50,8 +50,9 @@ static double peak(int repetitions, bool registers, T* scratch) {
 #define FASTMAF_TABLE(T) \
     { \
         Lanes<T>::W, fold<T>, load<T>, refuse_other<T>, store<T>, to_noise<T>, to_noise_row<T>, assist_row<T>, from_noise<T>, \
-            probabilities<T>, base<T>, normals<T>, uniforms<T>, words, forward<T>, backward<T>, forward_row<T>, backward_row<T>, \
-            transpose<T>, wide_gradient<T>, narrow_gradient<T>, bias_gradient<T>, sum_blocks<T>, adam<T>, sum_squares<T>, peak<T> \
+            probabilities<T>, base<T>, normals<T>, uniforms<T>, words, forward<T>, backward<T>, backward_sampler<T>, forward_row<T>, \
+            backward_row<T>, transpose<T>, wide_gradient<T>, narrow_gradient<T>, bias_gradient<T>, sum_blocks<T>, adam<T>, sum_squares<T>, \
+            peak<T> \
     }
 extern const Kernels<float> kernels_f32 = FASTMAF_TABLE(float);
 extern const Kernels<double> kernels_f64 = FASTMAF_TABLE(double);

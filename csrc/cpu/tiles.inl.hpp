@@ -25,23 +25,24 @@ static int to_noise(const StageView<T>* stages, int count, const Tile<T>& tile) 
         const StageView<T>& stage = stages[k];
         T* const x = tile.x[k % 2];
         T* const next = tile.x[(k + 1) % 2] + stage.context * lanes;
-        T* const read = stage.input_clip > 0 ? tile.read : x;
+        T* const read = stage.reads_apart ? tile.read : x;
         for (int s = 0; read != x && s < tile.subtiles; ++s) {
             const int vectors = vectors_of(tile.rows, s, Lanes<T>::W);
             const int64_t shift = s * tile.stride, variables = shift + stage.context * lanes;
             copy_contexts<T>(stage, x + shift, read + shift, vectors);
-            clip_inputs<T>(stage, x + variables, read + variables, 0, stage.features, vectors);
+            if (!stage.reads_noise) clip_inputs<T>(stage, x + variables, read + variables, 0, stage.features, vectors);
         }
         for (int i = 0; i < stage.step_count; ++i) {
             const Step& step = stage.steps[i];
             for (int s = 0; s < tile.subtiles; ++s) {
                 const int vectors = vectors_of(tile.rows, s, Lanes<T>::W);
-                const int64_t shift = s * tile.stride;
+                const int64_t shift = s * tile.stride, variables = shift + stage.context * lanes;
                 if (step.kind == Kind::panel)
                     panel_step<T>(stage, step, read, tile.units, tile.raw, shift, vectors, tile.folded ? tile.folded[k] : nullptr);
-                else
-                    density_law<T>(stage, step, tile.units, shift, x + stage.context * lanes + shift, next + shift, vectors,
-                                   tile.log_det + s * lanes);
+                else {
+                    density_law<T>(stage, step, tile.units, shift, x + variables, next + shift, vectors, tile.log_det + s * lanes);
+                    if (stage.reads_noise) take_noise<T>(stage, next + shift, read + variables, step.row, step.rows, vectors);
+                }
             }
         }
     }
@@ -67,9 +68,14 @@ static int from_noise(const StageView<T>* stages, int count, const Tile<T>& tile
     for (int k = count; k-- > 0;) {
         const StageView<T>& stage = stages[k];
         T* const x = tile.x[k % 2];
-        T* const read = stage.input_clip > 0 ? tile.read : x;
-        for (int s = 0; read != x && s < tile.subtiles; ++s)
-            copy_contexts<T>(stage, x + s * tile.stride, read + s * tile.stride, vectors_of(tile.rows, s, Lanes<T>::W));
+        const T* const behind = tile.x[(k + 1) % 2] + stage.context * lanes;
+        T* const read = stage.reads_apart ? tile.read : x;
+        for (int s = 0; read != x && s < tile.subtiles; ++s) {
+            const int vectors = vectors_of(tile.rows, s, Lanes<T>::W);
+            const int64_t shift = s * tile.stride, variables = shift + stage.context * lanes;
+            copy_contexts<T>(stage, x + shift, read + shift, vectors);
+            if (stage.reads_noise) take_noise<T>(stage, behind + shift, read + variables, 0, stage.features, vectors);
+        }
         for (int i = 0; i < stage.step_count; ++i) {
             const Step& step = stage.steps[i];
             for (int s = 0; s < tile.subtiles; ++s) {
@@ -78,10 +84,10 @@ static int from_noise(const StageView<T>* stages, int count, const Tile<T>& tile
                 if (step.kind == Kind::panel)
                     panel_step<T>(stage, step, read, tile.units, tile.raw, shift, vectors, tile.folded ? tile.folded[k] : nullptr);
                 else {
-                    sampler_law<T>(stage, step, tile.units, shift, tile.x[(k + 1) % 2] + variables,
-                                   tile.uniform ? tile.uniform + shift : nullptr, x + variables, vectors, tile.density,
-                                   tile.log_det + s * lanes);
-                    if (read != x) clip_inputs<T>(stage, x + variables, read + variables, step.row, step.rows, vectors);
+                    sampler_law<T>(stage, step, tile.units, shift, behind + shift, tile.uniform ? tile.uniform + shift : nullptr,
+                                   x + variables, vectors, tile.density, tile.log_det + s * lanes);
+                    if (read != x && !stage.reads_noise)
+                        clip_inputs<T>(stage, x + variables, read + variables, step.row, step.rows, vectors);
                 }
             }
         }

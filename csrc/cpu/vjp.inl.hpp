@@ -18,10 +18,7 @@ static void forward(const StageView<T>& stage, const Trace<T>& here, const Trace
     constexpr int W = Lanes<T>::W, L = lanes_of<T>();
     const int vectors = (lanes + W - 1) / W;
     T* const behind = next.x + stage.context * L;
-    if (here.read != here.x) {
-        copy_contexts<T>(stage, here.x, here.read, vectors);
-        clip_inputs<T>(stage, here.x + stage.context * L, here.read + stage.context * L, 0, stage.features, vectors);
-    }
+    if (here.read != here.x) traced_inputs<T>(stage, here, 0, vectors);
     for (int i = 0; i < stage.step_count; ++i) {
         const Step& step = stage.steps[i];
         if (step.kind == Kind::law)
@@ -39,19 +36,44 @@ static void backward(const StageView<T>& stage, const Trace<T>& here, int lanes,
     for (int i = 0; i < stage.context; ++i)
         for (int j = 0; j < vectors; ++j) at(below + i * L + j * W) = at(above + i * L + j * W);
     for (int s = 0; s < stage.features; ++s)
-        for (int j = 0; j < vectors; ++j) law_gradient<T>(stage, here, s, j * W, at(cotangent + j * W), above, below);
-    const bool clips = here.read != here.x && inner < 2;
+        for (int j = 0; j < vectors; ++j)
+            if (stage.reads_noise)
+                at(below + (stage.context + s) * L + j * W) = Vec<T>{};
+            else
+                law_gradient<T>(stage, here, s, j * W, at(cotangent + j * W), above, below);
+    const bool clips = here.read != here.x && !stage.reads_noise && inner < 2;
     for (int s = 0; clips && s < stage.features; ++s)
         for (int j = 0; j < vectors; ++j) part_clipped<T>(stage, here, s, j * W, below);
     for (int i = 0; i < stage.step_count; ++i) {
         const Step& step = stage.steps[i];
-        if (step.kind == Kind::law)
-            flip<T>(here.delta[0], stage.features, vectors);
-        else
+        if (step.kind == Kind::panel)
             gradient_panel<T>(stage, step, here, zeros, below, inner, vectors);
+        else
+            backward_law<T>(stage, step, here, 0, vectors, cotangent, above, below);
     }
     for (int s = 0; clips && s < stage.features; ++s)
         for (int j = 0; j < vectors; ++j) join_clipped<T>(stage, here, s, j * W, below);
+}
+
+template <class T>
+static void backward_sampler(const StageView<T>& stage, const Trace<T>& here, int lanes, T* below, T* above, int inner) {
+    constexpr int W = Lanes<T>::W, L = lanes_of<T>();
+    const int vectors = (lanes + W - 1) / W;
+    const T zeros[8] = {};
+    for (int s = 0; s < stage.features; ++s)
+        for (int j = 0; j < vectors; ++j) begin_drawn<T>(stage, here, s, j * W, below, above);
+    for (int i = 0; i < stage.step_count; ++i) {
+        const Step& step = stage.steps[i];
+        if (step.kind == Kind::panel)
+            gradient_panel<T>(stage, step, here, zeros, below, inner, vectors);
+        else
+            drawn_law<T>(stage, step, here, 0, vectors, below, above);
+    }
+    for (int s = 0; stage.reads_noise && s < stage.features; ++s)
+        for (int j = 0; j < vectors; ++j)
+            at(above + (stage.context + stage.next[s]) * L + j * W) += through_maps<T>(stage, here, s, j * W, below);
+    for (int i = 0; i < stage.context; ++i)
+        for (int j = 0; j < vectors; ++j) at(above + i * L + j * W) = at(below + i * L + j * W);
 }
 
 // One stage of a transpose: swap the off-diagonal blocks of size B of a W x W matrix held in W vectors.

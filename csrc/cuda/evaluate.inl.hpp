@@ -165,17 +165,22 @@ FASTMAF_INLINE void run_steps(const StageView<T>& stage, int vectors, const Team
     }
 }
 
-// What the maps of a stage read, with the context and, unless they are yet to come, the variables.
+// What the maps of a stage read, with the context and, unless they are yet to come, the variables or, from `next`, the noise.
 template <class T, class Team>
-FASTMAF_INLINE T* inputs_of(const StageView<T>& stage, T* x, const Tile<T>& tile, bool variables, int vectors, const Team& team) {
+FASTMAF_INLINE T* inputs_of(const StageView<T>& stage, T* x, const T* next, const Tile<T>& tile, bool variables, int vectors,
+                            const Team& team) {
     constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
-    if (!(stage.input_clip > 0)) return x;
+    if (!stage.reads_apart) return x;
     team.sync();  // x is there, and nobody reads the inputs of the stage before
     for (int j = 0; j < vectors; ++j) {
         if (!team.mine(j)) continue;
         copy_contexts<T>(stage, x + j * W, tile.read + j * W, 1);
         const int64_t first = stage.context * lanes + j * W;
-        if (variables) clip_inputs<T>(stage, x + first, tile.read + first, 0, stage.features, 1);
+        if (!variables) continue;
+        if (stage.reads_noise)
+            take_noise<T>(stage, next + j * W, tile.read + first, 0, stage.features, 1);
+        else
+            clip_inputs<T>(stage, x + first, tile.read + first, 0, stage.features, 1);
     }
     return tile.read;
 }
@@ -186,11 +191,13 @@ FASTMAF_FN void density_stage(const FlowView<T>& flow, int k, int vectors, const
     const StageView<T>& stage = flow.stages[k];
     const T* const folded = tile.folded ? tile.folded[k] : nullptr;
     T *const x = tile.x[k % 2], *const next = tile.x[(k + 1) % 2] + stage.context * lanes;
-    T* const read = inputs_of<T>(stage, x, tile, true, vectors, team);
+    T* const read = inputs_of<T>(stage, x, next, tile, !stage.reads_noise, vectors, team);
     run_steps<T>(
         stage, vectors, team, [&](const Step& step) { panel_step<T>(stage, step, read, tile.units, tile.raw, 0, vectors, folded); },
         [&](const Step& step, int j) {
-            density_law<T>(stage, step, tile.units, j * W, x + stage.context * lanes + j * W, next + j * W, 1, tile.log_det + j * W);
+            const int first = stage.context * lanes + j * W;
+            density_law<T>(stage, step, tile.units, j * W, x + first, next + j * W, 1, tile.log_det + j * W);
+            if (stage.reads_noise) take_noise<T>(stage, next + j * W, read + first, step.row, step.rows, 1);
         });
 }
 
@@ -200,14 +207,14 @@ FASTMAF_FN void sampler_stage(const FlowView<T>& flow, int k, int vectors, const
     const StageView<T>& stage = flow.stages[k];
     const T* const folded = tile.folded ? tile.folded[k] : nullptr;
     T *const x = tile.x[k % 2], *const z = tile.x[(k + 1) % 2] + stage.context * lanes;
-    T* const read = inputs_of<T>(stage, x, tile, false, vectors, team);
+    T* const read = inputs_of<T>(stage, x, z, tile, stage.reads_noise, vectors, team);
     run_steps<T>(
         stage, vectors, team, [&](const Step& step) { panel_step<T>(stage, step, read, tile.units, tile.raw, 0, vectors, folded); },
         [&](const Step& step, int j) {
             sampler_law<T>(stage, step, tile.units, j * W, z + j * W, tile.uniform ? tile.uniform + j * W : nullptr,
                            x + stage.context * lanes + j * W, 1, tile.density, tile.log_det + j * W);
             const int first = stage.context * lanes + j * W;
-            if (read != x) clip_inputs<T>(stage, x + first, read + first, step.row, step.rows, 1);
+            if (read != x && !stage.reads_noise) clip_inputs<T>(stage, x + first, read + first, step.row, step.rows, 1);
         });
 }
 

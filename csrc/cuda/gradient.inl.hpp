@@ -72,10 +72,7 @@ FASTMAF_FN void forward_stage(const FlowView<T>& flow, int k, int vectors, const
     if (here.read != here.x) {
         team.sync();
         for (int j = 0; j < vectors; ++j) {
-            if (!team.mine(j)) continue;
-            const int64_t first = stage.context * lanes + j * W;
-            copy_contexts<T>(stage, here.x + j * W, here.read + j * W, 1);
-            clip_inputs<T>(stage, here.x + first, here.read + first, 0, stage.features, 1);
+            if (team.mine(j)) traced_inputs<T>(stage, here, j * W, 1);
         }
     }
     run_steps<T>(
@@ -138,7 +135,7 @@ FASTMAF_FN void backward_stage(const GradientView<T>& view, int k, int vectors, 
     const Trace<T> here = kept.trace[k];
     const T* const above = kept.dx[(k + 1) % 2];
     T* const below = kept.dx[k % 2];
-    const bool clips = here.read != here.x && inner < 2;
+    const bool clips = here.read != here.x && !stage.reads_noise && inner < 2;
     team.sync();
     for (int c = 0; c < stage.context; ++c)
         for (int j = 0; j < vectors; ++j)
@@ -146,12 +143,17 @@ FASTMAF_FN void backward_stage(const GradientView<T>& view, int k, int vectors, 
     for (int s = 0; s < stage.features; ++s)
         for (int j = 0; j < vectors; ++j) {
             if (!team.mine(s * vectors + j)) continue;
-            law_gradient<T>(stage, here, s, j * W, at(static_cast<const T*>(kept.cotangent) + j * W), above, below);
+            if (stage.reads_noise)
+                at(below + (stage.context + s) * lanes + j * W) = Vec<T>{};
+            else
+                law_gradient<T>(stage, here, s, j * W, at(static_cast<const T*>(kept.cotangent) + j * W), above, below);
             if (clips) part_clipped<T>(stage, here, s, j * W, below);
         }
     run_steps<T>(
         stage, vectors, team, [&](const Step& step) { gradient_panel<T>(stage, step, here, view.zeros, below, inner, vectors); },
-        [&](const Step&, int j) { flip<T>(here.delta[0] + j * W, stage.features, 1); });
+        [&](const Step& step, int j) {
+            backward_law<T>(stage, step, here, j * W, 1, static_cast<const T*>(kept.cotangent) + j * W, above, below);
+        });
     if (!clips) return;
     team.sync();
     for (int s = 0; s < stage.features; ++s)

@@ -27,9 +27,8 @@ GradientView<T> lay_out_gradients(Image& image, const Weights<T>& weights, const
         first.push_back(int(buffers[0].size()));
         if (k == plan.stages()) break;
         const StageSpec& stage = plan.spec().stages[k];
-        const bool clips = stage.input_clip > 0;
-        if (clips) read.back() = room.take(width * row);
-        if (clips || stage.output == Output::transform) scaled.back() = room.take(3 * plan.features() * row);
+        if (stage.reads_apart()) read.back() = room.take(width * row);
+        if (stage.reads_apart() || stage.output == Output::transform) scaled.back() = room.take(3 * plan.features() * row);
         for (size_t m = 0; m < plan.widths(k).size(); ++m) {
             const MapSpec* const map = m < stage.maps.size() ? &stage.maps[m] : nullptr;
             const bool argument = map && map->activated && keeps_argument(stage.activation);

@@ -190,7 +190,7 @@ FlowView<T> lay_out(Image& image, const Weights<T>& weights, Direction direction
     flow.pointers = room.take(2 * flow.maps * int64_t(sizeof(T*)));
     flow.log_det = room.take(lanes * int64_t(sizeof(double)));
     for (int64_t& x : flow.x) x = room.take((flow.features + flow.context) * row);
-    flow.read = plan.clips() ? room.take((flow.features + flow.context) * row) : 0;
+    flow.read = plan.reads_apart() ? room.take((flow.features + flow.context) * row) : 0;
     flow.uniform = flow.has_base ? room.take(flow.features * row) : 0;
     for (int64_t& rows : units) rows = room.take(rows * row);
     for (int64_t& rows : raw) rows = rows ? room.take(rows * row) : -1;

@@ -17,7 +17,8 @@ namespace fastmaf {
 inline bool fits_tensor_cores(const Weights<float>& weights, size_t k) {
     const Plan& plan = weights.plan();
     const StageSpec& spec = plan.spec().stages[k];
-    if (spec.output != Output::transform || spec.direct() || !spec.joined().empty() || plan.wires(k)[0].first != kTile) return false;
+    if (spec.output != Output::transform || spec.reads_noise || spec.direct() || !spec.joined().empty() || plan.wires(k)[0].first != kTile)
+        return false;
     for (const MapSpec& map : spec.maps)
         if (!map.norm_scale.empty()) return false;
     for (size_t m = 0; m + 1 < plan.widths(k).size(); ++m)

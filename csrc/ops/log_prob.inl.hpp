@@ -8,13 +8,15 @@
 namespace fastmaf {
 namespace FASTMAF_ISA {
 
-// Parameters [2 features][lanes] and x [features][lanes] -> z, scattered into the rows of the next tile.
+// Parameters [2 features][lanes] and x [features][lanes] -> z, scattered into the rows of the next tile, of the variables
+// [first, first + count).
 template <class T>
-FASTMAF_FN void transform_law(const StageView<T>& stage, const T* parameters, const T* x, T* next, int vectors, double* log_det) {
+FASTMAF_FN void transform_law(const StageView<T>& stage, int first, int count, const T* parameters, const T* x, T* next, int vectors,
+                              double* log_det) {
     constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
     for (int j = 0; j < vectors; ++j) {
         typename Lanes<T>::Wide sum{};
-        for (int s = 0; s < stage.features; ++s) {
+        for (int s = first; s < first + count; ++s) {
             const T* row = parameters + 2 * s * lanes + j * W;
             const Vec<T> scale = log_scale<T>(stage, at(row + lanes));
             Vec<T> z = to_z<T>(stage, at(x + s * lanes + j * W), at(row), scale);
@@ -60,6 +62,14 @@ FASTMAF_FN void clip_inputs(const StageView<T>& stage, const T* x, T* read, int 
         for (int j = 0; j < vectors; ++j) at(read + s * lanes + j * W) = clipped<T>(stage, at(x + s * lanes + j * W));
 }
 
+// The same where they read the noise, which lies in the next tile.
+template <class T>
+FASTMAF_FN void take_noise(const StageView<T>& stage, const T* next, T* read, int first, int count, int vectors) {
+    constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
+    for (int s = first; s < first + count; ++s)
+        for (int j = 0; j < vectors; ++j) at(read + s * lanes + j * W) = clipped<T>(stage, at(next + stage.next[s] * lanes + j * W));
+}
+
 // The contexts among what the maps of a stage read.
 template <class T>
 FASTMAF_FN void copy_contexts(const StageView<T>& stage, const T* x, T* read, int vectors) {
@@ -97,7 +107,7 @@ FASTMAF_FN void density_law(const StageView<T>& stage, const Step& step, T* cons
                             double* log_det) {
     T* const last = units[stage.maps - 1] + shift;
     switch (stage.output) {
-        case Output::transform: return transform_law<T>(stage, last, x, next, vectors, log_det);
+        case Output::transform: return transform_law<T>(stage, step.row, step.rows, last, x, next, vectors, log_det);
         case Output::norm: return norm_law<T>(stage, x, next, vectors);
         case Output::linear: {
             T* const shifted[2] = {units[0] + shift, units[1] + shift};

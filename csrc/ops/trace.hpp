@@ -7,7 +7,7 @@ namespace fastmaf {
 template <class T>
 struct Trace {
     T* x;       // [context + features][lanes]
-    T* read;    // what the maps read of it: x itself, or a copy with clipped variables
+    T* read;    // what the maps read: x itself, or a copy with clipped variables or with the noise in their place
     T** units;  // [maps]
     T** raw;    // [maps] sums, where they are kept beside the activations: for the maps that add them, or for act'
     T* scaled;  // dz/ds [features][lanes] but for its sign, then e^-s, then ds/dr; see ops/laws. Later d/dx by the law, if read is not x

@@ -164,18 +164,48 @@ void bind_flow(py::module_& module) {
                      weights.set_parameters(input<T>(parameters, weights.plan().parameter_count()));
                  });
              })
-        .def("vjp", [poll](const PackedFlow& self, const py::array& x, const py::object& context, const py::array& cotangent,
-                           const py::object& value, const py::object& d_x, const py::object& d_context, const py::object& d_parameters) {
+        .def("vjp",
+             [poll](const PackedFlow& self, const py::array& x, const py::object& context, const py::array& cotangent,
+                    const py::object& value, const py::object& d_x, const py::object& d_context, const py::object& d_parameters) {
+                 const Batch batch = batch_of(x, context);
+                 self.visit([&](const auto& weights) {
+                     using T = typename std::decay_t<decltype(weights)>::Value;
+                     const T* g = input<T>(cotangent, batch.rows());
+                     T* const values = output<T>(value, batch.rows());
+                     T* const of_x = output<T>(d_x, batch.rows() * weights.plan().features());
+                     T* const of_context = output<T>(d_context, batch.rows() * weights.plan().context());
+                     T* const of_parameters = output<T>(d_parameters, weights.plan().parameter_count());
+                     Unlocked unlocked;
+                     vjp<T>(weights, batch, g, values, of_x, of_context, of_parameters, poll);
+                 });
+             })
+        .def("to_noise_vjp",
+             [poll](const PackedFlow& self, const py::array& x, const py::object& context, const py::array& cotangent,
+                    const py::object& of_log_det, const py::object& d_x, const py::object& d_context, const py::object& d_parameters) {
+                 const Batch batch = batch_of(x, context);
+                 self.visit([&](const auto& weights) {
+                     using T = typename std::decay_t<decltype(weights)>::Value;
+                     const T* const g = input<T>(cotangent, batch.rows() * weights.plan().features());
+                     const T* const of_map =
+                         of_log_det.is_none() ? nullptr : input<T>(py::reinterpret_borrow<py::array>(of_log_det), batch.rows());
+                     T* const of_x = output<T>(d_x, batch.rows() * weights.plan().features());
+                     T* const of_context = output<T>(d_context, batch.rows() * weights.plan().context());
+                     T* const of_parameters = output<T>(d_parameters, weights.plan().parameter_count());
+                     Unlocked unlocked;
+                     to_noise_vjp<T>(weights, batch, g, of_map, of_x, of_context, of_parameters, poll);
+                 });
+             })
+        .def("from_noise_vjp", [poll](const PackedFlow& self, const py::array& x, const py::object& context, const py::array& cotangent,
+                                      const py::object& d_noise, const py::object& d_context, const py::object& d_parameters) {
             const Batch batch = batch_of(x, context);
             self.visit([&](const auto& weights) {
                 using T = typename std::decay_t<decltype(weights)>::Value;
-                const T* g = input<T>(cotangent, batch.rows());
-                T* const values = output<T>(value, batch.rows());
-                T* const of_x = output<T>(d_x, batch.rows() * weights.plan().features());
+                const T* const g = input<T>(cotangent, batch.rows() * weights.plan().features());
+                T* const of_noise = output<T>(d_noise, batch.rows() * weights.plan().features());
                 T* const of_context = output<T>(d_context, batch.rows() * weights.plan().context());
                 T* const of_parameters = output<T>(d_parameters, weights.plan().parameter_count());
                 Unlocked unlocked;
-                vjp<T>(weights, batch, g, values, of_x, of_context, of_parameters, poll);
+                from_noise_vjp<T>(weights, batch, g, of_noise, of_context, of_parameters, poll);
             });
         });
 }

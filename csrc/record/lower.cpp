@@ -36,8 +36,7 @@ std::vector<Wire> wires_of(const Network& network) {
     return wires;
 }
 
-std::string missing_in(const Network& network, bool reads_noise) {
-    if (reads_noise) return "direction 'noise' of an Autoregressive layer";
+std::string missing_in(const Network& network) {
     for (const Dense* map : network.maps())
         if (map->rows() > kWidest) return "a map of " + std::to_string(map->rows()) + " rows";
     if (network.maps()[0]->norm_scale) return "an inner batch norm in front of the first map";
@@ -169,6 +168,7 @@ StageSpec stage_of(const Layer& layer, const Masks* member) {
         stage = network_stage(made->network, made->ranks, made->law, member);
         stage.output = Output::transform;
         stage.rows.assign(made->ranks.size(), 2);
+        stage.reads_noise = made->reads_noise;
     } else {
         const auto& base = std::get<Terminal>(layer);
         stage = network_stage(base.network, base.ranks, base.law, member);
@@ -191,14 +191,14 @@ bool reads_context(const Record& record) {
 
 std::string unsupported(const Record& record) {
     if (const auto* base = std::get_if<Terminal>(&record.base)) {
-        std::string missing = missing_in(base->network, false);
+        std::string missing = missing_in(base->network);
         if (!missing.empty()) return missing;
     }
     for (size_t k = front_of(record.layers); k < record.layers.size(); ++k) {
         const Layer& layer = record.layers[k];
         if (std::holds_alternative<Elementwise>(layer)) return "a Elementwise layer behind other layers";
         if (const auto* made = std::get_if<Autoregressive>(&layer)) {
-            std::string missing = missing_in(made->network, made->reads_noise);
+            std::string missing = missing_in(made->network);
             if (!missing.empty()) return missing;
         }
     }
@@ -240,7 +240,7 @@ FlowSpec lower(const Record& record, size_t member) {
             std::vector<int> columns(variable.size());
             std::iota(columns.begin(), columns.end(), 0);
             merge(spec.columns.loc, spec.columns.scale, *affine, places(columns));
-        } else if (affine && spec.stages.back().output == Output::transform) {
+        } else if (affine && spec.stages.back().output == Output::transform && !spec.stages.back().reads_noise) {
             StageSpec& last = spec.stages.back();
             if (last.scale.empty()) {
                 last.loc.assign(variable.size(), 0.0);

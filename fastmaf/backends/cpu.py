@@ -199,6 +199,33 @@ class _Cpu:
     ) -> None:
         self._core(flow).vjp(x, context, cotangent, value, dx, dcontext, dparameters)
 
+    def to_noise_vjp(
+        self,
+        flow: FlowRecord,
+        x: Array,
+        context: Array | None,
+        cotangent: Array,
+        log_det: Array | None,
+        dx: Array | None,
+        dcontext: Array | None,
+        dparameters: Array | None,
+    ) -> None:
+        """Gradients of the map to the noise and, under the cotangents `log_det`, of log|det| of it."""
+        self._core(flow).to_noise_vjp(x, context, cotangent, log_det, dx, dcontext, dparameters)
+
+    def from_noise_vjp(
+        self,
+        flow: FlowRecord,
+        x: Array,
+        context: Array | None,
+        cotangent: Array,
+        du: Array | None,
+        dcontext: Array | None,
+        dparameters: Array | None,
+    ) -> None:
+        """Gradients of the map from the noise, at the rows x that come out of it."""
+        self._core(flow).from_noise_vjp(x, context, cotangent, du, dcontext, dparameters)
+
     def trainer(self, flow: FlowRecord, **options: Any) -> Engine:
         return Engine(flow, **options)
 

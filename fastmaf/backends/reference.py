@@ -364,13 +364,17 @@ def _network(layer: Autoregressive | Terminal, weights: Sequence[Array], x: Arra
 
 def _autoregressive(layer: Autoregressive, weights: Sequence[Array], x: Array, c: Array) -> Learned:
     """From data to noise; the pullback gives the gradients in x, in the contexts and in the weights."""
-    if layer.direction == "noise":
-        return *_by_rank(layer, weights, x, c, _to_noise), _no_gradient("an Autoregressive layer of direction 'noise'")
-    parameters, back = _network(layer, weights, x, c)
+    reads_noise = layer.direction == "noise"
+    if reads_noise:
+        z, log_det = _by_rank(layer, weights, x, c, _to_noise)
+    parameters, back = _network(layer, weights, z if reads_noise else x, c)
     shift, (a, slope) = parameters[:, 0::2], _log_scale(layer.law, parameters[:, 1::2])
-    z, log_slope = _to_noise(layer.law, x, shift, a)
+    if not reads_noise:
+        z, log_slope = _to_noise(layer.law, x, shift, a)
+        log_det = _total(log_slope)
 
-    def pull(dz: Array, g: Array) -> tuple[Array, Any, list[Array]]:
+    def law(dz: Array, g: Array) -> tuple[Array, Array]:
+        """The gradients in x, beside the network, and in the parameters."""
         d = np.empty_like(parameters)
         if layer.law.form == "standardize":
             direct = dz * np.exp(-a)
@@ -378,10 +382,23 @@ def _autoregressive(layer: Autoregressive, weights: Sequence[Array], x: Array, c
         else:
             direct = dz * np.exp(a)
             d[:, 0::2], d[:, 1::2] = dz, (direct * x + g[:, None]) * slope
-        dx, dc, gradients = back(d)
-        return direct + dx, dc, gradients
+        return direct, d
 
-    return z, _total(log_slope), pull
+    def pull(dz: Array, g: Array) -> tuple[Array, Any, list[Array]]:
+        if not reads_noise:
+            direct, d = law(dz, g)
+            dx, dc, gradients = back(d)
+            return direct + dx, dc, gradients
+        through = np.zeros_like(dz)  # what the network gives z: that of a rank is known once the parameters of all higher ranks are
+        for rank in np.unique(layer.ranks)[::-1]:
+            _, d = law(dz + through, g)
+            d[:, np.repeat(layer.ranks <= rank, 2)] = 0
+            own = layer.ranks == rank
+            through[:, own] = back(d)[0][:, own]
+        direct, d = law(dz + through, g)
+        return direct, *back(d)[1:]
+
+    return z, log_det, pull
 
 
 def _autoregressive_inverse(layer: Autoregressive, weights: Sequence[Array], z: Array, c: Array) -> tuple[Array, Array]:
@@ -649,13 +666,6 @@ def _settled(gradient: Array, value: Array, cotangent: Array) -> Array:
     """Gradients (n, k); zero in rows where they are no numbers, though the log-density is one."""
     lost = np.isfinite(value) & np.isfinite(cotangent) & ~np.isfinite(gradient).all(axis=1)
     return np.where(lost[:, None], 0, gradient)
-
-
-def _no_gradient(what: str) -> Callable[..., Any]:
-    def pull(*_: Any) -> Any:
-        raise ValueError(f"the reference backend has no gradient of {what}")
-
-    return pull
 
 
 def _chunks(flow: FlowRecord, total: int) -> Iterator[slice]:

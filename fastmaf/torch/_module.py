@@ -333,7 +333,7 @@ class Flow(nn.Module):
 
     @torch.compiler.disable
     def from_noise(self, u: Tensor, context: Tensor | None = None, *, log_det: bool = False) -> Any:
-        """The rows that noise turns into; their gradient, by the implicit rule, costs D + 3 of log_prob.
+        """The rows that noise turns into; their gradient, by the implicit rule, costs about one of log_prob.
 
         Parameters
         ----------
@@ -544,7 +544,7 @@ class NormalizingFlow(Distribution):
         return self._draw(sample_shape, False)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
-        """Draw the same samples with a gradient to the context and the weights, at the cost of D + 3 gradients of log_prob.
+        """Draw the same samples with a gradient to the context and the weights, at about the cost of one gradient of log_prob.
 
         Raises
         ------
