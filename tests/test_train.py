@@ -690,6 +690,14 @@ FOREIGN = {
         f"{name} blocks": (BENT, functools.partial(make.flow, 3, blocks=blocks, **{**options, "ranks": None}))
         for name, (options, blocks) in make.NETWORKS.items()
     },
+    **{
+        f"{direction} directions": (BENT, functools.partial(make.flow, 3, (12,), linear=True, between=True, direction=direction))
+        for direction in ("noise", "both")
+    },
+    "noise in residual blocks": (
+        BENT,
+        functools.partial(make.flow, 3, blocks=make.NETWORKS["gated"][1], context_features=2, direction="noise"),
+    ),
 }
 """As other libraries build them."""
 

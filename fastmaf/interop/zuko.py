@@ -385,6 +385,11 @@ def from_state(importer: str, library: str, state: Mapping[str, Any], dtype: Any
     prefix = next((key[: key.index("transforms.")] for key in state if re.match(r"(.*\.)?transforms\.\d+\.", key)), None)
     if prefix is None:
         raise ValueError("state_dict has no keys of the form 'transform.transforms.0.hyper.0.weight', those of a zuko.flows.MAF")
+    base = prefix.removesuffix("transform.") + "base."
+    map_of = r"transforms\.\d+\.(order|loc|scale|phi\.\d+|hyper\.\d+(\.\d+)?\.(weight|bias|mask))"
+    read = re.compile(rf"{re.escape(prefix)}{map_of}|{re.escape(base)}(loc|scale|_0|_1)|(.*\.)?_embedding_net\..*")
+    if other := [key for key in state if not read.fullmatch(key)]:
+        raise refuse(importer, f"{min(other)} of the state_dict", "give the flow itself")
     count = 1 + max(int(re.findall(r"transforms\.(\d+)\.", key)[0]) for key in state if key.startswith(f"{prefix}transforms."))
     law = Law("exp_soft", "affine", {"clip": -float(np.log(slope))})
     layers: list[FlowLayer] = []
@@ -409,7 +414,6 @@ def from_state(importer: str, library: str, state: Mapping[str, Any], dtype: Any
             layers.append(_made(importer, items, None if order is None else _common.whole("order", order), law, 2))
             features = layers[-1].ranks.size  # type: ignore[union-attr]
             context_features = items[0].mask.shape[1] - features
-    base = prefix.removesuffix("transform.") + "base."
     loc = state.get(f"{base}loc", state.get(f"{base}_0"))
     scale = state.get(f"{base}scale", state.get(f"{base}_1"))
     if loc is not None and scale is not None:
