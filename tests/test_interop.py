@@ -182,6 +182,14 @@ def test_broken_state_dicts_are_refused_by_name(importer, make_state, key, value
     assert len(str(caught.value)) <= 200
 
 
+@pytest.mark.parametrize(
+    "key", ["transform.transforms.0.hyper.3.running_mean", "transform.transforms.1.rotation", "base.weights", "head.bias"]
+)
+def test_what_a_state_dict_of_zuko_has_beside_a_maf_is_refused(key):
+    with pytest.raises(NotImplementedError, match=f"{re.escape(key)} of the state_dict"):
+        from_zuko(state_dict=zuko_state()[0] | {key: np.zeros(3)}, activation="relu")
+
+
 def test_state_dicts_that_say_too_little_are_refused():
     state = zuko_state()[0]
     del state["transform.transforms.1.hyper.0.mask"]
