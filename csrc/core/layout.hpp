@@ -4,9 +4,9 @@
 // (density) or x (sampling). The weights of a panel lie on the tape as [input][width], so that steps read memory in one direction. Density
 // runs map by map; the sampler brings units to life degree by degree in blocks (left-looking); backward runs the transposed maps from the
 // last to the first, and that of the sampler by degree from the highest: what units have of the gradient is complete when all that read
-// them have theirs. Where a network reads the noise, density and sampler change places, and so do their backwards. A map reads the tile of
-// variables or the units of the map before it, and writes units of its own; direct weights add to the final rows. The sampler of a Linear
-// runs over the inverses of its triangles, its backward over these transposed.
+// them have theirs. Where a network reads the noise, the steps of density and sampler change places, and so do their backwards. A map reads
+// the tile of variables or the units of the map before it, and writes units of its own; direct weights add to the final rows. The sampler
+// of a Linear runs over the inverses of its triangles, its backward over these transposed.
 #pragma once
 
 #include <cstddef>

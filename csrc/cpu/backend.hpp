@@ -60,7 +60,7 @@ void vjp(const Weights<T>& weights, const Batch& batch, const T* cotangent, T* v
 
 // Gradients of sum(cotangent . z) + sum(of_log_det log|det|), both of to_noise, or of sum(cotangent . x) of from_noise at the rows x that it
 // made; cotangent, d_rows [rows][features]: d_rows is in x of the first and in the noise of the second. of_log_det [rows], d_rows, d_context
-// and d_parameters may be null. Zero for rows without noise.
+// and d_parameters may be null. Zero for rows without noise, and for those far out whose gradient is no number in T.
 template <class T>
 void to_noise_vjp(const Weights<T>& weights, const Batch& batch, const T* cotangent, const T* of_log_det, T* d_rows, T* d_context,
                   T* d_parameters, const Poll& poll);

@@ -310,7 +310,7 @@ public:
         const bool wanted = d_x || d_context;
         auto run = [&](Room& room, Kept<T>& kept, int64_t first, int rows, int64_t place) {
             load(room, reader, begin + first, rows);
-            for (size_t k = 0; k < plan_.stages(); ++k) forward(room, k, rows);
+            for (size_t k = 0; k < (maps ? plan_.transforms() : plan_.stages()); ++k) forward(room, k, rows);
             if (maps) {
                 const T* const own = maps->cotangent + first * plan_.features();
                 map(room, reader, begin + first, rows, {maps->from_noise, own}, cotangent + first, used_cotangent_.data() + first, d_x,
@@ -688,47 +688,39 @@ private:
                                  : 2);
     }
 
-    // Forward has gone through all stages: everything else for the two maps. d_rows, d_context: of the chunk, these rows from `first` on.
+    // Forward has gone to the noise: everything else for the two maps. d_rows, d_context: of the chunk, these rows from `first` on.
     void map(Room& room, const RowReader& reader, int64_t begin, int n, const Maps<T>& maps, const T* cotangent, T* used, T* d_rows,
              T* d_context, int64_t first) {
         const int features = plan_.features(), context = plan_.context(), lanes = lanes_;
-        const size_t count = plan_.transforms();
-        const Columns& columns = plan_.spec().columns;
-        std::vector<char> none(size_t(n), 0);
-        bool again = false;
-        for (int r = 0; r < n; ++r) {
-            bool finite = std::isfinite(room.log_det[r]);
-            for (int v = 0; v < features; ++v) finite = finite && std::isfinite(room.trace[count].x[(context + v) * lanes + r]);
-            none[size_t(r)] = !finite;
-            again = again || !finite;
-            if (finite) continue;
-            for (int lane = r; lane < (r + 1 < n ? r + 1 : padded(n)); ++lane)
-                for (size_t k = 0; k <= room.stages; ++k)
-                    for (int i = 0; i < (k ? context : context + features); ++i) room.trace[k].x[i * lanes + lane] = 0;
-        }
-        for (size_t k = 0; again && k < plan_.stages(); ++k) forward(room, k, n);
-        for (int r = 0; r < padded(n); ++r) room.cotangent[r] = r < n && !none[size_t(r)] ? cotangent[r] : T(0);
-        std::copy_n(room.cotangent, n, used);
-        if (plan_.has_base())
-            for (size_t m = 0; m < plan_.widths(count).size(); ++m)
-                std::fill_n(room.trace[count].delta[m], size_t(plan_.widths(count)[m]) * size_t(lanes), T(0));
-
-        const size_t from = maps.from_noise ? 0 : count, to = maps.from_noise ? count : 0;
-        T* const given = room.dx[from % 2];
-        std::fill_n(given, context * lanes, T(0));
-        for (int v = 0; v < features; ++v) {
-            T* const own = given + (context + (maps.from_noise ? plan_.first() : plan_.noise())[size_t(v)]) * lanes;
-            if (maps.from_noise) reader.column(begin, n, v, room.column);
-            for (int r = 0; r < padded(n); ++r) {
-                const size_t row = size_t(std::min(r, n - 1)), c = size_t(v);
-                const double dx = r < n && !none[row] ? double(maps.cotangent[int64_t(row) * features + v]) : 0;
-                own[r] = T(maps.from_noise && dx != 0 ? dx / (Slopes(columns, c, room.column[row]).slope * columns.scale[c]) : dx);
+        const size_t count = plan_.transforms(), to = maps.from_noise ? count : 0;
+        std::vector<char> none(size_t(n), 0);  // rows without noise, and those far out whose gradient is no number: theirs are zero
+        for (int r = 0; r < n; ++r) none[size_t(r)] = !std::isfinite(room.log_det[r]) || lost(room.trace[count].x, r);
+        for (bool again = std::count(none.begin(), none.end(), 1) > 0, done = false; !done;) {
+            if (again) {
+                for (int r = 0; r < n; ++r)
+                    if (none[size_t(r)]) clear_row(room, r, n);
+                for (size_t k = 0; k < count; ++k) forward(room, k, n);
+            }
+            for (int r = 0; r < padded(n); ++r) room.cotangent[r] = r < n && !none[size_t(r)] ? cotangent[r] : T(0);
+            enter(room, reader, begin, n, maps, none);
+            for (size_t k = 0; maps.from_noise && k < count; ++k)
+                kernels_.backward_sampler(weights_.views(Direction::sampler_backward)[k], room.trace[k], padded(n), room.dx[k % 2],
+                                          room.dx[(k + 1) % 2], d_context ? 0 : 1);
+            for (size_t k = count; !maps.from_noise && k-- > 0;) backward(room, k, n, true);
+            done = true;
+            for (int r = 0; r < n; ++r) {
+                bool finite = !lost(room.dx[to % 2], r);
+                for (size_t k = 0; k < count; ++k)
+                    for (int i = 0; plan_.spec().stages[k].output == Output::transform && i < 2 * features; ++i)
+                        finite = finite && std::isfinite(room.trace[k].delta[plan_.spec().stages[k].maps.size() - 1][i * lanes + r]);
+                if (finite || none[size_t(r)]) continue;
+                none[size_t(r)] = 1;
+                again = true;
+                done = false;
             }
         }
-        for (size_t k = 0; maps.from_noise && k < count; ++k)
-            kernels_.backward_sampler(weights_.views(Direction::sampler_backward)[k], room.trace[k], padded(n), room.dx[k % 2],
-                                      room.dx[(k + 1) % 2], d_context ? 0 : 1);
-        for (size_t k = count; !maps.from_noise && k-- > 0;) backward(room, k, n, d_rows || d_context);
+        std::copy_n(room.cotangent, n, used);
+        if (plan_.has_base()) leave_out(room, count);
 
         std::fill_n(room.log_det, n, 0.0);  // of what is not finite in the results nothing else is asked
         if (d_rows && maps.from_noise) {
@@ -736,7 +728,6 @@ private:
             for (int v = 0; v < features; ++v)
                 for (int r = 0; r < n; ++r)
                     out[int64_t(r) * features + v] = room.dx[to % 2][(context + plan_.noise()[size_t(v)]) * lanes + r];
-            settle(room, n, out, features);
         } else if (d_rows) {
             write_dx(room, reader, begin, n, d_rows + first * features);
         }
@@ -745,6 +736,47 @@ private:
             if (!none[size_t(r)]) continue;
             if (d_rows) std::fill_n(d_rows + (first + r) * features, features, T(0));
             if (d_context) std::fill_n(d_context + (first + r) * context, context, T(0));
+        }
+    }
+
+    // Whether a number of a row is not finite in a tile, its context aside.
+    bool lost(const T* tile, int r) const {
+        for (int v = plan_.context(); v < plan_.context() + plan_.features(); ++v)
+            if (!std::isfinite(tile[v * lanes_ + r])) return true;
+        return false;
+    }
+    // A row and its context go on as zeros.
+    void clear_row(Room& room, int r, int n) {
+        for (int lane = r; lane < (r + 1 < n ? r + 1 : padded(n)); ++lane)
+            for (size_t k = 0; k <= room.stages; ++k)
+                for (int i = 0; i < plan_.context() + (k ? 0 : plan_.features()); ++i) room.trace[k].x[i * lanes_ + lane] = 0;
+    }
+    // A stage through which nothing has gone gives its weights nothing.
+    void leave_out(Room& room, size_t k) {
+        const Trace<T>& trace = room.trace[k];
+        std::fill_n(trace.read, (plan_.context() + plan_.features()) * lanes_, T(0));
+        for (size_t m = 0; m < plan_.widths(k).size(); ++m) {
+            const size_t size = size_t(plan_.widths(k)[m]) * size_t(lanes_);
+            std::fill_n(trace.units[m], size, T(0));
+            std::fill_n(trace.delta[m], size, T(0));
+        }
+    }
+    // The cotangents of a map's results, where its backward begins.
+    void enter(Room& room, const RowReader& reader, int64_t begin, int n, const Maps<T>& maps, const std::vector<char>& none) {
+        const int features = plan_.features(), context = plan_.context();
+        T* const given = room.dx[maps.from_noise ? 0 : plan_.transforms() % 2];
+        std::fill_n(given, context * lanes_, T(0));
+        for (int v = 0; v < features; ++v) {
+            T* const own = given + (context + (maps.from_noise ? plan_.first() : plan_.noise())[size_t(v)]) * lanes_;
+            std::fill_n(own, padded(n), T(0));
+            if (maps.from_noise) reader.column(begin, n, v, room.column);
+            for (int r = 0; r < n; ++r) {
+                if (none[size_t(r)]) continue;
+                const double result = double(maps.cotangent[int64_t(r) * features + v]);
+                const Columns& columns = plan_.spec().columns;
+                own[r] =
+                    T(maps.from_noise ? result / (Slopes(columns, size_t(v), room.column[r]).slope * columns.scale[size_t(v)]) : result);
+            }
         }
     }
 
@@ -837,6 +869,7 @@ void map_vjp(const Weights<T>& weights, const Batch& batch, const Maps<T>& maps,
     const Call<T> call;
     Gradients<T> gradients(weights, d_parameters != nullptr, call.kernels);
     PollClock clock(poll);
+    if (maps.from_noise) weights.views(Direction::sampler_backward);  // not by a thread for which others wait
     const std::vector<T> zeros(of_log_det ? 0 : size_t(gradients.chunk()), T(0));
     sweep(weights, gradients, call.threads, batch.rows(), d_parameters, clock, [&](int64_t begin, int64_t n) {
         const Maps<T> own{maps.from_noise, maps.cotangent + begin * features};

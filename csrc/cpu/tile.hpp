@@ -63,8 +63,8 @@ struct Kernels {
     void (*backward)(const StageView<T>& stage, const Trace<T>& here, int lanes, const T* cotangent, const T* above, T* below, int inner);
     // Of the sampler, at the rows that it made: from the gradient in this tile, which it spoils, to that in the next one.
     void (*backward_sampler)(const StageView<T>& stage, const Trace<T>& here, int lanes, T* below, T* above, int inner);
-    // Forward and backward for one row: everything in `here` is contiguous, with room for row_size of its numbers. `of_context`: whether anybody asked
-    // for the gradient in the context.
+    // Forward and backward for one row: everything in `here` is contiguous, with room for row_size of its numbers. `of_context`: whether
+    // anybody asked for the gradient in the context.
     void (*forward_row)(const StageView<T>& stage, const Trace<T>& here, T* next, double* log_det);
     void (*backward_row)(const StageView<T>& stage, const Trace<T>& here, T cotangent, const T* above, T* below, bool of_context);
     // Units [n][lanes of a tile] -> [chunk of 3 W units][capacity][3 W], rows row..row + lanes.
