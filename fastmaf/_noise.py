@@ -66,6 +66,11 @@ class NoiseGradients:
         )
         return dx.sum(axis=0), None if dcontext is None else dcontext.sum(axis=0)
 
+    def density(self, x: Array, context: Array | None, cotangent: Array, dparameters: Array | None) -> tuple[Array, Array | None]:
+        """Gradients of ``sum(cotangent * (log|det| - |noise|^2 / 2))``, both of `to_noise`, whatever base the flow has; cotangents (n,)."""
+        dx, dcontext = self._differences(x[None], context, np.zeros((1, len(x), self._features)), cotangent[None], dparameters)
+        return dx[0], None if dcontext is None else dcontext[0]
+
     def from_noise(self, x: Array, context: Array | None, cotangent: Array, dparameters: Array | None) -> tuple[Array, Array | None]:
         """Gradients of ``sum(cotangent * from_noise(u, context))`` in u and the context, at the rows x that come out of it.
 

@@ -361,7 +361,8 @@ class Handle:
     ) -> tuple[Array | None, ...]:
         """Gradients of a map, and of log|det| of it if that has cotangents, in rows, contexts and weights.
 
-        log|det| of the map to the noise is log_prob + |noise|^2 / 2 + constant; that of the map from it is the negative of this at x.
+        log|det| of the map to the noise is, but for a constant, the log-density over a normal base + |noise|^2 / 2; that of the map from
+        it is the negative of this at x.
         """
         weights = np.empty(self.size, self.dtype) if weighed else None
         if hasattr(self._backend, "from_noise_vjp") and (log_det is None or operation == "to_noise"):
@@ -380,7 +381,7 @@ class Handle:
             du, *rest = self._pulled("from_noise", x, context, cotangent + of_map[0], None, weighed)
             return du, *map(_sum, rest, of_map[1:])
         factor = np.ascontiguousarray(log_det, self.dtype)
-        _, dx, dcontext = _gradients.backward(self._backend, self._record, x, context, factor.shape, factor, weights)
+        dx, dcontext = self._by_densities().density(x, context, factor, weights)
         at = np.empty(x.shape, self.dtype)
         if at.size:
             self._backend.to_noise(self._record, x, context, at)

@@ -295,9 +295,34 @@ def test_rows_outside_the_bounds_have_no_gradient_of_the_noise():
 
 
 @pytest.mark.parametrize("operation", ["to_noise", "from_noise"])
-def test_gradients_with_the_log_determinant(core, operation):
+def test_rows_far_out_do_not_spoil_the_gradients_of_weights(operation, compiled):
+    """In float32 a scale may be zero there, and the gradient no number: that of such a row is zero."""
+    for direction in ("data", "noise"):
+        flow = make.flow(5, (16,), 3, law="exp", direction=direction, dtype="float32", seed=2)
+        noise = (5 * np.random.default_rng(1).normal(size=(2000, 5))).astype("f4")
+        x = flow.from_noise(noise)
+        x = x[np.isfinite(x).all(axis=1)]
+        handle = fastmaf.Handle(flow)
+        dx, _, dparameters = getattr(handle, f"{operation}_vjp")(x, None, np.ones_like(x))
+        lost = ~dx.any(axis=1)
+        assert 0 < lost.sum() < 50 and np.isfinite(dx).all() and np.isfinite(dparameters).all()
+        _, _, others = getattr(handle, f"{operation}_vjp")(x[~lost], None, np.ones_like(x[~lost]))
+        np.testing.assert_allclose(dparameters, others, rtol=1e-3, atol=1e-4 * np.abs(others).max())
+
+
+def test_a_mixture_base_is_no_part_of_the_maps(compiled):
+    flow = make.flow(3, (8,), base=make.Law("exp_soft"), seed=1, dtype="float32")
+    x = (1e20 * np.random.default_rng(0).normal(size=(8, 3))).astype("f4")
+    assert np.isfinite(flow.to_noise(x)).all()
+    dx, _, dparameters = fastmaf.Handle(flow).to_noise_vjp(x, None, np.ones_like(x))
+    assert dx.any(axis=1).all() and np.isfinite(dparameters).all()
+
+
+@pytest.mark.parametrize("base", [None, make.Law("softplus")], ids=["normal", "mixture"])
+@pytest.mark.parametrize("operation", ["to_noise", "from_noise"])
+def test_gradients_with_the_log_determinant(core, operation, base):
     """Against differences of the map and its log|det| together, in rows, contexts and weights."""
-    flow = make.flow(4, (9, 8), 2, context_features=2, activation="tanh", dtype="float64")
+    flow = make.flow(4, (9, 8), 2, context_features=2, activation="tanh", dtype="float64", base=base)
     handle, rng = fastmaf.Handle(flow), np.random.default_rng(0)
     at, context, factor, of_map = (rng.normal(size=shape) for shape in ((3, 4), (3, 2), (3, 4), (3,)))
     x = at if operation == "to_noise" else handle.from_noise(at, context)
