@@ -297,6 +297,8 @@ def test_rows_outside_the_bounds_have_no_gradient_of_the_noise():
 @pytest.mark.parametrize("operation", ["to_noise", "from_noise"])
 def test_rows_far_out_do_not_spoil_the_gradients_of_weights(operation, compiled):
     """In float32 a scale may be zero there, and the gradient no number: that of such a row is zero."""
+    if not compiled.startswith("cpu"):
+        pytest.skip("others solve with the Jacobian of each row")
     for direction in ("data", "noise"):
         flow = make.flow(5, (16,), 3, law="exp", direction=direction, dtype="float32", seed=2)
         noise = (5 * np.random.default_rng(1).normal(size=(2000, 5))).astype("f4")
