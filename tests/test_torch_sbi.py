@@ -253,6 +253,13 @@ def test_what_only_the_loop_of_sbi_does():
         sbi_fit(trainer.append_simulations(theta, x, proposal=proposal))
 
 
+def test_hidden_units_are_of_silu_unless_another_activation_is_named():
+    batch = torch.randn(10, 2), torch.randn(10, 3)
+    for options, activation in (({}, "silu"), ({"activation": "tanh"}, "tanh")):
+        flow = sbi_maf(**options)(*batch).net.to_flow()
+        assert {layer.conditioner.activation for layer in flow.layers if hasattr(layer, "conditioner")} == {activation}
+
+
 def test_the_doctest_and_the_snippet_of_the_page_run():
     for example in [*doctest.DocTestFinder().find(sbi_maf, "sbi_maf"), *doctest.DocTestFinder().find(sbi_fit, "sbi_fit")]:
         assert not doctest.DocTestRunner().run(example).failed

@@ -49,7 +49,7 @@ def sbi_maf(
     x_dist : torch.distributions.Distribution, optional
         Whose support bounds the inputs of the density; for NPE the prior.
     **options
-        Others of `fastmaf.MAF`.
+        Others of `fastmaf.MAF`. `activation` is "silu" unless it is given: with "relu" posteriors of bent relations come out worse.
 
     Returns
     -------
@@ -75,6 +75,7 @@ def sbi_maf(
     if taken := sorted(set(instead) & set(options)):
         raise ValueError(f"{taken[0]} is no option of sbi_maf: {instead[taken[0]]}")
     net = _torch.nn.Identity() if embedding_net is None else embedding_net
+    options = {"activation": "silu", **options}
     return Builder(likelihood, z_score_theta, z_score_x, hidden_features, num_transforms, net, x_dist, options)
 
 
