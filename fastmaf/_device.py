@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DeviceArray", "finished", "index_of", "is_on_device", "is_tensor", "native", "output", "together", "wrap"]
+__all__ = ["DeviceArray", "finished", "index_of", "is_on_device", "is_tensor", "native", "output", "returned", "together", "wrap"]
 
 Shape = tuple[int, ...]
 
@@ -162,6 +162,13 @@ class DeviceArray:
         result: NDArray[Any] = np.ndarray(self.shape, self.dtype, memory.data, int(self.address) - low, self.strides)
         return result
 
+    def fill(self, array: NDArray[Any]) -> None:
+        """Copy an array of the host here, which is C-contiguous, of this shape and dtype."""
+        from fastmaf import _core
+
+        if array.size:
+            _core.copy_from_host(self.device, np.ascontiguousarray(array).reshape(-1).view(np.uint8), int(self.address), self.stream)
+
     def empty(self, shape: Shape, dtype: np.dtype[Any]) -> DeviceArray:
         """A new array of the same kind in the same place."""
         return DeviceArray("out", _empty(_maker(self.kind), self.device, shape, dtype), self.device)
@@ -270,6 +277,15 @@ def finished(*arrays: Any, stream: int) -> None:
 def native(result: NDArray[Any] | DeviceArray, like: Any) -> NDArray[Any]:
     """The result as the caller's framework has it; `like` is the array that came in, as the caller has it."""
     return cast("NDArray[Any]", _native(result, like))
+
+
+def returned(result: NDArray[Any], like: Any, device: str) -> NDArray[Any]:
+    """A result that was made on the host, as the caller's framework has it and where `like` lies."""
+    if device == "cpu" or like is None or not is_on_device("array", like):
+        return native(result, like)
+    place = DeviceArray("array", like, index_of(device)).empty(result.shape, result.dtype)
+    place.fill(result)
+    return native(cast("NDArray[Any]", place), like)
 
 
 def _native(result: NDArray[Any] | DeviceArray, like: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastmaf import _arrays, _device, _tables, _words, backends
+from fastmaf import _arrays, _tables, _words, backends
 from fastmaf._arrays import Seed
 from fastmaf.layers import (
     Affine,
@@ -266,6 +266,7 @@ def _reading(dense: Dense, weight: Array, width: int) -> Dense:
 
 def sample_given(
     flow: FlowRecord,
+    backend: backends.Backend,
     x: ArrayLike,
     n: int,
     context: ArrayLike | None,
@@ -274,8 +275,7 @@ def sample_given(
     context_offset: int,
     dtype: DTypeLike | None,
 ) -> Array:
-    """Rows that begin with given values; see `Flow.sample_given`."""
-    like = x
+    """Rows that begin with given values, of arrays of the host; see `Flow.sample_given`."""
     x = _arrays.real("x", x, names=_given_names(flow, x))
     if x.ndim not in (1, 2) or x.shape[-1] > flow.features:
         raise ValueError(
@@ -300,11 +300,11 @@ def sample_given(
     if others.size and samples.size:
         conditional = rest(flow, k)
         if conditional is not None:
-            samples[:, :, others] = _sampled(*conditional, n, contexts, values, place, dtype)
+            samples[:, :, others] = _sampled(backend, *conditional, n, contexts, values, place, dtype)
         else:
-            samples = _through_noise(flow, n, contexts, values, given, others, place, dtype)
+            samples = _through_noise(flow, backend, n, contexts, values, given, others, place, dtype)
     samples[:, :, given] = values[:, None]
-    return _device.native(samples if grouped else samples[0], like)
+    return samples if grouped else samples[0]
 
 
 def _given_names(flow: FlowRecord, x: Any) -> Sequence[str] | None:
@@ -326,6 +326,7 @@ def _possible(flow: FlowRecord, x: Array, columns: Array, names: Sequence[str] |
 
 
 def _sampled(
+    backend: backends.Backend,
     conditional: FlowRecord,
     read: Callable[[Array], Array],
     n: int,
@@ -337,7 +338,6 @@ def _sampled(
     """Samples (c, n, D) under contexts to which is added what the network reads of given values."""
     parts = [part for part in (contexts, read(values)) if part is not None]
     wide = np.concatenate(parts, axis=1, dtype=np.result_type(np.float64, *parts))
-    backend = backends.choose()
     if backend.unsupported(conditional) is not None:  # a context in an unusual place
         backend = backends.require("reference")
     samples = np.empty((len(values), n, conditional.features), dtype)
@@ -347,6 +347,7 @@ def _sampled(
 
 def _through_noise(
     flow: FlowRecord,
+    backend: backends.Backend,
     n: int,
     contexts: Array | None,
     values: Array,
@@ -360,31 +361,26 @@ def _through_noise(
     free = FlowRecord(flow.layers, None, **_options(flow))
     noise = np.empty((c, n, flow.features), flow.dtype)
     if k:
-        own = _to_noise(prefix(free, k), values, contexts)
+        own = _to_noise(prefix(free, k), values, contexts, backend)
         noise[:, :, given] = own[:, None]
     if isinstance(flow.base, Terminal):
         base = rest(FlowRecord([], flow.base, **_options(flow)), k)
         if base is None:
             raise ValueError("base: its context enters its first map by other means than being added, which sample_given cannot follow")
-        noise[:, :, others] = _sampled(*base, n, contexts, own if k else values, place, flow.dtype)
+        noise[:, :, others] = _sampled(backend, *base, n, contexts, own if k else values, place, flow.dtype)
     else:
         normal = FlowRecord([], features=others.size, dtype=flow.dtype)
-        noise[:, :, others] = _sampled(normal, lambda values: values, n, None, values[:, :0], place, flow.dtype)
+        noise[:, :, others] = _sampled(backend, normal, lambda values: values, n, None, values[:, :0], place, flow.dtype)
     result = np.empty(noise.shape, dtype)
-    _backend(free).from_noise(free, noise, None if contexts is None else contexts[:, None], result)
+    backends.runner(free, backend).from_noise(free, noise, None if contexts is None else contexts[:, None], result)
     return _arrays.all_or_none(result)
 
 
-def _to_noise(flow: FlowRecord, x: Array, context: Array | None) -> Array:
+def _to_noise(flow: FlowRecord, x: Array, context: Array | None, backend: backends.Backend | None = None) -> Array:
     """The noise of rows (n, D), row by row under contexts (n, C) or None."""
     result = np.empty(x.shape, flow.dtype)
-    _backend(flow).to_noise(flow, x, context, result)
+    backends.runner(flow, backend or backends.choose()).to_noise(flow, x, context, result)
     return _arrays.all_or_none(result)
-
-
-def _backend(flow: FlowRecord) -> backends.Backend:
-    """What runs the flow."""
-    return backends.runner(flow, backends.choose())
 
 
 def _options(flow: FlowRecord) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastmaf import _arrays, _codec, _dask, _device, _files, _random, _tables, _within, _words, backends
 from fastmaf import layers as _layers
-from fastmaf.flow import Flow, _check_continuous, _framed
+from fastmaf.flow import Flow, _check_continuous, _framed, _placed
 from fastmaf.layers import Terminal
 
 if TYPE_CHECKING:
@@ -157,8 +157,13 @@ class Ensemble:
 
     @property
     def device(self) -> str:
-        """Where the ensemble computes."""
-        return "cpu"
+        """Where the ensemble computes; `to` gives one on another device."""
+        return self._flow.device
+
+    @property
+    def precision(self) -> str:
+        """Of the matrix products of float32 densities on a GPU; see `Flow.to`."""
+        return self._flow.precision
 
     @property
     def _flow(self) -> Flow:
@@ -234,14 +239,37 @@ class Ensemble:
             if out is not None:
                 raise ValueError("out is given, but x or context is an array of dask, of which only an array of dask comes; leave out out")
             return cast("Array", _dask.mapped(self._still(), "log_prob", "x", x, context, self.dtype, 0))
+        x, context = self._near(x=x, context=context)
         x, context, shape = _arrays.rows("x", x, context, self.features, self.context_features, names=self.names)
-        result = _arrays.empty(shape, self.dtype) if out is None else _arrays.output(out, shape, self.dtype, x, context)
+        place = self._place(out, shape, self.dtype, x, context)
         total, members = np.full(shape, -np.inf), self._flows()
         with np.errstate(invalid="ignore"):
             for member in members:
                 np.logaddexp(total, member.log_prob(x, context), out=total)
-        result[...] = total - math.log(len(members))
-        return out if out is not None else _device.native(result, given)
+        total -= math.log(len(members))
+        return self._delivered(total.astype(self.dtype, copy=False), given, out, place)
+
+    def _near(self, **arrays: Any) -> list[Any]:
+        """The arrays, those of the GPU copied to the host, where members are put together."""
+        return [_arrays.fetched(name, value, self.device) for name, value in arrays.items()]
+
+    def _place(self, out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], *inputs: Array | None) -> Any:
+        """`out`, checked; None if there is none."""
+        if out is None:
+            return None
+        if self.device != "cpu" and _device.is_on_device("out", out):
+            return _device.output(out, shape, dtype, self.device, _arrays.NATIVE, ())
+        return _arrays.output(out, shape, dtype, *inputs)
+
+    def _delivered(self, result: Array, given: Any, out: Any = None, place: Any = None) -> Any:
+        """A result in its place, or where the array lies that came in."""
+        if place is None:
+            return _device.returned(result, given, self.device)
+        if isinstance(place, _device.DeviceArray):
+            place.fill(result)
+        else:
+            place[...] = result
+        return out
 
     def log_prob_and_grad(self, x: ArrayLike, context: ArrayLike | None = None) -> tuple[Array, Array, Array | None]:
         """Log of the mean density of the members, and its gradients in x and in the context.
@@ -312,6 +340,7 @@ class Ensemble:
     ) -> tuple[Array, Array | None, Array | None, Array | None]:
         """Log of the mean density and gradients, with or without those in the parameters; None is a cotangent of ones."""
         given, beside, flows = x, context, self._flows()
+        x, context, cotangent = self._near(x=x, context=context, cotangent=cotangent)
         x, context = _arrays.real("x", x, names=self.names), None if context is None else _arrays.real("context", context)
         values = [flow.log_prob(x, context).astype(np.float64) for flow in flows]
         factor = 1.0 if cotangent is None else _arrays.cotangents(cotangent, values[0].shape)
@@ -329,9 +358,9 @@ class Ensemble:
                 of_parameters.append(parts[2])
         result = (total - math.log(len(flows))).astype(self.dtype)
         dx, dcontext = (None if whole is None else whole.astype(self.dtype) for whole in (dx, dcontext))
-        result, dx = _device.native(result, given), None if dx is None else _device.native(dx, given)
-        dcontext = None if dcontext is None else _device.native(dcontext, beside)
-        return result, dx, dcontext, self._joined(of_parameters) if parameters else None
+        result, dx = self._delivered(result, given), None if dx is None else self._delivered(dx, given)
+        dcontext = None if dcontext is None else self._delivered(dcontext, beside)
+        return result, dx, dcontext, self._delivered(self._joined(of_parameters), given) if parameters else None
 
     @overload
     def sample(
@@ -406,19 +435,22 @@ class Ensemble:
         if as_frame is not None:
             return _framed(self, as_frame, out, n, context, seed, offset, context_offset, dtype, within, max_tries)
         if within is not None:
-            return _within.sample(record, self._drawing, n, context, seed, offset, context_offset, out, dtype, within, max_tries)
+            return _within.sample(
+                record, self._drawing, n, context, seed, offset, context_offset, out, dtype, within, max_tries, self.device
+            )
         n = _arrays.count("n", n)
-        given = context
+        given, (context,) = context, self._near(context=context)
         context, c = _arrays.contexts(context, self.context_features, usual=record.usual_contexts)
         seed, offset, context_offset = _arrays.seed_and_offsets(seed, offset, context_offset, n, c)
         shape = (c, n) if context is not None and context.ndim == 2 else (n,)
         dtype = record.sample_dtype(dtype, out)
         shape = (*shape, self.features)
-        samples = _arrays.empty(shape, dtype) if out is None else _arrays.output(out, shape, dtype, context)
+        place = self._place(out, shape, dtype, context)
+        samples = place if type(place) is np.ndarray else _arrays.empty(shape, dtype)
         draw, rows = self._drawing(context, seed, context_offset, dtype), samples.reshape(c * n, self.features)
         group, index = np.divmod(np.arange(c * n), n) if n else 2 * (np.empty(0, np.int64),)
         draw(index.astype(np.uint64) + np.uint64(offset), group, rows)
-        return out if out is not None else _device.native(samples, given)
+        return out if samples is place else self._delivered(samples, given, out, place)
 
     def acceptance(
         self, within: _within.Within, context: ArrayLike | None = None, n: int = 10_000, seed: Seed = None, context_offset: int = 0
@@ -445,7 +477,7 @@ class Ensemble:
         >>> fastmaf.Ensemble(fastmaf.MAF(features=3), members=4).acceptance([None, None, None])
         1.0
         """
-        return _within.acceptance(self._flow.record, self._drawing, within, context, n, seed, context_offset)
+        return _within.acceptance(self._flow.record, self._drawing, within, context, n, seed, context_offset, self.device)
 
     def _drawing(self, context: Array | None, seed: int, context_offset: int, dtype: np.dtype[Any]) -> Callable[..., Array]:
         """Draws samples of the counted stream under some of the contexts."""
@@ -576,7 +608,8 @@ class Ensemble:
         [[0.5, -1.0], [0.5, -1.0], [0.5, -1.0]]
         """
         self._ordered()
-        flows = self._flows()
+        flows, like = self._flows(), x
+        x, context = self._near(x=x, context=context)
         seed = _arrays.seed_or_fresh(seed) if seed is None and not (offset or context_offset) else seed
         drawn = [flow.sample_given(x, n, context, seed, offset, context_offset, dtype) for flow in flows]
         rows = [_arrays.real("samples", each).reshape(-1, n, self.features) for each in drawn] if n else []
@@ -586,7 +619,7 @@ class Ensemble:
             chosen = self._chosen_given(given, n, context, (seed, offset, context_offset))
             for own, each in enumerate(rows[1:], 1):
                 np.copyto(rows[0], each, where=(chosen == own)[..., None])
-        return drawn[0] if not rows else _device.native(rows[0].reshape(drawn[0].shape), x)
+        return self._delivered(rows[0].reshape(drawn[0].shape) if rows else drawn[0], like)
 
     def _ordered(self) -> None:
         if len({flow.order for flow in self._flows()}) > 1:
@@ -688,6 +721,36 @@ class Ensemble:
         dtype('float64')
         """
         return Ensemble([flow.astype(dtype) for flow in self._flows()])
+
+    def to(self, device: str, precision: str = "high") -> Ensemble:
+        """The same ensemble on another device.
+
+        Members compute there; their densities are averaged, and their samples put together, on the host, to which arrays of the GPU are
+        copied. Results are arrays of the GPU where those are that came in.
+
+        Parameters
+        ----------
+        device, precision
+            As in `Flow.to`.
+
+        Returns
+        -------
+        Ensemble
+
+        Raises
+        ------
+        ValueError
+            If there is no device or precision of this name.
+        RuntimeError
+            If the device is absent here; the text says why.
+
+        Examples
+        --------
+        >>> import fastmaf
+        >>> fastmaf.Ensemble(fastmaf.MAF(features=3), members=4).to("cpu").device
+        'cpu'
+        """
+        return Ensemble([flow.to(device, precision) for flow in self._flows()])
 
     # Training
 
@@ -792,7 +855,7 @@ class Ensemble:
         return first, tuple(others)
 
     def __reduce__(self) -> Any:
-        return _revived, (_codec.to_bytes(*self._parts()),)
+        return _revived, (_codec.to_bytes(*self._parts()), self.device, self.precision)
 
     def __repr__(self) -> str:
         return repr(self._flow).replace("Flow(", f"Ensemble(members={len(self)}, ", 1)
@@ -819,11 +882,12 @@ class Ensemble:
         return f"{self._flow.summary()}\n{len(self)} members have {weights:,} weights"
 
 
-def _revived(data: bytes) -> Ensemble:
+def _revived(data: bytes, device: str, precision: str) -> Ensemble:
     """An ensemble that comes out of a pickle."""
     first, others = _codec.from_bytes(data)
     assert isinstance(others, tuple)
-    return Ensemble([Flow._of(record) for record in (first, *others)])
+    made: Ensemble = _placed(Ensemble([Flow._of(record) for record in (first, *others)]), device, precision)
+    return made
 
 
 def _seeds(seed: Seed, count: int) -> list[int]:
@@ -841,8 +905,6 @@ def _fitting(flows: Any) -> tuple[Flow, ...]:
         raise ValueError("flows is empty; an ensemble needs at least one flow")
     for k, flow in enumerate(members):
         _words.of_type(f"flows[{k}]", flow, Flow)
-        if flow.device != "cpu":
-            raise ValueError(f'flows[{k}] is on {flow.device}; an ensemble computes on the CPU: flow.to("cpu")')
     first = members[0]
     for k, flow in enumerate(members):
         for name, own, other in (
@@ -851,6 +913,8 @@ def _fitting(flows: Any) -> tuple[Flow, ...]:
             ("dtype", flow.dtype, first.dtype),
             ("discrete variables", _kinds(flow), _kinds(first)),
             ("names", flow.names, first.names),
+            ("device", flow.device, first.device),
+            ("precision", flow.precision, first.precision),
         ):
             if own != other:
                 raise ValueError(f"flows[{k}] has other {name} than flows[0]; members of an ensemble have the same")

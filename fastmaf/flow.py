@@ -701,7 +701,10 @@ class Flow:
         >>> flow.sample_given([0.5, -1.0], n=3, seed=1)[:, :2].tolist()
         [[0.5, -1.0], [0.5, -1.0], [0.5, -1.0]]
         """
-        return _partial.sample_given(self._record, x, n, context, seed, offset, context_offset, dtype)
+        backend, device = self._placed or backends.choose(), self._placement[0]
+        like, x, context = x, _arrays.fetched("x", x, device), _arrays.fetched("context", context, device)
+        samples = _partial.sample_given(self._record, backend, x, n, context, seed, offset, context_offset, dtype)
+        return _device.returned(samples, like, device)
 
     def conditional_probs(self, x: ArrayLike, context: ArrayLike | None = None) -> Array:
         """Probabilities of the values of each discrete variable, given those before it in the order.
@@ -1252,12 +1255,16 @@ class Flow:
 
 
 def _revived(data: bytes, device: str, precision: str) -> Flow:
-    """A flow that comes out of a pickle, on its device if that is here."""
-    flow = Flow._of(_codec.from_bytes(data)[0])
+    """A flow that comes out of a pickle."""
+    return _placed(Flow._of(_codec.from_bytes(data)[0]), device, precision)
+
+
+def _placed(flow: Any, device: str, precision: str) -> Any:
+    """A flow or an ensemble on a device, if that is here."""
     try:
         return flow.to(device, precision)
     except RuntimeError as error:
-        warnings.warn(f"a flow of {device} is on the cpu now: {error}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"a flow of {device} is on the cpu now: {error}", RuntimeWarning, stacklevel=3)
         return flow.to("cpu", precision)
 
 

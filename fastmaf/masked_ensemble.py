@@ -13,7 +13,7 @@ from fastmaf import _arrays, _codec, _tables, _words, masks
 from fastmaf import layers as _layers
 from fastmaf._networks import masked, rebuilt, redrawn
 from fastmaf.ensemble import Ensemble, parameters_of
-from fastmaf.flow import Flow
+from fastmaf.flow import Flow, _placed
 from fastmaf.layers import Autoregressive, Conditioner, Dense, Terminal
 from fastmaf.record import FlowRecord
 
@@ -186,6 +186,33 @@ class MaskedEnsemble(Ensemble):
         """
         return self._with(dtype=_arrays.float_dtype(dtype))
 
+    def to(self, device: str, precision: str = "high") -> MaskedEnsemble:
+        """The same ensemble on another device.
+
+        Parameters
+        ----------
+        device, precision
+            As in `Flow.to`.
+
+        Returns
+        -------
+        MaskedEnsemble
+
+        Raises
+        ------
+        ValueError
+            If there is no device or precision of this name.
+        RuntimeError
+            If the device is absent here; the text says why.
+
+        Examples
+        --------
+        >>> import fastmaf
+        >>> fastmaf.MADE(features=3, masks=4).to("cpu").device
+        'cpu'
+        """
+        return MaskedEnsemble(self._flow.to(device, precision), self.conditioner, self.ranks, self.degrees)
+
     # Training
 
     def reset(self, seed: Seed = None) -> None:
@@ -325,7 +352,7 @@ class MaskedEnsemble(Ensemble):
         return self._flow.record, _codec.Members(self.conditioner, self.ranks, self.degrees)
 
     def __reduce__(self) -> Any:
-        return _revived, (_codec.to_bytes(*self._parts()),)
+        return _revived, (_codec.to_bytes(*self._parts()), self.device, self.precision)
 
     def __repr__(self) -> str:
         return repr(self._flow).replace("Flow(", f"MaskedEnsemble(masks={len(self)}, ", 1)
@@ -349,11 +376,12 @@ class MaskedEnsemble(Ensemble):
         return f"{self._flow.summary()}\n{len(self)} members share {self.parameters().size:,} weights"
 
 
-def _revived(data: bytes) -> MaskedEnsemble:
+def _revived(data: bytes, device: str, precision: str) -> MaskedEnsemble:
     """An ensemble that comes out of a pickle."""
     record, members = _codec.from_bytes(data)
     assert isinstance(members, _codec.Members)
-    return MaskedEnsemble(Flow._of(record), *members)
+    made: MaskedEnsemble = _placed(MaskedEnsemble(Flow._of(record), *members), device, precision)
+    return made
 
 
 class _Shared:

@@ -163,8 +163,8 @@ def test_going_on_from_a_flow_and_from_a_checkpoint(call, table, flow, tmp_path)
 def test_a_device_that_is_not_there_is_said(call, table, flow, tmp_path):
     fit = ["fit", table, "--columns", "z,r", "--missing", "drop", "--hidden", "8", "--epochs", "1", "--quiet", "-o", tmp_path / "a"]
     assert call(*fit, "--members", "2").returncode == 0
-    said(call("log-prob", tmp_path / "a", table, "--device", "cuda"), 2, "--device is for a flow; an ensemble computes on the CPU")
     if fastmaf.backends.reason("cuda") is not None:
+        said(call("log-prob", tmp_path / "a", table, "--device", "cuda"), 1, "the cuda backend is absent")
         said(call(*fit, "--device", "cuda"), 1, "the cuda backend is absent")
 
 

@@ -554,3 +554,64 @@ flow.sample(10, seed=1)
 sys.kept = flow  # until modules are taken apart
 """
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+# Ensembles, and partial information
+
+
+def ensembles(kind, dtype):
+    if kind == "masks":
+        return fastmaf.MADE(5, context_features=2, hidden_features=(20,), masks=3, dtype=dtype, seed=1)
+    flow = fastmaf.MAF(5, context_features=2, transforms=1, hidden_features=(20,), order="sequential", dtype=dtype, seed=1)
+    return fastmaf.Ensemble(flow, members=3, seed=2)
+
+
+@needs_device
+@pytest.mark.parametrize("kind", ["masks", "flows"])
+def test_ensembles_compute_where_they_are_moved(framework, kind, dtype):
+    here, (x, context) = ensembles(kind, dtype), rows(40)
+    there, g = here.to("cuda", "highest"), np.random.default_rng(4).normal(size=40)
+    assert (here.device, there.device, there.precision) == ("cpu", "cuda:0", "highest") and "cuda:0" in repr(there)
+    assert there.member(1).device == there.astype("float64").device == there.with_parameters(there.parameters()).device == "cuda:0"
+    again = pickle.loads(pickle.dumps(there))
+    assert (again.device, again.precision, again.to("cpu").device) == ("cuda:0", "highest", "cpu")
+    of_x, of_context, of_g = framework.put(x), framework.put(context), framework.put(g)
+
+    def results(flow, x, context, g):
+        value, dx, dcontext = flow.log_prob_and_grad(x, context)
+        yield from (("log_prob", flow.log_prob(x, context)), ("log_prob", value), ("gradient", dx), ("gradient", dcontext))
+        yield from zip(("gradient", "gradient", "parameters"), flow.vjp(x, context, g), strict=True)
+        yield "sample", flow.sample(8, context, seed=3, offset=2)
+        yield from zip(("sample", "log_prob"), flow.sample_and_log_prob(8, context, seed=3), strict=True)
+
+    expected = list(results(here.astype("float64"), x, context, g))
+    for (operation, right), (_, streamed), (_, result) in zip(
+        expected, results(there, x, context, g), results(there, of_x, of_context, of_g), strict=True
+    ):
+        assert type(streamed) is np.ndarray and type(result) is type(of_x) and framework.get(result).dtype == dtype
+        assert_close(operation, dtype, streamed, right, factor=2)
+        assert np.array_equal(framework.get(result), streamed)
+    out = framework.put(np.zeros(40, dtype))
+    assert there.log_prob(of_x, of_context, out=out) is out and np.array_equal(framework.get(out), there.log_prob(x, context))
+    out = framework.put(np.zeros((40, 8, 5), dtype))
+    assert there.sample(8, context, seed=3, out=out) is out and np.array_equal(framework.get(out), there.sample(8, context, seed=3))
+    with pytest.raises(ValueError, match=r"out has shape .*; the result has shape \(3, 5\)"):
+        there.sample(3, context[0], out=out)
+    with pytest.raises(ValueError, match="x is a CUDA array; this flow computes on the CPU"):
+        here.log_prob(of_x, of_context)
+    with pytest.raises(ValueError, match="members of an ensemble have the same"):
+        fastmaf.Ensemble([here.member(0), there.member(0)])
+
+
+@needs_device
+def test_values_that_are_given_lie_where_the_flow_computes(framework):
+    _, context = rows(4)
+    for here in (ensembles("flows", "float64"), ensembles("flows", "float64").member(0)):
+        there = here.to("cuda")
+        assert there.prefix(2).device == "cuda:0"
+        for x in (np.array([0.3, -0.2]), np.random.default_rng(0).normal(size=(4, 3))):
+            expected = here.sample_given(x, 6, context, seed=5)
+            result = there.sample_given(framework.put(x), 6, framework.put(context), seed=5)
+            assert type(result) is type(framework.put(x))
+            np.testing.assert_allclose(framework.get(result), expected, rtol=1e-12, atol=1e-12)
+            np.testing.assert_allclose(there.sample_given(x, 6, context, seed=5), expected, rtol=1e-12, atol=1e-12)

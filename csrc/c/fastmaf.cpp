@@ -47,11 +47,11 @@ template <class T>
 using AllWeights = std::vector<std::shared_ptr<Weights<T>>>;  // one, or those of the members of an ensemble
 
 template <class T>
-using Copies = std::map<std::pair<int, device::Precision>, std::shared_ptr<const device::Flow<T>>>;
+using Copies = std::map<std::tuple<size_t, int, device::Precision>, std::shared_ptr<const device::Flow<T>>>;
 
 struct Inner {
     std::variant<AllWeights<float>, AllWeights<double>> weights;
-    mutable std::tuple<Copies<float>, Copies<double>> copies;  // on GPUs, each made with its first evaluator
+    mutable std::tuple<Copies<float>, Copies<double>> copies;  // of members on GPUs, each made with its first evaluator
     bool ensemble = false;
     std::vector<std::string> names;
     int64_t layers = 0, parameters = 0;
@@ -66,14 +66,14 @@ template <class T>
 struct Member {
     std::shared_ptr<Weights<T>> weights;
     Workspace<T> workspace;
+    std::shared_ptr<const device::Flow<T>> gpu;  // null where the CPU computes
 };
 
 template <class T>
 struct State {
     std::vector<Member<T>> members;
     bool ensemble = false, drew = false;
-    std::shared_ptr<const device::Flow<T>> gpu;  // null where the CPU computes
-    int device = 0;
+    int device = -1;  // of the GPU that computes
     uintptr_t stream = 0;
     device::Place where;          // of the arrays of the call
     AlignedVector<T> results[3];  // of a piece: what has another dtype or other strides than its output
@@ -91,7 +91,8 @@ struct State {
 
     const Weights<T>& weights() const { return *members[0].weights; }
     const Plan& plan() const { return weights().plan(); }
-    int64_t piece() const { return gpu ? kPieceOfGpu : kPiece; }
+    bool on_gpu() const { return device >= 0; }
+    int64_t piece() const { return on_gpu() ? kPieceOfGpu : kPiece; }
 };
 
 // Room for `count` numbers, which grows and never shrinks.
@@ -313,9 +314,9 @@ struct Named {
 // Finds where the arrays of a call lie: all on the evaluator's GPU, or all on the host.
 template <class T>
 void locate(State<T>& state, std::initializer_list<Named> arrays) {
-    if (!state.gpu) return;
+    if (!state.on_gpu()) return;
     auto place = [](int device) { return device < 0 ? std::string("the host") : "cuda:" + std::to_string(device); };
-    const Named* first = nullptr;
+    const Named* before = nullptr;
     int device = -1;
     for (const Named& array : arrays) {
         if (!array.data) continue;
@@ -323,15 +324,18 @@ void locate(State<T>& state, std::initializer_list<Named> arrays) {
         const int own = device::device_of(address);
         if (own >= 0 && own != state.device)
             refuse(std::string(array.name) + " lies on " + place(own) + ", the evaluator computes on " + place(state.device));
-        if (first && own != device)
-            refuse(std::string(first->name) + " lies on " + place(device) + ", " + array.name + " on " + place(own) +
+        if (before && own != device)
+            refuse(std::string(before->name) + " lies on " + place(device) + ", " + array.name + " on " + place(own) +
                    ": all arrays of a call lie on one of them");
         if (own >= 0 && address % uintptr_t(array.size))
             refuse(std::string(array.name) + " is not aligned to its " + std::to_string(array.size) + " bytes");
-        first = &array;
+        before = &array;
         device = own;
     }
     state.where = {device >= 0, state.stream};
+    if (state.ensemble && state.where.on_device)
+        throw Failure(FASTMAF_UNSUPPORTED,
+                      std::string(before->name) + " lies on " + place(device) + ": an ensemble takes arrays of the host");
 }
 
 // Kernels write without gaps.
@@ -340,6 +344,33 @@ void check_direct(const device::Place& place, const char* name, bool direct, int
     if (!place.on_device || direct) return;
     throw Failure(FASTMAF_UNSUPPORTED, std::string("on a GPU ") + name + " is written in " + (sizeof(T) == 4 ? "float32" : "float64") +
                                            " without gaps: row_stride " + std::to_string(width) + ", column_stride 1");
+}
+
+// What a member computes, where it does.
+
+template <class T>
+void density(State<T>& state, Member<T>& member, const Batch& batch, T* out) {
+    if (member.gpu) return member.gpu->log_prob(batch, out, state.where, kNoPoll);
+    log_prob<T>(*member.weights, batch, out, kNoPoll, &member.workspace);
+}
+
+// factor: [rows].
+template <class T>
+void pull_back(State<T>& state, Member<T>& member, const Batch& batch, const T* factor, T* value, T* d_x, T* d_context) {
+    if (!member.gpu) return vjp<T>(*member.weights, batch, factor, value, d_x, d_context, nullptr, kNoPoll, &member.workspace);
+    device::Gradients<T> out;
+    out.value = value;
+    out.x = d_x;
+    out.context = d_context;
+    constexpr int64_t size = sizeof(T);
+    const Rows factors{reinterpret_cast<const char*>(factor), size == 4 ? DType::f32 : DType::f64, batch.inner * size, size, size};
+    member.gpu->vjp(batch, factors, out, state.where, kNoPoll);
+}
+
+template <class T, class Out>
+void draw_rows(State<T>& state, Member<T>& member, const Draw& draw, Out* out, T* value) {
+    if (member.gpu) return member.gpu->sample(draw, out, value, state.where, kNoPoll);
+    sample<T>(*member.weights, draw, out, value, kNoPoll, &member.workspace);
 }
 
 // Of an ensemble: the density is the mean of those of its members, and each row is drawn from a member drawn for it. Everything is summed
@@ -364,7 +395,7 @@ void mix(State<T>& state, const Batch& batch, T* out) {
     for (int64_t k = 0; k < members; ++k) {
         Member<T>& member = state.members[size_t(k)];
         T* const own = densities + k * rows;
-        log_prob<T>(*member.weights, batch, own, kNoPoll, &member.workspace);
+        density(state, member, batch, own);
         for (int64_t r = 0; r < rows; ++r) mixed[r] = log_add_exp(mixed[r], double(own[r]));
     }
     const double count = std::log(double(members));
@@ -374,8 +405,7 @@ void mix(State<T>& state, const Batch& batch, T* out) {
 template <class T>
 void density(State<T>& state, const Batch& batch, T* out) {
     if (state.ensemble) return mix(state, batch, out);
-    if (state.gpu) return state.gpu->log_prob(batch, out, state.where, kNoPoll);
-    log_prob<T>(state.weights(), batch, out, kNoPoll, &state.members[0].workspace);
+    density(state, state.members[0], batch, out);
 }
 
 // f(member, groups x rows of gradients in the context) for each member, whose d_x go into the sum.
@@ -396,7 +426,7 @@ void mixed_gradient(State<T>& state, const Batch& batch, T* value, T* d_x, bool 
             const double sum = state.mixed[size_t(r)];
             share[r] = sum == -std::numeric_limits<double>::infinity() ? T(0) : T(std::exp(double(own[r]) - sum));
         }
-        vjp<T>(*member.weights, batch, share, nullptr, part, part_context, nullptr, kNoPoll, &member.workspace);
+        pull_back(state, member, batch, share, static_cast<T*>(nullptr), part, part_context);
         for (int64_t i = 0; d_x && i < size; ++i) whole[i] += double(part[i]);
         if (of_context) f(k, part_context);
     }
@@ -430,7 +460,7 @@ void draw_member(State<T>& state, size_t k, const Draw& draw, int64_t rows, Out*
     if (const int64_t width = state.plan().context())
         own.context = {reinterpret_cast<const char*>(state.contexts.data()), DType::f64, 0, width * int64_t(sizeof(double)),
                        sizeof(double)};
-    sample<T>(*state.members[k].weights, own, out, static_cast<T*>(nullptr), kNoPoll, &state.members[k].workspace);
+    draw_rows(state, state.members[k], own, out, static_cast<T*>(nullptr));
 }
 
 template <class T, class Out>
@@ -484,8 +514,6 @@ void evaluate(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array
 template <class T>
 void gradient(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array* x, const fastmaf_array* context,
               const fastmaf_output* value, const fastmaf_output* d_x, const fastmaf_output* d_context) {
-    if (state.gpu)
-        throw Failure(FASTMAF_UNSUPPORTED, "gradients are not computed on a GPU, but by an evaluator of the CPU: fastmaf_evaluator_create");
     const Plan& plan = state.plan();
     const Batch batch = batch_of(plan, groups, rows, "x", x, context);
     const int64_t total = batch.rows(), width = plan.context();
@@ -501,13 +529,26 @@ void gradient(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array
     }
     Target<T> values(value, total, 1, state.results[0]), of_x(d_x, total, plan.features(), state.results[1]);
     Target<T> of_context(summed ? nullptr : d_context, total, width, state.results[2]);
-    if (state.ones.size() < size_t(std::min(total, kPiece))) state.ones.assign(size_t(std::min(total, kPiece)), T(1));
+    locate(state, {{"x", x}, {"context", context}, {"log_prob", value}, {"d_x", d_x}, {"d_context", d_context}});
+    if (state.where.on_device) {
+        check_direct<T>(state.where, "log_prob", values.direct(), 1);
+        check_direct<T>(state.where, "d_x", of_x.direct(), plan.features());
+        check_direct<T>(state.where, "d_context", !d_context || is_plain<T>(*d_context, summed ? groups : total, width), width);
+        device::Gradients<T> out;
+        out.value = static_cast<T*>(value->data);
+        out.x = of_x.at(0, total);
+        out.context = d_context ? static_cast<T*>(d_context->data) : nullptr;
+        out.of_context.inner = summed;
+        return state.members[0].gpu->vjp(batch, Rows{}, out, state.where, kNoPoll);
+    }
+    const int64_t most = state.piece();
+    if (state.ones.size() < size_t(std::min(total, most))) state.ones.assign(size_t(std::min(total, most)), T(1));
     const int64_t members = int64_t(state.members.size());
     double* sums = nullptr;  // [groups of a piece][members][width], each rounded like the gradients of its member before they are added
     T* by_row = nullptr;
     if (summed && d_context) {
-        sums = room(state.sums, members * width * (rows ? std::clamp<int64_t>(kPiece / rows, 1, std::max<int64_t>(1, groups)) : 1));
-        by_row = state.ensemble ? nullptr : room(state.results[2], kPiece * width);
+        sums = room(state.sums, members * width * (rows ? std::clamp<int64_t>(most / rows, 1, std::max<int64_t>(1, groups)) : 1));
+        by_row = state.ensemble ? nullptr : room(state.results[2], std::min(total, most) * width);
         room(state.total, width);
     }
     auto add_up = [&](double* group, bool last, int64_t number) {
@@ -522,7 +563,7 @@ void gradient(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array
         std::fill(sums, sums + members * width, 0.0);
         for (int64_t g = 0; g < groups; ++g) add_up(sums, true, g);
     }
-    each_piece(groups, rows, kPiece, [&](int64_t g, int64_t gs, int64_t r, int64_t rs) {
+    each_piece(groups, rows, most, [&](int64_t g, int64_t gs, int64_t r, int64_t rs) {
         const int64_t begin = g * rows + r, count = gs * rs;
         const Batch piece = piece_of(batch, g, gs, r, rs);
         T* const own = sums ? by_row : of_context.at(begin, count);
@@ -543,8 +584,7 @@ void gradient(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array
             });
             for (int64_t i = 0; own && i < count * width; ++i) own[i] = T(whole[i]);
         } else {
-            vjp<T>(state.weights(), piece, state.ones.data(), values.at(begin, count), of_x.at(begin, count), own, nullptr, kNoPoll,
-                   &state.members[0].workspace);
+            pull_back(state, state.members[0], piece, state.ones.data(), values.at(begin, count), of_x.at(begin, count), own);
             if (sums) sum_up(0, own);
         }
         values.done(begin, count);
@@ -584,10 +624,8 @@ void draw_into(State<T>& state, int64_t groups, int64_t rows, const Draw& whole,
                        drawn.x = {reinterpret_cast<const char*>(own), size == 4 ? DType::f32 : DType::f64, rs * width, width, size};
                        drawn.context = draw.context;
                        if (own_value) mix(state, drawn, own_value);
-                   } else if (state.gpu) {
-                       state.gpu->sample(draw, own, own_value, state.where, kNoPoll);
                    } else {
-                       sample<T>(state.weights(), draw, own, own_value, kNoPoll, &state.members[0].workspace);
+                       draw_rows(state, state.members[0], draw, own, own_value);
                    }
                    x.done(begin, count);
                    value.done(begin, count);
@@ -637,8 +675,8 @@ void back(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array* no
             const int64_t begin = g * rows + r, count = gs * rs;
             const Batch piece = piece_of(batch, g, gs, r, rs);
             Out* const own = target.at(begin, count);
-            if (state.gpu)
-                state.gpu->from_noise(piece, own, state.where, kNoPoll);
+            if (state.on_gpu())
+                state.members[0].gpu->from_noise(piece, own, state.where, kNoPoll);
             else
                 from_noise<T>(state.weights(), piece, own, kNoPoll, &state.members[0].workspace);
             target.done(begin, count);
@@ -648,6 +686,52 @@ void back(State<T>& state, int64_t groups, int64_t rows, const fastmaf_array* no
         into(state.single);
     else
         into(state.twice);
+}
+
+// A row in which every variable is what it can be has its probabilities whole. What is none (NaN, 0.5, a category too large, a number on
+// or outside a bound) makes those of the variables behind it NaN, and no others.
+template <class T>
+void probabilities_of(State<T>& state, const Batch& batch, T* out) {
+    const auto call = [&](const Batch& part, T* to) {
+        if (state.on_gpu()) return state.members[0].gpu->conditional_probs(part, to, state.where, kNoPoll);
+        conditional_probs(state.weights(), part, to, kNoPoll, &state.members[0].workspace);
+    };
+    if (state.where.on_device) return call(batch, out);  // the host does not look at them
+    const Plan& plan = state.plan();
+    const StageSpec& base = plan.spec().stages.back();
+    const Columns& columns = plan.spec().columns;
+    const int64_t features = plan.features(), most = plan.most_values();
+    constexpr int64_t size = sizeof(double);
+    each_piece(batch.outer, batch.inner, state.piece(), [&](int64_t g, int64_t gs, int64_t r, int64_t rs) {
+        Batch part = piece_of(batch, g, gs, r, rs);
+        double* const x = room(state.whole_x, gs * rs * features);
+        int64_t* const unknown = room(state.place, gs * rs);  // the lowest rank of what is none in each row
+        for (int64_t row = 0; row < gs * rs; ++row) {
+            const Rows from = moved(part.x, row / rs, row % rs);
+            unknown[row] = std::numeric_limits<int64_t>::max();
+            for (int64_t i = 0; i < features; ++i) {
+                const size_t v = size_t(base.variable[size_t(i)]);
+                const double low = columns.lower[v], high = columns.upper[v], count = base.values[size_t(i)];
+                double& value = x[row * features + int64_t(v)] = read(from.data + int64_t(v) * from.column, from.dtype);
+                const bool known = count > 0 ? value >= 0 && value < count && value == std::floor(value) : value > low && value < high;
+                if (known) continue;
+                unknown[row] = std::min(unknown[row], base.ranks[size_t(i)]);
+                if (count > 0 || (std::isinf(low) && std::isinf(high)))
+                    value = 0;
+                else if (std::isinf(low))
+                    value = high - std::max(1.0, std::fabs(high));
+                else
+                    value = std::isinf(high) ? low + std::max(1.0, std::fabs(low)) : low / 2 + high / 2;
+            }
+        }
+        part.x = {reinterpret_cast<const char*>(x), DType::f64, rs * features * size, features * size, size};
+        T* const to = out + (g * batch.inner + r) * features * most;
+        call(part, to);
+        for (int64_t row = 0; row < gs * rs; ++row)
+            for (int64_t i = 0; i < features; ++i)
+                if (base.ranks[size_t(i)] > unknown[row])
+                    std::fill_n(to + (row * features + base.variable[size_t(i)]) * most, most, std::numeric_limits<T>::quiet_NaN());
+    });
 }
 
 }  // namespace
@@ -693,11 +777,11 @@ device::Precision precision_of(int32_t precision) {
 
 // The weights on a GPU, which all evaluators of the model there share.
 template <class T>
-std::shared_ptr<const device::Flow<T>> copy_of(const Inner& inner, const std::shared_ptr<Weights<T>>& weights, int device,
+std::shared_ptr<const device::Flow<T>> copy_of(const Inner& inner, size_t member, const std::shared_ptr<Weights<T>>& weights, int device,
                                                device::Precision precision) {
     if constexpr (std::is_same_v<T, double>) precision = device::Precision::highest;  // there is no other one
     const std::lock_guard<std::mutex> lock(making());
-    auto& copy = std::get<Copies<T>>(inner.copies)[{device, precision}];
+    auto& copy = std::get<Copies<T>>(inner.copies)[{member, device, precision}];
     if (copy) return copy;
     if (const device::State found = device::state(); !found.built) throw Failure(FASTMAF_UNSUPPORTED, found.reason);
     return copy = std::make_shared<const device::Flow<T>>(weights, device, precision);
@@ -812,13 +896,11 @@ fastmaf_status fastmaf_evaluator_create_on_device(const fastmaf_model* model, in
         if (!model) refuse("model is a null pointer");
         if (device < 0) refuse("device is negative");
         const device::Precision asked = precision_of(precision);
-        if (model->inner->ensemble)
-            throw Failure(FASTMAF_UNSUPPORTED,
-                          "an ensemble is not computed on a GPU: save a member, ensemble.member(k), or take fastmaf_evaluator_create");
         auto made = evaluator_of(*model, 1);
         std::visit(
             [&](auto& state) {
-                state.gpu = copy_of(*model->inner, state.members[0].weights, device, asked);
+                for (size_t k = 0; k < state.members.size(); ++k)
+                    state.members[k].gpu = copy_of(*model->inner, k, state.members[k].weights, device, asked);
                 state.device = device;
             },
             made->state);
@@ -828,7 +910,7 @@ fastmaf_status fastmaf_evaluator_create_on_device(const fastmaf_model* model, in
 
 fastmaf_status fastmaf_evaluator_set_stream(fastmaf_evaluator* evaluator, void* stream) {
     return run(evaluator, [&](auto& state) {
-        if (!state.gpu) refuse("the evaluator computes on the CPU, which has no streams");
+        if (!state.on_gpu()) refuse("the evaluator computes on the CPU, which has no streams");
         state.stream = reinterpret_cast<uintptr_t>(stream);
     });
 }
@@ -864,7 +946,7 @@ fastmaf_status fastmaf_to_noise(fastmaf_evaluator* evaluator, int64_t groups, in
         refuse_discrete(state.plan(), "noise");
         refuse_ensemble(state, "noise");
         evaluate(state, groups, rows, x, context, noise, "noise", state.plan().features(), [&](const Batch& batch, auto* out) {
-            if (state.gpu) return state.gpu->to_noise(batch, out, state.where, kNoPoll);
+            if (state.on_gpu()) return state.members[0].gpu->to_noise(batch, out, state.where, kNoPoll);
             fastmaf::to_noise(state.weights(), batch, out, kNoPoll, &state.members[0].workspace);
         });
     });
@@ -882,10 +964,8 @@ fastmaf_status fastmaf_conditional_probs(fastmaf_evaluator* evaluator, int64_t g
             throw Failure(FASTMAF_UNSUPPORTED, "the variables are continuous: their values have no probabilities");
         refuse_ensemble(state, "probabilities");
         const int64_t width = state.plan().features() * int64_t(state.plan().most_values());
-        evaluate(state, groups, rows, x, context, probabilities, "probabilities", width, [&](const Batch& batch, auto* out) {
-            if (state.gpu) return state.gpu->conditional_probs(batch, out, state.where, kNoPoll);
-            fastmaf::conditional_probs(state.weights(), batch, out, kNoPoll, &state.members[0].workspace);
-        });
+        evaluate(state, groups, rows, x, context, probabilities, "probabilities", width,
+                 [&](const Batch& batch, auto* out) { probabilities_of(state, batch, out); });
     });
 }
 

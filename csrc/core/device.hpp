@@ -31,6 +31,7 @@ State state();
 int device_of(uintptr_t address);                // -1 for memory of the host
 void synchronize(int device, uintptr_t stream);  // waits for all that was enqueued
 void copy_to_host(int device, uintptr_t from, void* to, int64_t bytes, uintptr_t stream);
+void copy_from_host(int device, const void* from, uintptr_t to, int64_t bytes, uintptr_t stream);
 
 // What products of matrices may lose: nothing beyond the dtype; about that (halves in two parts); what halves lose. Flows and devices
 // without use for tensor cores have the first, whatever is asked for.

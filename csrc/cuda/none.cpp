@@ -21,6 +21,7 @@ State state() {
 int device_of(uintptr_t) { return -1; }
 void synchronize(int, uintptr_t) {}
 void copy_to_host(int, uintptr_t, void*, int64_t, uintptr_t) {}
+void copy_from_host(int, const void*, uintptr_t, int64_t, uintptr_t) {}
 
 template <class T>
 struct FlowState {};

@@ -157,5 +157,13 @@ void copy_to_host(int device, uintptr_t from, void* to, int64_t bytes, uintptr_t
     check(cudaStreamSynchronize(on), "copying rows to the host");
 }
 
+void copy_from_host(int device, const void* from, uintptr_t to, int64_t bytes, uintptr_t stream) {
+    const Current current(device);
+    const cudaStream_t on = reinterpret_cast<cudaStream_t>(stream);
+    if (bytes)
+        check(cudaMemcpyAsync(reinterpret_cast<void*>(to), from, size_t(bytes), cudaMemcpyHostToDevice, on), "copying rows to the device");
+    check(cudaStreamSynchronize(on), "copying rows to the device");
+}
+
 }  // namespace device
 }  // namespace fastmaf

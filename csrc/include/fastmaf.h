@@ -107,8 +107,8 @@ FASTMAF_API void fastmaf_evaluator_free(fastmaf_evaluator *evaluator);       /* 
 FASTMAF_API const char *fastmaf_message(const fastmaf_evaluator *evaluator); /* of its last error; valid until its next call */
 
 /* Evaluators on a GPU, in a library that was built with CUDA; in others FASTMAF_UNSUPPORTED, and no devices. `device` counts as
- * cudaSetDevice does, `precision` is a fastmaf_precision (FASTMAF_HIGH is Python's choice). They take the same calls, but for gradients;
- * ensembles have none. All evaluators of a model on one device in one precision share the weights there, which the first call of a kind
+ * cudaSetDevice does, `precision` is a fastmaf_precision (FASTMAF_HIGH is Python's choice; gradients are always of the highest). They take
+ * the same calls; those of ensembles take arrays of the host alone. All evaluators of a model on one device in one precision share the weights there, which the first call of a kind
  * copies, and which go with the model and its last evaluator.
  *
  * The arrays of a call lie all in memory of that device (managed memory counts as such) or all in that of the host. With arrays of the
@@ -148,7 +148,8 @@ FASTMAF_API fastmaf_status fastmaf_from_noise(fastmaf_evaluator *evaluator, int6
                                               const fastmaf_array *context, const fastmaf_output *x);
 
 /* Probabilities of the values of discrete variables given those before them: [features] that each is 1, or [features * most values], NaN for
-   variables beside them that may have any number. */
+   variables beside them that may have any number. What is no value of its variable makes those of the variables behind it NaN, and no
+   others; in arrays of a GPU it is not looked for, and may spoil its row. */
 FASTMAF_API fastmaf_status fastmaf_conditional_probs(fastmaf_evaluator *evaluator, int64_t groups, int64_t rows, const fastmaf_array *x,
                                                      const fastmaf_array *context, const fastmaf_output *probabilities);
 

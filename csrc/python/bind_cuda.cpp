@@ -146,6 +146,12 @@ void bind_cuda(py::module_& module) {
         py::gil_scoped_release unlocked;
         device::copy_to_host(device, from, out, bytes, stream);
     });
+    module.def("copy_from_host", [](int device, py::array_t<uint8_t, py::array::c_style> from, uintptr_t to, uintptr_t stream) {
+        const uint8_t* const in = from.data();
+        const int64_t bytes = from.size();
+        py::gil_scoped_release unlocked;
+        device::copy_from_host(device, in, to, bytes, stream);
+    });
     // With a stream, arrays are descriptions or addresses on the device; without one, NumPy arrays.
     py::class_<PyDeviceFlow>(module, "DeviceFlow")
         .def(py::init([](const PackedFlow& flow, int device, const std::string& precision) {

@@ -292,8 +292,6 @@ def load(arguments: argparse.Namespace) -> Any:
     """The flow that is named, on the device that is."""
     flow = fastmaf.load(_streams.stdin() if arguments.flow == "-" else arguments.flow)
     device = getattr(arguments, "device", "cpu")
-    if device != "cpu" and isinstance(flow, fastmaf.Ensemble):
-        raise UsageError("--device is for a flow; an ensemble computes on the CPU")
     return flow if device == "cpu" else flow.to(device)
 
 

@@ -7,7 +7,7 @@ program device
     integer, parameter :: rows = 1000
     type(flow_model) :: model
     type(flow_evaluator) :: cpu, gpu
-    real(real64), allocatable :: x(:, :), there(:, :), value(:), value_there(:)
+    real(real64), allocatable :: x(:, :), there(:, :), value(:), value_there(:), d_x(:, :), d_there(:, :)
     character(1000) :: path
     character(300) :: text
     character(:), allocatable :: reason
@@ -33,6 +33,9 @@ program device
     call gpu%log_prob(x, value_there)
     there = abs(there - x)
     there(1, :) = max(there(1, :), abs(value_there - value))
-    call gpu%log_prob_and_grad(x, value, x, stat=stat, errmsg=text)
+    allocate (d_x, d_there, mold=x)
+    call cpu%log_prob_and_grad(x, value, d_x)
+    call gpu%log_prob_and_grad(x, value_there, d_there, stat=stat, errmsg=text)
+    there = max(there, abs(d_there - d_x) / (1 + abs(d_x)))
     print '(i0, 1x, i0, 1x, es12.5)', fastmaf_devices(), stat, maxval(there)
 end program

@@ -150,7 +150,7 @@ struct Layout {
 
 // What every call that a GPU has gives.
 struct Results {
-    Reals log_prob, noise, x, probabilities, samples, density;
+    Reals log_prob, noise, x, probabilities, samples, density, value, d_x, d_context;
     bool late = true;  // nothing was written before the stream was waited for
 };
 
@@ -196,6 +196,15 @@ Results evaluate(const fastmaf_model* model, fastmaf_evaluator* evaluator, const
     });
     CHECK(again == results.samples);
     results.density = density.values();
+    Output d_context(layout.contexts == Contexts::by_row ? n : groups, std::max<int64_t>(1, width), dtype, layout.other, layout.device);
+    Output d_x(n, features, dtype, layout.other, layout.device);
+    results.value = get(1, dtype, [&](const fastmaf_output* out) {
+        return fastmaf_log_prob_and_grad(evaluator, groups, rows, &x.array, c, out, most ? nullptr : &d_x.array,
+                                         width ? &d_context.array : nullptr);
+    });
+    if (!most) results.d_x = d_x.values();
+    if (width) results.d_context = d_context.values();
+    if (fastmaf_model_members(model)) return results;
     if (most) {
         const int64_t all = features * most;
         results.probabilities = get(
@@ -219,6 +228,20 @@ double distance(const Reals& a, const Reals& b) {
         most = error >= 0 ? std::max(most, error) : INFINITY;
     }
     return most;
+}
+
+// Of gradients, relative to the largest of them.
+double distance_of_gradients(const Results& a, const Results& b) {
+    auto relative = [](const Reals& one, const Reals& other) {
+        double most = one.size() == other.size() ? 0 : INFINITY, size = 1e-30;
+        for (double value : other) size = std::max(size, std::fabs(value));
+        for (size_t i = 0; i < std::min(one.size(), other.size()); ++i) {
+            const double error = std::fabs(one[i] - other[i]) / size;
+            most = error >= 0 ? std::max(most, error) : INFINITY;
+        }
+        return most;
+    };
+    return std::max(relative(a.d_x, b.d_x), relative(a.d_context, b.d_context));
 }
 
 double distance(const Results& a, const Results& b) {
@@ -273,16 +296,23 @@ void results_are_those_of_the_cpu(const Model& model) {
                     layout.single = number % 4 > 1;
                     const Results expected = evaluate(model, cpu, x, contexts, layout);
                     CHECK(distance(expected.log_prob, Reals(expected.log_prob.size())) > 0.01);
-                    CHECK(distance(evaluate(model, gpu, x, contexts, layout), expected) <= allowed);
+                    // Of gradients sums over rows may be made in another order; of an ensemble the shares are as its densities are.
+                    const double rounded = std::max(is_single ? 2e-6 : 1e-12, fastmaf_model_members(model) ? allowed : 0);
+                    const Results streamed = evaluate(model, gpu, x, contexts, layout);
+                    CHECK(distance(streamed, expected) <= allowed);
+                    CHECK(distance_of_gradients(streamed, expected) <= rounded && distance(streamed.value, expected.value) <= rounded);
                     layout.other = true;
                     const Results other = evaluate(model, gpu, x, contexts, layout);
                     CHECK(distance(other, expected) <= std::max(allowed, 1e-6));
+                    CHECK(distance_of_gradients(other, expected) <= std::max(rounded, 1e-6));
                     layout.other = false;
+                    if (fastmaf_model_members(model)) continue;
                     layout.device = device;
                     const bool own = number % 2;
                     CHECK(fastmaf_evaluator_set_stream(gpu, own ? stream : nullptr) == FASTMAF_OK);
                     const Results there = evaluate(model, gpu, x, contexts, layout, own ? stream : nullptr);
                     CHECK(distance(there, expected) <= allowed);
+                    CHECK(distance_of_gradients(there, expected) <= rounded && distance(there.value, expected.value) <= rounded);
                     CHECK(there.late);
                     int current = -1;
                     cudaGetDevice(&current);
@@ -382,8 +412,13 @@ void errors(const char* path) {
     CHECK(refused(fastmaf_evaluator_create_on_device(model, 0, FASTMAF_HIGH, nullptr, text, sizeof text), FASTMAF_INVALID_ARGUMENT,
                   "evaluator"));
     if (fastmaf_model_members(model)) {
-        CHECK(refused(fastmaf_evaluator_create_on_device(model, 0, FASTMAF_HIGH, &none, text, sizeof text), FASTMAF_UNSUPPORTED,
-                      "an ensemble"));
+        const Evaluator gpu(model, 1, FASTMAF_HIGH);
+        const int64_t d = fastmaf_model_features(model), c = fastmaf_model_context_features(model);
+        const Input x(Reals(size_t(4 * d)), 4, d, 4, FASTMAF_FLOAT64, false, 1);
+        const Input context(Reals(size_t(4 * c + 4)), 4, c + 1, 4, FASTMAF_FLOAT64, false, 1);
+        const Output out(4, 1, fastmaf_model_dtype(model), false, 1);
+        CHECK(gpu.refuses(fastmaf_log_prob(gpu, 1, 4, &x.array, c ? &context.array : nullptr, &out.array), FASTMAF_UNSUPPORTED,
+                          " lies on cuda:1: an ensemble takes arrays of the host"));
         return;
     }
     CHECK(refused(fastmaf_evaluator_create_on_device(model, 2, FASTMAF_HIGH, &none, text, sizeof text), FASTMAF_DEVICE_ERROR,
@@ -404,8 +439,11 @@ void errors(const char* path) {
     fastmaf_array crooked = x.array;
     crooked.data = static_cast<const char*>(x.array.data) + 4;
 
-    CHECK(gpu.refuses(fastmaf_log_prob_and_grad(gpu, 1, 4, &x.array, given, &out.array, &back.array, nullptr), FASTMAF_UNSUPPORTED,
-                      "fastmaf_evaluator_create"));
+    if (d > 1 && !most)
+        CHECK(gpu.refuses(fastmaf_log_prob_and_grad(gpu, 1, 4, &x.array, given, &out.array, &columns.array, nullptr), FASTMAF_UNSUPPORTED,
+                          "d_x is written in"));
+    CHECK(gpu.refuses(fastmaf_log_prob_and_grad(gpu, 1, 4, &x.array, given, &host_out.array, nullptr, nullptr), FASTMAF_INVALID_ARGUMENT,
+                      "log_prob on the host"));
     CHECK(gpu.refuses(fastmaf_log_prob(gpu, 1, 4, &elsewhere.array, given, &out.array), FASTMAF_INVALID_ARGUMENT,
                       "x lies on cuda:0, the evaluator computes on cuda:1"));
     CHECK(gpu.refuses(fastmaf_log_prob(gpu, 1, 4, &host.array, c ? &context_of_host.array : nullptr, &out.array), FASTMAF_INVALID_ARGUMENT,
@@ -472,8 +510,8 @@ int main(int argc, char** argv) {
         if (!fastmaf_model_members(model)) {
             copies_are_shared(argv[i]);
             threads_share_a_model(argv[i]);
-            results_are_those_of_the_cpu(model);
         }
+        results_are_those_of_the_cpu(model);
         errors(argv[i]);
     }
     cudaDeviceSynchronize();
