@@ -90,6 +90,21 @@ def test_same_bits_every_time(name):
     assert np.array_equal(first[2], again[2]) and first[1].train == again[1].train and first[1].validation == again[1].validation
 
 
+@pytest.mark.parametrize("name", ["maf", "context", "bernoulli", "batch norm"])
+@pytest.mark.parametrize("weights", [WEIGHTS, None])
+def test_rows_too_many_for_the_device_come_from_the_host(name, weights, monkeypatch):
+    """To the same bits, in whatever order they lie on the host."""
+    options = {"batch_size": 45, "max_epochs": 3, "validation": 0.2, "weights": weights}
+    there = fitted(name, "cuda", **options)
+    monkeypatch.setattr(fastmaf.backends.cuda, "RESIDENT", 0)
+    streamed = fitted(name, "cuda", **options)
+    assert np.array_equal(streamed[2], there[2]) and streamed[1].train == there[1].train
+    flow, x, context = made(name)
+    columns = np.asfortranarray(x), None if context is None else np.asfortranarray(context)
+    flow.fit(*columns, weights=weights, lr=1e-2, seed=2, device="cuda", batch_size=45, max_epochs=3, validation=0.2)
+    assert np.array_equal(flow.parameters(), there[2])
+
+
 OPTIONS = {
     "validation rows": {"validation": 0.25},
     "rows of their own to validate on": {"validation": (BENT[500:], np.ones((300, 2)), np.arange(300.0))},

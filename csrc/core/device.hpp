@@ -117,8 +117,10 @@ public:
     Trainer& operator=(const Trainer&) = delete;
     void set_members(const std::vector<std::shared_ptr<Weights<T>>>& members);  // of a shared trainer
 
-    // Rows of the host, to which later calls refer by number; weights [rows] may be null.
-    void set_rows(const Batch& rows, const double* weights, const Poll& poll);
+    // Rows of the host, to which later calls refer by number; weights [rows] may be null. They are copied to the device if they take at most
+    // `most` bytes, or, if that is negative, half of what is free there. If not they stay where they are, and must stay as they are, and each
+    // epoch brings them in pieces.
+    void set_rows(const Batch& rows, const double* weights, const Poll& poll, int64_t most = -1);
     // As on the CPU: steps over the rows order[0 .. rows) in batches, batch s with rates[s].
     double epoch(const int64_t* order, int64_t rows, int64_t batch_size, const double* rates, double mean_weight, int64_t& done,
                  const Poll& poll);

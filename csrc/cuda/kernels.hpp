@@ -45,8 +45,8 @@ template <class Job>
 cudaError_t launch_each(const Job& job, cudaStream_t stream);
 
 // Whether the current device runs code that was compiled for tensor cores.
-bool has_tensor_cores();
-int tensor_warps();  // of a block
+cudaError_t find_tensor_cores(bool* found);  // an error where no kernels were compiled for the device
+int tensor_warps();                          // of a block
 // Blocks that one multiprocessor holds at a time; limit: the shared memory that a block may have.
 cudaError_t resident_tensor_blocks(const TensorView& tensor, int limit, int* blocks);
 cudaError_t resident_draw_blocks(const DrawView& draws, int limit, int* blocks);

@@ -59,7 +59,7 @@ Trainer<T>::Trainer(const std::vector<std::shared_ptr<Weights<T>>>&, bool, int, 
 template <class T>
 Trainer<T>::~Trainer() = default;
 template <class T>
-void Trainer<T>::set_rows(const Batch&, const double*, const Poll&) {}
+void Trainer<T>::set_rows(const Batch&, const double*, const Poll&, int64_t) {}
 template <class T>
 double Trainer<T>::epoch(const int64_t*, int64_t, int64_t, const double*, double, int64_t&, const Poll&) {
     return 0;

@@ -73,7 +73,13 @@ Station::Station(int device) : device(device) {
     check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "asking for the multiprocessors");
     check(cudaDeviceGetAttribute(&cache, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device), "asking for the cache");
     check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "asking for the shared memory");
-    tensor_cores = cuda::has_tensor_cores();
+    const cudaError_t found = cuda::find_tensor_cores(&tensor_cores);
+    if (found == cudaErrorNoKernelImageForDevice || found == cudaErrorInvalidDeviceFunction) {
+        cudaGetLastError();
+        throw Error("the kernels were compiled for " FASTMAF_CUDA_ARCHITECTURES ", not for cuda:" + std::to_string(device) +
+                    ": install fastmaf anew where this GPU is in sight");
+    }
+    check(found, "looking for tensor cores");
     int pools = 0;
     check(cudaDeviceGetAttribute(&pools, cudaDevAttrMemoryPoolsSupported, device), "asking for memory pools");
     if (!pools) return;

@@ -4,28 +4,29 @@
 #include <algorithm>
 #include <cstring>
 
-#ifndef FASTMAF_CUDA_CHUNK
-#define FASTMAF_CUDA_CHUNK (int64_t(16) << 20)
-#endif
-
 namespace fastmaf {
 namespace device {
 
 namespace {
 
-constexpr int64_t kChunk = FASTMAF_CUDA_CHUNK;  // bytes of a host array that travel together
+// `count` rows of a host array from row r on, which lie one behind the other if they are several, to one behind the other.
+void copy_rows(const Source& source, int64_t r, int64_t count, int width, char* out) {
+    const Rows& rows = source.rows;
+    const int64_t element = size_of(rows.dtype);
+    const char* const p = rows.data + r / source.inner * rows.outer + r % source.inner * rows.inner;
+    if (rows.column == element)
+        std::memcpy(out, p, size_t(count * width * element));
+    else
+        for (int c = 0; c < width; ++c) std::memcpy(out + c * element, p + c * rows.column, size_t(element));
+}
 
 // Rows [begin, begin + count) of a host array, one behind the other.
 void gather_rows(const Source& source, int64_t begin, int64_t count, int width, char* out) {
     const Rows& rows = source.rows;
     const int64_t element = size_of(rows.dtype), row = width * element;
     for (int64_t r = begin, end = begin + count; r < end;) {
-        const char* p = rows.data + r / source.inner * rows.outer + r % source.inner * rows.inner;
         const int64_t run = rows.column == element && rows.inner == row ? std::min(end - r, source.inner - r % source.inner) : 1;
-        if (rows.column == element)
-            std::memcpy(out, p, size_t(run * row));
-        else
-            for (int c = 0; c < width; ++c) std::memcpy(out + c * element, p + c * rows.column, size_t(element));
+        copy_rows(source, r, run, width, out);
         out += run * row;
         r += run;
     }
@@ -123,6 +124,57 @@ void stream_rows(Station& station, int64_t rows, const std::vector<RowsIn>& inpu
     }
     collect(s);
     collect(1 - s);
+}
+
+void Windows::set_order(const int64_t* order, int64_t rows) {
+    check(cudaStreamSynchronize(travel_), "copying " + what_);
+    order_.assign(order, order + rows);
+    for (Window& window : of_) window.count = 0;
+}
+
+void Windows::bring(Window& window, int64_t begin, int64_t count) {
+    int64_t size = 0;
+    window.at.clear();
+    for (const RowsIn& input : inputs_) {
+        window.at.push_back(size);
+        size += padded(count * input.row());
+    }
+    window.count = 0;
+    char *const host = window.host.at_least(size), *const there = window.there.at_least(size);
+    for (size_t i = 0; i < inputs_.size(); ++i) {
+        const RowsIn& input = inputs_[i];
+        if (!input.source.rows.data) continue;
+        char* to = host + window.at[i];
+        for (int64_t place = begin; place < begin + count; ++place, to += input.row())
+            copy_rows(input.source, order_[size_t(place)], 1, input.width, to);
+    }
+    check(cudaMemcpyAsync(there, host, size_t(size), cudaMemcpyHostToDevice, travel_), "copying " + what_);
+    window.begin = begin;
+    window.count = count;
+}
+
+void Windows::enter(int64_t begin, int64_t count, cudaStream_t reader) {
+    if (of_[current_].holds(begin, count)) return;
+    if (of_[1 - current_].holds(begin, count)) {
+        current_ = 1 - current_;
+    } else {
+        check(cudaStreamSynchronize(reader), "waiting for a part of " + what_);
+        check(cudaStreamSynchronize(travel_), "copying " + what_);
+        bring(of_[current_], begin, count);
+    }
+    check(cudaStreamSynchronize(travel_), "copying " + what_);
+}
+
+void Windows::prepare(int64_t begin, int64_t count) {
+    Window& next = of_[1 - current_];
+    if (count <= 0 || next.holds(begin, count)) return;
+    check(cudaStreamSynchronize(travel_), "copying " + what_);
+    bring(next, begin, count);
+}
+
+const char* Windows::at(size_t input, int64_t place) const {
+    const Window& window = of_[current_];
+    return window.there.data() + window.at[input] + (place - window.begin) * inputs_[input].row();
 }
 
 }  // namespace device

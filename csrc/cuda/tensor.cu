@@ -39,13 +39,11 @@ Kernel kernel_of(const TensorShape& shape) {
 
 }  // namespace
 
-bool has_tensor_cores() {
+cudaError_t find_tensor_cores(bool* found) {
     cudaFuncAttributes attributes{};
-    if (cudaFuncGetAttributes(&attributes, tensor_kernel<1, 1>) != cudaSuccess) {
-        cudaGetLastError();
-        return false;
-    }
-    return attributes.ptxVersion >= 80;
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, tensor_kernel<1, 1>);
+    *found = error == cudaSuccess && attributes.ptxVersion >= 80;
+    return error;
 }
 
 int tensor_warps() { return kWarps; }

@@ -119,10 +119,11 @@ struct TrainerState {
     std::vector<T> weights;          // on the host ...
     int64_t of_weights = -1;         // ... those of this version
 
-    // The rows to train on, in the dtypes in which they came.
+    // The rows to train on, in the dtypes in which they came: there, or of the host, from where windows of them come.
     DType x_dtype = DType::f64, context_dtype = DType::f64;
     Buffer x{false, "the rows to train on"}, context{false, "their contexts"}, row_weights{false, "their weights"};
-    int64_t all_rows = 0;
+    std::unique_ptr<Windows> windows;
+    int64_t all_rows = 0, row_bytes = 0;
     bool weighted = false;
     // Of an epoch: the order of the rows, what a batch takes of them, and sums of gradients.
     Buffer order{false, "the order of the rows"}, batch{false, "a batch"}, host_losses{true, "losses"}, sums{false, "sums of gradients"};
@@ -220,7 +221,8 @@ struct TrainerState {
         member.on_host = version;
     }
 
-    void set_rows(const Batch& given, const double* given_weights, const Poll& poll) {
+    // At most `most` bytes of them there; if it is negative, half of what is free.
+    void set_rows(const Batch& given, const double* given_weights, int64_t most, const Poll& poll) {
         const Plan& plan = members[0]->weights->plan();
         x_dtype = given.x.dtype;
         context_dtype = given.context.dtype;
@@ -232,6 +234,18 @@ struct TrainerState {
         const std::vector<RowsIn> inputs = {{{given.x, given.inner}, plan.features(), false},
                                             {{given.context, given.inner}, plan.context(), false},
                                             {{of_weights, given.inner}, weighted ? 1 : 0, false}};
+        row_bytes = 0;
+        for (const RowsIn& input : inputs) row_bytes += input.row();
+        if (most < 0) {
+            size_t free = 0, total = 0;
+            check(cudaMemGetInfo(&free, &total), "asking for the memory that is free");
+            most = int64_t(free / 2) + x.size() + context.size() + row_weights.size();
+        }
+        windows.reset();
+        if (all_rows * row_bytes > most) {
+            windows = std::make_unique<Windows>(inputs, "the rows to train on");
+            return;
+        }
         Buffer* const places[] = {&x, &context, &row_weights};
         std::vector<char*> to;
         for (size_t i = 0; i < inputs.size(); ++i) to.push_back(places[i]->at_least(all_rows * inputs[i].row()));
@@ -246,9 +260,14 @@ struct TrainerState {
     }
 
     void set_order(const int64_t* given, int64_t count) {
-        char* const to = order.at_least(count * int64_t(sizeof(int64_t)));
-        check(cudaMemcpyAsync(to, given, size_t(count) * sizeof(int64_t), cudaMemcpyHostToDevice, *stream),
-              "copying the order of the rows");
+        if (windows) {
+            check(cudaStreamSynchronize(*stream), "waiting for a batch");
+            windows->set_order(given, count);
+        } else {
+            char* const to = order.at_least(count * int64_t(sizeof(int64_t)));
+            check(cudaMemcpyAsync(to, given, size_t(count) * sizeof(int64_t), cudaMemcpyHostToDevice, *stream),
+                  "copying the order of the rows");
+        }
         check(cudaMemsetAsync(halted, 0, sizeof *halted, *stream), "copying the order of the rows");
         check(cudaStreamSynchronize(*stream), "copying the order of the rows");
     }
@@ -269,10 +288,15 @@ struct TrainerState {
         char* const base = batch.at_least(room.size());
         auto real = [&](int64_t at) { return reinterpret_cast<T*>(base + at); };
         auto wide = [&](int64_t at) { return reinterpret_cast<double*>(base + at); };
-        take.x = {x.data(), base + at_x, plan.features(), x_size};
-        take.context = {context.data(), base + at_context, plan.context(), context_size};
-        take.rows = reinterpret_cast<const int64_t*>(order.data()) + begin;
-        take.weights = weighted ? reinterpret_cast<const double*>(row_weights.data()) : nullptr;
+        const char* from[] = {x.data(), context.data(), row_weights.data()};
+        if (windows) {
+            windows->enter(begin, count, *stream);
+            for (size_t i = 0; i < 3; ++i) from[i] = windows->at(i, begin);
+        }
+        take.x = {from[0], base + at_x, plan.features(), x_size};
+        take.context = {from[1], base + at_context, plan.context(), context_size};
+        take.rows = windows ? nullptr : reinterpret_cast<const int64_t*>(order.data()) + begin;
+        take.weights = weighted ? reinterpret_cast<const double*>(from[2]) : nullptr;
         take.mass = mass;
         take.weight = wide(at_weight);
         take.cotangent = real(at_cotangent);
@@ -408,6 +432,14 @@ struct TrainerState {
         ++pending;
     }
 
+    // Where the rows end that are there from row `begin` of the order on: with those of the window in which it lies.
+    int64_t reach(int64_t begin, int64_t rows, int64_t window) {
+        if (!windows) return rows;
+        const int64_t first = begin / window * window;
+        windows->enter(first, std::min(window, rows - first), *stream);
+        return windows->end();
+    }
+
     // After an error in mid-step.
     void forget() {
         cudaStreamSynchronize(*stream);
@@ -457,9 +489,9 @@ private:
 }  // namespace
 
 template <class T>
-void Trainer<T>::set_rows(const Batch& rows, const double* weights, const Poll& poll) {
+void Trainer<T>::set_rows(const Batch& rows, const double* weights, const Poll& poll, int64_t most) {
     const Call<T> call(*state_);
-    state_->set_rows(rows, weights, poll);
+    state_->set_rows(rows, weights, most, poll);
 }
 
 template <class T>
@@ -507,16 +539,19 @@ double Trainer<T>::epoch(const int64_t* order, int64_t rows, int64_t batch_size,
     Clock::time_point polled = Clock::now();
     double sum = 0;
     done = 0;
+    const int64_t window = batch_size * std::clamp<int64_t>(kChunk / std::max<int64_t>(1, batch_size * s.row_bytes), 1, kMostSteps);
     // As many steps between two looks as take about as long as a person may wait for Ctrl-C.
     for (int64_t begin = 0, most = 1; begin < rows;) {
         const Clock::time_point before = Clock::now();
         try {
-            for (int64_t i = 0; i < most && begin < rows; ++i) {
+            const int64_t end = s.reach(begin, rows, window);
+            for (int64_t i = 0; i < most && begin < end; ++i) {
                 const int64_t count = std::min(batch_size, rows - begin);
                 s.grad(begin, count, double(count) * mean_weight);
                 s.apply(rates[done + i]);
                 begin += count;
             }
+            if (s.windows) s.windows->prepare(end, std::min(window, rows - end));  // beside these steps
         } catch (...) {
             s.forget();
             throw;

@@ -15,7 +15,7 @@ struct TakeJob {
         char* to;
         int64_t width, size;  // numbers in a row, bytes of each
     } x, context;
-    const int64_t* rows;    // [batch]
+    const int64_t* rows;    // [batch] which rows, or null: the first ones
     const double* weights;  // of all rows, or null: ones
     double mass;            // cotangents are -weight / mass
     double* weight;         // [batch]

@@ -24,7 +24,8 @@ FASTMAF_INLINE void copy_of_row(const typename TakeJob<T>::Part& part, int64_t r
 
 template <class T>
 FASTMAF_INLINE void run(const TakeJob<T>& job, int64_t i) {
-    const int64_t width = job.x.width + job.context.width + 1, place = i / width, number = i % width, row = job.rows[place];
+    const int64_t width = job.x.width + job.context.width + 1, place = i / width, number = i % width;
+    const int64_t row = job.rows ? job.rows[place] : place;
     if (number < job.x.width) return copy_of_row<T>(job.x, row, place, number);
     if (number < width - 1) return copy_of_row<T>(job.context, row, place, number - job.x.width);
     const double weight = job.weights ? job.weights[row] : 1.0;

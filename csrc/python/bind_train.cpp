@@ -194,12 +194,12 @@ void bind_device(py::module_& module) {
              py::arg("flows"), py::arg("shared"), py::arg("device"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("l2"),
              py::arg("weight_decay"), py::arg("clip_norm"))
         .def("set_rows",
-             [](const DeviceTrainer& self, const py::array& x, const py::object& context, const py::object& weights) {
+             [](const DeviceTrainer& self, const py::array& x, const py::object& context, const py::object& weights, int64_t most) {
                  Batch batch = batch_of(x, context);
                  const double* w = weights_or_none(weights, x.shape(0));
                  self.visit([&](auto& trainer) {
                      Unlocked unlocked;
-                     trainer.set_rows(batch, w, check_signals);
+                     trainer.set_rows(batch, w, check_signals, most);
                  });
              })
         .def("epoch",

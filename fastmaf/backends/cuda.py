@@ -30,6 +30,10 @@ def _state() -> dict[str, Any]:
     return state
 
 
+RESIDENT = -1
+"""Most bytes of rows to train on that are kept on the device; half of what is free there if negative."""
+
+
 if _state()["reason"]:
     raise ImportError(_state()["reason"])
 
@@ -74,13 +78,16 @@ class _Engine(Engine):
         poll: Callable[[], None] | None = None,
         part: Part | None = None,
     ) -> tuple[float, int]:
-        """As on the CPU. Arrays go to the device, unless they are those of the last call, whose numbers must be the same then."""
+        """As on the CPU. Arrays go to the device, unless they are those of the last call, whose numbers must be the same then.
+
+        What is too large for it stays on the host, from which each call brings the rows in their order.
+        """
         if part is not None:
             raise NotImplementedError("a GPU trains on whole batches only")
         given = (x, context, weights)
         if len(self._held) != len(given) or any(new is not old for new, old in zip(given, self._held, strict=True)):
             self._held = ()
-            self._trainer.set_rows(*given)
+            self._trainer.set_rows(*given, RESIDENT)
             self._held = given
         return self._trainer.epoch(rows, batch_size, lr, mean_weight, poll)
 

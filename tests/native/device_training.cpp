@@ -124,10 +124,10 @@ struct Session {
     const double* weights_of_rows() const { return shares.empty() ? nullptr : shares.data(); }
 
     // A trainer of a copy of the weights, with the rows.
-    std::unique_ptr<device::Trainer<T>> on_device(int device = 0) const {
+    std::unique_ptr<device::Trainer<T>> on_device(int device = 0, int64_t most = -1) const {
         auto trainer = std::make_unique<device::Trainer<T>>(copies(), members.size() > 1, device, settings);
         if (members.size() > 1) trainer->set_parameters(start.data());
-        trainer->set_rows(rows(), weights_of_rows(), {});
+        trainer->set_rows(rows(), weights_of_rows(), {}, most);
         return trainer;
     }
     std::unique_ptr<Trainer<T>> on_host() const {
@@ -185,15 +185,15 @@ template <class T>
 void beside_the_cpu(const Course& course) {
     Session<T> of(course);
     const auto host = of.on_host();
-    const auto trainer = of.on_device(), other = of.on_device(1);
+    const auto trainer = of.on_device(), other = of.on_device(1), streamed = of.on_device(0, 0);
     // Twelve steps at a rate of 1e-2 with an eps that bounds what a step makes of an error in the gradient.
     const double limit = sizeof(T) == 4 ? 2e-4 : 1e-11;
     bool close = true;
     std::unique_ptr<State<T>> half;
     for (int epoch = 0; epoch < 4; ++epoch) {
         const double expected = of.epoch(*host, kBatch, 1e-2), made = of.epoch(*trainer, kBatch, 1e-2),
-                     again = of.epoch(*other, kBatch, 1e-2);
-        close = close && of.done == 2 && std::fabs(made - expected) <= 1100 * limit && made == again;
+                     again = of.epoch(*other, kBatch, 1e-2), in_windows = of.epoch(*streamed, kBatch, 1e-2);
+        close = close && of.done == 2 && std::fabs(made - expected) <= 1100 * limit && made == again && made == in_windows;
         if (epoch == 1) half = std::make_unique<State<T>>(*trainer);
     }
     const State<T> end(*trainer), of_host(*host);
@@ -203,7 +203,15 @@ void beside_the_cpu(const Course& course) {
         std::fprintf(stderr, "%s, %d bytes: parameters %g, moments %g\n", course.name, int(sizeof(T)),
                      distance(end.parameters, of_host.parameters), distance(end.first, of_host.first));
     CHECK(right);
-    CHECK(State<T>(*other) == end);
+    CHECK(State<T>(*other) == end && State<T>(*streamed) == end);
+    // Small batches, many of which come together; and back to rows that lie there.
+    of.epoch(*other, 7, 1e-3);
+    of.epoch(*streamed, 7, 1e-3);
+    CHECK(State<T>(*other) == State<T>(*streamed));
+    streamed->set_rows(of.rows(), of.weights_of_rows(), {});
+    of.epoch(*other, 7, 1e-3);
+    of.epoch(*streamed, 7, 1e-3);
+    CHECK(State<T>(*other) == State<T>(*streamed));
     // What comes out of the middle goes on to the same end, in as little memory as there may be; and on the CPU.
     bool enough = true;
     for (int64_t bytes = int64_t(16) << 20; enough; bytes = bytes * 3 / 4) {
@@ -254,7 +262,7 @@ void in_two_places() {
     Session<double> of(courses()[1]);
     const int64_t rows = int64_t(of.order.size()), half = rows / 2;
     const double mass = double(rows) * of.mean;
-    const auto whole = of.on_device(), first = of.on_device(), second = of.on_device(1);
+    const auto whole = of.on_device(), first = of.on_device(), second = of.on_device(1, 0);
     whole->set_order(of.order.data(), rows);
     first->set_order(of.order.data(), half);
     second->set_order(of.order.data() + half, rows - half);

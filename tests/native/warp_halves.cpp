@@ -78,7 +78,10 @@ void warp_multiply(const uint32_t (&a)[4][32], const uint32_t (&b)[2][32], float
 namespace fastmaf {
 namespace cuda {
 
-bool has_tensor_cores() { return true; }
+cudaError_t find_tensor_cores(bool* found) {
+    *found = true;
+    return cudaSuccess;
+}
 int tensor_warps() { return kWarpsOfTheHost; }
 cudaError_t resident_tensor_blocks(const TensorView&, int, int* blocks) {
     *blocks = 1;
