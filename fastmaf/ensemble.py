@@ -261,9 +261,9 @@ class Ensemble:
             return _device.output(out, shape, dtype, self.device, _arrays.NATIVE, ())
         return _arrays.output(out, shape, dtype, *inputs)
 
-    def _delivered(self, result: Array, given: Any, out: Any = None, place: Any = None) -> Any:
+    def _delivered(self, result: Array, given: Any, out: Array | None = None, place: Any = None) -> Array:
         """A result in its place, or where the array lies that came in."""
-        if place is None:
+        if out is None:
             return _device.returned(result, given, self.device)
         if isinstance(place, _device.DeviceArray):
             place.fill(result)
@@ -450,7 +450,7 @@ class Ensemble:
         draw, rows = self._drawing(context, seed, context_offset, dtype), samples.reshape(c * n, self.features)
         group, index = np.divmod(np.arange(c * n), n) if n else 2 * (np.empty(0, np.int64),)
         draw(index.astype(np.uint64) + np.uint64(offset), group, rows)
-        return out if samples is place else self._delivered(samples, given, out, place)
+        return out if out is not None and samples is place else self._delivered(samples, given, out, place)
 
     def acceptance(
         self, within: _within.Within, context: ArrayLike | None = None, n: int = 10_000, seed: Seed = None, context_offset: int = 0
@@ -886,8 +886,7 @@ def _revived(data: bytes, device: str, precision: str) -> Ensemble:
     """An ensemble that comes out of a pickle."""
     first, others = _codec.from_bytes(data)
     assert isinstance(others, tuple)
-    made: Ensemble = _placed(Ensemble([Flow._of(record) for record in (first, *others)]), device, precision)
-    return made
+    return _placed(Ensemble([Flow._of(record) for record in (first, *others)]), device, precision)
 
 
 def _seeds(seed: Seed, count: int) -> list[int]:

@@ -6,7 +6,7 @@ import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import IO, TYPE_CHECKING, Any, Literal, cast, overload
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -27,6 +27,8 @@ __all__ = ["Flow"]
 Array = NDArray[Any]
 
 _PRECISIONS = ("highest", "high", "medium")
+
+Movable = TypeVar("Movable")
 
 
 class Flow:
@@ -1259,13 +1261,14 @@ def _revived(data: bytes, device: str, precision: str) -> Flow:
     return _placed(Flow._of(_codec.from_bytes(data)[0]), device, precision)
 
 
-def _placed(flow: Any, device: str, precision: str) -> Any:
+def _placed(flow: Movable, device: str, precision: str) -> Movable:
     """A flow or an ensemble on a device, if that is here."""
     try:
-        return flow.to(device, precision)
+        moved: Movable = flow.to(device, precision)  # type: ignore[attr-defined]
     except RuntimeError as error:
         warnings.warn(f"a flow of {device} is on the cpu now: {error}", RuntimeWarning, stacklevel=3)
-        return flow.to("cpu", precision)
+        moved = flow.to("cpu", precision)  # type: ignore[attr-defined]
+    return moved
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype[Any], like: Any) -> Any:

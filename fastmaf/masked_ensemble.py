@@ -380,8 +380,7 @@ def _revived(data: bytes, device: str, precision: str) -> MaskedEnsemble:
     """An ensemble that comes out of a pickle."""
     record, members = _codec.from_bytes(data)
     assert isinstance(members, _codec.Members)
-    made: MaskedEnsemble = _placed(MaskedEnsemble(Flow._of(record), *members), device, precision)
-    return made
+    return _placed(MaskedEnsemble(Flow._of(record), *members), device, precision)
 
 
 class _Shared:

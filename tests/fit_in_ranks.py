@@ -21,7 +21,9 @@ COMM = MPI.COMM_WORLD
 RANK, SIZE = COMM.rank, COMM.size
 FOLDER = pathlib.Path(sys.argv[2])
 DATA = np.load(FOLDER / "data.npz")
+DEVICE = os.environ.get("DEVICE_OF_RANKS", "cpu")
 OPTIONS = {"batch_size": 64, "max_epochs": 4, "seed": 3, "lr": 5e-3, "progress": False, "comm": COMM}
+OPTIONS["device"] = f"cuda:{RANK % len(fastmaf._core.device_state()['gpus'])}" if DEVICE == "cuda" else DEVICE
 
 
 def flow(seed=0, **options):

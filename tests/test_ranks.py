@@ -69,9 +69,12 @@ def alone(rows, kind, size):
     yield "masks", *told(made, made.fit(x, context, weights, **OPTIONS))
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_ranks_end_where_one_process_does(rows, run, size):
-    found = run("fits", size)
+@pytest.mark.parametrize(("size", "device"), [(1, "cpu"), (2, "cpu"), (4, "cpu"), (1, "cuda"), (2, "cuda"), (4, "cuda")])
+def test_ranks_end_where_one_process_does(rows, run, size, device):
+    """On a GPU each has one for itself if there are enough, and ends where the CPU does."""
+    if fastmaf.backends.reason(device) is not None:
+        pytest.skip(f"{device}: {fastmaf.backends.reason(device)}")
+    found = run("fits", size, DEVICE_OF_RANKS=device)
     for kind in ("share", "same"):
         for name, parameters, history, counts in alone(rows, kind, size):
             own = found[f"{kind}, {name}"]
@@ -80,7 +83,7 @@ def test_ranks_end_where_one_process_does(rows, run, size):
             np.testing.assert_allclose(own["validation"], history.validation, rtol=1e-9)
             assert (own["best_epoch"], own["stopped"], own["rows"]) == (history.best_epoch, history.stopped, counts)
             assert own["start"] == (None if history.start is None else pytest.approx(history.start, rel=1e-9))
-            if size == 1:
+            if size == 1 and device == "cpu":
                 assert own["parameters"] == parameters.tolist()
         first, second = found[f"{kind}, members"]
         assert first["stopped"] == second["stopped"] == "max_epochs"

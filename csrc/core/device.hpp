@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -121,12 +122,12 @@ public:
     // `most` bytes, or, if that is negative, half of what is free there. If not they stay where they are, and must stay as they are, and each
     // epoch brings them in pieces.
     void set_rows(const Batch& rows, const double* weights, const Poll& poll, int64_t most = -1);
-    // As on the CPU: steps over the rows order[0 .. rows) in batches, batch s with rates[s].
-    double epoch(const int64_t* order, int64_t rows, int64_t batch_size, const double* rates, double mean_weight, int64_t& done,
-                 const Poll& poll);
+    // As on the CPU: steps over the rows order[0 .. rows). `total` gets gradients and losses on the host.
+    using Total = std::function<void(T* gradient, int64_t size, double* loss)>;
+    double epoch(const int64_t* order, int64_t rows, const Steps& steps, int64_t& done, const Poll& poll, const Total& total = {});
 
-    // An epoch in its parts. Gradient and loss of rows [begin, begin + rows) of the order, the gradient divided by `mass`; then the step.
-    // Both only enqueue; `look` waits for up to kMostSteps of them, adds up their losses and says how many were made: none from the first
+    // An epoch in its parts. Gradient and loss of rows [begin, begin + rows) of the order, if there are any, the gradient divided by `mass`;
+    // then the step. Both only enqueue; `look` waits for up to kMostSteps of them, adds up their losses and says how many were made: none from the first
     // one on whose loss is no number.
     static constexpr int64_t kMostSteps = 256;
     void set_order(const int64_t* order, int64_t rows);

@@ -61,7 +61,7 @@ Trainer<T>::~Trainer() = default;
 template <class T>
 void Trainer<T>::set_rows(const Batch&, const double*, const Poll&, int64_t) {}
 template <class T>
-double Trainer<T>::epoch(const int64_t*, int64_t, int64_t, const double*, double, int64_t&, const Poll&) {
+double Trainer<T>::epoch(const int64_t*, int64_t, const Steps&, int64_t&, const Poll&, const Total&) {
     return 0;
 }
 template <class T>

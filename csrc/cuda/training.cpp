@@ -127,6 +127,7 @@ struct TrainerState {
     bool weighted = false;
     // Of an epoch: the order of the rows, what a batch takes of them, and sums of gradients.
     Buffer order{false, "the order of the rows"}, batch{false, "a batch"}, host_losses{true, "losses"}, sums{false, "sums of gradients"};
+    Buffer host_gradient{true, "gradients"};
 
     // In the order of the flat parameters, but for a few numbers. What no mask of a lone network leaves is zero for good.
     Buffer state{false, "the weights and their moments"};
@@ -276,6 +277,10 @@ struct TrainerState {
         Member<T>& member = *members[size_t(steps + pending) % members.size()];
         const Plan& plan = member.weights->plan();
         renew(member);
+        if (count == 0) {
+            check(cudaMemsetAsync(gradient, 0, size_t(size) * sizeof(T), *stream), "setting gradients to zero");
+            return check(cudaMemsetAsync(losses + pending, 0, sizeof(double), *stream), "setting gradients to zero");
+        }
         TakeJob<T> take{};
         const int64_t x_size = size_of(x_dtype), context_size = size_of(context_dtype);
         const int64_t losses_of_slices = (count + kLossRows - 1) / kLossRows;
@@ -432,12 +437,26 @@ struct TrainerState {
         ++pending;
     }
 
-    // Where the rows end that are there from row `begin` of the order on: with those of the window in which it lies.
-    int64_t reach(int64_t begin, int64_t rows, int64_t window) {
-        if (!windows) return rows;
-        const int64_t first = begin / window * window;
-        windows->enter(first, std::min(window, rows - first), *stream);
-        return windows->end();
+    // How many steps from `first` on have rows that travel together, if they are few enough.
+    int64_t together(const Steps& all, int64_t first) const {
+        const int64_t begin = first ? all.ends[first - 1] : 0, most = std::min(all.count - first, Trainer<T>::kMostSteps);
+        int64_t count = std::min<int64_t>(1, most);
+        while (count < most && (all.ends[first + count] - begin) * row_bytes <= kChunk) ++count;
+        return count;
+    }
+
+    // Gives what `grad` has left to `total`, and takes what becomes of it.
+    void sum_up(const typename Trainer<T>::Total& total) {
+        const size_t bytes = size_t(size) * sizeof(T);
+        T* const own = reinterpret_cast<T*>(host_gradient.at_least(int64_t(bytes + sizeof(double))));
+        double loss = 0;
+        check(cudaMemcpyAsync(own, gradient, bytes, cudaMemcpyDeviceToHost, *stream), "copying a gradient");
+        check(cudaMemcpyAsync(&loss, losses + pending, sizeof loss, cudaMemcpyDeviceToHost, *stream), "copying a gradient");
+        check(cudaStreamSynchronize(*stream), "training");
+        total(own, size, &loss);
+        check(cudaMemcpyAsync(gradient, own, bytes, cudaMemcpyHostToDevice, *stream), "copying a gradient");
+        check(cudaMemcpyAsync(losses + pending, &loss, sizeof loss, cudaMemcpyHostToDevice, *stream), "copying a gradient");
+        check(cudaStreamSynchronize(*stream), "copying a gradient");
     }
 
     // After an error in mid-step.
@@ -529,29 +548,34 @@ StepArrays<T> Trainer<T>::arrays() const {
 }
 
 template <class T>
-double Trainer<T>::epoch(const int64_t* order, int64_t rows, int64_t batch_size, const double* rates, double mean_weight, int64_t& done,
-                         const Poll& poll) {
+double Trainer<T>::epoch(const int64_t* order, int64_t rows, const Steps& steps, int64_t& done, const Poll& poll, const Total& total) {
     const Call<T> call(*state_);
     TrainerState<T>& s = *state_;
     set_order(order, rows);
     using Clock = std::chrono::steady_clock;
     constexpr std::chrono::milliseconds soon(30), late(100);
     Clock::time_point polled = Clock::now();
+    auto begin_of = [&](int64_t step) { return step ? steps.ends[step - 1] : 0; };
     double sum = 0;
     done = 0;
-    const int64_t window = batch_size * std::clamp<int64_t>(kChunk / std::max<int64_t>(1, batch_size * s.row_bytes), 1, kMostSteps);
-    // As many steps between two looks as take about as long as a person may wait for Ctrl-C.
-    for (int64_t begin = 0, most = 1; begin < rows;) {
+    // As many steps between two looks as take about as long as a person may wait for Ctrl-C; each of those that others have a part in.
+    for (int64_t most = 1, window = 0; done < steps.count;) {
         const Clock::time_point before = Clock::now();
         try {
-            const int64_t end = s.reach(begin, rows, window);
-            for (int64_t i = 0; i < most && begin < end; ++i) {
-                const int64_t count = std::min(batch_size, rows - begin);
-                s.grad(begin, count, double(count) * mean_weight);
-                s.apply(rates[done + i]);
-                begin += count;
+            if (s.windows && done == window) {
+                window += s.together(steps, done);
+                if (begin_of(window) > begin_of(done)) s.windows->enter(begin_of(done), begin_of(window) - begin_of(done), *s.stream);
             }
-            if (s.windows) s.windows->prepare(end, std::min(window, rows - end));  // beside these steps
+            const int64_t last = std::min(done + (total ? 1 : most), s.windows ? window : steps.count);
+            for (int64_t step = done; step < last; ++step) {
+                s.grad(begin_of(step), begin_of(step + 1) - begin_of(step), steps.mass[step]);
+                if (total) s.sum_up(total);
+                s.apply(steps.rates[step]);
+            }
+            if (s.windows && window < steps.count) {  // beside these steps
+                const int64_t next = window + s.together(steps, window);
+                s.windows->prepare(begin_of(window), begin_of(next) - begin_of(window));
+            }
         } catch (...) {
             s.forget();
             throw;

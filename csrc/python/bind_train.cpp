@@ -42,11 +42,6 @@ void make(Py& self, const std::vector<PackedFlow>& flows, bool shared, F make_on
 using Order = py::array_t<int64_t, py::array::c_style>;
 using Rates = py::array_t<double, py::array::c_style>;
 
-void check_rates(const Order& rows, int64_t batch_size, const Rates& rates) {
-    if (batch_size < 1 || rates.size() < (rows.size() + batch_size - 1) / batch_size)
-        throw std::invalid_argument("an epoch of " + std::to_string(rows.size()) + " rows has " + std::to_string(rates.size()) + " rates");
-}
-
 void check_steps(const Order& rows, const Order& ends, const Rates& mass, const Rates& rates) {
     if (ends.size() != rates.size() || mass.size() != rates.size())
         throw std::invalid_argument(std::to_string(rates.size()) + " rates have " + std::to_string(ends.size()) + " ends and " +
@@ -76,7 +71,7 @@ Poll polls(const py::object& user_poll) {
 
 // Calls total(gradient, loss) with arrays that are those of the trainer.
 template <class T>
-typename Trainer<T>::Total totals(const py::object& user_total) {
+std::function<void(T*, int64_t, double*)> totals(const py::object& user_total) {
     if (user_total.is_none()) return {};
     return [&user_total](T* gradient, int64_t size, double* loss) {
         or_rest([&] {
@@ -203,15 +198,18 @@ void bind_device(py::module_& module) {
                  });
              })
         .def("epoch",
-             [](const DeviceTrainer& self, const Order& rows, int64_t batch_size, const Rates& rates, double mean_weight,
-                const py::object& user_poll) {
-                 check_rates(rows, batch_size, rates);
+             [](const DeviceTrainer& self, const Order& rows, const Order& ends, const Rates& mass, const Rates& rates,
+                const py::object& user_poll, const py::object& user_total) {
+                 check_steps(rows, ends, mass, rates);
                  const Poll poll = polls(user_poll);
                  int64_t done = 0;
                  double sum = 0;
                  self.visit([&](auto& trainer) {
+                     using Trained = std::decay_t<decltype(trainer)>;
+                     const Steps steps{rates.size(), ends.data(), mass.data(), rates.data()};
+                     const auto total = totals<typename Trained::Value>(user_total);
                      Unlocked unlocked;
-                     sum = trainer.epoch(rows.data(), rows.size(), batch_size, rates.data(), mean_weight, done, poll);
+                     sum = trainer.epoch(rows.data(), rows.size(), steps, done, poll, total);
                  });
                  return py::make_tuple(sum, done);
              })

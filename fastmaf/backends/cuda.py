@@ -82,14 +82,13 @@ class _Engine(Engine):
 
         What is too large for it stays on the host, from which each call brings the rows in their order.
         """
-        if part is not None:
-            raise NotImplementedError("a GPU trains on whole batches only")
         given = (x, context, weights)
         if len(self._held) != len(given) or any(new is not old for new, old in zip(given, self._held, strict=True)):
             self._held = ()
             self._trainer.set_rows(*given, RESIDENT)
             self._held = given
-        return self._trainer.epoch(rows, batch_size, lr, mean_weight, poll)
+        ends, sizes, total = part or Part.whole(len(rows), batch_size)
+        return self._trainer.epoch(rows, ends, sizes * mean_weight, lr, poll, total)
 
     def _log_prob(self, x: Array, context: Array | None, out: Array) -> None:
         for member, own in enumerate(out):

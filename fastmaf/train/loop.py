@@ -262,8 +262,6 @@ def fit(
     if ranks.size > 1:
         written = ranks.first(_codec.to_bytes(record))
         record = record if root else _codec.from_bytes(written)[0]
-        if there.device != "cpu":
-            raise ValueError("comm: several ranks fit no flow on a GPU; device='cpu'")
         if _norms(record.layers):
             raise ValueError("comm: several ranks fit no batch norms; build the flow without, or fit it in one process")
     labelled = x

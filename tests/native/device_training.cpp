@@ -1,7 +1,10 @@
 // Training on a device, over the runtime of runtime.cpp: beside the trainer of the CPU, in parts, and when something is missing.
 #include <algorithm>
+#include <condition_variable>
 #include <memory>
+#include <mutex>
 #include <random>
+#include <thread>
 
 #include "batches.hpp"
 #include "device.hpp"
@@ -141,8 +144,8 @@ struct Session {
         return result;
     }
     double epoch(device::Trainer<T>& trainer, int64_t batch_size, double rate, const Poll& poll = {}) {
-        const Reals rates(order.size(), rate);
-        return trainer.epoch(order.data(), int64_t(order.size()), batch_size, rates.data(), mean, done, poll);
+        const int64_t count = int64_t(order.size());
+        return trainer.epoch(order.data(), count, Batches(count, batch_size, Reals(order.size(), rate), mean), done, poll);
     }
     double epoch(Trainer<T>& trainer, int64_t batch_size, double rate) {
         Batch batch = rows();
@@ -286,6 +289,58 @@ void in_two_places() {
     CHECK(one == State<double>(*second) && distance(one.parameters, end.parameters) < 1e-12);
 }
 
+// And so are several whose epochs meet at each step, one without rows in some batches; one holds its rows on the host.
+void in_three_places() {
+    Session<double> of(courses()[3]);
+    const int64_t rows = int64_t(of.order.size());
+    const auto whole = of.on_device();
+    const Batches batches(rows, 100, Reals(size_t(rows), 1e-2), of.mean);
+    const Steps steps = batches;
+    int64_t done = 0;
+    const double expected = whole->epoch(of.order.data(), rows, steps, done, {});
+    std::unique_ptr<device::Trainer<double>> parts[3] = {of.on_device(), of.on_device(1), of.on_device(0, 0)};
+    std::vector<int64_t> order[3], ends[3];
+    for (int64_t step = 0, i = 0; step < steps.count; ++step) {
+        for (; i < steps.ends[step]; ++i) order[step % 2 ? i % 3 : i % 2].push_back(of.order[size_t(i)]);
+        for (int k = 0; k < 3; ++k) ends[k].push_back(int64_t(order[k].size()));
+    }
+    std::mutex mutex;
+    std::condition_variable changed;
+    int arrived = 0, round = 0;
+    Reals sums, shown;
+    auto meet = [&](double* gradient, int64_t size, double* loss) {
+        std::unique_lock<std::mutex> lock(mutex);
+        sums.resize(size_t(size) + 1);
+        for (int64_t i = 0; i < size; ++i) sums[size_t(i)] += gradient[i];
+        sums.back() += *loss;
+        const int now = round;
+        if (++arrived == 3) {
+            shown = sums;
+            std::fill(sums.begin(), sums.end(), 0.0);
+            arrived = 0;
+            ++round;
+            changed.notify_all();
+        } else {
+            changed.wait(lock, [&] { return round > now; });
+        }
+        std::copy_n(shown.begin(), size, gradient);
+        *loss = shown.back();
+    };
+    std::vector<std::thread> threads;
+    Reals found(3);
+    for (size_t k = 0; k < 3; ++k)
+        threads.emplace_back([&, k] {
+            int64_t own_done = 0;
+            const Steps own{steps.count, ends[k].data(), steps.mass, steps.rates};
+            found[k] = parts[k]->epoch(order[k].data(), int64_t(order[k].size()), own, own_done, {}, meet);
+            CHECK(own_done == steps.count);
+        });
+    for (auto& thread : threads) thread.join();
+    const State<double> end(*whole), first(*parts[0]);
+    CHECK(distance(first.parameters, end.parameters) < 1e-11 && first == State<double>(*parts[1]) && first == State<double>(*parts[2]));
+    CHECK(std::fabs(found[0] - expected) < 1e-9 && found[1] == found[0] && found[2] == found[0]);
+}
+
 void when_something_is_wrong() {
     Session<float> of(courses()[0]);
     const auto trainer = of.on_device(), same = of.on_device();
@@ -294,13 +349,14 @@ void when_something_is_wrong() {
     Reals rates(of.order.size(), 1e-3);
     rates[3] = 1e30;
     int64_t done = 0, of_host = 0;
-    const double sum = trainer->epoch(of.order.data(), int64_t(of.order.size()), 50, rates.data(), 1, done, {});
+    const int64_t all = int64_t(of.order.size());
+    const double sum = trainer->epoch(of.order.data(), all, Batches(all, 50, rates, 1), done, {});
     Batch batch = of.rows();
     batch.index = of.order.data();
     batch.inner = int64_t(of.order.size());
     host->epoch(batch, nullptr, Batches(batch.inner, 50, rates, 1), of_host, {});
     CHECK(done == of_host && done == 4 && std::isfinite(sum) && trainer->steps() == 4);
-    same->epoch(of.order.data(), 200, 50, rates.data(), 1, done, {});
+    same->epoch(of.order.data(), 200, Batches(200, 50, Reals(rates.begin(), rates.begin() + 4), 1), done, {});
     CHECK(done == 4 && State<float>(*same) == State<float>(*trainer));
     State<float>(*of.on_device()).give(*trainer);
     CHECK(std::isfinite(of.epoch(*trainer, 50, 1e-3)) && of.done == 22);
@@ -357,6 +413,7 @@ int main() {
         beside_the_cpu<double>(course);
     }
     in_two_places();
+    in_three_places();
     when_something_is_wrong();
     CHECK(runtime_blocks() == 0);  // nothing stays
     {
