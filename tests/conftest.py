@@ -24,6 +24,8 @@ BACKENDS = ("reference", "numba", "cpu-baseline", "cpu-avx2", "cpu-avx512", "cud
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+os.environ.setdefault("FASTMAF_TENSOR_CORES", "always")  # also where float32 is thought to be faster
+
 EXPECTED = frozenset(filter(None, os.environ.get("FASTMAF_EXPECT", "").split(",")))
 
 

@@ -236,6 +236,27 @@ def test_rows_beyond_halves_are_computed_as_without(precision):
             assert value == 2.5 or not later.any() or np.array_equal(density[j], highest.log_prob(x)[j], equal_nan=True)
 
 
+@needs_device
+def test_small_networks_are_left_to_float32():
+    """Where bringing the halves would take longer than the products; the other tests have tensor cores always."""
+    program = """
+import fastmaf, numpy as np
+x = np.random.default_rng(0).normal(size=(300, 5))
+results = []
+for units in (8, 512):
+    flow = fastmaf.MAF(features=5, transforms=2, hidden_features=(units, units), seed=1)
+    high, highest = flow.to("cuda", "medium"), flow.to("cuda", "highest")
+    results.append(np.array_equal(high.log_prob(x), highest.log_prob(x)))
+print(*results)
+"""
+    environment = os.environ | {"FASTMAF_TENSOR_CORES": "auto"}
+    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert found.stdout.split() == ["True", "False"], found.stderr
+    environment["FASTMAF_TENSOR_CORES"] = "yes"
+    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert "FASTMAF_TENSOR_CORES is neither auto nor always" in found.stderr
+
+
 FORMS = [
     ((9, 7), (1,)),
     ((9, 7), (9, 1)),

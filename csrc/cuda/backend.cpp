@@ -49,10 +49,14 @@ auto FlowState<T>::copy_for(Direction direction) -> const Copy& {
     DrawView draws;
     if constexpr (std::is_same_v<T, float>)
         if (station->tensor_cores) {
-            if (direction == Direction::density)
-                shape = fit_tensor_cores(*weights, precision, cuda::tensor_warps(), station->shared);
-            else
-                draws = fit_draws(*weights, precision, cuda::tensor_warps(), station->shared);
+            const double other = station->always_tensor_cores ? HUGE_VAL : cycles_in_float(weights->plan(), fitting_stages(*weights));
+            if (direction == Direction::density) {
+                const auto choice = fit_tensor_cores(*weights, precision, cuda::tensor_warps(), station->shared);
+                if (choice.cycles < other) shape = choice.shape;
+            } else {
+                const auto choice = fit_draws(*weights, precision, cuda::tensor_warps(), station->shared);
+                if (choice.cycles < other) draws = choice.shape;
+            }
         }
     auto made = std::make_unique<Copy>();
     put([&](Image& image) {

@@ -179,14 +179,19 @@ struct DrawnStages {
     }
 };
 
-// The most rows that fit; none where halves are not wanted or nothing fits. That more rows are better, and one group better than none, is not
-// measured.
-inline DrawView fit_draws(const Weights<float>& weights, device::Precision precision, int warps, int64_t shared) {
+// The most rows that fit; none where halves are not wanted or nothing fits. That more rows are better is not measured. Warps without rows have
+// no part in the products, and all warps of a block share the weights.
+inline Choice<DrawView> fit_draws(const Weights<float>& weights, device::Precision precision, int warps, int64_t shared) {
     if (precision == device::Precision::highest) return {};
     const DrawnStages stages(weights);
+    const int parts = precision == device::Precision::high ? 2 : 1;
     for (int groups = warps; groups > 0; --groups) {
-        const DrawView view = stages.view(precision == device::Precision::high ? 2 : 1, groups);
-        if (view.groups == 0 || view.shared <= shared) return view;
+        const DrawView view = stages.view(parts, groups);
+        if (view.groups == 0) return {};
+        if (view.shared > shared) continue;
+        const double products = cycles_in_float(weights.plan(), stages.fits) * kFloatProducts;
+        const double busy = products * (parts == 2 ? 3 : 1) * warps / groups / kHalfProducts;
+        return {view, std::max(busy, products * parts * int(sizeof(uint16_t)) / view.rows / kBytesOfL2)};
     }
     return {};
 }

@@ -2,6 +2,8 @@
 #include "station.hpp"
 
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <map>
 
 #include "../core/lazy.hpp"
@@ -80,6 +82,10 @@ Station::Station(int device) : device(device) {
                     ": install fastmaf anew where this GPU is in sight");
     }
     check(found, "looking for tensor cores");
+    const char* const wanted = std::getenv("FASTMAF_TENSOR_CORES");
+    always_tensor_cores = wanted && !std::strcmp(wanted, "always");
+    if (wanted && *wanted && !always_tensor_cores && std::strcmp(wanted, "auto"))
+        throw Error("FASTMAF_TENSOR_CORES is neither auto nor always");
     int pools = 0;
     check(cudaDeviceGetAttribute(&pools, cudaDevAttrMemoryPoolsSupported, device), "asking for memory pools");
     if (!pools) return;

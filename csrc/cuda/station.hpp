@@ -103,7 +103,7 @@ struct Station {
     int device;
     const pid_t process = getpid();  // a child after fork has no CUDA
     int processors = 0, cache = 0, shared = 0;
-    bool tensor_cores = false;
+    bool tensor_cores = false, always_tensor_cores = false;
     cudaMemPool_t pool = nullptr;  // null where the device has none
     std::mutex mutex;
     std::unique_ptr<Slots> spare;

@@ -114,16 +114,33 @@ inline TensorView room_of(const Plan& plan, const std::vector<char>& fits, const
     return view;
 }
 
-// The choice between the kernels, once for a flow: the shape with which blocks of `warps` warps and `shared` bytes of shared memory do most
-// rows in a time, as far as that can be told without a GPU; no rows where nothing fits. Larger row tiles read fewer weights, smaller ones
-// leave fewer warps without a strip.
-inline TensorShape fit_tensor_cores(const Weights<float>& weights, device::Precision precision, int warps, int64_t shared) {
+// What a multiprocessor does in a cycle, by the data sheet of an H100 and 5.5 TB/s of its L2: no GPU was at hand.
+constexpr double kFloatProducts = 128, kHalfProducts = 1024, kBytesOfL2 = 24;
+constexpr int kFloatRows = 128;  // that read the weights together without tensor cores
+
+// Cycles for a row without tensor cores, of the stages that they can take: the products, or bringing the weights.
+inline double cycles_in_float(const Plan& plan, const std::vector<char>& fits) {
+    double products = 0;
+    for (size_t k = 0; k < plan.stages(); ++k)
+        for (size_t m = 0; fits[k] && m < plan.widths(k).size(); ++m) products += double(plan.bias_offset(k, m) - plan.weight_offset(k, m));
+    return std::max(products / kFloatProducts, products * double(sizeof(float)) / kFloatRows / kBytesOfL2);
+}
+
+// A choice of what runs on tensor cores, and the cycles that it takes for a row, as far as that can be told without a GPU.
+template <class Shape>
+struct Choice {
+    Shape shape{};
+    double cycles = HUGE_VAL;
+};
+
+// The shape with which blocks of `warps` warps and `shared` bytes of shared memory do most rows in a time; no rows where nothing fits. Larger
+// row tiles read fewer weights, smaller ones leave fewer warps without a strip.
+inline Choice<TensorShape> fit_tensor_cores(const Weights<float>& weights, device::Precision precision, int warps, int64_t shared) {
     const Plan& plan = weights.plan();
-    TensorShape best;
+    Choice<TensorShape> best;
     if (precision == device::Precision::highest) return best;
     const int parts = precision == device::Precision::high ? 2 : 1;
     const std::vector<char> fits = fitting_stages(weights);
-    double least = HUGE_VAL;
     for (int rows : {128, 64, 32, 16})
         for (int row_tiles : {4, 2, 1}) {
             const int groups = rows / (16 * row_tiles);
@@ -131,16 +148,18 @@ inline TensorShape fit_tensor_cores(const Weights<float>& weights, device::Preci
             const TensorShape shape{rows, row_tiles, groups, warps / groups, parts};
             std::vector<std::vector<int>> of_maps;
             if (room_of(plan, fits, shape, of_maps).shared > shared) continue;
-            double time = 0;  // in products of 16 rows: loads of weights and inputs cost some as well, and a meeting of warps
+            // Of a warp, in products of 8 units, 16 inputs and 16 rows: loads of weights and inputs cost some as well, and a meeting of
+            // warps. All groups of a block read all weights.
+            double time = 0, bytes = 0;
             for (size_t k = 0; k < plan.stages(); ++k)
                 for (size_t m = 0; m < of_maps[k].size(); ++m) {
                     const int products = parts == 2 ? 3 : of_maps[k][m];
-                    time += double(Strips(plan, k, m, shape.teams).most) * (row_tiles * products + 2 * parts) + 16;
+                    const Strips strips(plan, k, m, shape.teams);
+                    time += double(strips.most) * (row_tiles * products + 2 * parts) + 16;
+                    bytes += double(strips.total) * kTileBytes / 2 * parts * groups;
                 }
-            if (time > 0 && time / rows < least) {
-                least = time / rows;
-                best = shape;
-            }
+            const double cycles = std::max(time * warps * 8 * 16 * 16 / kHalfProducts, bytes / kBytesOfL2) / rows;
+            if (time > 0 && cycles < best.cycles) best = {shape, cycles};
         }
     return best;
 }

@@ -963,29 +963,38 @@ void choices() {
         const Weights<float> packed(spec);
         for (auto precision : {device::Precision::medium, device::Precision::high})
             for (int64_t shared : {int64_t(99), int64_t(163), int64_t(227)}) {
-                const TensorShape shape = fit_tensor_cores(packed, precision, 8, shared * 1024);
+                const auto choice = fit_tensor_cores(packed, precision, 8, shared * 1024);
+                const TensorShape& shape = choice.shape;
                 std::vector<std::vector<int>> parts;
                 const int64_t used = shape.rows ? room_of(packed.plan(), fitting_stages(packed), shape, parts).shared : 0;
                 std::printf("%s, %s, %d KiB: %s, %.1f KiB used\n", one.name, precision == device::Precision::high ? "high" : "medium",
                             int(shared), shape.rows ? name_of(shape) : "without tensor cores", double(used) / 1024);
                 CHECK(used <= shared * 1024 && (shape.rows > 0 || shared < 227));
                 CHECK(shape.rows == 0 || (shape.groups * shape.teams == 8 && shape.rows == 16 * shape.row_tiles * shape.groups));
-                const DrawView draws = fit_draws(packed, precision, 8, shared * 1024);
+                const auto of_draws = fit_draws(packed, precision, 8, shared * 1024);
+                const DrawView& draws = of_draws.shape;
                 std::printf("    samples: %d rows, %.1f KiB used\n", draws.rows, double(draws.shared) / 1024);
+                const double in_float = cycles_in_float(packed.plan(), fitting_stages(packed));
+                std::printf("    cycles for a row: %.0f and %.0f, in float %.0f\n", choice.cycles, of_draws.cycles, in_float);
+                if (precision == device::Precision::high && shared == 227) {  // what the memory allows, and the L2
+                    const bool is_x = model.features == 784, is_m = model.features == 43;
+                    CHECK((choice.cycles < in_float) == !is_x || model.features == 6);
+                    CHECK(!(is_x || is_m) || of_draws.cycles > in_float);
+                }
                 CHECK(draws.groups <= 8 && draws.rows == 16 * draws.groups && draws.shared <= shared * 1024 &&
                       (draws.groups > 0 || shared < 227));
             }
-        CHECK(fit_tensor_cores(packed, device::Precision::highest, 8, kShared).rows == 0);
-        CHECK(fit_draws(packed, device::Precision::highest, 8, kShared).groups == 0);
+        CHECK(fit_tensor_cores(packed, device::Precision::highest, 8, kShared).shape.rows == 0);
+        CHECK(fit_draws(packed, device::Precision::highest, 8, kShared).shape.groups == 0);
     }
     Model model;
     FlowSpec spec = spec_of(model, rng);
     Reals parameters = parameters_of(model, spec, rng);
-    CHECK(fit_tensor_cores(*weights_of<float>(spec, parameters), device::Precision::high, 8, kShared).rows > 0);
+    CHECK(fit_tensor_cores(*weights_of<float>(spec, parameters), device::Precision::high, 8, kShared).shape.rows > 0);
     parameters.back() = NAN;
     CHECK(fitting_stages(*weights_of<float>(spec, parameters)) == std::vector<char>({1, 0}));
     for (StageSpec& stage : spec.stages) stage.skip = true;
-    CHECK(fit_tensor_cores(Weights<float>(spec), device::Precision::high, 8, kShared).rows == 0);
+    CHECK(fit_tensor_cores(Weights<float>(spec), device::Precision::high, 8, kShared).shape.rows == 0);
 }
 
 }  // namespace
