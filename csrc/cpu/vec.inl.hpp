@@ -24,6 +24,7 @@ namespace FASTMAF_ISA {
 #endif
 #define FASTMAF_FN static
 #define FASTMAF_INLINE static inline __attribute__((always_inline))
+#define FASTMAF_GLOBAL(pointer)  // what a GPU must be told of an address
 #define FASTMAF_MEMBER inline __attribute__((always_inline))
 #define FASTMAF_PRAGMA(text) _Pragma(#text)
 #define FASTMAF_UNROLL(n) FASTMAF_PRAGMA(GCC unroll n)

@@ -2,6 +2,7 @@
 #include "block.inl.hpp"
 #include "kernels.hpp"
 
+#define FASTMAF_GLOBAL(pointer)  // here it costs registers that spill
 #define FASTMAF_ISA tensor
 #define FASTMAF_VEC "../cuda/vec.inl.hpp"
 #define FASTMAF_MMA "../cuda/mma.inl.hpp"

@@ -80,6 +80,12 @@ FASTMAF_FN void load_contexts(const FlowView<T>& flow, const Job<T>& job, int64_
     }
 }
 
+// The tile that stage k reads; the other one takes what it makes. An index would keep the pointers in memory.
+template <class T>
+FASTMAF_INLINE T* one_of(T* const (&x)[2], int k) {
+    return k % 2 ? x[1] : x[0];
+}
+
 // Variables into x[0], log-determinants of their bijections into log_det. Rows at or outside a bound go on as zeros.
 template <class T, class Team>
 FASTMAF_FN void load_rows(const FlowView<T>& flow, const Job<T>& job, int64_t begin, const Tile<T>& tile, const Team& team) {
@@ -190,7 +196,7 @@ FASTMAF_FN void density_stage(const FlowView<T>& flow, int k, int vectors, const
     constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
     const StageView<T>& stage = flow.stages[k];
     const T* const folded = tile.folded ? tile.folded[k] : nullptr;
-    T *const x = tile.x[k % 2], *const next = tile.x[(k + 1) % 2] + stage.context * lanes;
+    T *const x = one_of(tile.x, k), *const next = one_of(tile.x, k + 1) + stage.context * lanes;
     T* const read = inputs_of<T>(stage, x, next, tile, !stage.reads_noise, vectors, team);
     run_steps<T>(
         stage, vectors, team, [&](const Step& step) { panel_step<T>(stage, step, read, tile.units, tile.raw, 0, vectors, folded); },
@@ -206,7 +212,7 @@ FASTMAF_FN void sampler_stage(const FlowView<T>& flow, int k, int vectors, const
     constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
     const StageView<T>& stage = flow.stages[k];
     const T* const folded = tile.folded ? tile.folded[k] : nullptr;
-    T *const x = tile.x[k % 2], *const z = tile.x[(k + 1) % 2] + stage.context * lanes;
+    T *const x = one_of(tile.x, k), *const z = one_of(tile.x, k + 1) + stage.context * lanes;
     T* const read = inputs_of<T>(stage, x, z, tile, stage.reads_noise, vectors, team);
     run_steps<T>(
         stage, vectors, team, [&](const Step& step) { panel_step<T>(stage, step, read, tile.units, tile.raw, 0, vectors, folded); },
@@ -315,7 +321,7 @@ template <Arithmetic KIND, class T, class Team>
 FASTMAF_FN void write_results(const FlowView<T>& flow, const Job<T>& job, int64_t begin, int64_t end, const Tile<T>& tile, int count,
                               const Team& team) {
     constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
-    const T* const z = tile.x[count % 2] + flow.context * lanes;
+    const T* const z = one_of(tile.x, count) + flow.context * lanes;
     for (int j = 0; j < job.vectors; ++j) {
         const int64_t first = begin + j * W, left = (end < job.rows ? end : job.rows) - first;
         const Index row = counted(uint64_t(first), uint64_t(job.rows - 1));
@@ -355,7 +361,7 @@ FASTMAF_FN void evaluate(const FlowView<T>& flow, const Job<T>& job, int64_t beg
 template <class T, class Team>
 FASTMAF_FN void begin_samples(const FlowView<T>& flow, const Job<T>& job, int64_t begin, int count, const Tile<T>& tile, const Team& team) {
     constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
-    T* const noise = tile.x[count % 2] + flow.context * lanes;
+    T* const noise = one_of(tile.x, count) + flow.context * lanes;
     if (job.draws) draw_noise(flow, job, begin, noise, tile.uniform, team);
     load_contexts(flow, job, begin, tile, team);
     for (int j = 0; j < job.vectors; ++j) {

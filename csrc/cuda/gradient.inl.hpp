@@ -110,7 +110,7 @@ FASTMAF_FN void turn(const GradientView<T>& view, const GradientJob<T>& job, int
     constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
     const FlowView<T>& flow = view.flow;
     const T* const noise = kept.trace[flow.stage_count].x + flow.context * lanes;
-    T* const dx = kept.dx[flow.stage_count % 2];
+    T* const dx = one_of(kept.dx, flow.stage_count);
     for (int j = 0; j < job.rows.vectors; ++j) {
         if (!team.mine(j)) continue;
         const Index row = counted(uint64_t(begin + j * W), uint64_t(job.rows.rows - 1));
@@ -133,8 +133,8 @@ FASTMAF_FN void backward_stage(const GradientView<T>& view, int k, int vectors, 
     constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
     const StageView<T>& stage = view.backward[k];
     const Trace<T> here = kept.trace[k];
-    const T* const above = kept.dx[(k + 1) % 2];
-    T* const below = kept.dx[k % 2];
+    const T* const above = one_of(kept.dx, k + 1);
+    T* const below = one_of(kept.dx, k);
     const bool clips = here.read != here.x && !stage.reads_noise && inner < 2;
     team.sync();
     for (int c = 0; c < stage.context; ++c)

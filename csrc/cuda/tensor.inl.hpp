@@ -273,14 +273,14 @@ FASTMAF_INLINE void run_map(const TensorView& tensor, const TensorStage& stage, 
     const TensorShape& shape = tensor.shape;
     const TensorMap& map = stage.map[m];
     const int mine = team.rank / shape.groups, begin = team.rank % shape.groups * 16 * MT;
-    const Half* const in = halves.units[m % 2] + begin * map.stride;
+    const Half* const in = one_of(halves.units, m) + begin * map.stride;
     for (int i = map.first[mine]; i < map.first[mine + 1]; ++i) {
         const Strip strip = map.strips[i];
         Sums<MT> sums[kStripTiles] = {};
         multiply_strip<MT, AP, BP>(sums, strip, in, map.stride, shape.rows * map.stride, feed);
         if (m + 1 < stage.maps) {
             const int stride = stage.map[m + 1].stride;
-            write_units<MT, BP>(sums, strip, map, view.activation, begin, halves.units[(m + 1) % 2], stride, shape.rows * stride,
+            write_units<MT, BP>(sums, strip, map, view.activation, begin, one_of(halves.units, m + 1), stride, shape.rows * stride,
                                 halves.lost + (m + 1) * shape.rows);
         } else {
             write_variables<MT>(sums, strip, map, view, begin, halves.lost + m * shape.rows, x, next, halves.sums + mine * shape.rows);
@@ -307,8 +307,8 @@ FASTMAF_INLINE void tensor_stage(const FlowView<float>& flow, const TensorView& 
     const StageView<float>& view = flow.stages[k];
     const TensorStage& stage = tensor.stages[k];
     const int rows = tensor.shape.rows;
-    const float* const x = tile.x[k % 2];
-    float* const next = tile.x[(k + 1) % 2] + flow.context * lanes;
+    const float* const x = one_of(tile.x, k);
+    float* const next = one_of(tile.x, k + 1) + flow.context * lanes;
     team.sync();  // the variables are there, and all have left the stage before
     for (int i = team.thread(); i < stage.maps * rows; i += team.threads()) halves.lost[i] = kNowhere;
     team.sync();

@@ -9,6 +9,9 @@ namespace FASTMAF_ISA {
 
 #define FASTMAF_FN static __device__
 #define FASTMAF_INLINE static __device__ __forceinline__
+#ifndef FASTMAF_GLOBAL
+#define FASTMAF_GLOBAL(pointer) __builtin_assume(__isGlobal(pointer))  // loads need not find out where it lies
+#endif
 #define FASTMAF_MEMBER __device__ __forceinline__
 #define FASTMAF_PRAGMA(text) _Pragma(#text)
 #define FASTMAF_UNROLL(n) FASTMAF_PRAGMA(unroll)

@@ -38,6 +38,9 @@ FASTMAF_INLINE void accumulate(Vec<T> (&acc)[R][NV], const T* w, const T* a, int
 template <class T, int R, int WIDTH, int NV, bool AHEAD>
 FASTMAF_FN void strip(const T* w, const T* in, int n, int rows, const T* bias, bool rectify, T* out) {
     constexpr int W = Lanes<T>::W, lanes = lanes_of<T>();
+    FASTMAF_GLOBAL(w);
+    FASTMAF_GLOBAL(in);
+    FASTMAF_GLOBAL(out);
     Vec<T> acc[R][NV];
     FASTMAF_UNROLL(8)
     for (int i = 0; i < R; ++i) FASTMAF_UNROLL(4)

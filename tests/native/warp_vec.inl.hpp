@@ -14,6 +14,7 @@ namespace FASTMAF_ISA {
 
 #define FASTMAF_FN static
 #define FASTMAF_INLINE static inline __attribute__((always_inline))
+#define FASTMAF_GLOBAL(pointer)
 #define FASTMAF_MEMBER inline __attribute__((always_inline))
 #define FASTMAF_UNROLL(n)
 #define FASTMAF_ROLLED
