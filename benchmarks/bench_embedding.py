@@ -172,10 +172,10 @@ def _lines(model: Model, kinds: Any, settings: Settings) -> Iterator[Line]:
                 *(Contender(f"{lib.name}, from Python", lib.log_prob(x), check_log_prob(lib, x)) for lib in libraries),
             ]
             if torch is not None and zuko is not None:
-                for name, compiled_by_torch in (("TorchScript", False), ("AOTInductor", True)):
-                    few = max(1, steps // 50)
+                few = max(1, steps // 50)
+                for name, ahead in (("TorchScript", False), ("AOTInductor", True)):
                     try:
-                        call = torch.log_prob(zuko.model, x, few, compiled_by_torch)  # type: ignore[attr-defined]
+                        call = torch.log_prob(zuko.model, x, few, ahead)  # type: ignore[attr-defined]
                     except Exception as problem:
                         skipped[f"zuko, {name}, from C++"] = f"{type(problem).__name__}: {str(problem)[:160]}"
                         continue

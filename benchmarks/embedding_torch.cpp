@@ -20,7 +20,7 @@ extern "C" {
 
 const char* torch_message() { return message.c_str(); }
 
-// A file of torch.jit.save, or one of aoti_compile_and_package; null if it cannot be opened.
+// A file of torch.jit.save, or one of aoti_compile_and_package, to the end of the process; null if it cannot be opened.
 void* torch_open(const char* path, int compiled) {
     try {
         if (compiled) {
@@ -34,8 +34,6 @@ void* torch_open(const char* path, int compiled) {
         return nullptr;
     }
 }
-
-void torch_close(void* model) { delete static_cast<Model*>(model); }
 
 int torch_repeat(void* model, int64_t times, int64_t rows, int64_t features, float* x, float* out) {
     try {

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastmaf import _arrays, _codec, _dask, _device, _files, _random, _tables, _within, _words, backends
 from fastmaf import layers as _layers
-from fastmaf.flow import Flow, _check_continuous, _framed, _placed
+from fastmaf.flow import Flow, _check_continuous, _framed, _here
 from fastmaf.layers import Terminal
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ Array = NDArray[Any]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+E = TypeVar("E", bound="Ensemble")
 
 
 def parameters_of(function: Callable[..., Any]) -> str:
@@ -698,7 +699,11 @@ class Ensemble:
         parts = np.split(vector, np.cumsum(sizes)[:-1])
         return Ensemble([flow.with_parameters(part) for flow, part in zip(flows, parts, strict=True)])
 
-    def astype(self, dtype: DTypeLike) -> Ensemble:
+    def _changed(self, change: Callable[[Flow], Flow]) -> Any:
+        """An ensemble of the members after a change."""
+        return Ensemble([change(flow) for flow in self._flows()])
+
+    def astype(self: E, dtype: DTypeLike) -> E:
         """The same ensemble in another precision.
 
         Parameters
@@ -720,9 +725,9 @@ class Ensemble:
         >>> fastmaf.Ensemble(fastmaf.MAF(features=3), members=4).astype("float64").dtype
         dtype('float64')
         """
-        return Ensemble([flow.astype(dtype) for flow in self._flows()])
+        return cast("E", self._changed(lambda flow: flow.astype(dtype)))
 
-    def to(self, device: str, precision: str = "high") -> Ensemble:
+    def to(self: E, device: str, precision: str = "high") -> E:
         """The same ensemble on another device.
 
         Members compute there; their densities are averaged, and their samples put together, on the host, to which arrays of the GPU are
@@ -750,7 +755,7 @@ class Ensemble:
         >>> fastmaf.Ensemble(fastmaf.MAF(features=3), members=4).to("cpu").device
         'cpu'
         """
-        return Ensemble([flow.to(device, precision) for flow in self._flows()])
+        return cast("E", self._changed(lambda flow: flow.to(device, precision)))
 
     # Training
 
@@ -886,7 +891,8 @@ def _revived(data: bytes, device: str, precision: str) -> Ensemble:
     """An ensemble that comes out of a pickle."""
     first, others = _codec.from_bytes(data)
     assert isinstance(others, tuple)
-    return _placed(Ensemble([Flow._of(record) for record in (first, *others)]), device, precision)
+    placement = _here(device, precision)
+    return Ensemble([Flow._of(record, placement) for record in (first, *others)])
 
 
 def _seeds(seed: Seed, count: int) -> list[int]:

@@ -6,7 +6,7 @@ import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
+from typing import IO, TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -27,8 +27,6 @@ __all__ = ["Flow"]
 Array = NDArray[Any]
 
 _PRECISIONS = ("highest", "high", "medium")
-
-Movable = TypeVar("Movable")
 
 
 class Flow:
@@ -1258,17 +1256,18 @@ class Flow:
 
 def _revived(data: bytes, device: str, precision: str) -> Flow:
     """A flow that comes out of a pickle."""
-    return _placed(Flow._of(_codec.from_bytes(data)[0]), device, precision)
+    return Flow._of(_codec.from_bytes(data)[0], _here(device, precision))
 
 
-def _placed(flow: Movable, device: str, precision: str) -> Movable:
-    """A flow or an ensemble on a device, if that is here."""
-    try:
-        moved: Movable = flow.to(device, precision)  # type: ignore[attr-defined]
-    except RuntimeError as error:
-        warnings.warn(f"a flow of {device} is on the cpu now: {error}", RuntimeWarning, stacklevel=3)
-        moved = flow.to("cpu", precision)  # type: ignore[attr-defined]
-    return moved
+def _here(device: str, precision: str) -> tuple[str, str]:
+    """Where what comes out of a pickle goes: to its device, if that is here."""
+    if device != "cpu":
+        try:
+            backends.placed(device, precision)
+        except RuntimeError as error:
+            warnings.warn(f"a flow of {device} is on the cpu now: {error}", RuntimeWarning, stacklevel=3)
+            device = "cpu"
+    return device, precision
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype[Any], like: Any) -> Any:

@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from fastmaf import _arrays, _codec, _tables, _words, masks
 from fastmaf import layers as _layers
 from fastmaf._networks import masked, rebuilt, redrawn
 from fastmaf.ensemble import Ensemble, parameters_of
-from fastmaf.flow import Flow, _placed
+from fastmaf.flow import Flow, _here
 from fastmaf.layers import Autoregressive, Conditioner, Dense, Terminal
 from fastmaf.record import FlowRecord
 
@@ -96,9 +96,6 @@ class MaskedEnsemble(Ensemble):
     def _member(self, k: int) -> Flow:
         return self._shared.member(k)
 
-    def _with(self, conditioner: Conditioner | None = None, **changes: Any) -> MaskedEnsemble:
-        return MaskedEnsemble(self._flow._with(**changes), conditioner or self.conditioner, self.ranks, self.degrees)
-
     # Parameters
 
     def parameters(self) -> Array:
@@ -140,7 +137,7 @@ class MaskedEnsemble(Ensemble):
         >>> len(ensemble.with_parameters(0.5 * ensemble.parameters()))
         4
         """
-        return self._with(self._filled(parameters))
+        return MaskedEnsemble(self._flow, self._filled(parameters), self.ranks, self.degrees)
 
     def _joined(self, parts: Sequence[Array]) -> Array:
         return np.sum(parts, axis=0, dtype=np.float64).astype(self.dtype)
@@ -162,56 +159,8 @@ class MaskedEnsemble(Ensemble):
         net = rebuilt(self.conditioner, refill)
         return replace(net, skip=take(net.skip))
 
-    def astype(self, dtype: DTypeLike) -> MaskedEnsemble:
-        """The same ensemble in another precision.
-
-        Parameters
-        ----------
-        dtype : {"float32", "float64"}
-
-        Returns
-        -------
-        MaskedEnsemble
-
-        Raises
-        ------
-        ValueError
-            For any other dtype.
-
-        Examples
-        --------
-        >>> import fastmaf
-        >>> fastmaf.MADE(features=3, masks=4).astype("float64").dtype
-        dtype('float64')
-        """
-        return self._with(dtype=_arrays.float_dtype(dtype))
-
-    def to(self, device: str, precision: str = "high") -> MaskedEnsemble:
-        """The same ensemble on another device.
-
-        Parameters
-        ----------
-        device, precision
-            As in `Flow.to`.
-
-        Returns
-        -------
-        MaskedEnsemble
-
-        Raises
-        ------
-        ValueError
-            If there is no device or precision of this name.
-        RuntimeError
-            If the device is absent here; the text says why.
-
-        Examples
-        --------
-        >>> import fastmaf
-        >>> fastmaf.MADE(features=3, masks=4).to("cpu").device
-        'cpu'
-        """
-        return MaskedEnsemble(self._flow.to(device, precision), self.conditioner, self.ranks, self.degrees)
+    def _changed(self, change: Callable[[Flow], Flow]) -> Any:
+        return MaskedEnsemble(change(self._flow), self.conditioner, self.ranks, self.degrees)
 
     # Training
 
@@ -380,7 +329,7 @@ def _revived(data: bytes, device: str, precision: str) -> MaskedEnsemble:
     """An ensemble that comes out of a pickle."""
     record, members = _codec.from_bytes(data)
     assert isinstance(members, _codec.Members)
-    return _placed(MaskedEnsemble(Flow._of(record), *members), device, precision)
+    return MaskedEnsemble(Flow._of(record, _here(device, precision)), *members)
 
 
 class _Shared:

@@ -625,14 +625,21 @@ def test_ensembles_compute_where_they_are_moved(framework, kind, dtype):
 
 
 @needs_device
-def test_values_that_are_given_lie_where_the_flow_computes(framework):
+def test_values_that_are_given_lie_where_the_flow_computes(framework, monkeypatch):
     _, context = rows(4)
+    kind, counted = type(backends.placed("cuda:0", "high")), []
+    for name in ("sample", "from_noise"):
+        call = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda *arguments, call=call: (counted.append(1), call(*arguments))[1])
     for here in (ensembles("flows", "float64"), ensembles("flows", "float64").member(0)):
         there = here.to("cuda")
         assert there.prefix(2).device == "cuda:0"
         for x in (np.array([0.3, -0.2]), np.random.default_rng(0).normal(size=(4, 3))):
             expected = here.sample_given(x, 6, context, seed=5)
+            assert not counted
             result = there.sample_given(framework.put(x), 6, framework.put(context), seed=5)
             assert type(result) is type(framework.put(x))
             np.testing.assert_allclose(framework.get(result), expected, rtol=1e-12, atol=1e-12)
             np.testing.assert_allclose(there.sample_given(x, 6, context, seed=5), expected, rtol=1e-12, atol=1e-12)
+            assert len(counted) >= 2
+            counted.clear()

@@ -127,8 +127,8 @@ public:
     double epoch(const int64_t* order, int64_t rows, const Steps& steps, int64_t& done, const Poll& poll, const Total& total = {});
 
     // An epoch in its parts. Gradient and loss of rows [begin, begin + rows) of the order, if there are any, the gradient divided by `mass`;
-    // then the step. Both only enqueue; `look` waits for up to kMostSteps of them, adds up their losses and says how many were made: none from the first
-    // one on whose loss is no number.
+    // then the step. Both only enqueue; `look` waits for up to kMostSteps of them, adds up their losses and says how many were made: none
+    // from the first one on whose loss is no number.
     static constexpr int64_t kMostSteps = 256;
     void set_order(const int64_t* order, int64_t rows);
     void grad(int64_t begin, int64_t rows, double mass);

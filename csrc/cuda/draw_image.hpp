@@ -189,7 +189,7 @@ inline Choice<DrawView> fit_draws(const Weights<float>& weights, device::Precisi
         const DrawView view = stages.view(parts, groups);
         if (view.groups == 0) return {};
         if (view.shared > shared) continue;
-        const double products = cycles_in_float(weights.plan(), stages.fits) * kFloatProducts;
+        const double products = products_of(weights.plan(), stages.fits);
         const double busy = products * (parts == 2 ? 3 : 1) * warps / groups / kHalfProducts;
         return {view, std::max(busy, products * parts * int(sizeof(uint16_t)) / view.rows / kBytesOfL2)};
     }

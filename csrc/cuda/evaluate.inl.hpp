@@ -80,7 +80,7 @@ FASTMAF_FN void load_contexts(const FlowView<T>& flow, const Job<T>& job, int64_
     }
 }
 
-// The tile that stage k reads; the other one takes what it makes. An index would keep the pointers in memory.
+// Of two that take turns as input and output, the one that stage or map k reads. An index would keep the pointers in memory.
 template <class T>
 FASTMAF_INLINE T* one_of(T* const (&x)[2], int k) {
     return k % 2 ? x[1] : x[0];

@@ -127,7 +127,7 @@ void stream_rows(Station& station, int64_t rows, const std::vector<RowsIn>& inpu
 }
 
 void Windows::set_order(const int64_t* order, int64_t rows) {
-    check(cudaStreamSynchronize(travel_), "copying " + what_);
+    check(cudaStreamSynchronize(travel_), "copying rows to train on");
     order_.assign(order, order + rows);
     for (Window& window : of_) window.count = 0;
 }
@@ -148,7 +148,7 @@ void Windows::bring(Window& window, int64_t begin, int64_t count) {
         for (int64_t place = begin; place < begin + count; ++place, to += input.row())
             copy_rows(input.source, order_[size_t(place)], 1, input.width, to);
     }
-    check(cudaMemcpyAsync(there, host, size_t(size), cudaMemcpyHostToDevice, travel_), "copying " + what_);
+    check(cudaMemcpyAsync(there, host, size_t(size), cudaMemcpyHostToDevice, travel_), "copying rows to train on");
     window.begin = begin;
     window.count = count;
 }
@@ -158,17 +158,17 @@ void Windows::enter(int64_t begin, int64_t count, cudaStream_t reader) {
     if (of_[1 - current_].holds(begin, count)) {
         current_ = 1 - current_;
     } else {
-        check(cudaStreamSynchronize(reader), "waiting for a part of " + what_);
-        check(cudaStreamSynchronize(travel_), "copying " + what_);
+        check(cudaStreamSynchronize(reader), "waiting for a batch");
+        check(cudaStreamSynchronize(travel_), "copying rows to train on");
         bring(of_[current_], begin, count);
     }
-    check(cudaStreamSynchronize(travel_), "copying " + what_);
+    check(cudaStreamSynchronize(travel_), "copying rows to train on");
 }
 
 void Windows::prepare(int64_t begin, int64_t count) {
     Window& next = of_[1 - current_];
     if (count <= 0 || next.holds(begin, count)) return;
-    check(cudaStreamSynchronize(travel_), "copying " + what_);
+    check(cudaStreamSynchronize(travel_), "copying rows to train on");
     bring(next, begin, count);
 }
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <functional>
-#include <string>
 #include <utility>
 #include <vector>
 
@@ -44,14 +43,13 @@ void stream_rows(Station& station, int64_t rows, const std::vector<RowsIn>& inpu
 // Rows of the host in an order, too many for the device: a window of them lies there, and the next one may be on its way.
 class Windows {
 public:
-    Windows(std::vector<RowsIn> inputs, std::string what) : inputs_(std::move(inputs)), what_(std::move(what)) {}
+    explicit Windows(std::vector<RowsIn> inputs) : inputs_(std::move(inputs)) {}
     ~Windows() { cudaStreamSynchronize(travel_); }
     void set_order(const int64_t* order, int64_t rows);
     // Turns to a window with rows [begin, begin + count) of the order. If it has to be brought, what `reader` still reads is waited for.
     void enter(int64_t begin, int64_t count, cudaStream_t reader);
     // Sends the next one on its way, into the place of the one before, which nothing may read any more.
     void prepare(int64_t begin, int64_t count);
-    int64_t end() const { return of_[current_].begin + of_[current_].count; }
     // Where row number `place` of the order begins, in the window.
     const char* at(size_t input, int64_t place) const;
 
@@ -65,7 +63,6 @@ private:
     void bring(Window& window, int64_t begin, int64_t count);
 
     const std::vector<RowsIn> inputs_;
-    const std::string what_;
     std::vector<int64_t> order_;
     Window of_[2];
     int current_ = 0;

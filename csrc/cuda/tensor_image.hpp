@@ -116,15 +116,17 @@ inline TensorView room_of(const Plan& plan, const std::vector<char>& fits, const
 
 // What a multiprocessor does in a cycle, by the data sheet of an H100 and 5.5 TB/s of its L2: no GPU was at hand.
 constexpr double kFloatProducts = 128, kHalfProducts = 1024, kBytesOfL2 = 24;
-constexpr int kFloatRows = 128;  // that read the weights together without tensor cores
 
-// Cycles for a row without tensor cores, of the stages that they can take: the products, or bringing the weights.
-inline double cycles_in_float(const Plan& plan, const std::vector<char>& fits) {
+// Of a row, in the stages that tensor cores can take.
+inline double products_of(const Plan& plan, const std::vector<char>& fits) {
     double products = 0;
     for (size_t k = 0; k < plan.stages(); ++k)
         for (size_t m = 0; fits[k] && m < plan.widths(k).size(); ++m) products += double(plan.bias_offset(k, m) - plan.weight_offset(k, m));
-    return std::max(products / kFloatProducts, products * double(sizeof(float)) / kFloatRows / kBytesOfL2);
+    return products;
 }
+
+// Cycles that these take without tensor cores. The 128 rows of a tile share the weights, so that bringing them takes a sixth of that.
+inline double cycles_in_float(const Plan& plan, const std::vector<char>& fits) { return products_of(plan, fits) / kFloatProducts; }
 
 // A choice of what runs on tensor cores, and the cycles that it takes for a row, as far as that can be told without a GPU.
 template <class Shape>

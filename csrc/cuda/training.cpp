@@ -244,7 +244,7 @@ struct TrainerState {
         }
         windows.reset();
         if (all_rows * row_bytes > most) {
-            windows = std::make_unique<Windows>(inputs, "the rows to train on");
+            windows = std::make_unique<Windows>(inputs);
             return;
         }
         Buffer* const places[] = {&x, &context, &row_weights};
@@ -448,7 +448,7 @@ struct TrainerState {
     // Gives what `grad` has left to `total`, and takes what becomes of it.
     void sum_up(const typename Trainer<T>::Total& total) {
         const size_t bytes = size_t(size) * sizeof(T);
-        T* const own = reinterpret_cast<T*>(host_gradient.at_least(int64_t(bytes + sizeof(double))));
+        T* const own = reinterpret_cast<T*>(host_gradient.at_least(int64_t(bytes)));
         double loss = 0;
         check(cudaMemcpyAsync(own, gradient, bytes, cudaMemcpyDeviceToHost, *stream), "copying a gradient");
         check(cudaMemcpyAsync(&loss, losses + pending, sizeof loss, cudaMemcpyDeviceToHost, *stream), "copying a gradient");

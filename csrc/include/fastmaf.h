@@ -108,8 +108,8 @@ FASTMAF_API const char *fastmaf_message(const fastmaf_evaluator *evaluator); /* 
 
 /* Evaluators on a GPU, in a library that was built with CUDA; in others FASTMAF_UNSUPPORTED, and no devices. `device` counts as
  * cudaSetDevice does, `precision` is a fastmaf_precision (FASTMAF_HIGH is Python's choice; gradients are always of the highest). They take
- * the same calls; those of ensembles take arrays of the host alone. All evaluators of a model on one device in one precision share the weights there, which the first call of a kind
- * copies, and which go with the model and its last evaluator.
+ * the same calls; those of ensembles take arrays of the host alone. All evaluators of a model on one device in one precision share the
+ * weights there, which the first call of a kind copies, and which go with the model and its last evaluator.
  *
  * The arrays of a call lie all in memory of that device (managed memory counts as such) or all in that of the host. With arrays of the
  * device a call enqueues its work on the evaluator's stream and returns: arrays stay as they are until the stream has come that far, which

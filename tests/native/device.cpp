@@ -272,6 +272,6 @@ int main() {
         runtime_pools(true);
     }
     CHECK(runtime_blocks() == 0);
-    std::printf("%d passed, %d failed\n", passed, failed);
+    std::printf("%d passed, %d failed\n", passed.load(), failed.load());
     return failed ? 1 : 0;
 }

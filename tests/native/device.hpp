@@ -1,6 +1,7 @@
 // What the tests of the device's side share: flows, arrays, and how they count.
 #pragma once
 
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <functional>
@@ -17,7 +18,7 @@ using namespace fastmaf;
 
 namespace {
 
-int passed = 0, failed = 0;
+std::atomic<int> passed{0}, failed{0};  // threads check, too
 #define CHECK(condition) check(condition, #condition, __LINE__)
 inline void check(bool ok, const char* what, int line) {
     ++(ok ? passed : failed);

@@ -392,8 +392,11 @@ void when_something_is_wrong() {
 
     CHECK(contains(error_of([&] { of.on_device(2); }), "there is no cuda:2 here; GPUs: 2"));
 
-    // Memory and the device.
+    // Memory and the device. Rows are there if they may be, and come in pieces where they would take more than half of what is free.
+    const auto rowless = of.on_device(0, 0);
     runtime_limit(3000);
+    CHECK(contains(error_of([&] { rowless->set_rows(of.rows(), nullptr, {}, int64_t(1) << 40); }), "is out of memory"));
+    CHECK(error_of([&] { rowless->set_rows(of.rows(), nullptr, {}); }) == "");
     CHECK(contains(error_of([&] { of.on_device(); }), "is out of memory"));
     runtime_limit(20000);
     const auto late = [&] { of.epoch(*trainer, 600, 1e-3); };
@@ -422,6 +425,6 @@ int main() {
         runtime_pools(true);
     }
     CHECK(runtime_blocks() == 0);
-    std::printf("%d passed, %d failed\n", passed, failed);
+    std::printf("%d passed, %d failed\n", passed.load(), failed.load());
     return failed ? 1 : 0;
 }
