@@ -91,9 +91,8 @@ class FromTorch:
         if compiler is None:
             raise Unavailable("no C++ compiler")
         library, source = folder / "embedding_torch.so", Path(__file__).with_name("embedding_torch.cpp")
-        places = [f"-I{path}" for path in cpp_extension.include_paths()]
-        for path in cpp_extension.library_paths():
-            places += [f"-L{path}", f"-Wl,-rpath,{path}"]
+        shipped = Path(torch.__file__).with_name("lib")
+        places = [*(f"-I{path}" for path in cpp_extension.include_paths()), f"-L{shipped}", f"-Wl,-rpath,{shipped}"]
         abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
         options = ["-O2", "-std=c++20", "-shared", "-fPIC", abi, *places]
         libraries = ["-ltorch", "-ltorch_cpu", "-lc10"]
